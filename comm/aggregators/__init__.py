@@ -1,0 +1,1 @@
+"""Aggregators: how combined. A rule takes everybody's rows and gives one."""

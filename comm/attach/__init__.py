@@ -1,0 +1,104 @@
+"""`attach`: put a sync to work on a model that somebody else built.
+
+The model may be in DDP, sharded by FSDP2, or in a DeepSpeed engine. What differs between them is in one file each;
+everything behind it sees `dtrain.comm.pieces.Pieces` only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.comm.drivers.run import Channel
+from dtrain.comm.ops import Axis
+
+if TYPE_CHECKING:
+    from dtrain.comm.pieces import Pieces
+    from dtrain.comm.schedules.sync import Attached, Sync
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    sync: Sync,
+    *,
+    replicate_group: dist.ProcessGroup | None = None,
+    seed: int = 0,
+) -> Attached:
+    """Let ``sync`` carry what crosses the replicate axis of ``model``. Call on every rank, before the first backward.
+
+    Call ``attached.step()`` where ``optimizer.step()`` and ``zero_grad()`` were called. The replicas' parameters are
+    made equal first (replica 0's). Gradient clipping stays between ``backward`` and ``step``.
+
+    Args:
+        model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` with the shard axis alone); or a DeepSpeed
+            engine of ZeRO stage 1, 2 or 3 whose ``mpu`` names the shard group.
+        optimizer: the inner optimizer; None for a DeepSpeed engine, which has its own.
+        sync: made by `every_step`, `diloco`, ...
+        replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default.
+            With FSDP2 and DeepSpeed it must be given.
+        seed: of stochastic rounding.
+
+    Raises ``TypeError`` for another kind of model, ``ValueError`` for a group that is missing or does not contain this
+    rank, and what the adapters raise for configurations that they cannot serve.
+    """
+    if replicate_group is None and isinstance(model, DistributedDataParallel):
+        replicate_group = model.process_group
+    if replicate_group is None:
+        raise ValueError(
+            f"{type(model).__name__} shards the model, so dtrain cannot know which ranks hold the same shard; pass "
+            'replicate_group, for example mesh.get_group("replicate")'
+        )
+    if replicate_group.rank() < 0:
+        raise ValueError("this rank is not in replicate_group; build the groups on every rank and pass its own")
+    channel = Channel(_own_groups(replicate_group))
+    return sync.bind(pieces_of(model, optimizer, channel, overlap=False), seed)
+
+
+def pieces_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool
+) -> Pieces:
+    """The adapter for ``model``; see `attach`. ``overlap``: the caller waits (`Pieces.finish`) before it clips."""
+    if hasattr(model, "zero_optimization_stage"):
+        from dtrain.comm.attach.zero import zero_pieces
+
+        return zero_pieces(model, channel)
+    if optimizer is None:
+        raise ValueError(f"{type(model).__name__} needs its optimizer here; None is for DeepSpeed engines")
+    if isinstance(model, DistributedDataParallel):
+        from dtrain.comm.attach.ddp import DDPPieces
+
+        return DDPPieces(model, optimizer, channel)
+    if isinstance(model, FSDPModule):
+        from dtrain.comm.attach.fsdp import FSDPPieces
+
+        return FSDPPieces(model, optimizer, channel, overlap=overlap)
+    raise TypeError(
+        f"attach got a {type(model).__name__}; wrap it in DistributedDataParallel, fully_shard or deepspeed.initialize"
+    )
+
+
+def _own_groups(replicate_group: dist.ProcessGroup) -> dict[Axis, dist.ProcessGroup]:
+    """Groups that nobody else uses: the peers', and this replica's."""
+    peers = sorted(_gathered(dist.get_process_group_ranks(replicate_group)))
+    if sorted(rank for group in peers for rank in group) != list(range(dist.get_world_size())):
+        raise ValueError(f"the replicate groups {peers} do not hold each of the {dist.get_world_size()} ranks once")
+    shards = [list(members) for members in zip(*peers, strict=True)]
+    return {"replicate": _new_group(peers), "shard": _new_group(shards)}
+
+
+def _gathered(ranks: list[int]) -> set[tuple[int, ...]]:
+    everybody: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everybody, ranks)
+    return {tuple(group) for group in everybody}
+
+
+def _new_group(partition: list[list[int]] | list[tuple[int, ...]]) -> dist.ProcessGroup:
+    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
+    assert mine is not None  # the partition holds every rank
+    return mine

@@ -1,0 +1,153 @@
+"""Adapts DistributedDataParallel: gradients are handed over bucket by bucket, while backward goes on.
+
+The communication hook replaces DDP's own all-reduce: the gradient is averaged over the shard axis (each member gets
+its slice of each parameter), the slices go through the sync's exchange with the peers, and the shard axis gathers the
+result. With a shard axis of one, the slice is the whole parameter. All of it is cut per FQN, so DDP may rebuild its
+buckets after the first step without moving a bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.attach.optimizer import elementwise_state, is_scalar, load_elementwise_state
+from dtrain.comm.drivers.run import Channel, Handle
+from dtrain.comm.layout import Named, Segment, even_slice, from_rows, to_rows
+from dtrain.comm.ops import AllGather, AllToAll, Flow, Place
+from dtrain.comm.pieces import Exchange
+
+
+class DDPPieces:
+    """Pieces of a model in DDP. ``channel`` needs both axes; together they span the ranks that DDP would average over."""
+
+    def __init__(self, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
+        self.model, self.optimizer, self.channel = model, optimizer, channel
+        self.shard = channel.places["shard"]
+        named = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in named.items() if p.numel()}
+        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.shapes = {name: tuple(p.shape) for name, p in named.items()}
+        self.held = {name: Segment(name, 0, p.numel()) for name, p in self.parameters.items()}
+        slices = (even_slice(n, p.numel(), part=self.shard.rank, parts=self.shard.size) for n, p in self.parameters.items())
+        self.segments = {segment.fqn: segment for segment in slices if segment.numel}
+        self._exchange: Exchange | None = None
+        self._under_way: list[Handle[None]] = []
+        self._backward_ended = 0.0
+        self._detached = False
+
+    @property
+    def place(self) -> Place:
+        return self.channel.places["replicate"]
+
+    def read(self) -> dict[str, Tensor]:
+        return {fqn: self._own_slice(fqn, self.parameters[fqn].detach()).clone() for fqn in self.segments}
+
+    def write(self, values: Named) -> None:
+        whole = self.channel.run(self._gather(dict(values), list(self.parameters)), "write-back")
+        with torch.no_grad():
+            for fqn, value in whole.items():
+                self.parameters[fqn].copy_(value.view(self.shapes[fqn]))
+
+    def hand_over(self, exchange: Exchange | None) -> None:
+        self._exchange = exchange
+
+        # DDP inspects the hook's name and annotations, which `from __future__ import annotations` turns into strings.
+        def hook(state, bucket):  # type: ignore[no-untyped-def]
+            return self._on_bucket(bucket)
+
+        self.model.register_comm_hook(None, hook)
+
+    def finish(self) -> None:
+        ended = [handle.ended_at for handle in self._under_way]
+        for handle in self._under_way:
+            handle.result()
+            self.channel.meter.wait(max(0.0, max(ended) - self._backward_ended) / len(ended), handle.label)
+        self._under_way = []
+
+    def gradients_finite(self) -> bool:
+        return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.parameters.values())
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad()
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        whole = elementwise_state(self.optimizer, self.parameters, lambda tensor: tensor)
+        owned: dict[str, dict[str, Tensor]] = {}
+        for name, tensors in whole.items():
+            mine = {fqn: tensor for fqn, tensor in tensors.items() if fqn in self.segments}
+            owned[name] = {fqn: t if is_scalar(t) else self._own_slice(fqn, t) for fqn, t in mine.items()}
+        return owned
+
+    def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        with torch.no_grad():
+            for fqn, value in parameters.items():
+                self.parameters[fqn].copy_(value.view(self.shapes[fqn]))
+        load_elementwise_state(self.optimizer, self.parameters, optimizer, lambda value, p: value.view(p.shape))
+
+    def detach(self) -> None:
+        """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
+        self._detached = True
+
+    def _on_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        if self._detached:
+            group = self.model.process_group
+            dist.all_reduce(buffer, group=group)
+            future.set_result(buffer.div_(group.size()))
+            return future
+        names = [self.names[id(p)] for p in bucket.parameters()]
+        gradients = dict(zip(names, bucket.gradients(), strict=True))
+
+        def ended(handle: Handle[None]) -> None:
+            try:
+                handle.result()
+                future.set_result(buffer)
+            except BaseException as error:  # without it backward would wait for ever
+                future.set_exception(error)  # type: ignore[arg-type]
+
+        label = "gradients" if self._exchange is not None else "inner gradients"
+        self._under_way.append(self.channel.start(self._average(gradients), label, then=ended))
+        if bucket.is_last():
+            self._backward_ended = time.perf_counter()
+            self.channel.flush()
+        return future
+
+    def _average(self, gradients: Mapping[str, Tensor]) -> Flow[None]:
+        """Replace the gradients of one bucket by what the optimizer shall see."""
+        rows = tuple(to_rows(g.reshape(-1).float(), self.shard.size) for g in gradients.values())
+        arrived = yield AllToAll(rows, axis="shard")
+        means = {fqn: rank_order_mean(r) for fqn, r in zip(gradients, arrived, strict=True)}
+        slices = {fqn: means[fqn][: self.segments[fqn].numel] for fqn in gradients if fqn in self.segments}
+        if self._exchange is not None:
+            slices = yield from self._exchange(slices)
+        whole = yield from self._gather(slices, list(gradients))
+        for fqn, gradient in gradients.items():
+            gradient.copy_(whole[fqn].view(gradient.shape))
+
+    def _gather(self, slices: Mapping[str, Tensor], fqns: list[str]) -> Flow[dict[str, Tensor]]:
+        """Whole flat tensors of ``fqns`` from every member's slices, across the shard axis."""
+        padded = []
+        for fqn in fqns:
+            width = -(-self.held[fqn].numel // self.shard.size)
+            row = torch.zeros(width, device=self.parameters[fqn].device)
+            if fqn in slices:
+                row[: slices[fqn].numel()] = slices[fqn]
+            padded.append(row)
+        gathered = yield AllGather(tuple(padded), axis="shard")
+        return {fqn: from_rows(rows, self.held[fqn].numel) for fqn, rows in zip(fqns, gathered, strict=True)}
+
+    def _own_slice(self, fqn: str, tensor: Tensor) -> Tensor:
+        segment = self.segments[fqn]
+        return tensor.reshape(-1)[segment.offset : segment.stop].float()

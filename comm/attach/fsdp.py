@@ -1,0 +1,180 @@
+"""Adapts FSDP2 (`fully_shard` on a one-dimensional shard mesh): gradients are handed over unit by unit.
+
+FSDP2 reduce-scatters a unit's gradients over the shard axis and then calls the unit's all-reduce hook with this rank's
+flat part, before it becomes ``p.grad``. The hook starts the exchange with the peers. Where nothing follows that would
+copy (same dtype, no gradient there yet), ``p.grad`` is a view of the hook's buffer, so the exchange may fill it later,
+while backward goes on; otherwise the hook waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dtrain.comm.attach.optimizer import elementwise_state, load_elementwise_state
+from dtrain.comm.drivers.run import Channel, Handle
+from dtrain.comm.layout import Named, Segment
+from dtrain.comm.ops import Flow, Place
+from dtrain.comm.pieces import Exchange
+
+
+class FSDPPieces:
+    """Pieces of an FSDP2 model.
+
+    Args:
+        model: the root; it and its units were given to ``fully_shard`` with a mesh of the shard axis only.
+        overlap: let exchanges go on behind backward. The caller then calls `finish` before it reads a gradient.
+
+    Raises ``ValueError`` for native HSDP (its all-reduce cannot be replaced) and for shards along another dim than 0.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, channel: Channel, *, overlap: bool) -> None:
+        self.model, self.optimizer, self.channel, self.overlap = model, optimizer, channel, overlap
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.segments: dict[str, Segment] = {}
+        self.parameters: dict[str, DTensor] = {}
+        for fqn, parameter in named.items():
+            segment = _segment(fqn, parameter)
+            if segment.numel:
+                self.segments[fqn] = segment
+                self.parameters[fqn] = parameter  # type: ignore[assignment]
+        self.held = self.segments
+        self.shapes = {name: tuple(p.shape) for name, p in named.items()}
+        self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._buffers: dict[int, Tensor] = {}
+        self._under_way: list[Handle[None]] = []
+
+    @property
+    def place(self) -> Place:
+        return self.channel.places["replicate"]
+
+    def read(self) -> dict[str, Tensor]:
+        return {fqn: _local(p.detach()).float().clone() for fqn, p in self.parameters.items()}
+
+    def write(self, values: Named) -> None:
+        with torch.no_grad():
+            for fqn, value in values.items():
+                _local(self.parameters[fqn].detach()).copy_(value)
+
+    def hand_over(self, exchange: Exchange | None) -> None:
+        if exchange is None:
+            return
+        names = {id(parameter): fqn for fqn, parameter in self.model.named_parameters()}
+        for unit in self.units:
+            unit.set_all_reduce_hook(self._hook(unit, exchange, names))
+
+    def finish(self) -> None:
+        for handle in self._under_way:
+            handle.wait()
+        if self._under_way and self.overlap:
+            self._check_views()
+        self._under_way, self._buffers = [], {}
+
+    def gradients_finite(self) -> bool:
+        grads = [p.grad for p in self.parameters.values()]
+        return all(g is None or bool(torch.isfinite(_local(g)).all()) for g in grads)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad()
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        return elementwise_state(self.optimizer, self.parameters, _local)
+
+    def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        self.write(parameters)
+        load_elementwise_state(self.optimizer, self.parameters, optimizer, _like)
+
+    def detach(self) -> None:
+        for unit in self.units:
+            unit.set_all_reduce_hook(lambda flat: None)
+
+    def _hook(self, unit: FSDPModule, exchange: Exchange, names: Mapping[int, str]) -> Callable[[Tensor], None]:
+        groups = [group for group in _parameter_groups(unit)]
+
+        def hook(flat: Tensor) -> None:
+            gradients: dict[str, Tensor] = {}
+            start, late = 0, self.overlap
+            for group in groups:
+                for held in group.fsdp_params:
+                    fqn = names[id(held.sharded_param)]
+                    if fqn in self.segments:
+                        gradients[fqn] = flat[start : start + self.segments[fqn].numel]
+                    start += held.padded_sharded_param_size.numel()
+                    # A cast or an accumulation after the hook would copy what has not arrived yet.
+                    late = late and held.sharded_param.dtype == flat.dtype and held.sharded_param.grad is None
+            if start != flat.numel():
+                raise RuntimeError(
+                    f"an FSDP2 unit handed over {flat.numel()} gradient elements for parameters of {start}; were some "
+                    "unused in this step? call set_reduce_scatter_unused_params(True) on the model"
+                )
+            handle = self.channel.start(_fill(exchange, gradients), "gradients")
+            if late:
+                self._buffers[flat.untyped_storage().data_ptr()] = flat
+                self._under_way.append(handle)
+            else:
+                handle.wait()
+
+        return hook
+
+    def _check_views(self) -> None:
+        for fqn, parameter in self.parameters.items():
+            gradient = parameter.grad
+            if gradient is not None and _local(gradient).untyped_storage().data_ptr() not in self._buffers:
+                raise RuntimeError(
+                    f"the gradient of {fqn} is a copy that was made before the exchange had filled it; clear gradients "
+                    "with set_to_none=True and call set_requires_gradient_sync(False) on all but the last microbatch, "
+                    "or attach with overlap=False"
+                )
+
+
+def _fill(exchange: Exchange, gradients: Mapping[str, Tensor]) -> Flow[None]:
+    combined = yield from exchange({fqn: flat.float() for fqn, flat in gradients.items()})
+    for fqn, flat in gradients.items():
+        flat.copy_(combined[fqn])
+
+
+def _parameter_groups(unit: FSDPModule) -> list:  # type: ignore[type-arg]
+    """FSDP2 tells nobody where a unit's parameters lie in its flat buffer; this attribute is private but does."""
+    state = unit._get_fsdp_state()
+    group = state._fsdp_param_group
+    return [group] if group is not None else []
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.reshape(-1)
+
+
+def _like(piece: Tensor, parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    local = piece.view(parameter.to_local().shape)
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def _segment(fqn: str, parameter: Tensor) -> Segment:
+    """Rows of dim 0: FSDP2 gives ceil(rows / shards) to each rank until none are left."""
+    if not isinstance(parameter, DTensor):
+        raise ValueError(f"{fqn} is not sharded by FSDP2; call fully_shard on the root module too")
+    if parameter.device_mesh.ndim != 1:
+        raise ValueError(
+            "the model is sharded over a mesh with a replicate axis (native HSDP), whose all-reduce cannot be replaced; "
+            'give fully_shard the shard axis alone, for example mesh=mesh["shard"]'
+        )
+    (placement,) = parameter.placements
+    if not placement.is_shard(0):
+        raise ValueError(f"{fqn} is placed as {placement}; dtrain follows Shard(0) only")
+    rows = parameter.shape[0]
+    width = -(-rows // parameter.device_mesh.size())
+    begin = min(parameter.device_mesh.get_local_rank() * width, rows)
+    row = parameter.numel() // max(rows, 1)
+    return Segment(fqn, begin * row, parameter.to_local().numel())

@@ -1,0 +1,56 @@
+"""The state of a torch optimizer as flat pieces: what every engine's checkpoint has in common.
+
+Elementwise optimizers only (SGD, Adam, AdamW, RMSprop, Adagrad, ...): each state tensor has the parameter's shape, or
+is a number such as a step count. A whole-matrix optimizer's state could not be cut along shards that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.layout import Named
+
+
+def is_scalar(tensor: Tensor) -> bool:
+    """Whether a state tensor is a number (a step count) that belongs to no single element."""
+    return tensor.dim() == 0
+
+
+def elementwise_state(
+    optimizer: torch.optim.Optimizer, parameters: Named, local: Callable[[Tensor], Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """State by name and FQN. ``local`` turns a state tensor into this rank's part; numbers stay as they are.
+
+    Raises ``ValueError`` for a state tensor of another shape than its parameter, and for one that is no tensor.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for fqn, parameter in parameters.items():
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if value is None:
+                continue  # SGD without momentum stores momentum_buffer=None
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            if not is_scalar(tensor) and tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"the optimizer's {name!r} of {fqn} has shape {tuple(tensor.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}; only elementwise optimizers can be checkpointed, for example AdamW"
+                )
+            found.setdefault(name, {})[fqn] = tensor if is_scalar(tensor) else local(tensor)
+    return found
+
+
+def load_elementwise_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Named,
+    state: Mapping[str, Named],
+    whole: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Undo `elementwise_state`. ``whole(piece, parameter)`` makes a piece what the optimizer keeps for a parameter."""
+    optimizer.state.clear()
+    for name, tensors in state.items():
+        for fqn, value in tensors.items():
+            parameter = parameters[fqn]
+            kept = value.clone() if is_scalar(value) else whole(value.clone(), parameter)
+            optimizer.state[parameter][name] = kept

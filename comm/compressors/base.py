@@ -1,0 +1,40 @@
+"""What a compressor is: a pure pair of functions on rows, with its properties and its exact wire bytes declared."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from dtrain.comm.ops import Payload
+from dtrain.comm.seeds import Key
+
+
+@runtime_checkable
+class Compressor(Protocol):
+    """Lossy or lossless coding of fp32 rows. Stateless: randomness comes from the key alone.
+
+    Rows are independent: row ``j`` of what `encode` returns is all that is needed to decode row ``j``.
+    """
+
+    @property
+    def unbiased(self) -> bool:
+        """E decode(encode(x)) = x."""
+
+    @property
+    def delta(self) -> float:
+        """Contraction: E |decode(encode(x)) - x|^2 <= (1 - delta) |x|^2 for every x; not positive if none is guaranteed."""
+
+    @property
+    def linear(self) -> bool:
+        """Payloads of several ranks may be summed before decoding, so a native all-reduce can carry them."""
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        """Code ``rows`` [m, width] fp32 as tensors ``[m, ...]`` whose shapes depend on ``m`` and ``width`` only."""
+
+    def decode(self, payload: Payload, width: int) -> Tensor:
+        """``rows`` [m, width] fp32."""
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of one encoded row of ``width`` elements."""
+

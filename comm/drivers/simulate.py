@@ -1,0 +1,90 @@
+"""N ranks in one process, in lockstep: the same algorithms, no processes, no network.
+
+Ranks that disagree about the next op (its kind, axis, shapes or dtypes) are an error here. Real processes would hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Flow, Op, Payload, Shift
+
+R = TypeVar("R")
+
+
+def simulate(flows: Sequence[Flow[R]]) -> list[R]:
+    """Run one flow per rank to its end and return their results, in rank order.
+
+    Raises ``RuntimeError`` where the ranks diverge. `AllReduce` sums in rank order (real transports use their own).
+
+    >>> from dtrain.comm.ops import AllGather
+    >>> import torch
+    >>> def everybody(x):
+    ...     (rows,) = yield AllGather((x,))
+    ...     return rows.tolist()
+    >>> simulate([everybody(torch.tensor(1)), everybody(torch.tensor(2))])
+    [[1, 2], [1, 2]]
+    """
+    results: list[R | None] = [None] * len(flows)
+    ops: list[Op | None] = [_advance(flow, None, results, rank) for rank, flow in enumerate(flows)]
+    round_number = 0
+    while any(op is not None for op in ops):
+        pending = [op for op in ops if op is not None]
+        if len(pending) < len(flows):
+            finished = [rank for rank, op in enumerate(ops) if op is None]
+            raise RuntimeError(f"ranks {finished} have finished while others still yield {pending[0]!r}")
+        _check_agreement(pending, round_number)
+        replies = _replies(pending)
+        ops = [_advance(flow, replies[rank], results, rank) for rank, flow in enumerate(flows)]
+        round_number += 1
+    return [result for result in results]  # type: ignore[misc]
+
+
+def _advance(flow: Flow[R], reply: Payload | None, results: list[R | None], rank: int) -> Op | None:
+    try:
+        return next(flow) if reply is None else flow.send(reply)
+    except StopIteration as done:
+        results[rank] = done.value
+        return None
+
+
+def _signature(op: Op) -> tuple[object, ...]:
+    shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in op.payload)
+    return type(op).__name__, op.axis, shapes, getattr(op, "combine", None)
+
+
+def _check_agreement(ops: Sequence[Op], round_number: int) -> None:
+    wanted = _signature(ops[0])
+    for rank, op in enumerate(ops):
+        if _signature(op) != wanted:
+            raise RuntimeError(f"op {round_number} differs: rank 0 yields {wanted}, rank {rank} yields {_signature(op)}")
+        if op.axis != "replicate":
+            raise RuntimeError(f"op {round_number} goes across the {op.axis} axis; simulate has the replicate axis only")
+
+
+def _replies(ops: Sequence[Op]) -> list[Payload]:
+    world = len(ops)
+    payloads = [op.payload for op in ops]
+    columns = list(zip(*payloads, strict=True))  # one tuple of [world] tensors for each tensor of the payload
+    match ops[0]:
+        case AllReduce(combine=combine):
+            return [tuple(_sum(column, combine) for column in columns) for _ in range(world)]
+        case AllGather():
+            return [tuple(torch.stack(list(column)) for column in columns) for _ in range(world)]
+        case AllToAll():
+            return [tuple(torch.stack([sent[rank] for sent in column]) for column in columns) for rank in range(world)]
+        case Broadcast(source=source):
+            return [tuple(tensor.clone() for tensor in payloads[source]) for _ in range(world)]
+        case Shift():
+            shifts = [op for op in ops if isinstance(op, Shift)]
+            return [tuple(tensor.clone() for tensor in payloads[op.source]) for op in shifts]
+
+
+def _sum(column: Sequence[torch.Tensor], combine: str) -> torch.Tensor:
+    total = column[0].clone()
+    for other in column[1:]:
+        total += other
+    return total / len(column) if combine == "mean" else total

@@ -1,0 +1,72 @@
+"""Which part of which parameter a rank holds, and how a flat buffer is cut along those parts.
+
+Everything that outlives a step (residuals, anchors, momenta, checkpoints) is keyed by the fully qualified name (FQN)
+of a parameter and by an element range of that parameter, flattened as if it were unsharded. Buckets, flat groups and
+padding are an engine's private matter and change from run to run, so nothing is ever keyed by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """The elements ``[offset, offset + numel)`` of parameter ``fqn``, flattened and unsharded.
+
+    A rank holds at most one segment of a parameter; a segment may be empty.
+
+    >>> Segment("head.weight", offset=6, numel=3).stop
+    9
+    """
+
+    fqn: str
+    offset: int
+    numel: int
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.numel
+
+
+def even_slice(fqn: str, numel: int, *, part: int, parts: int) -> Segment:
+    """The ``part``-th of ``parts`` equal slices of a parameter; the last ones are shorter, or empty.
+
+    >>> [even_slice("w", 10, part=i, parts=4).numel for i in range(4)]
+    [3, 3, 3, 1]
+    """
+    width = chunk_width(numel, parts)
+    start = min(part * width, numel)
+    return Segment(fqn, start, min(width, numel - start))
+
+
+def chunk_width(numel: int, parts: int) -> int:
+    """Elements in each of ``parts`` chunks that together cover ``numel`` elements (the last may be padding).
+
+    >>> chunk_width(10, 4)
+    3
+    """
+    return -(-numel // parts)
+
+
+def to_rows(flat: Tensor, parts: int) -> Tensor:
+    """Cut ``flat`` [numel] into ``rows`` [parts, width]; the end is padded with zeros. Copies only if it must pad."""
+    width = chunk_width(flat.numel(), parts)
+    missing = parts * width - flat.numel()
+    if missing:
+        padded = flat.new_zeros(parts * width)
+        padded[: flat.numel()] = flat
+        flat = padded
+    return flat.reshape(parts, width)
+
+
+def from_rows(rows: Tensor, numel: int) -> Tensor:
+    """Undo `to_rows`: the first ``numel`` elements of ``rows`` [parts, width], flat."""
+    return rows.reshape(-1)[:numel]
+
+
+Named = Mapping[str, Tensor]
+"""Flat fp32 tensors by FQN: one rank's segments of gradients, parameters or deltas."""

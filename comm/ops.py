@@ -1,0 +1,122 @@
+"""Collectives as values: what an algorithm yields, and a driver performs, simulates, times or counts.
+
+An algorithm is a generator, a `Flow`. It yields an `Op`, receives that op's reply, and finally returns its result:
+
+>>> import torch
+>>> def average(x):
+...     (total,) = yield AllReduce((x,), "sum")
+...     (world,) = yield AllReduce((torch.ones(()),), "sum")
+...     return total / world
+>>> from dtrain.comm.drivers.simulate import simulate
+>>> simulate([average(torch.tensor([1.0])), average(torch.tensor([3.0]))])
+[tensor([2.]), tensor([2.])]
+
+Every payload is a tuple of tensors that travels as one message. Shapes and dtypes are the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypeVar
+
+from torch import Tensor
+
+Payload: TypeAlias = tuple[Tensor, ...]
+Axis: TypeAlias = Literal["replicate", "shard"]
+"""Across which axis of the mesh an op goes: syncs say "replicate"; only an engine's own flow says "shard"."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands on the replicate axis: ``rank`` of ``size`` peers (they all hold the same shard)."""
+
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class AllReduce:
+    """Elementwise sum or mean over the ranks. Reply: the shapes that were sent. All tensors share one dtype.
+
+    The order of summation is the transport's own, so the result is reproducible only for one and the same layout.
+    """
+
+    payload: Payload
+    combine: Literal["sum", "mean"] = "sum"
+    axis: Axis = "replicate"
+
+
+@dataclass(frozen=True, eq=False)
+class AllGather:
+    """Everybody's payload. Reply: each tensor with a new leading dim ``[world, ...]``, in rank order."""
+
+    payload: Payload
+    axis: Axis = "replicate"
+
+
+@dataclass(frozen=True, eq=False)
+class AllToAll:
+    """Row ``j`` of each tensor ``[world, ...]`` goes to rank ``j``. Reply: row ``j`` is what rank ``j`` sent here."""
+
+    payload: Payload
+    axis: Axis = "replicate"
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast:
+    """Rank ``source``'s payload, on every rank. Reply: the shapes that were sent."""
+
+    payload: Payload
+    source: int = 0
+    axis: Axis = "replicate"
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """Send to rank ``destination`` and receive from rank ``source``. Reply: the shapes that were sent."""
+
+    payload: Payload
+    destination: int
+    source: int
+    axis: Axis = "replicate"
+
+
+Op: TypeAlias = AllReduce | AllGather | AllToAll | Broadcast | Shift
+
+R = TypeVar("R")
+Flow: TypeAlias = Generator[Op, Payload, R]
+
+
+def payload_bytes(payload: Payload) -> int:
+    """Bytes of all tensors of a payload.
+
+    >>> import torch
+    >>> payload_bytes((torch.zeros(3), torch.zeros(5, dtype=torch.uint8)))
+    17
+    """
+    return sum(tensor.numel() * tensor.element_size() for tensor in payload)
+
+
+def sent_bytes(op: Op, *, rank: int, world: int) -> int:
+    """Payload bytes that ``rank`` puts on its link for ``op``, with the algorithms that gloo and NCCL use for large ones.
+
+    All-reduce: a ring, 2 (world - 1) / world of the payload. All-gather: a ring that passes on everybody else's part.
+    All-to-all: every row but one's own. Broadcast: charged to the source alone.
+
+    >>> import torch
+    >>> sent_bytes(AllReduce((torch.zeros(100),)), rank=0, world=4)
+    600
+    """
+    total = payload_bytes(op.payload)
+    match op:
+        case AllReduce():
+            return 2 * (world - 1) * total // world
+        case AllGather():
+            return (world - 1) * total
+        case AllToAll():
+            return (world - 1) * total // world
+        case Broadcast():
+            return (world - 1) * total if rank == op.source else 0
+        case Shift():
+            return total if op.destination != rank else 0

@@ -1,0 +1,69 @@
+"""The seam between a sync and whatever holds the model: named local fp32 pieces of one rank.
+
+`comm/attach` adapts each engine, and anybody's own DDP or FSDP2 model, to this Protocol. Syncs know nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from dtrain.comm.drivers.run import Channel
+from dtrain.comm.layout import Named, Segment
+from dtrain.comm.ops import Flow, Place
+
+
+class Exchange(Protocol):
+    """What an engine calls for each group of gradients that the backward pass has finished."""
+
+    def __call__(self, gradients: Named) -> Flow[dict[str, Tensor]]:
+        """Flow from this rank's flat fp32 gradient pieces to the combined ones."""
+
+
+class Pieces(Protocol):
+    """One rank's parameters, as flat fp32 pieces by FQN; empty pieces are left out.
+
+    ``segments``: the part that this rank answers for; all ranks of a replica together hold each element once.
+    ``held``: the part that must be given to `restore`, at least ``segments``; everything on DDP.
+    """
+
+    channel: Channel
+    segments: Mapping[str, Segment]
+    held: Mapping[str, Segment]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def place(self) -> Place:
+        """This rank on the replicate axis."""
+
+    def read(self) -> dict[str, Tensor]:
+        """Copies of the current values of ``segments``, fp32: those that the inner optimizer steps from."""
+
+    def write(self, values: Named) -> None:
+        """Overwrite ``segments`` so that the next forward pass sees the values and the next step starts from them."""
+
+    def hand_over(self, exchange: Exchange | None) -> None:
+        """From now on gradients go through ``exchange``; None: they stay inside the replica. Called once."""
+
+    def finish(self) -> None:
+        """Block until the gradients of this step have been exchanged. Before clipping."""
+
+    def gradients_finite(self) -> bool:
+        """Whether this rank's gradients hold no NaN and no infinity. After `finish`."""
+
+    def step(self) -> None:
+        """The inner optimizer's step, then empty gradients."""
+
+    def skip(self) -> None:
+        """No step; empty gradients."""
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """The inner optimizer's state by name and FQN: flat pieces of ``segments``, or 0-dim tensors (step counts)."""
+
+    def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        """Set parameters and the inner optimizer's state from pieces that cover ``held``."""
+
+    def detach(self) -> None:
+        """Leave the model as it was found."""

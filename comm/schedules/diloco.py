@@ -1,0 +1,37 @@
+"""DiLoCo (Douillard et al., arXiv:2311.08105): local AdamW, then an outer Nesterov step on the mean delta.
+
+    for H steps:  parameters_i <- inner optimizer
+    anchor <- outer(anchor, mean_i(anchor - parameters_i));   parameters_i <- anchor
+
+The row of `local_update` with outer Nesterov SGD. With one replica it is a lookahead optimizer, not the identity.
+Communication: one round every H steps. Bytes: of one (compressed) parameter exchange per round.
+Keeps: the anchor and the outer momentum.
+"""
+
+from __future__ import annotations
+
+from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.feedback import Compression
+from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
+
+
+def diloco(
+    *,
+    every_steps: int = 100,
+    outer: OuterOptimizer | None = None,
+    compress: Compressor | Compression | None = None,
+) -> LocalUpdate:
+    """DiLoCo.
+
+    Args:
+        every_steps: H, the inner steps in a round.
+        outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default, the paper's choice.
+        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+
+    >>> diloco().outer
+    Momentum(lr=0.7, momentum=0.9, nesterov=True)
+
+    Raises ``ValueError`` for a period that is no positive integer. Source: arXiv:2311.08105, algorithm 1.
+    """
+    return local_update(every_steps=every_steps, outer=nesterov() if outer is None else outer, compress=compress)

@@ -1,0 +1,104 @@
+"""Every step: the gradients of all replicas are combined before each optimizer step, as in data parallelism.
+
+    g_i  ->  (compress)  ->  peers  ->  combine  ->  the gradient that every replica steps with
+
+Communication: for each group of gradients that the backward pass finishes, one `two_phase` flow, or one native
+all-reduce; overlapped with the rest of the backward pass where the engine hands gradients over piece by piece.
+Bytes: `routes.two_phase_bytes` of each group. Keeps: what the feedback keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from dtrain.comm.aggregators.mean import Aggregator, mean, rank_order_mean
+from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.feedback import Compression, NoFeedback, as_compression
+from dtrain.comm.layout import Named
+from dtrain.comm.ops import Flow
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.routes import Combined, native_mean, two_phase
+from dtrain.comm.schedules.sync import Attached
+from dtrain.comm.seeds import Key
+from dtrain.comm.state import Kind, State
+
+Route = Literal["two_phase", "all_reduce"]
+
+
+@dataclass(frozen=True)
+class EveryStep:
+    """See `every_step`."""
+
+    compression: Compression
+    combine: Aggregator
+    route: Route
+
+    def bind(self, pieces: Pieces, seed: int) -> Attached:
+        return _AttachedEveryStep(self, pieces, seed)
+
+
+class _AttachedEveryStep(Attached):
+    parameters_kind: Kind = "replicated"
+
+    def __init__(self, spec: EveryStep, pieces: Pieces, seed: int) -> None:
+        super().__init__(pieces, State(spec.compression.feedback.kinds))
+        self.spec = spec
+        self.seed = seed
+        self._all_finite = True
+        pieces.hand_over(self._exchange)
+
+    def _exchange(self, gradients: Named) -> Flow[dict[str, Tensor]]:
+        combined = yield from self._combine(gradients)
+        self._all_finite = self._all_finite and combined.finite
+        return combined.values
+
+    def _combine(self, gradients: Named) -> Flow[Combined]:
+        key = Key(self.seed, self.steps, self.pieces.place.rank)
+        if self.spec.route == "all_reduce":
+            return (yield from native_mean(gradients, self.spec.compression.compressor, key))
+        return (
+            yield from two_phase(
+                gradients, self.spec.compression, self.spec.combine, self.pieces.place, key, self.state
+            )
+        )
+
+    def _gradients_ok(self) -> bool:
+        ok, self._all_finite = self._all_finite, True
+        return ok
+
+
+def every_step(
+    *,
+    compress: Compressor | Compression | None = None,
+    combine: Aggregator | None = None,
+    route: Route = "two_phase",
+) -> EveryStep:
+    """Combine the gradients of all replicas before every optimizer step.
+
+    Args:
+        compress: a compressor, ``error_feedback(...)`` of one, or None for full fp32.
+        combine: the rule; the mean by default.
+        route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own; linear ones only).
+
+    >>> from dtrain import error_feedback, every_step, quantize
+    >>> every_step(compress=error_feedback(quantize(bits=8))).route
+    'two_phase'
+
+    Raises ``ValueError`` for choices that exclude each other, ``TypeError`` for something that is no compressor.
+    """
+    compression = as_compression(compress)
+    rule = mean() if combine is None else combine
+    if route not in ("two_phase", "all_reduce"):
+        raise ValueError(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")
+    if route == "all_reduce":
+        if not compression.compressor.linear:
+            raise ValueError(f"{compression.compressor} is not linear, so an all-reduce cannot sum its payloads; use "
+                             "route='two_phase'")
+        if not isinstance(compression.feedback, NoFeedback):
+            raise ValueError("route='all_reduce' keeps no error feedback; use route='two_phase'")
+        if rule is not rank_order_mean:
+            raise ValueError("an all-reduce has only the mean to offer; use route='two_phase' with another rule")
+    return EveryStep(compression, rule, route)

@@ -1,0 +1,23 @@
+"""Local SGD (Stich, arXiv:1805.09767), with any inner optimizer: train alone, then average the parameters.
+
+The row of `local_update` with outer SGD(lr=1, momentum=0): the new anchor is the mean of the replicas' parameters.
+Communication: one round every H steps. Bytes: of one parameter exchange per round. Keeps: the anchor.
+"""
+
+from __future__ import annotations
+
+from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.feedback import Compression
+from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.outer import sgd
+
+
+def local_sgd(*, every_steps: int, compress: Compressor | Compression | None = None) -> LocalUpdate:
+    """Average the replicas' parameters every ``every_steps`` inner steps.
+
+    >>> local_sgd(every_steps=16).every_steps
+    16
+
+    Raises ``ValueError`` for a period that is no positive integer. Source: arXiv:1805.09767.
+    """
+    return local_update(every_steps=every_steps, outer=sgd(lr=1.0), compress=compress)

@@ -1,0 +1,128 @@
+"""What a sync is to its user: a small frozen value (`Sync`), and that value at work on one rank (`Attached`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.drivers.meter import Meter
+from dtrain.comm.ops import AllReduce, Broadcast, Flow
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.state import Kind, State
+
+
+class Sync(Protocol):
+    """A method: when, what, how small, how combined. Made by functions such as `every_step` and `diloco`."""
+
+    def bind(self, pieces: Pieces, seed: int) -> Attached:
+        """This method at work on one rank's pieces. Every rank must call it; it may communicate."""
+
+
+class Attached(ABC):
+    """A sync at work. Call `step` where ``optimizer.step()`` was called; clip between `finish` and `step`."""
+
+    parameters_kind: Kind
+    """Whether the live parameters and the inner optimizer's state are equal on all replicas."""
+
+    def __init__(self, pieces: Pieces, state: State) -> None:
+        self.pieces = pieces
+        self.state = state
+        self.steps = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        start = pieces.channel.run(_broadcast(pieces.read()), "set-up")
+        pieces.write(start)
+
+    @property
+    def meter(self) -> Meter:
+        """What this rank has sent, and how long it stood waiting."""
+        return self.pieces.channel.meter
+
+    def finish(self) -> None:
+        """Block until the gradients are those that the optimizer may use."""
+        self.pieces.finish()
+
+    def step(self) -> bool:
+        """Step the inner optimizer, then communicate what this sync communicates after it.
+
+        Returns False if some rank's gradient was not finite: then no rank has stepped, no state has changed, and
+        ``skipped`` has gone up.
+        """
+        self.finish()
+        ok = self._agree(self._gradients_ok() and self.pieces.gradients_finite())
+        if ok:
+            self.state.commit()
+            self.pieces.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.state.rollback()
+            self.pieces.skip()
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.steps += 1
+        self._after_step()
+        return ok
+
+    @abstractmethod
+    def _gradients_ok(self) -> bool:
+        """Whether the exchange of this step's gradients succeeded; the same on all peers. Called once a step."""
+
+    def _after_step(self) -> None:
+        """What happens to the parameters when the inner optimizer has stepped."""
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within it the model holds the parameters that are to be evaluated and exported."""
+        yield
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain tensors and integers: ``{"tensors": {fqn: {name: tensor}}, "integers": {name: int}}``."""
+        return {"tensors": self.state.tensors, "integers": self.integers()}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on from `state_dict`. Raises ``KeyError`` for the state of another method."""
+        tensors, integers = state["tensors"], state["integers"]
+        if not isinstance(tensors, Mapping) or not isinstance(integers, Mapping):
+            raise TypeError("the state of a sync is {'tensors': {fqn: {name: tensor}}, 'integers': {name: int}}")
+        self.state.load(tensors)
+        self.load_integers({name: int(value) for name, value in integers.items()})
+
+    def integers(self) -> dict[str, int]:
+        return {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        for name in self.integers():
+            setattr(self, name, integers[name])
+
+    def report(self) -> str:
+        """One line for people: what was sent and what it cost."""
+        meter = self.meter
+        return (
+            f"{self.steps} steps, {self.skipped} skipped, sent {meter.sent_bytes / 1e6:.1f} MB, "
+            f"{meter.exposed_seconds:.2f} s exposed"
+        )
+
+    def detach(self) -> None:
+        """Stop syncing and leave the model as it was found."""
+        self.pieces.detach()
+        self.pieces.channel.close()
+
+    def _agree(self, ok: bool) -> bool:
+        """Whether ``ok`` holds on every rank of this replica."""
+        bad = torch.tensor([0.0 if ok else 1.0])
+        return not bool(self.pieces.channel.run(_sum_over_shards(bad), "agree"))
+
+
+def _sum_over_shards(value: Tensor) -> Flow[float]:
+    (total,) = yield AllReduce((value,), "sum", axis="shard")
+    return float(total)
+
+
+def _broadcast(values: Mapping[str, Tensor]) -> Flow[dict[str, Tensor]]:
+    reply = yield Broadcast(tuple(values.values()), source=0)
+    return dict(zip(values, reply, strict=True))

@@ -1,0 +1,28 @@
+"""Seeds that depend on what is drawn and not on when: a private generator for each (seed, step, rank, FQN, phase).
+
+No global generator is touched, so a sync never shifts a model's dropout, and a resumed run draws what it would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a random draw belongs to. ``rank``: on the replicate axis; a draw that all peers share leaves it at -1."""
+
+    seed: int
+    step: int
+    rank: int = -1
+    fqn: str = ""
+    phase: str = ""
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A generator on ``device``, seeded by the 63-bit BLAKE2b digest of this key."""
+        text = "\0".join([str(self.seed), str(self.step), str(self.rank), self.fqn, self.phase])
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
