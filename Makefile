@@ -1,0 +1,61 @@
+# One command each. `make train` and `make test` share the set-up, which is incremental.
+#   make train     set up, then train the default: 4 workers (2 replicas x 2 shards), FSDP2, DiLoCo with int8 deltas
+#   make test      set up, then run the whole test suite
+#   make check     ruff and mypy --strict
+#   make evidence  every timed or long measurement, into docs/evidence/
+# ARGS goes to the command:      make train ARGS="engine=zero2 sync=int8_ef"      make test ARGS="tests/config -x"
+# PIP_FLAGS goes to pip install: make setup PIP_FLAGS="--extra-index-url URL"     for another build of torch
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-system train test check evidence clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/dtrain-setup
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt $(PIP_FLAGS)
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(STAMP)
+
+# torch comes first and the second install runs without build isolation, because DeepSpeed's build imports torch.
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "dtrain needs Python 3.11 or newer; name one: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@if [ ! -x $(BIN)/python ]; then echo "set-up 1/4: making .venv with $(PYTHON)"; "$(PYTHON)" -m venv .venv \
+	    || { rm -rf .venv; echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }; fi
+	@echo "set-up 2/4: torch, numpy and setuptools (the largest download)"
+	@$(PIP) setuptools torch numpy
+	@echo "set-up 3/4: dtrain in place, with what training, ZeRO, MPI and the tests need"
+	@$(PIP) --no-build-isolation -e '.[train,zero,mpi,text,dev]'
+	@echo "set-up 4/4: $$($(BIN)/dtrain --version) is ready: $(BIN)/dtrain"
+	@touch $@
+
+# What the tests need of the system, as "command:package". Installed where the user is root, named in one command where not.
+SYSTEM := git:git ip:iproute2 g++:g++
+setup-system:
+	@missing=(); for pair in $(SYSTEM); do command -v "$${pair%%:*}" >/dev/null || missing+=("$${pair##*:}"); done; \
+	if [ $${#missing[@]} -eq 0 ]; then exit 0; fi; \
+	if [ "$$(id -u)" -ne 0 ]; then \
+	    echo "the tests need system packages that are missing; run: sudo apt-get install -y $${missing[*]}"; exit 1; fi; \
+	echo "installing the system packages that the tests need: $${missing[*]}"; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null
+
+train: setup
+	$(BIN)/dtrain train $(ARGS)
+
+test: setup setup-system
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+evidence: setup setup-system
+	$(BIN)/python -m dtrain.evidence $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,66 @@
+"""dtrain: train one model on many machines whose links are too slow, too busy or too unreliable for data parallelism.
+
+The names below are what user code imports. They are loaded when they are first used, so that ``import dtrain`` costs
+nothing and users of the hooks alone never import hydra or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dtrain.comm.aggregators.mean import mean
+    from dtrain.comm.attach import attach
+    from dtrain.comm.compressors.cast import cast
+    from dtrain.comm.compressors.quantize import quantize
+    from dtrain.comm.drivers.simulate import simulate
+    from dtrain.comm.feedback import error_feedback
+    from dtrain.comm.schedules.diloco import diloco
+    from dtrain.comm.schedules.every_step import every_step
+    from dtrain.comm.schedules.local_sgd import local_sgd
+    from dtrain.comm.schedules.outer import nesterov, sgd
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "attach",
+    "cast",
+    "diloco",
+    "error_feedback",
+    "every_step",
+    "local_sgd",
+    "mean",
+    "nesterov",
+    "quantize",
+    "sgd",
+    "simulate",
+]
+
+_HOME = {
+    "attach": "dtrain.comm.attach",
+    "cast": "dtrain.comm.compressors.cast",
+    "diloco": "dtrain.comm.schedules.diloco",
+    "error_feedback": "dtrain.comm.feedback",
+    "every_step": "dtrain.comm.schedules.every_step",
+    "local_sgd": "dtrain.comm.schedules.local_sgd",
+    "mean": "dtrain.comm.aggregators.mean",
+    "nesterov": "dtrain.comm.schedules.outer",
+    "quantize": "dtrain.comm.compressors.quantize",
+    "sgd": "dtrain.comm.schedules.outer",
+    "simulate": "dtrain.comm.drivers.simulate",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its home, once (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dtrain' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

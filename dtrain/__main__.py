@@ -1,0 +1,8 @@
+"""``python -m dtrain``: the command without its script."""
+
+import sys
+
+from dtrain.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The names inside ``checkpoints/``, and what may be done to a folder without ever losing the last good checkpoint.
+
+step-0000001200/                    complete: it got this name by one rename, after everything in it was on disk
+step-0000001200.tmp-<attempt>/      being written, or left by an attempt that died: never read
+step-0000001200.replaced-<attempt>/ complete: moved aside while a rerun puts its own step 1200 in place
+step-0000001200.deleting-<attempt>/ on its way out: never read
+step-0000001200.corrupt-<n>/        was found damaged; kept for a person to look at
+latest                              the name of the last commit, for people; nothing here believes it
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+LATEST = "latest"
+
+_STEP = re.compile(r"step-(\d{10,})")
+_MARKED = re.compile(r"(step-\d{10,})\.(tmp|replaced|deleting)-.+")
+
+
+def step_name(step: int) -> str:
+    """
+    >>> step_name(1200)
+    'step-0000001200'
+    """
+    return f"step-{step:010d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a committed folder's name, None for any other name."""
+    found = _STEP.fullmatch(path.name)
+    return int(found.group(1)) if found else None
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The committed step folders, oldest step first; none if ``folder`` does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()), key=_by_step)
+
+
+def marked(path: Path, mark: str, attempt: str) -> Path:
+    """The name of ``path`` while it is "tmp", "replaced" or "deleting"; ``attempt`` is made fit for a file name."""
+    return path.with_name(f"{path.name}.{mark}-{re.sub(r'[^A-Za-z0-9_-]', '_', attempt) or '0'}")
+
+
+def recover(folder: Path) -> None:
+    """Finish or undo what an attempt that died left behind. Only one process may do this, and nobody may be writing.
+
+    A rerun that died between moving an old step aside and putting its own in place: the old one gets its name back.
+    """
+    if not folder.is_dir():
+        return
+    leftovers = [(found, path) for path in folder.iterdir() if (found := _MARKED.fullmatch(path.name))]
+    for found, path in sorted(leftovers, key=lambda pair: pair[1].name):
+        final = folder / found.group(1)
+        if found.group(2) == "replaced" and not final.exists():
+            path.rename(final)
+            sync_folder(folder)
+        else:
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a folder. A crash half-way leaves it under a name that is never read."""
+    found = _MARKED.fullmatch(path.name)
+    if found is None or found.group(2) != "deleting":
+        path = doom(path)
+    # Not an error if something stays (NFS keeps files that a dying process has open): the next attempt deletes it.
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def doom(path: Path) -> Path:
+    """Take a folder's name away, so that deleting it needs not be atomic; returns where it is now."""
+    n = 0
+    while (doomed := marked(path.with_name(path.name.partition(".")[0]), "deleting", str(n))).exists():
+        n += 1
+    path.rename(doomed)
+    return doomed
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged step folder to the first free ``*.corrupt-<n>``; returns that path."""
+    n = 0
+    while (corrupt := path.with_name(f"{path.name}.corrupt-{n}")).exists():
+        n += 1
+    path.rename(corrupt)
+    sync_folder(path.parent)
+    return corrupt
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Replace a file's whole content: temporary file, fsync, rename, fsync of the folder."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Return when a file's bytes are on disk, whoever wrote them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Return when a folder's entries (creations, renames) are on disk."""
+    sync_file(path)
+
+
+def _by_step(path: Path) -> int:
+    return step_of(path) or 0

@@ -1,0 +1,42 @@
+"""The configuration of a run: composed once from ``configs/`` and the command line, checked, frozen, then only loaded.
+
+    overrides -> compose -> Config -> validate -> to_yaml -> run.dir/config.yaml -> load (every rank)
+
+``check_resume`` says whether a stored run may go on under another configuration; ``instantiate`` makes the model, the
+data set, the sync and the optimizer from their ``_target_`` mappings.
+"""
+
+from dtrain.config.composing import compose, load, to_yaml
+from dtrain.config.resume import MAY_CHANGE_AT_RESUME, Difference, check_resume, differences
+from dtrain.config.schema import (
+    Config,
+    EngineConfig,
+    LauncherConfig,
+    MeshConfig,
+    OptimConfig,
+    RunConfig,
+    Settings,
+    TrainConfig,
+)
+from dtrain.config.targets import instantiate
+from dtrain.config.validating import validate
+
+__all__ = [
+    "MAY_CHANGE_AT_RESUME",
+    "Config",
+    "Difference",
+    "EngineConfig",
+    "LauncherConfig",
+    "MeshConfig",
+    "OptimConfig",
+    "RunConfig",
+    "Settings",
+    "TrainConfig",
+    "check_resume",
+    "compose",
+    "differences",
+    "instantiate",
+    "load",
+    "to_yaml",
+    "validate",
+]

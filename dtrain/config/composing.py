@@ -1,0 +1,270 @@
+"""From a command line to one frozen ``Config``, and between ``Config`` and YAML.
+
+hydra composes the YAML files of ``configs/`` and the overrides. Keys and choices are checked here first, as hydra names
+no nearest key, and a keyword that a target takes but its YAML file does not list needs no ``+`` in front.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dtrain.config import targets
+from dtrain.config.schema import Config, composable
+from dtrain.errors import ConfigError
+
+OPEN = ("model", "data", "sync", "optim.inner")
+"""Sections that are ``_target_`` mappings: their keys are those that the target takes."""
+
+_T = TypeVar("_T")
+
+
+def folder() -> Path:
+    """The folder of the YAML files: ``configs/`` of the checkout, or its copy in an installed wheel."""
+    return Path(__file__).resolve().parent.parent / "configs"
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a command line names: ``compose(["engine=zero2", "train.steps=50"])``.
+
+    An empty ``run.dir`` is filled in: ``runs/YYYY-mm-dd/HH-MM-SS-<sync>``, a name that is not taken yet.
+
+    Raises:
+        ConfigError: an unknown key or choice (with the nearest one there is), a value of another type, a syntax error.
+    """
+    ConfigStore.instance().store(name="schema", node=composable(Config))
+    with initialize_config_dir(config_dir=str(folder()), version_base="1.3", job_name="dtrain"):
+        choices, values = _split(overrides)
+        composed, given = _run_hydra(choices), choices
+        # Targets first: they decide which other keys there are.
+        for of_targets in (True, False):
+            checked = [_checked(v, composed) for v in values if v.key_or_group.endswith("_target_") is of_targets]
+            given = [*given, *checked]
+            composed = _run_hydra(given) if checked else composed
+    sync = str(OmegaConf.select(composed, "hydra.runtime.choices.sync"))
+    del composed.hydra
+    config = _frozen(composed)
+    for section in OPEN:
+        targets.check(section_of(config, section), section)
+    return config if config.run.dir else _with_default_folder(config, sync)
+
+
+def section_of(config: Config, dotted: str) -> Mapping[str, object]:
+    """One of the ``OPEN`` sections by its dotted key."""
+    found: object = config
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    return cast(Mapping[str, object], found)
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML, every key included; ``load`` reads it back to an equal ``Config``."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def load(path: str | Path) -> Config:
+    """The configuration that ``to_yaml`` wrote.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or has keys or values that this version does not know.
+    """
+    try:
+        stored = OmegaConf.load(path)
+        merged = OmegaConf.merge(OmegaConf.structured(composable(Config)), stored)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_explained(error) or str(error).splitlines()[0]}") from error
+    except Exception as error:  # PyYAML's errors, without importing PyYAML for their class
+        raise ConfigError(f"{path} is not a configuration: {error}") from error
+    return _frozen(cast(DictConfig, merged))
+
+
+def dotted_keys(config: Config) -> list[str]:
+    """Every valid key of the composed configuration, sections included: ``train``, ``train.steps``, ..."""
+    return list(_keys(OmegaConf.create(dataclasses.asdict(config))))
+
+
+# ---- keys and choices ----------------------------------------------------------------------------------------------
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """Group choices (checked), and overrides of values."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = [group for group in loader.list_groups("") if not group.startswith("hydra")]
+    choices: list[str] = []
+    values: list[Override] = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_overrides([text])[0]
+        except HydraException as error:
+            form = "" if "=" in text else " (an override is written key=value)"
+            raise ConfigError(f"cannot read {text!r}{form}: {str(error).splitlines()[0]}") from error
+        if override.is_sweep_override():
+            raise ConfigError(f"{text}: a key has one value; a list is written {override.key_or_group}=[...]")
+        name, value = override.key_or_group, override.value()
+        if override.package is None and (name not in groups or not isinstance(value, str)):
+            values.append(override)
+            continue
+        if name not in groups:
+            near = targets.hint(targets.closest(name, groups))
+            raise ConfigError(f"there is no group {name}{near} (there are {', '.join(groups)})")
+        options = loader.get_group_options(name)
+        if value not in options:
+            near = targets.hint(targets.closest(str(value), options))
+            raise ConfigError(f"{name}={value}: there is no such choice{near} (there are {', '.join(options)})")
+        choices.append(text)
+    return choices, values
+
+
+def _checked(override: Override, chosen: DictConfig) -> str:
+    """The override for hydra, whose key is valid: it exists, or the target of the mapping around it takes it."""
+    key = override.key_or_group
+    *path, last = key.split(".")
+    node: Any = chosen
+    walked: list[str] = []
+    for part in path:
+        node = _child(node, part)
+        walked.append(part)
+        if node is None and _open(".".join(walked)):
+            place = ".".join(walked)
+            raise ConfigError(f"{key}: {place} is null, so it has no {last}; choose a {place} first")
+        if not isinstance(node, DictConfig | ListConfig):
+            raise _unknown(key, chosen)
+    body = str(override.input_line).lstrip("+")
+    if OmegaConf.is_missing(node, "_target_") and last != "_target_":
+        target = ".".join([*path, "_target_"])
+        raise ConfigError(f"{target} has no default: set it, as in {target}=VALUE")
+    if _has(node, last):
+        return body
+    if isinstance(node, DictConfig) and _has(node, "_target_") and not override.is_delete():
+        named, others = targets.keywords_of(targets.locate(node["_target_"], ".".join(path)))
+        if last in named or others:
+            return "++" + body
+        raise _unknown(key, chosen, [f"{'.'.join(path)}.{name}" for name in named])
+    if isinstance(node, DictConfig) and _open(key) and last == "_target_":
+        return "++" + body
+    raise _unknown(key, chosen)
+
+
+def _open(key: str) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in OPEN)
+
+
+def _has(node: object, part: str) -> bool:
+    if isinstance(node, ListConfig):
+        return part.isdigit() and int(part) < len(node)
+    return isinstance(node, DictConfig) and node._get_node(part) is not None and part != "hydra"
+
+
+def _child(node: object, part: str) -> object:
+    if not _has(node, part):
+        return False
+    return cast(object, node[int(part)] if isinstance(node, ListConfig) else cast(DictConfig, node)._get_node(part))
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in map(str, node):
+        if key in ("hydra", "_target_"):
+            continue
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _keys(child, f"{prefix}{key}.")
+
+
+def _unknown(key: str, chosen: DictConfig, more: Sequence[str] = ()) -> ConfigError:
+    keys = [*_keys(chosen), *more]
+    near = targets.closest(key, keys)
+    if near is None:  # the right name in the wrong section
+        ends = {known.rpartition(".")[2]: known for known in reversed(keys)}
+        near = ends.get(targets.closest(key.rpartition(".")[2], ends) or "")
+    if near is not None:
+        return ConfigError(f"there is no key {key}{targets.hint(near)}")
+    section = key.partition(".")[0] + "."
+    within = [known for known in keys if known.startswith(section)] or [known for known in keys if "." not in known]
+    return ConfigError(f"there is no key {key} (there are {', '.join(within)})")
+
+
+# ---- composing and freezing ----------------------------------------------------------------------------------------
+
+
+def _run_hydra(overrides: list[str]) -> DictConfig:
+    try:
+        return hydra_compose("config", overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OmegaConfBaseException):
+            cause = cause.__cause__
+        words = _explained(cause) if isinstance(cause, OmegaConfBaseException) else None
+        raise ConfigError(words or " ".join(str(error).split())) from error
+
+
+def _explained(error: OmegaConfBaseException) -> str | None:
+    """An error of OmegaConf about a known key in our words: the key, the type it takes, the value that it was given."""
+    key: str = error.full_key or ""
+    hint: Any = Config
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(hint):
+            return None
+        hint = get_type_hints(cast(type, hint)).get(part)
+    if hint is None:
+        return None
+    words = targets.expected(hint) or "a section with keys of its own"
+    value = error.value if error.value is not None else error.cause.__dict__.get("value") if error.cause else None
+    return f"{key} must be {words}, but is {targets.shown(value)}"
+
+
+def _frozen(composed: DictConfig) -> Config:
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key
+        if "Missing mandatory value" in str(error):
+            raise ConfigError(f"{key} has no default: set it, as in {key}=VALUE") from error
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    return _built(Config, cast(dict[str, object], plain))
+
+
+def _built(cls: type[_T], values: Mapping[str, object]) -> _T:
+    """The frozen dataclass from plain values, section by section."""
+    hints = get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            arguments[key] = _built(hints[key], cast(dict[str, object], value))
+        else:
+            arguments[key] = _without_nothing(value)
+    return cls(**arguments)
+
+
+def _without_nothing(value: object) -> object:
+    """``{_target_: null}`` is how a YAML file of a group says null (see configs/compress/none.yaml)."""
+    if isinstance(value, dict):
+        if "_target_" in value and value["_target_"] is None:
+            return None
+        return {str(key): _without_nothing(inner) for key, inner in value.items()}
+    return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _with_default_folder(config: Config, sync: str) -> Config:
+    now = datetime.datetime.now()
+    name = Path("runs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{sync}"
+    path, number = name, 1
+    while path.exists():  # two runs that start in the same second must not share a folder
+        number += 1
+        path = name.with_name(f"{name.name}-{number}")
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))

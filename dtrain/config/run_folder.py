@@ -1,0 +1,168 @@
+"""The run folder before the workers start: is there a run to go on from, may it go on, and what is written down.
+
+    run.dir/config.yaml        what this run is computed with; ranks load only this
+            config-K.yaml      what it was computed with before its K-th change
+            environment.json   versions, git revision, devices, command line
+            data.json          what the data set said of itself, its digest above all
+            checkpoints/step-*
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from dtrain.checkpoint.folders import write_text_durably
+from dtrain.config.composing import load, to_yaml
+from dtrain.config.resume import check_resume
+from dtrain.config.schema import Config
+from dtrain.errors import ConfigError, DtrainError, ResumeError
+from dtrain.report.environment import record
+
+CONFIG, ENVIRONMENT, DATA, OUTCOME, CHECKPOINTS = (
+    "config.yaml", "environment.json", "data.json", "outcome.json", "checkpoints",
+)  # fmt: skip
+
+
+def absolute(config: Config) -> Config:
+    """The configuration with absolute paths in ``run``, so that it means the same wherever a worker starts."""
+    resume = config.run.resume
+    if resume not in ("auto", "never"):
+        resume = str(Path(resume).absolute())
+    return dataclasses.replace(
+        config, run=dataclasses.replace(config.run, dir=str(Path(config.run.dir).absolute()), resume=resume)
+    )
+
+
+def previous(config: Config) -> Path | None:
+    """The folder of the run that this one goes on from, by ``run.resume``; None for a fresh start.
+
+    If ``run.dir`` has the run that was started from PATH, that one goes on: the same command, given again after it was
+    stopped, must not begin at PATH again.
+
+    Raises:
+        ResumeError: ``never`` with a run in ``run.dir``; a PATH without checkpoint; another run in ``run.dir``.
+    """
+    here, resume = Path(config.run.dir), config.run.resume
+    exists = _has_run(here)
+    if resume == "never":
+        if exists:
+            raise ResumeError(
+                f"run.dir={here} has a run already, and run.resume=never: choose another run.dir, or go on with "
+                "run.resume=auto; nothing was overwritten"
+            )
+        return None
+    if resume == "auto":
+        return here if exists else None
+    there = Path(resume)
+    if there.name.startswith("step-"):
+        there = there.parent.parent
+    if not _has_checkpoint(there) or (there != Path(resume) and not Path(resume).is_dir()):
+        raise ResumeError(
+            f"run.resume={resume} has no checkpoint: give a run folder with checkpoints/step-*, one of these folders, "
+            "auto or never"
+        )
+    if exists and there != here:
+        if load(here / CONFIG).run.resume != resume:
+            raise ResumeError(
+                f"run.dir={here} has a run that did not start from run.resume={resume}: choose another run.dir, or go "
+                "on with run.resume=auto"
+            )
+        return here
+    return there
+
+
+def check(config: Config, description: Mapping[str, object], folder: Path) -> None:
+    """Whether the run in ``folder`` may go on with this configuration and these data.
+
+    Raises:
+        ResumeError: listing what differs.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ResumeError(f"{folder} has checkpoints but no {CONFIG}, so nobody can say whether they fit; put it back")
+    check_resume(load(folder / CONFIG), config)
+    if (folder / DATA).is_file():
+        stored, now = _digest(json.loads((folder / DATA).read_text())), _digest(description)
+        if stored != now:
+            raise ResumeError(
+                f"the data have changed since {folder} was trained: the digest was {stored} and is {now}; bring the "
+                f"same files back ({folder / DATA} lists them), or start a new run in another run.dir"
+            )
+
+
+def write(config: Config, description: Mapping[str, object]) -> Path:
+    """Write config.yaml (the one before it, if it differs, stays as config-K.yaml), environment.json and data.json.
+
+    Returns:
+        The path of config.yaml.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    here = Path(config.run.dir)
+    path = here / CONFIG
+    try:
+        here.mkdir(parents=True, exist_ok=True)
+        text = to_yaml(config)
+        if path.is_file() and path.read_text() != text:
+            number = 1 + sum(1 for _ in here.glob("config-*.yaml"))
+            os.replace(path, here / f"config-{number}.yaml")
+        write_text_durably(path, text)
+        write_text_durably(here / ENVIRONMENT, json.dumps(record(), indent=2) + "\n")
+        write_text_durably(here / DATA, json.dumps(description, indent=2) + "\n")
+        (here / OUTCOME).unlink(missing_ok=True)  # that of an earlier launch must not be taken for this one's
+    except OSError as error:
+        raise ConfigError(f"run.dir={here} cannot be written to: {error}; choose another run.dir") from error
+    return path
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second command out of the run folder while this one trains in it. The lock ends with the process.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("a")
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder} cannot be written to: {error}; choose another run.dir") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"run.dir={folder} is in use by another dtrain: wait, or choose another") from error
+        except OSError:  # a file system without locks: then nobody is kept out
+            pass
+        yield
+
+
+def outcome(folder: Path) -> dict[str, object] | None:
+    """What rank 0 said when the run ended in order: ``reason``, ``signal``, ``step``; None if it did not end so."""
+    path = folder / OUTCOME
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise DtrainError(f"{path} is damaged: {error}") from error
+    return found if isinstance(found, dict) else None
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / CHECKPOINTS).glob("step-*"))
+
+
+def _has_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() or _has_checkpoint(folder)
+
+
+def _digest(description: Mapping[str, object]) -> object:
+    """The digest where there is one; a data set of somebody else's may say it in other words, then all of it counts."""
+    return description.get("sha256", description.get("digest", json.loads(json.dumps(description))))

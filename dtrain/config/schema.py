@@ -1,0 +1,143 @@
+"""The configuration as dataclasses: what the keys are called, their types, units and defaults.
+
+    Config
+    ├── run        where the run lives and whether it goes on        ├── model   `_target_` and its keywords
+    ├── mesh       replicas x shards                                 ├── data    `_target_` and its keywords
+    ├── launcher   how the workers start                             ├── sync    `_target_` and its keywords
+    ├── engine     what owns the shard axis                          └── optim   the inner optimizer and its schedule
+    └── train      steps, batches, and how often what happens
+
+The frozen classes are what a program reads. hydra composes into unfrozen twins of them (``composable``), as it cannot
+override frozen ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+PRECISIONS = ("fp32", "bf16")
+SCHEDULES = ("cosine", "linear", "constant")
+LAUNCHERS = ("local",)
+
+Settings = dict[str, object]
+"""A mapping with ``_target_``: any importable callable, and the keywords it is called with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and whether it goes on."""
+
+    dir: str = ""
+    """The run folder; empty: ``runs/YYYY-mm-dd/HH-MM-SS-<sync>``."""
+    resume: str = "auto"
+    """``auto`` goes on where ``dir`` left off, ``never`` refuses an existing run, PATH starts from another run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The two axes; rank = replica * shard + index of the shard."""
+
+    replicate: int = 2
+    """Replicas: the slow links lie between them."""
+    shard: int = 2
+    """Ranks in a replica, which the engine shards over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LauncherConfig:
+    """How the worker processes start."""
+
+    name: str = "local"
+    workers: int = 4
+    max_restarts: int = 3
+    """How often all workers are started again from the last checkpoint when one dies."""
+    grace_seconds: float = 60.0
+    """What the workers have between SIGTERM and SIGKILL, to write a checkpoint."""
+    threads_per_worker: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What owns the shard axis."""
+
+    name: str = "fsdp"
+    precision: str = "fp32"
+    activation_checkpointing: bool = False
+    bucket_mib: float = 4.0
+    """Gradients are handed over in buckets of at most this many MiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The inner optimizer and the schedule of its learning rate."""
+
+    inner: Settings = field(default_factory=dict)
+    """``_target_`` of a torch optimizer, and its keywords; the parameters are given to it."""
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_lr_fraction: float = 0.1
+    """The learning rate at the end of the schedule, as a fraction of its peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, on what batches, and how often what happens. Steps are optimizer steps."""
+
+    steps: int = 300
+    seed: int = 1
+    batch_size: int = 16
+    """Examples per optimizer step, over all ranks."""
+    microbatch_size: int = 0
+    """Examples per forward on one rank; 0: all of the rank's share at once."""
+    clip_norm: float = 1.0
+    """The largest norm of the whole gradient; 0: no clipping."""
+    stop_after_steps: int = 0
+    """Checkpoint and end at this step, leaving the schedule of ``steps`` as it is; 0: run to the end."""
+    checkpoint_every_steps: int = 100
+    """0: only at the end."""
+    keep_checkpoints: int = 2
+    evaluate_every_steps: int = 100
+    """0: only at the end."""
+    evaluation_examples: int = 64
+    """Examples of the validation split per evaluation, over all ranks; 0: no evaluation."""
+    log_every_steps: int = 10
+    agree_every_steps: int = 5
+    """How often the ranks agree on whether somebody was asked to stop."""
+    max_skipped_steps: int = 20
+    """Steps skipped for NaN or Inf gradients before the run gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, composed once and frozen to ``config.yaml``. The mappings are not to be written to."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    model: Settings = field(default_factory=dict)
+    data: Settings = field(default_factory=dict)
+    sync: Settings = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@functools.cache
+def composable(cls: type) -> type:
+    """The unfrozen twin of a frozen dataclass, with typed sections as twins and mappings as open dictionaries."""
+    hints = get_type_hints(cls)
+    members: list[tuple[str, Any, Any]] = []
+    for entry in dataclasses.fields(cls):
+        kind = hints[entry.name]
+        if dataclasses.is_dataclass(kind):
+            twin = composable(kind)  # type: ignore[arg-type]  # a class, as get_type_hints of a class field says
+            members.append((entry.name, twin, field(default_factory=twin)))
+        elif entry.default_factory is not dataclasses.MISSING:
+            members.append((entry.name, dict[str, Any], field(default_factory=dict)))
+        else:
+            members.append((entry.name, kind, field(default=entry.default)))
+    return dataclasses.make_dataclass(cls.__name__, members, kw_only=True)

@@ -1,0 +1,185 @@
+"""``_target_`` mappings: checked against the signature of what they name, and instantiated, with errors that say where.
+
+hydra does the instantiation. What is added: the dotted key of the mapping that failed, the nearest valid name for one
+that does not exist, and the types that the target's annotations ask for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal, Union, cast
+
+from dtrain.errors import ConfigError, DtrainError
+
+_SIMPLE: dict[object, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    str: ((str,), "text"),
+    type(None): ((type(None),), "null"),
+}
+_KINDS = {bool: "a truth value", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+
+
+def closest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that is spelt most like ``name``, or None where none is close."""
+    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def hint(name: str | None) -> str:
+    """'; did you mean NAME?', or nothing for None."""
+    return f"; did you mean {name}?" if name else ""
+
+
+def shown(value: object) -> str:
+    """A value with the kind that it is of: ``'abc' (text)``, ``1.5 (a number)``, ``null``."""
+    return "null" if value is None else f"{value!r} ({_KINDS.get(type(value), type(value).__name__)})"
+
+
+def expected(annotation: object) -> str | None:
+    """What values a simple annotation admits, in words: 'an integer or null'. None for one that is not simple."""
+    if annotation in _SIMPLE:
+        return _SIMPLE[annotation][1]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        words = [expected(argument) for argument in arguments]
+        return None if None in words else " or ".join(cast(list[str], words))
+    return None
+
+
+def admits(annotation: object, value: object) -> bool:
+    """Whether a value fits a simple annotation. Annotations that are not simple admit everything."""
+    if annotation in _SIMPLE:
+        accepted = _SIMPLE[annotation][0]
+        return isinstance(value, accepted) and (bool in accepted or not isinstance(value, bool))
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return value in arguments
+    if origin in (Union, types.UnionType):
+        return any(admits(argument, value) for argument in arguments)
+    return True
+
+
+def locate(target: object, where: str) -> Callable[..., object]:
+    """The callable that a dotted path names.
+
+    Raises:
+        ConfigError: no such module or name, with the nearest one that there is; or not callable.
+    """
+    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
+        raise ConfigError(f"{where}._target_ must be the path of a callable, as in torch.optim.AdamW, not {target!r}")
+    parts = target.split(".")
+    found: object = None
+    for position, part in enumerate(parts):
+        prefix = ".".join(parts[:position])
+        if position and hasattr(found, part):
+            found = getattr(found, part)
+            continue
+        try:
+            found = importlib.import_module(".".join(parts[: position + 1]))
+        except ModuleNotFoundError as error:
+            missing = str(error.name)
+            if not target.startswith(missing):
+                raise ConfigError(f"{where}._target_: importing {target} needs {missing}, which is missing") from error
+            near = hint(closest(part, _names(found))) if position else ""
+            place = f"in {prefix}" if position else "to import here (is its folder in PYTHONPATH?)"
+            raise ConfigError(f"{where}._target_: {target}: there is no {part} {place}{near}") from error
+        except Exception as error:  # a module of the user's may raise anything while it is imported
+            what = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{where}._target_: importing {target} failed: {what}") from error
+    if not callable(found):
+        raise ConfigError(f"{where}._target_: {target} is a {type(found).__name__}, which cannot be called")
+    return found
+
+
+def _names(owner: object) -> list[str]:
+    return [name for name in {*dir(owner), *getattr(owner, "__all__", ())} if not name.startswith("_")]
+
+
+def keywords_of(target: Callable[..., object]) -> tuple[dict[str, object], bool]:
+    """The keywords that a callable takes, with their annotations, and whether it takes any other (``**kwargs``)."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (ValueError, TypeError):  # some callables of C extensions show no signature
+        return {}, True
+    hints: dict[str, object] = {}
+    with contextlib.suppress(Exception):  # names under TYPE_CHECKING cannot be resolved: no types are checked then
+        hints = typing.get_type_hints(vars(target).get("__init__", target) if isinstance(target, type) else target)
+    keywords = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return {name: hints.get(name, object) for name in keywords}, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def mappings(settings: object, where: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Every mapping with a ``_target_`` in a tree of settings, outermost first, with its dotted key."""
+    if isinstance(settings, Mapping):
+        if "_target_" in settings:
+            yield where, settings
+        for key, value in settings.items():
+            yield from mappings(value, f"{where}.{key}")
+    elif isinstance(settings, list | tuple):
+        for position, value in enumerate(settings):
+            yield from mappings(value, f"{where}.{position}")
+
+
+def check(settings: Mapping[str, object], where: str) -> None:
+    """Refuse names that do not exist, keywords that the targets do not take, and values of another type.
+
+    Raises:
+        ConfigError: with the dotted key, what is wrong, and the nearest valid name.
+    """
+    if "_target_" not in settings:
+        raise ConfigError(f"{where} has no _target_: name the callable that makes it, or choose a group: {where}=NAME")
+    for place, mapping in mappings(settings, where):
+        target = mapping["_target_"]
+        named, others = keywords_of(locate(target, place))
+        for key, value in mapping.items():
+            if key.startswith("_") and key.endswith("_"):
+                continue
+            if key not in named:
+                if others:
+                    continue
+                near = hint(closest(key, named))
+                raise ConfigError(f"{place}.{key}: {target} takes no {key}{near} (it takes {', '.join(named)})")
+            if not isinstance(value, Mapping) and not admits(named[key], value):
+                words = expected(named[key])
+                raise ConfigError(f"{place}.{key} must be {words}, but is {shown(value)}")
+
+
+def instantiate(settings: Mapping[str, object], where: str = "settings", /, **keywords: object) -> object:
+    """Call what ``_target_`` names with the keywords of the mapping and the ones given here, innermost mappings first.
+
+    >>> instantiate({"_target_": "fractions.Fraction", "numerator": 3}, denominator=4)
+    Fraction(3, 4)
+
+    Args:
+        settings: a mapping with ``_target_``.
+        where: its dotted key in the configuration, for errors.
+        keywords: passed on untouched (tensors are neither copied nor converted); they win over the mapping.
+
+    Raises:
+        ConfigError: the target does not exist, or does not take these values. A DtrainError of its own passes through.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate as build
+
+    check(settings, where)
+    try:
+        # Partial, then called here: hydra would convert and copy the keywords, and with them an optimizer's parameters.
+        function = build({**settings, "_partial_": True, "_convert_": "all"})
+        return cast(object, function(**keywords))
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, DtrainError):
+            raise cause from None
+        raise ConfigError(f"{where}: {cause}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {settings['_target_']} refused its settings: {error}") from error

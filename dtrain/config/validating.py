@@ -1,0 +1,133 @@
+"""What types cannot say: ranges, and parts that do not fit each other or this machine. All are told at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+from dtrain.config.schema import ENGINES, LAUNCHERS, PRECISIONS, SCHEDULES, Config
+from dtrain.config.targets import closest, hint, instantiate
+from dtrain.errors import ConfigError, DataError
+
+AT_LEAST_ONE = (
+    "mesh.replicate", "mesh.shard", "launcher.workers", "launcher.threads_per_worker", "train.steps",
+    "train.batch_size", "train.keep_checkpoints", "train.log_every_steps", "train.agree_every_steps",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "launcher.max_restarts", "launcher.grace_seconds", "optim.warmup_steps", "optim.final_lr_fraction", "train.seed",
+    "train.microbatch_size", "train.clip_norm", "train.stop_after_steps", "train.checkpoint_every_steps",
+    "train.evaluate_every_steps", "train.evaluation_examples", "train.max_skipped_steps",
+)  # fmt: skip
+NAMES = {
+    "engine.name": ENGINES,
+    "engine.precision": PRECISIONS,
+    "optim.schedule": SCHEDULES,
+    "launcher.name": LAUNCHERS,
+}
+
+
+def validate(config: Config) -> dict[str, object]:
+    """Check all that can be checked before anything is launched. Writes nothing.
+
+    Returns:
+        What the data set says of itself (its ``describe()``): files, sizes, digest.
+
+    Raises:
+        ConfigError: naming every key that is out of range or does not fit, with its value and what would fit.
+        DataError: from the data set: missing, empty or damaged.
+    """
+    problems = [*_ranges(config), *_mesh(config), *_engine(config), *_run_folder(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    instantiate(config.sync, "sync")
+    _optimizer(config)
+    return _data(config)
+
+
+def _value(config: Config, key: str) -> object:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    for key in AT_LEAST_ONE:
+        value = cast(int, _value(config, key))
+        if value < 1:
+            yield f"{key} must be at least 1, but is {value}"
+    for key in NOT_NEGATIVE:
+        number = cast(float, _value(config, key))
+        if not (number >= 0 and math.isfinite(number)):
+            yield f"{key} must be 0 or more, but is {number}"
+    if config.optim.final_lr_fraction > 1:
+        yield f"optim.final_lr_fraction is a fraction between 0 and 1, but is {config.optim.final_lr_fraction}"
+    if not (config.engine.bucket_mib > 0 and math.isfinite(config.engine.bucket_mib)):
+        yield f"engine.bucket_mib must be more than 0, but is {config.engine.bucket_mib}"
+    for key, names in NAMES.items():
+        name = str(_value(config, key))
+        if name not in names:
+            yield f"{key} is {name}{hint(closest(name, names))} (there are {', '.join(names)})"
+
+
+def _mesh(config: Config) -> Iterator[str]:
+    replicas, shards, workers = config.mesh.replicate, config.mesh.shard, config.launcher.workers
+    if min(replicas, shards, workers) < 1:
+        return
+    world = replicas * shards
+    if world != workers:
+        yield (
+            f"the mesh is {replicas} replicas x {shards} shards = {world} ranks, but there are {workers} workers; set "
+            f"launcher.workers={world}, or choose mesh.replicate and mesh.shard whose product is {workers}"
+        )
+    batch, micro = config.train.batch_size, config.train.microbatch_size
+    if batch % world:
+        near = " or ".join(str(n) for n in (batch // world * world, (batch // world + 1) * world) if n)
+        yield f"train.batch_size is {batch}, which {world} ranks cannot share equally; choose {near}"
+    elif micro > 0 and (batch // world) % micro:
+        yield (
+            f"train.microbatch_size is {micro}, but a rank's share of the batch is {batch // world} examples; choose a "
+            "divisor of it, or 0 for all at once"
+        )
+
+
+def _engine(config: Config) -> Iterator[str]:
+    if config.engine.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        yield f"engine {config.engine.name} needs DeepSpeed, which is not installed: pip install 'dtrain[zero]'"
+
+
+def _run_folder(config: Config) -> Iterator[str]:
+    """Nothing is written to find out: the nearest folder that exists must be a writable one."""
+    path = Path(config.run.dir).absolute()
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        yield f"run.dir={config.run.dir}: {existing} is a file, not a folder; choose another run.dir"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"run.dir={config.run.dir}: {existing} cannot be written to; choose another run.dir"
+
+
+def _optimizer(config: Config) -> None:
+    """Its own checks, on a parameter of one element."""
+    import torch
+
+    optimizer = instantiate(config.optim.inner, "optim.inner", params=[torch.nn.Parameter(torch.zeros(1))])
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        target = config.optim.inner["_target_"]
+        raise ConfigError(f"optim.inner: {target} makes a {type(optimizer).__name__}, no torch.optim.Optimizer")
+
+
+def _data(config: Config) -> dict[str, object]:
+    dataset = instantiate(config.data, "data", split="train")
+    describe = getattr(dataset, "describe", None)
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not callable(describe):
+        raise ConfigError(f"data: {config.data['_target_']} makes no data set: it needs len(), [i] and describe()")
+    for split, examples in (("train", dataset), ("validation", instantiate(config.data, "data", split="validation"))):
+        if split == "validation" and not config.train.evaluation_examples:
+            continue
+        if not len(cast("list[object]", examples)):
+            raise DataError(f"data: {config.data['_target_']} has no example in its {split} split; give it more data")
+    return cast(dict[str, object], describe())

@@ -1,0 +1,55 @@
+"""Every error that dtrain raises on purpose. Each says what was wrong, with values, and what to do.
+
+    DtrainError                     exit code
+    ├── ConfigError                     2   nothing was launched, nothing was written
+    │   ├── DataError                   2   a data folder or file that is missing, empty or not what it says
+    │   └── ResumeError                 2   the stored run and the one asked for do not go together
+    ├── CheckpointError                 1   a checkpoint that is damaged, incomplete or of another model
+    ├── TooManySkippedSteps             1   NaN or Inf in the gradients, more often than train.max_skipped_steps allows
+    └── WorkerFailed                    1   a worker process died and the restarts are used up
+
+``exit_code`` is what the command ``dtrain`` returns for the error. Two further codes are no errors: ``CHECKPOINTED``
+(checkpointed after a signal from the scheduler, to be run again) and ``INTERRUPTED`` (ended by the user, after a
+checkpoint).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+FAILED = 1
+BAD_CONFIG = 2
+CHECKPOINTED = 75
+INTERRUPTED = 130
+
+
+class DtrainError(Exception):
+    """Base of all errors that dtrain raises on purpose; ``str(error)`` is the whole message for a person."""
+
+    exit_code: ClassVar[int] = FAILED
+
+
+class ConfigError(DtrainError):
+    """A configuration that cannot be run: an unknown key, a value of the wrong type or range, parts that do not fit."""
+
+    exit_code: ClassVar[int] = BAD_CONFIG
+
+
+class DataError(ConfigError):
+    """Data that are missing, empty, too short or damaged."""
+
+
+class ResumeError(ConfigError):
+    """A stored run that cannot go on under the configuration that was asked for; the differences are listed."""
+
+
+class CheckpointError(DtrainError):
+    """A checkpoint that cannot be read, or that belongs to another model, method or layout."""
+
+
+class TooManySkippedSteps(DtrainError):
+    """More steps were skipped for NaN or Inf gradients than ``train.max_skipped_steps`` allows."""
+
+
+class WorkerFailed(DtrainError):
+    """A worker process failed and its restarts are used up; the message starts with the root cause."""

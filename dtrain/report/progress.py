@@ -1,0 +1,203 @@
+"""One line that says how a run is doing, shown by the launching process from what rank 0 writes to metrics.jsonl."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from dtrain.metrics.rows import Row
+from dtrain.report.figures import in_bytes
+from dtrain.report.tail import Tail
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+__all__ = ["Progress"]
+
+LOOK_SECONDS = 0.2
+RATE_ROWS = 20  # tokens per second over this many rows: one row alone jumps about
+STARTING = "starting workers"
+
+
+class Progress:
+    """Context manager: while it is open, a thread follows ``path`` and shows the progress towards ``steps``.
+
+    On a terminal it is one line that rich keeps up to date, with validation results printed above it. Otherwise
+    (a file, a pipe) a plain line is printed at most every ``every_seconds`` and at the end, without control characters.
+    """
+
+    def __init__(self, path: Path, *, steps: int, stream: TextIO | None = None, every_seconds: float = 10.0) -> None:
+        self._tail = Tail(path)
+        self._state = _State(steps)
+        for row in self._tail.past:
+            self._state.note_validation(row)
+        stream = stream or sys.stdout
+        self._view: _View = _Live(stream, steps) if stream.isatty() else _Plain(stream, every_seconds)
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="dtrain-progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._view.open()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave.set()
+        self._thread.join()
+        self._look()
+        self._view.close(self._state.line())
+
+    def say(self, text: str) -> None:
+        """Print a line of its own above the progress, for example that the workers are started again."""
+        self._view.say(text)
+
+    def _follow(self) -> None:
+        while not self._leave.wait(LOOK_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        moved = False
+        for row in self._tail.rows():
+            news = self._state.take(row)
+            if news:
+                self._view.say(news)
+            moved = True
+        if moved and self._state.step is not None:
+            self._view.show(self._state.step, self._state.line())
+
+
+class _State:
+    """What the rows have told so far."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._rows: deque[Row] = deque(maxlen=RATE_ROWS)
+        self._told: set[tuple[object, object]] = set()
+
+    @property
+    def step(self) -> int | None:
+        return int(_number(self._rows[-1], "step") or 0) if self._rows else None
+
+    def take(self, row: Row) -> str:
+        """Add a row; returns a line to print above if it is a validation result that was not printed before."""
+        if "validation_loss" in row:
+            new = self.note_validation(row)
+            return f"step {row.get('step')}: validation loss {_figure(row, 'validation_loss')}" if new else ""
+        if self._rows and (_number(row, "step") or 0) <= (_number(self._rows[-1], "step") or 0):
+            self._rows.clear()
+        self._rows.append(row)
+        return ""
+
+    def note_validation(self, row: Row) -> bool:
+        """Whether this result has not been told yet: a cut file is read again from its start."""
+        result = (row.get("step"), row.get("validation_loss"))
+        known = result in self._told
+        self._told.add(result)
+        return not known
+
+    def line(self) -> str:
+        """The whole progress line, without a newline."""
+        if not self._rows:
+            return STARTING
+        first, last = self._rows[0], self._rows[-1]
+        parts = [f"step {self.step:,}/{self._steps:,}", f"loss {_figure(last, 'loss')}"]
+        # With one row so far the cumulative figures are all there is.
+        since = first if len(self._rows) > 1 else {}
+        seconds = _difference(since, last, "seconds")
+        if seconds:
+            parts.append(f"{(_difference(since, last, 'tokens') or 0) / seconds:,.0f} tokens/s")
+        sent = _number(last, "sent_bytes")
+        if sent is not None:
+            parts.append(f"sent {in_bytes(sent)} per rank")
+        exposed = _difference(since, last, "exposed_seconds")
+        if seconds and exposed is not None:
+            parts.append(f"exposed communication {100 * exposed / seconds:.1f} %")
+        return "  ".join(parts)
+
+
+def _number(row: Row, name: str) -> float | None:
+    value = row.get(name)
+    return value if isinstance(value, int | float) else None
+
+
+def _figure(row: Row, name: str) -> str:
+    value = _number(row, name)
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _difference(first: Row, last: Row, name: str) -> float | None:
+    end = _number(last, name)
+    return None if end is None else end - (_number(first, name) or 0.0)
+
+
+class _View(Protocol):
+    def open(self) -> None: ...
+    def show(self, step: int, line: str) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self, line: str) -> None: ...
+
+
+class _Plain:
+    """Lines for files and pipes."""
+
+    def __init__(self, stream: TextIO, every_seconds: float) -> None:
+        self._stream = stream
+        self._every_seconds = every_seconds
+        self._printed_at = -float("inf")
+        self._printed = ""
+
+    def open(self) -> None:
+        self.say(STARTING)
+        self._printed = STARTING
+
+    def show(self, step: int, line: str) -> None:
+        if time.monotonic() - self._printed_at >= self._every_seconds:
+            self._printed_at = time.monotonic()
+            self._printed = line
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def close(self, line: str) -> None:
+        if line != self._printed:
+            self.say(line)
+
+
+class _Live:
+    """One line that is drawn again and again, by rich."""
+
+    def __init__(self, stream: TextIO, steps: int) -> None:
+        self._stream = stream
+        self._steps = steps
+        self._bar: Bar | None = None
+
+    def open(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+        from rich.table import Column
+
+        # The text may be cut at its end in a narrow terminal, but it never takes a second line.
+        text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        self._bar = Bar(BarColumn(bar_width=16), text, console=Console(file=self._stream), refresh_per_second=5)
+        self._task = self._bar.add_task(STARTING, total=self._steps)
+        self._bar.start()
+
+    def show(self, step: int, line: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=line)
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=line)
+            self._bar.stop()

@@ -1,0 +1,40 @@
+"""Follows a metrics.jsonl that grows in another process, and that a restart may cut."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dtrain.metrics.rows import Row, parse
+
+__all__ = ["Tail"]
+
+
+class Tail:
+    """Reads the rows that were added since the last look. ``past``: what the file held at the start."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file_number = -1
+        self._offset = 0
+        self.past = self.rows()
+
+    def rows(self) -> list[Row]:
+        """The new rows, in order; torn lines wait until they are whole.
+
+        After a cut the file is another one and is read from its start: the step goes back.
+        """
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._file_number or found.st_size < self._offset:
+                self._file_number, self._offset = found.st_ino, 0
+            file.seek(self._offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        parsed = (parse(line.decode(errors="replace")) for line in whole.splitlines())
+        return [row for row in parsed if row is not None]

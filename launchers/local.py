@@ -1,0 +1,370 @@
+"""Workers on this machine, under torch's elastic agent: ranks, rendezvous, restarts, logs and a diagnosis.
+
+    launching process (main thread)                 one process per rank, each its own session
+    launch(): elastic agent, rendezvous   -- argv -> worker, stdout and stderr appended to logs/rank-K.log
+              stop signal                 -- same signal, once -> worker checkpoints and leaves in grace_seconds
+              a rank failed               -- SIGTERM -> the others; then all start again, max_restarts times
+              killed with -9              -- die_with_parent() in the worker -> SIGKILL
+
+The agent is torch's own ``LocalElasticAgent``, as ``elastic_launch`` builds it, with two methods replaced:
+``elastic_launch`` raises from its signal handler, which orphans workers when the signal falls between two starts or
+comes twice, and it loses the exit codes of workers that it stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Literal
+
+from dtrain.launchers.failure import CONSEQUENCE, Ending, Failure, read_error, read_log_end, root_cause, signal_name
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+
+__all__ = ["Ending", "Failure", "die_with_parent", "launch", "root_cause"]
+
+LAUNCHER_PID = "DTRAIN_LAUNCHER_PID"  # environment of the workers: whom to outlive on no account
+BAD_CONFIG = 2  # a worker that leaves with this code would do so again: it is not restarted
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+POLL_SECONDS = 0.05
+ROOT_SECONDS = 2.0  # after the first failure the others may still write down theirs: it can be the cause
+PEER_SECONDS = 10.0  # then SIGTERM, and this long until SIGKILL
+PR_SET_PDEATHSIG = 1
+# Appending, so that a restart keeps what came before: the agent itself opens log files with "w". `exec` keeps the pid.
+INTO_LOG = 'exec "$@" >>"$DTRAIN_LOG" 2>&1 </dev/null'
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the process that launched it dies. Workers call it first thing.
+
+    Outside :func:`launch` (Slurm, a plain shell) it ties the process to its parent. It does nothing but on Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    launcher = int(os.environ.get(LAUNCHER_PID, parent))
+    # The launcher may have died before prctl. Another parent is fine while the launcher lives: a wrapper script.
+    if os.getppid() != parent or (parent != launcher and not _alive(launcher)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def launch(
+    argv: Sequence[str],
+    *,
+    workers: int,
+    log_folder: Path,
+    max_restarts: int,
+    grace_seconds: float,
+    threads_per_worker: int,
+    environment: Mapping[str, str] | None = None,
+    on_restart: Callable[[Failure, int], None] | None = None,
+) -> Ending:
+    """Run ``argv`` as ``workers`` ranks on this machine and wait until they have ended.
+
+    Workers find RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and TORCHELASTIC_RESTART_COUNT in their
+    environment (``environment`` is added to it). What rank K writes is appended to ``log_folder/rank-K.log`` as it
+    comes. SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP (as SIGTERM) are passed on once; after ``grace_seconds`` what is
+    left is killed. A failed rank restarts all, at most ``max_restarts`` times, never after exit code 2;
+    ``on_restart(root cause, number of the restart)`` is called before. Raises RuntimeError outside the main thread,
+    ValueError for an empty ``argv`` or no workers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("launch() must run on the main thread: only there can signals reach the workers")
+    if not argv or workers < 1:
+        raise ValueError(f"nothing to launch: argv={list(argv)}, workers={workers}; give a command and a worker")
+    log_folder = log_folder.resolve()
+    log_folder.mkdir(parents=True, exist_ok=True)
+    extra = {"OMP_NUM_THREADS": str(threads_per_worker), "PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(os.getpid())}
+    extra |= environment or {}
+    with _StopSignals() as stop, _agent_environment(), _agent_log(log_folder / "launcher.log"):
+        run = _Run(log_folder, workers, max_restarts, grace_seconds, extra, on_restart)
+        agent = _agent(argv, run, stop)
+        from torch.distributed.elastic.multiprocessing import SignalException
+
+        try:
+            agent.run()
+        except _Stopped:
+            pass
+        except SignalException as quit_signal:  # SIGQUIT, the one signal that is left to torch's handler
+            return run.ending("signalled", int(quit_signal.sigval))
+        finally:
+            agent._rdzv_handler.shutdown()
+        if stop.number:
+            return run.ending("signalled", stop.number)
+        return run.ending("failed" if run.failures else "finished", None)
+
+
+class _Stopped(Exception):
+    """The workers were stopped because the launching process got a signal."""
+
+
+class _StopSignals:
+    """Notes the first stop signal and nothing else, so that no exception can fall into the agent's bookkeeping."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> _StopSignals:
+        for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup
+            self._old[number] = signal.signal(number, self._note)
+        self._old[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)  # the agent replaces it
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old if old is not None else signal.SIG_DFL)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.number = self.number or number
+
+
+@dataclass
+class _Run:
+    """What is known about the ranks of one launch. Knows nothing of torch."""
+
+    folder: Path
+    workers: int
+    max_restarts: int
+    grace_seconds: float
+    environment: dict[str, str]
+    on_restart: Callable[[Failure, int], None] | None
+    attempt: int = -1
+    earlier: list[Failure] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    log_starts: dict[int, int] = field(default_factory=dict)  # rank -> byte in its log at which this attempt begins
+    ended_at: dict[int, float] = field(default_factory=dict)
+    cut_short: set[int] = field(default_factory=set)  # ranks that we ended because of another rank
+
+    def log(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.log"
+
+    def error_file(self, rank: int) -> Path:
+        return self.folder / "errors" / f"attempt-{self.attempt}" / f"rank-{rank}.json"
+
+    def prepare(self) -> None:
+        """Begin the next attempt: a header line in every log, and no error file of an older launch."""
+        self.attempt += 1
+        self.processes, self.log_starts, self.ended_at, self.failures = {}, {}, {}, []
+        self.cut_short = set()
+        for rank in range(self.workers):
+            self.error_file(rank).parent.mkdir(parents=True, exist_ok=True)
+            self.error_file(rank).unlink(missing_ok=True)
+            with self.log(rank).open("a") as log:
+                now = time.strftime("%Y-%m-%d %H:%M:%S")
+                log.write(f"---- rank {rank} of {self.workers}, attempt {self.attempt + 1}, {now} ----\n")
+                self.log_starts[rank] = log.tell()
+
+    def running(self) -> list[int]:
+        codes = {rank: process.poll() for rank, process in self.processes.items()}
+        for rank, code in codes.items():
+            if code is not None:
+                self.ended_at.setdefault(rank, time.time())
+        return [rank for rank, code in codes.items() if code is None]
+
+    def failed(self) -> bool:
+        self.running()
+        return any(process.returncode for process in self.processes.values())
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for all ranks; whether they have ended."""
+        deadline = time.monotonic() + seconds
+        while self.running():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def kill(self) -> None:
+        for rank in self.running():
+            self.cut_short.add(rank)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.processes[rank].pid, signal.SIGKILL)
+        self.wait(PEER_SECONDS)
+
+    def stop(self, number: int) -> None:
+        """Pass a signal on to the ranks (not to their helper processes), wait for the checkpoint, kill what is left."""
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        for rank in self.running():
+            self.processes[rank].send_signal(number)
+        if not self.wait(self.grace_seconds):
+            self.kill()
+        self.record(f"still running {self.grace_seconds:g} s after the signal, so it was killed")
+
+    def settle(self) -> None:
+        """After a first failure: let the others write down theirs, then end them."""
+        if not self.wait(ROOT_SECONDS):
+            self.cut_short.update(self.running())
+            for rank in self.running():
+                self.processes[rank].send_signal(signal.SIGTERM)
+            if not self.wait(PEER_SECONDS):
+                self.kill()
+        self.record("ended because another rank had failed")
+
+    def record(self, why_cut: str) -> None:
+        found = [self._failure(rank, why_cut) for rank, process in self.processes.items() if process.returncode]
+        self.failures = sorted(found, key=lambda failure: (failure.consequence, failure.time, failure.rank))
+
+    def _failure(self, rank: int, why_cut: str) -> Failure:
+        code = self.processes[rank].returncode
+        name = signal_name(-code) if code < 0 else None
+        told = read_error(self.error_file(rank))
+        ended = self.error_file(rank).stat().st_mtime if told else self.ended_at[rank]
+        message, trace = told or read_log_end(self.log(rank), self.log_starts[rank])
+        # An unreadable error file makes the agent itself fail, with an error that hides this one.
+        if not told:
+            self.error_file(rank).unlink(missing_ok=True)
+        if rank in self.cut_short and not told:
+            message = why_cut
+        elif name and not told:
+            message = f"killed by {name}" + (" (out of memory? see dmesg)" if name == "SIGKILL" else "")
+        consequence = (rank in self.cut_short and not told) or bool(CONSEQUENCE.search(message))
+        where = self.log(rank)
+        return Failure(
+            rank, None if name else code, name, message, trace, socket.gethostname(), where, ended, consequence
+        )
+
+    def before_restart(self) -> None:
+        self.earlier.append(self.failures[0])
+        if self.on_restart:
+            self.on_restart(self.failures[0], self.attempt + 1)
+
+    def ending(self, kind: Literal["finished", "signalled", "failed"], number: int | None) -> Ending:
+        if self.failures and not any(not failure.consequence for failure in self.failures):
+            # Nobody else to blame: the earliest is the cause as far as anybody can tell.
+            self.failures[0] = replace(self.failures[0], consequence=False)
+        return Ending(kind, number, max(self.attempt, 0), tuple(self.failures), tuple(self.earlier))
+
+
+def _agent(argv: Sequence[str], run: _Run, stop: _StopSignals) -> LocalElasticAgent:
+    """The elastic agent that ``elastic_launch`` would build, but it stops for ``stop`` and reports to ``run``."""
+    import torch.distributed.elastic.rendezvous.registry as rendezvous
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    class Agent(LocalElasticAgent):
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, object]:
+            if stop.number:
+                raise _Stopped
+            run.prepare()
+            pids: dict[int, object] = super()._start_workers(worker_group)
+            handlers = self._pcontext.subprocess_handlers  # type: ignore[union-attr]
+            run.processes = {rank: handler.proc for rank, handler in handlers.items()}
+            return pids
+
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            if stop.number:
+                run.stop(stop.number)
+                raise _Stopped
+            if run.failed():
+                run.settle()
+                if run.failures[0].exit_code == BAD_CONFIG:
+                    self._remaining_restarts = 0
+                if self._remaining_restarts and not stop.number:
+                    run.before_restart()
+            elif run.running():
+                return RunResult(state=WorkerState.HEALTHY)
+            collected: RunResult = super()._monitor_workers(worker_group)  # all have ended
+            return collected
+
+    # 127.0.0.1 by name: the host's own name need not resolve, and the workers get this address as MASTER_ADDR.
+    parameters = RendezvousParameters("c10d", "127.0.0.1:0", uuid.uuid4().hex, 1, 1, "127.0.0.1", timeout=900)
+    # The agent substitutes "${local_rank}" in arguments, so a dollar sign must be doubled to arrive as one.
+    shell = [part.replace("$", "$$") for part in ("-c", INTO_LOG, "worker", *argv)]
+    spec = WorkerSpec(
+        role="worker",
+        local_world_size=run.workers,
+        entrypoint="/bin/sh",
+        args=tuple(shell),
+        rdzv_handler=rendezvous.get_rendezvous_handler(parameters),
+        max_restarts=run.max_restarts,
+        monitor_interval=0.1,
+        local_addr="127.0.0.1",
+    )
+    return Agent(spec, _logs_specs(run), shutdown_timeout=int(PEER_SECONDS))
+
+
+def _logs_specs(run: _Run) -> LogsSpecs:
+    """Where the agent lets workers write errors; their output goes to the logs by the shell that starts them."""
+    from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+
+    class Logs(LogsSpecs):
+        @property
+        def root_log_dir(self) -> str:
+            return str(run.folder)
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            errors = {rank: str(run.error_file(rank)) for rank in envs}
+            for rank, environment in envs.items():
+                environment["TORCHELASTIC_ERROR_FILE"] = errors[rank]
+                environment["DTRAIN_LOG"] = str(run.log(rank))
+                environment.update(run.environment)
+            terminal = dict.fromkeys(envs, "")  # the agent's word for "opens no file"
+            return LogsDest(stdouts=terminal, stderrs=terminal, error_files=errors)
+
+    return Logs()
+
+
+@contextlib.contextmanager
+def _agent_environment() -> Iterator[None]:
+    """What the agent reads from its own environment, put back afterwards."""
+    wanted = {
+        # Else a restart reuses the store of the first attempt, and gloo reads addresses of dead processes from it.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours; the list may not be empty
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _agent_log(path: Path) -> Iterator[None]:
+    """The agent's own lines go to a file: the first thing on the terminal is to be the root cause."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+        handler.close()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"  # a zombie is dead, only not yet waited for
