@@ -1,0 +1,1 @@
+"""Models that come with dtrain; each is called as ``model(batch) -> scalar mean loss``."""

@@ -1,0 +1,51 @@
+"""Which checkpoint a run goes on from: rank 0 looks, everybody hears the same answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dtrain.checkpoint import newest, verify
+from dtrain.checkpoint.folders import step_of
+from dtrain.config import Config
+from dtrain.errors import ResumeError
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The newest usable checkpoint of the run folder, else what ``run.resume`` points to; None for a fresh start.
+
+    A damaged one is set aside with a warning and an older one is taken. A run that was restarted goes on from its own
+    checkpoints even with ``run.resume=never``, which forbids only to begin in a folder that has a run.
+
+    Raises ``ResumeError`` if ``run.resume`` is a path without a usable checkpoint.
+    """
+    found: list[Path | str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = _look(Path(config.run.dir), config.run.resume)
+        except Exception as error:  # the others are waiting; they must not wait for a rank that is gone
+            found[0] = f"{error}"
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise ResumeError(found[0])
+    return found[0]
+
+
+def finished_before(resumed_from: Path | None, folder: Path, step: int) -> bool:
+    """Whether the checkpoint that this run went on from is its own and already of this step: nothing was left to do."""
+    return resumed_from is not None and resumed_from.parent == folder / "checkpoints" and step_of(resumed_from) == step
+
+
+def _look(folder: Path, resume: str) -> Path | None:
+    own = newest(folder / "checkpoints", set_aside=True) if (folder / "checkpoints").is_dir() else None
+    if own is not None or resume in ("auto", "never"):
+        return own
+    there = Path(resume)
+    if there.name.startswith("step-"):
+        verify(there)
+        return there
+    other = newest(there / "checkpoints")
+    if other is None:
+        raise ResumeError(f"run.resume={resume} has no usable checkpoint; give another run folder, or auto")
+    return other

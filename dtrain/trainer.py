@@ -1,0 +1,324 @@
+"""The training loop: one rank of one run, from an existing process group to a summary.
+
+    batch -> engine.forward_backward -> sync.finish -> clip -> sync.step -> report, evaluate, checkpoint
+
+`train` may be called in any process that has joined a process group of the right size; the command ``dtrain train``
+does so in its workers, tests do it in theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from dtrain import rng, snapshot
+from dtrain.account import Account
+from dtrain.checkpoint import Placement, export, load, read_manifest, write
+from dtrain.checkpoint.folders import write_text_durably
+from dtrain.comm.schedules.sync import Attached, Sync
+from dtrain.config import Config, instantiate
+from dtrain.control import Control, Report
+from dtrain.data.batches import fetch, positions
+from dtrain.data.order import example_at
+from dtrain.engines import Engine, EngineOptions, build_engine
+from dtrain.errors import TooManySkippedSteps
+from dtrain.evaluation import evaluate
+from dtrain.lr import learning_rate_factor
+from dtrain.mesh import build_mesh
+from dtrain.metrics import MetricsWriter, cut
+from dtrain.report.summary import Summary
+from dtrain.resuming import find_checkpoint, finished_before
+
+Reason = Literal["finished", "stopped", "signal"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `train` ended: at which step, and why. ``signal``: the number of the signal, or 0."""
+
+    reason: Reason
+    step: int
+    signal: int
+
+
+def train(
+    config: Config,
+    *,
+    requested: Callable[[], int] = lambda: 0,
+    attempt: str = "0",
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Outcome:
+    """Train as ``config`` says, from the newest checkpoint if there is one. Collective over the default group.
+
+    Args:
+        config: frozen; every rank has the same.
+        requested: the signal that asked this rank to stop, or 0. Acted on when all ranks have heard of it.
+        attempt: differs between processes that may write into the same run folder one after the other.
+        on_step: called after each step with its number (fault injection in tests).
+
+    Raises ``TooManySkippedSteps``, and what data sets, models, engines and checkpoints raise.
+    """
+    run = _Run(config, requested, attempt)
+    try:
+        return run.loop(on_step)
+    finally:
+        run.close()
+
+
+class _Run:
+    def __init__(self, config: Config, requested: Callable[[], int], attempt: str) -> None:
+        self.config, self.requested, self.attempt = config, requested, attempt
+        self.folder = Path(config.run.dir)
+        self.mesh = build_mesh(config.mesh.replicate, config.mesh.shard)
+        self.control = Control(self.mesh.control)
+        self.place = Placement(
+            replica=self.mesh.replica, replicas=self.mesh.replicas, shard=self.mesh.shard, shards=self.mesh.shards
+        )
+        self.data: Any = instantiate(config.data, "data", split="train")
+        self.held_out: Any = None
+        if config.train.evaluation_examples:
+            self.held_out = instantiate(config.data, "data", split="validation")
+        self.tokens_per_example = int(getattr(self.data, "tokens_per_example", 1))
+        rng.seed_everything(config.train.seed)
+        self.model = self._model()
+        self.engine = self._engine()
+        self.sync = cast(Sync, instantiate(config.sync, "sync"))
+        self.attached: Attached = self.sync.bind(self.engine.pieces, config.train.seed)
+        self.account = Account(self.mesh.channel.meter, self.mesh.control.meter)
+        self.resumed_from = self._resume()
+        self.metrics = self._metrics()
+        self.validation_loss: float | None = None
+        self.last_loss: float | None = None
+
+    def _model(self) -> nn.Module:
+        extra: dict[str, object] = {}
+        settings = self.config.model
+        if settings.get("_target_") == "dtrain.models.transformer.Transformer":
+            extra = {"vocab_size": self.data.vocab_size, "max_length": self.data.tokens_per_example}
+            extra = {name: value for name, value in extra.items() if name not in settings}
+        model = instantiate(settings, "model", **extra)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: {settings['_target_']} makes a {type(model).__name__}, no torch.nn.Module")
+        return model
+
+    def _engine(self) -> Engine:
+        config = self.config
+        share = config.train.batch_size // self.mesh.world
+        micro = config.train.microbatch_size or share
+        options = EngineOptions(
+            precision=config.engine.precision,
+            activation_checkpointing=config.engine.activation_checkpointing,
+            bucket_mib=config.engine.bucket_mib,
+            clip_norm=config.train.clip_norm,
+            microbatches=share // micro,
+            microbatch_size=micro,
+        )
+        self.peak_lr = float(cast(float, config.optim.inner.get("lr", 1e-3)))
+
+        def optimizer(parameters: object) -> torch.optim.Optimizer:
+            return cast(torch.optim.Optimizer, instantiate(config.optim.inner, "optim.inner", params=parameters))
+
+        return build_engine(config.engine.name, self.model, optimizer, self.mesh, options)
+
+    def _resume(self) -> Path | None:
+        """Go on from the newest checkpoint, if there is one: sets parameters, state, generators and accounts."""
+        seed, rank = self.config.train.seed, self.mesh.rank
+        path = find_checkpoint(self.config)
+        if path is None:
+            rng.seed_everything(seed, rank)
+            return None
+        pieces = self.engine.pieces
+        state = load(path, place=self.place, segments=snapshot.wanted(pieces), shapes=pieces.shapes)
+        snapshot.put_back(state, self.attached, self.model)
+        if state.rng:
+            rng.restore(state.rng)
+        else:  # another number of ranks: each starts a stream of its own, declared by the checkpoint as translated
+            rng.seed_everything(seed, rank, self.attached.steps)
+        self.account.restore(read_manifest(path).meta)
+        if rank == 0:
+            print(f"resumed from {path}", *(f"  {name}: {how}" for name, how in state.translated.items()), sep="\n")
+        return path
+
+    def _metrics(self) -> MetricsWriter:
+        step = self.attached.steps
+        writes = self.mesh.rank == 0
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / "metrics.jsonl").exists():
+                cut(self.folder / "metrics.jsonl", step if self.resumed_from else -1)
+        return MetricsWriter(self.folder, enabled=writes, purge_step=step + 1)
+
+    def loop(self, on_step: Callable[[int], None]) -> Outcome:
+        settings = self.config.train
+        end = min(settings.steps, settings.stop_after_steps or settings.steps)
+        stop = 0
+        if self.attached.steps == 0:
+            self._evaluate()
+        while self.attached.steps < end and not stop:
+            report = self._step()
+            step = self.attached.steps
+            if step % settings.agree_every_steps == 0 or step % settings.log_every_steps == 0 or step == end:
+                stop = self._collect() or stop
+                self._start(step, report)
+            if settings.evaluate_every_steps and step % settings.evaluate_every_steps == 0 and step != end:
+                stop = self._collect() or stop
+                self._evaluate()
+            if settings.checkpoint_every_steps and step % settings.checkpoint_every_steps == 0 and step != end:
+                stop = self._collect() or stop
+                self._checkpoint()
+            on_step(step)
+        self._collect()
+        return self._finish(end, stop)
+
+    def _step(self) -> Report:
+        """One optimizer step on this rank's share of the global batch."""
+        settings, step = self.config.train, self.attached.steps
+        with self.account.step():
+            share = positions(step, batch_size=settings.batch_size, rank=self.mesh.rank, world=self.mesh.world)
+            indices = [example_at(settings.seed, position, len(self.data)) for position in share]
+            size = self.engine.options.microbatch_size
+            parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+            batches = [self._to_device(fetch(self.data, part)) for part in parts]
+            self.engine.set_learning_rate(self.peak_lr * self._lr_factor(step))
+            with self.account.computing():
+                loss = self.engine.forward_backward(batches)
+                self.attached.finish()
+                self.engine.clip()
+                self.attached.step()
+        if self.attached.skipped_in_a_row > settings.max_skipped_steps:
+            raise TooManySkippedSteps(
+                f"step {step}: {self.attached.skipped_in_a_row} steps in a row had NaN or Inf in a gradient, more than "
+                f"train.max_skipped_steps={settings.max_skipped_steps}; lower the learning rate or look at the data; "
+                f"the last checkpoint in {self.folder} is as it was"
+            )
+        self.account.tokens += settings.batch_size * self.tokens_per_example
+        return Report(self.requested(), float(loss), len(indices) * self.tokens_per_example)
+
+    def _lr_factor(self, step: int) -> float:
+        optim = self.config.optim
+        return learning_rate_factor(
+            step,
+            schedule=optim.schedule,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.config.train.steps,
+            final_fraction=optim.final_lr_fraction,
+        )
+
+    def _start(self, step: int, report: Report) -> None:
+        """Send this step's report; its row of metrics is written when everybody's has arrived."""
+        self.control.start(report)
+        self._row = {
+            "step": step,
+            "tokens": self.account.tokens,
+            "seconds": self.account.seconds,
+            "sent_bytes": self.account.sent_bytes,
+            "exposed_seconds": self.account.exposed_seconds,
+            "learning_rate": self.peak_lr * self._lr_factor(step - 1),
+            "gradient_norm": self.engine.gradient_norm,
+            "skipped_steps": self.attached.skipped,
+        }
+
+    def _collect(self) -> int:
+        """Read what was started, write its row if it is one to be logged, and return the signal to stop for, or 0."""
+        total = self.control.collect()
+        if total is None:
+            return 0
+        self.last_loss = total.loss
+        step = self._row["step"]
+        if step % self.config.train.log_every_steps == 0 or step == self.config.train.steps:
+            self.metrics.write({"step": int(step), "loss": total.loss, **self._row})
+        return total.stop
+
+    def _evaluate(self) -> None:
+        if self.held_out is None:
+            return
+        with self.attached.evaluation():
+            self.validation_loss = evaluate(
+                self.engine, self.held_out, self.config.train.evaluation_examples, self.mesh, self.control
+            )
+        self.metrics.write({"step": self.attached.steps, "validation_loss": self.validation_loss})
+
+    def _checkpoint(self) -> Path:
+        return write(
+            self.folder / "checkpoints",
+            step=self.attached.steps,
+            state=snapshot.capture(self.attached, self.model),
+            place=self.place,
+            shapes=self.engine.pieces.shapes,
+            barrier=self.control.barrier,
+            keep=self.config.train.keep_checkpoints,
+            meta=self.account.record(),
+            attempt=self.attempt,
+            resumed_from=self.resumed_from,
+        )
+
+    def _finish(self, end: int, stop: int) -> Outcome:
+        """The last checkpoint, the export and the summary; what is already there stays."""
+        step = self.attached.steps
+        if finished_before(self.resumed_from, self.folder, step):
+            path = cast(Path, self.resumed_from)
+        else:
+            if step == end:
+                self._evaluate()
+            path = self._checkpoint()
+        finished = step >= self.config.train.steps
+        reason: Reason = "finished" if finished else ("stopped" if step == end else "signal")
+        outcome = Outcome(reason, step, stop if reason == "signal" else 0)
+        if self.mesh.rank == 0:
+            if reason != "signal":
+                self._summarize(path)
+            text = json.dumps({"reason": reason, "signal": outcome.signal or None, "step": step})
+            write_text_durably(self.folder / "outcome.json", text + "\n")
+        self.control.barrier()
+        return outcome
+
+    def _summarize(self, path: Path) -> None:
+        digest = export(path, self.folder / "export" / "model.safetensors")
+        old = self.folder / "summary.json"
+        if self.last_loss is None and old.exists():
+            return  # nothing was left to do
+        account, mesh = self.account, self.mesh
+        parameters = sum(torch.Size(shape).numel() for shape in self.engine.pieces.shapes.values())
+        Summary(
+            run="/".join(self.folder.parts[-2:]),
+            replicas=mesh.replicas,
+            shards=mesh.shards,
+            engine=self.config.engine.name,
+            steps=self.attached.steps,
+            seconds=account.seconds,
+            skipped_steps=self.attached.skipped,
+            loss=self.last_loss,
+            validation_loss=self.validation_loss,
+            evaluated="anchor parameters" if "anchor" in self.attached.state.kinds else "parameters",
+            tokens_per_second=account.tokens / account.seconds if account.seconds else None,
+            sent_bytes_per_rank=account.sent_bytes,
+            dense_bytes_per_rank=dense_bytes(parameters, mesh.replicas, mesh.shards) * self.attached.steps,
+            compute_utilization=account.compute_utilization,
+            exposed_fraction=account.exposed_fraction,
+            parameters_digest=digest,
+        ).write(old)
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.attached.detach()
+        self.mesh.control.close()
+        self.engine.close()
+
+
+def dense_bytes(parameters: int, replicas: int, shards: int) -> int:
+    """What one rank sends across the replicate axis for one dense fp32 gradient exchange.
+
+    >>> dense_bytes(1000, replicas=2, shards=2)
+    2000
+    """
+    return 2 * (replicas - 1) * 4 * (parameters // shards) // replicas
