@@ -97,8 +97,8 @@ def error_feedback(compressor: Compressor) -> Compression:
         raise ValueError("error_feedback around error_feedback would send every error twice; use it once")
     if not compressor.delta > 0:
         raise ValueError(
-            f"{compressor} guarantees no contraction (delta = {compressor.delta:.3g}), so its residual may grow without "
-            "bound; use smaller blocks or more bits (quantize), another dtype (cast), or leave error_feedback out"
+            f"{compressor} guarantees no contraction (delta = {compressor.delta:.3g}), so its residual may grow "
+            "without bound; use smaller blocks or more bits (quantize), another dtype (cast), or leave error_feedback out"
         )
     return Compression(compressor, EF14())
 
@@ -111,4 +111,4 @@ def as_compression(compress: Compressor | Compression | None) -> Compression:
         return compress
     if isinstance(compress, Compressor):
         return Compression(compress, NoFeedback())
-    raise TypeError(f"compress is {compress!r}; give a compressor such as quantize(bits=8), or error_feedback(...) of one")
+    raise TypeError(f"compress is {compress!r}; give a compressor, as quantize(bits=8), or error_feedback(...) of one")

@@ -99,7 +99,7 @@ def payload_bytes(payload: Payload) -> int:
 
 
 def sent_bytes(op: Op, *, rank: int, world: int) -> int:
-    """Payload bytes that ``rank`` puts on its link for ``op``, with the algorithms that gloo and NCCL use for large ones.
+    """Payload bytes that ``rank`` puts on its link for ``op``, by the algorithms that transports use for large ones.
 
     All-reduce: a ring, 2 (world - 1) / world of the payload. All-gather: a ring that passes on everybody else's part.
     All-to-all: every row but one's own. Broadcast: charged to the source alone.

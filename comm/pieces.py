@@ -30,9 +30,16 @@ class Pieces(Protocol):
     """
 
     channel: Channel
-    segments: Mapping[str, Segment]
-    held: Mapping[str, Segment]
-    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def segments(self) -> Mapping[str, Segment]: ...
+
+    @property
+    def held(self) -> Mapping[str, Segment]: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The unsharded shape of each trained parameter, empty pieces included."""
 
     @property
     def place(self) -> Place:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Kind: TypeAlias = Literal["replicated", "per_worker", "partitioned"]
-"""``replicated``: bitwise equal on all peers. ``per_worker``: each peer's own. ``partitioned``: one owner per element."""
+"""``replicated``: bitwise equal on all peers. ``per_worker``: each its own. ``partitioned``: one owner per element."""
 
 Tensors: TypeAlias = dict[str, dict[str, Tensor]]
 

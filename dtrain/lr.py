@@ -11,13 +11,15 @@ SCHEDULES = ("cosine", "linear", "constant")
 def learning_rate_factor(
     step: int, *, schedule: str, warmup_steps: int, total_steps: int, final_fraction: float
 ) -> float:
-    """What the base learning rate is multiplied by in ``step``, counted from 0; in [0, 1], or above 1 never.
+    """What the base learning rate is multiplied by in ``step`` (from 0); in [0, 1].
 
-    Warm-up is linear and never 0: ``1 / warmup_steps`` in step 0, 1 in step ``warmup_steps - 1``. "cosine" and "linear"
-    then fall from 1 to ``final_fraction``, reached in the last step, ``total_steps - 1``, and kept beyond it; "constant"
-    stays 1 and ignores ``final_fraction``. Raises ``ValueError`` for an unknown schedule or values out of range.
+    Warm-up is linear and never 0: ``1 / warmup_steps`` in step 0, 1 in step ``warmup_steps - 1``. "cosine" and
+    "linear" then fall from 1 to ``final_fraction``, reached in the last step, ``total_steps - 1``, and kept beyond it;
+    "constant" stays 1 and ignores ``final_fraction``. Raises ``ValueError`` for an unknown schedule or values out of
+    range.
 
-    >>> [learning_rate_factor(s, schedule="linear", warmup_steps=2, total_steps=6, final_fraction=0.2) for s in (0, 1, 5)]
+    >>> settings = {"schedule": "linear", "warmup_steps": 2, "total_steps": 6, "final_fraction": 0.2}
+    >>> [learning_rate_factor(step, **settings) for step in (0, 1, 5)]
     [0.5, 1.0, 0.2]
     """
     if schedule not in SCHEDULES:

@@ -1,6 +1,6 @@
 """The mesh of a run: replicas x shards, and which process group carries what.
 
-    rank = replica * shards + shard          peers: the ranks of one shard;  a replica: the ranks of one row
+rank = replica * shards + shard          peers: the ranks of one shard;  a replica: the ranks of one row
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Between a run in memory and its checkpoint: what is captured from engine and sync, and how it goes back.
 
-    parameters, optimizer.NAME   kind: what the sync says of the live parameters (every step: replicated; local: per worker)
-    sync.NAME                    kind: declared by the sync for each name
-    integers, rng, buffers       the sync's counters; each rank's generators; each replica's buffers
+parameters, optimizer.NAME   replicated or per worker, as the sync says of the live parameters
+sync.NAME                    as the sync declares for each name
+integers, rng, buffers       the sync's counters; each rank's generators; each replica's buffers
 """
 
 from __future__ import annotations

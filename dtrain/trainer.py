@@ -9,7 +9,6 @@ does so in its workers, tests do it in theirs.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

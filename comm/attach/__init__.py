@@ -60,9 +60,7 @@ def attach(
     return sync.bind(pieces_of(model, optimizer, channel, overlap=False), seed)
 
 
-def pieces_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool
-) -> Pieces:
+def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool) -> Pieces:
     """The adapter for ``model``; see `attach`. ``overlap``: the caller waits (`Pieces.finish`) before it clips."""
     if hasattr(model, "zero_optimization_stage"):
         from dtrain.comm.attach.zero import zero_pieces
@@ -99,6 +97,7 @@ def _gathered(ranks: list[int]) -> set[tuple[int, ...]]:
 
 
 def _new_group(partition: list[list[int]] | list[tuple[int, ...]]) -> dist.ProcessGroup:
+    mine: dist.ProcessGroup | None
     mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
     assert mine is not None  # the partition holds every rank
     return mine

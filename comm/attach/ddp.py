@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.aggregators.mean import rank_order_mean
@@ -25,7 +26,7 @@ from dtrain.comm.pieces import Exchange
 
 
 class DDPPieces:
-    """Pieces of a model in DDP. ``channel`` needs both axes; together they span the ranks that DDP would average over."""
+    """Pieces of a model in DDP. ``channel`` has both axes; together they span what DDP would average over."""
 
     def __init__(self, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
         self.model, self.optimizer, self.channel = model, optimizer, channel
@@ -35,7 +36,8 @@ class DDPPieces:
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
         self.held = {name: Segment(name, 0, p.numel()) for name, p in self.parameters.items()}
-        slices = (even_slice(n, p.numel(), part=self.shard.rank, parts=self.shard.size) for n, p in self.parameters.items())
+        rank, size = self.shard.rank, self.shard.size
+        slices = (even_slice(name, p.numel(), part=rank, parts=size) for name, p in self.parameters.items())
         self.segments = {segment.fqn: segment for segment in slices if segment.numel}
         self._exchange: Exchange | None = None
         self._under_way: list[Handle[None]] = []
@@ -99,7 +101,7 @@ class DDPPieces:
         """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
         self._detached = True
 
-    def _on_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         if self._detached:

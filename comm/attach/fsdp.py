@@ -97,7 +97,7 @@ class FSDPPieces:
             unit.set_all_reduce_hook(lambda flat: None)
 
     def _hook(self, unit: FSDPModule, exchange: Exchange, names: Mapping[int, str]) -> Callable[[Tensor], None]:
-        groups = [group for group in _parameter_groups(unit)]
+        groups = _parameter_groups(unit)
 
         def hook(flat: Tensor) -> None:
             gradients: dict[str, Tensor] = {}
@@ -167,7 +167,7 @@ def _segment(fqn: str, parameter: Tensor) -> Segment:
         raise ValueError(f"{fqn} is not sharded by FSDP2; call fully_shard on the root module too")
     if parameter.device_mesh.ndim != 1:
         raise ValueError(
-            "the model is sharded over a mesh with a replicate axis (native HSDP), whose all-reduce cannot be replaced; "
+            "the model is sharded over a mesh with a replicate axis (native HSDP), whose all-reduce nobody can replace; "
             'give fully_shard the shard axis alone, for example mesh=mesh["shard"]'
         )
     (placement,) = parameter.placements

@@ -19,6 +19,15 @@ def is_scalar(tensor: Tensor) -> bool:
     return tensor.dim() == 0
 
 
+def require_elementwise(tensor: Tensor, parameter: Tensor, what: str) -> None:
+    """Raise ``ValueError`` unless a state tensor is a number or has one element for each of its parameter."""
+    if not is_scalar(tensor) and tensor.shape != parameter.shape:
+        raise ValueError(
+            f"{what} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}; only elementwise "
+            "optimizers can be checkpointed, for example AdamW"
+        )
+
+
 def elementwise_state(
     optimizer: torch.optim.Optimizer, parameters: Named, local: Callable[[Tensor], Tensor]
 ) -> dict[str, dict[str, Tensor]]:
@@ -32,11 +41,7 @@ def elementwise_state(
             if value is None:
                 continue  # SGD without momentum stores momentum_buffer=None
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            if not is_scalar(tensor) and tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"the optimizer's {name!r} of {fqn} has shape {tuple(tensor.shape)}, the parameter "
-                    f"{tuple(parameter.shape)}; only elementwise optimizers can be checkpointed, for example AdamW"
-                )
+            require_elementwise(tensor, parameter, f"the optimizer's {name!r} of {fqn}")
             found.setdefault(name, {})[fqn] = tensor if is_scalar(tensor) else local(tensor)
     return found
 

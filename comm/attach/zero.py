@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.comm.attach.optimizer import is_scalar
+from dtrain.comm.attach.optimizer import is_scalar, require_elementwise
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named, Segment
 from dtrain.comm.ops import Flow, Place
@@ -75,10 +75,10 @@ class ZeroPieces(ABC):
                 "gradients are complete only at the last microbatch; call engine.step() on the others and the sync's "
                 "step() on the last"
             )
-        handles = [
-            self.channel.start(_fill(self._exchange, {fqn: self._gradient(self.homes[fqn]) for fqn in fqns}), "gradients")
-            for fqns in self._messages()
-        ]
+        handles = []
+        for fqns in self._messages():
+            gradients = {fqn: self._gradient(self.homes[fqn]) for fqn in fqns}
+            handles.append(self.channel.start(_fill(self._exchange, gradients), "gradients"))
         for handle in handles:
             handle.wait()
         self._exchanged = True
@@ -109,11 +109,7 @@ class ZeroPieces(ABC):
                 if value is None:
                     continue
                 tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-                if not is_scalar(tensor) and tensor.shape != flat.shape:
-                    raise ValueError(
-                        f"the optimizer's {name!r} has shape {tuple(tensor.shape)} for a flat group of {tuple(flat.shape)}; "
-                        "only elementwise optimizers can be checkpointed, for example AdamW"
-                    )
+                require_elementwise(tensor, flat, f"the optimizer's {name!r} of the flat group that holds {fqn}")
                 piece = tensor if is_scalar(tensor) else tensor[home.start : home.start + home.segment.numel]
                 found.setdefault(name, {})[fqn] = piece
         return found
@@ -229,8 +225,8 @@ def zero_pieces(engine: Any, channel: Channel) -> ZeroPieces:
     kind = type(engine.optimizer).__name__
     if kind == "BF16_Optimizer":
         raise ValueError(
-            "ZeRO-1 in bf16 with data_types.grad_accum_dtype=fp32 keeps whole gradients and clips by a norm that dtrain "
-            "cannot correct; use stage 2, or leave grad_accum_dtype out"
+            "ZeRO-1 in bf16 with data_types.grad_accum_dtype=fp32 keeps whole gradients and clips by a norm that "
+            "dtrain cannot correct; use stage 2, or leave grad_accum_dtype out"
         )
     if stage not in (1, 2, 3):
         raise ValueError(f"the DeepSpeed engine runs ZeRO stage {stage}; dtrain attaches to stages 1, 2 and 3")

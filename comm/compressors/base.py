@@ -23,7 +23,7 @@ class Compressor(Protocol):
 
     @property
     def delta(self) -> float:
-        """Contraction: E |decode(encode(x)) - x|^2 <= (1 - delta) |x|^2 for every x; not positive if none is guaranteed."""
+        """Contraction: E |decode(encode(x)) - x|^2 <= (1 - delta) |x|^2 for every x; <= 0 guarantees nothing."""
 
     @property
     def linear(self) -> bool:
@@ -37,4 +37,3 @@ class Compressor(Protocol):
 
     def row_bytes(self, width: int) -> int:
         """Bytes of one encoded row of ``width`` elements."""
-

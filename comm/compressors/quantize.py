@@ -32,7 +32,7 @@ class Quantize:
 
     @property
     def levels(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def unbiased(self) -> bool:
@@ -104,14 +104,14 @@ def quantize(*, bits: int = 8, block: int = 512, rounding: str = "nearest") -> Q
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """``codes`` [m, width] uint8 below 2^bits, as [m, ceil(width * bits / 8)] bytes, the first code in the lowest bits."""
+    """``codes`` [m, width] uint8 below 2^bits as [m, ceil(width * bits / 8)] bytes, the first code lowest."""
     if bits == 8:
         return codes
     width = codes.shape[1]
     groups = F.pad(codes, (0, -width % 8)).view(codes.shape[0], -1, 8)  # 8 codes fill `bits` bytes
     shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
     words = (groups.to(torch.int64) << shifts).sum(-1)
-    octets = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 0xFF
+    octets: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 0xFF
     return octets.to(torch.uint8).flatten(1)[:, : -(-width * bits // 8)]
 
 
@@ -123,5 +123,5 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
     octets = F.pad(packed, (0, groups * bits - packed.shape[1])).view(packed.shape[0], groups, bits)
     shifts = torch.arange(0, 8 * bits, 8, device=packed.device)
     words = (octets.to(torch.int64) << shifts).sum(-1)
-    codes = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, bits, device=packed.device)) & (2**bits - 1)
+    codes: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, bits, device=packed.device)) & (2**bits - 1)
     return codes.to(torch.uint8).flatten(1)[:, :width]

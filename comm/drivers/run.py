@@ -94,7 +94,7 @@ class Channel:
         self.groups = dict(groups)
         self.meter = meter if meter is not None else Meter()
         self.places = {axis: Place(group.rank(), group.size()) for axis, group in self.groups.items()}
-        self._queue: queue.SimpleQueue[_Job | None | Channel] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Job | Channel | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="dtrain-channel", daemon=True)
         self._thread.start()
@@ -230,7 +230,7 @@ class _Travelling:
 
 
 def pack(payload: Payload, *, rows: int) -> Tensor:
-    """All tensors of a payload as bytes, ``[rows, bytes]`` uint8; the leading dim of each is ``rows`` unless that is 1."""
+    """All tensors of a payload as bytes, ``[rows, bytes]`` uint8; unless it is 1, ``rows`` is their leading dim."""
     parts = [
         tensor.contiguous().view(-1).view(torch.uint8).view(rows, tensor.numel() * tensor.element_size() // rows)
         for tensor in payload

@@ -6,7 +6,7 @@ Ranks that disagree about the next op (its kind, axis, shapes or dtypes) are an 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -40,7 +40,7 @@ def simulate(flows: Sequence[Flow[R]]) -> list[R]:
         replies = _replies(pending)
         ops = [_advance(flow, replies[rank], results, rank) for rank, flow in enumerate(flows)]
         round_number += 1
-    return [result for result in results]  # type: ignore[misc]
+    return cast(list[R], results)
 
 
 def _advance(flow: Flow[R], reply: Payload | None, results: list[R | None], rank: int) -> Op | None:
@@ -60,9 +60,10 @@ def _check_agreement(ops: Sequence[Op], round_number: int) -> None:
     wanted = _signature(ops[0])
     for rank, op in enumerate(ops):
         if _signature(op) != wanted:
-            raise RuntimeError(f"op {round_number} differs: rank 0 yields {wanted}, rank {rank} yields {_signature(op)}")
+            other = _signature(op)
+            raise RuntimeError(f"op {round_number} differs: rank 0 yields {wanted}, rank {rank} yields {other}")
         if op.axis != "replicate":
-            raise RuntimeError(f"op {round_number} goes across the {op.axis} axis; simulate has the replicate axis only")
+            raise RuntimeError(f"op {round_number} goes across the {op.axis} axis; simulate knows replicate only")
 
 
 def _replies(ops: Sequence[Op]) -> list[Payload]:

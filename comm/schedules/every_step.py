@@ -69,6 +69,9 @@ class _AttachedEveryStep(Attached):
         ok, self._all_finite = self._all_finite, True
         return ok
 
+    def _after_step(self) -> None:
+        """Nothing: all replicas have made the same step."""
+
 
 def every_step(
     *,
@@ -95,8 +98,10 @@ def every_step(
         raise ValueError(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")
     if route == "all_reduce":
         if not compression.compressor.linear:
-            raise ValueError(f"{compression.compressor} is not linear, so an all-reduce cannot sum its payloads; use "
-                             "route='two_phase'")
+            raise ValueError(
+                f"{compression.compressor} is not linear, so an all-reduce cannot sum its payloads; use "
+                "route='two_phase'"
+            )
         if not isinstance(compression.feedback, NoFeedback):
             raise ValueError("route='all_reduce' keeps no error feedback; use route='two_phase'")
         if rule is not rank_order_mean:

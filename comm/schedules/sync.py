@@ -72,6 +72,7 @@ class Attached(ABC):
     def _gradients_ok(self) -> bool:
         """Whether the exchange of this step's gradients succeeded; the same on all peers. Called once a step."""
 
+    @abstractmethod
     def _after_step(self) -> None:
         """What happens to the parameters when the inner optimizer has stepped."""
 

@@ -2,8 +2,8 @@
 
 A Feistel network (Luby and Rackoff 1988) is a bijection of the 2k-bit integers for any round function; walking the
 cycle until the value falls below ``length`` makes it one of [0, length) (Black and Rogaway 2002, section 5). The domain
-is the smallest even power of two that holds ``length``, below 4 * length, so that fewer than 4 walks are expected.
-Only integers below 2**64 are multiplied and shifted: the same result on every platform and in every Python.
+is the smallest power of four that holds ``length``, at most 4 * length, so that at most 4 walks are expected.
+Integers are masked to 64 bits: the same result on every platform and in every Python.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def _mix(value: int) -> int:
 def example_at(seed: int, position: int, length: int) -> int:
     """The example, in [0, length), at global sample ``position`` (from 0, not wrapped at the end of an epoch).
 
-    Within an epoch, ``position // length``, every example is visited once. Raises ``ValueError`` for a negative position
-    or an empty data set.
+    Within an epoch, ``position // length``, every example is visited once. Raises ``ValueError`` for a negative
+    position or an empty data set.
 
     >>> sorted(example_at(7, position, 10) for position in range(10, 20)) == list(range(10))
     True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sysconfig
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +24,13 @@ VOCAB_SIZE = 256
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
-@dataclass(frozen=True)
-class TextFile:
-    """One file of the corpus: its path below the root (with "/" on every system) and its bytes."""
-
-    name: str
-    content: bytes
-
-
 class ByteText:
-    """Non-overlapping windows of ``block`` bytes over the text files of a folder, or over one file.
+    """Non-overlapping windows of ``block`` bytes over the text files of a folder, or over one file, held in memory.
 
     ``data[i]`` is ``{"input": int64 [block], "target": int64 [block]}``, the target one byte ahead. Files are joined in
-    the order of their names. Whole files are held out for validation, about ``held_out`` of them, chosen by a hash of the
-    name so that a new file moves no other; a single file gives its last part. ``path=None`` reads the standard
-    library's ``*.py`` files. Raises ``DataError`` where there is nothing, or too little, to read.
+    the order of their names. Whole files are held out for validation, about ``held_out`` of them, chosen by a hash of
+    the name; a single file gives its last part. ``path=None`` reads the standard library's ``*.py`` files, whatever
+    ``suffixes`` says. Raises ``DataError`` where there is nothing, or too little, to read.
 
     >>> text = ByteText(block=64)
     >>> text[0]["input"].shape, text.vocab_size, text.tokens_per_example
@@ -56,141 +48,155 @@ class ByteText:
         held_out: float = 0.05,
         suffixes: Sequence[str] = SUFFIXES,
     ) -> None:
-        check_split(split)
-        check_block(block)
-        files = read_files(path, suffixes)
-        parts = split_files(files, held_out)
-        self.tokens_per_example = block
-        self.split = split
-        self._root = str(Path(path) if path is not None else _stdlib())
-        self._files = files
-        self._sizes = {name: len(part) for name, part in parts.items()}
+        check_window(split, block)
+        found = find_files(path, suffixes)
+        contents = {name: read_file(file) for name, file in found.items()}
+        parts = split_contents(contents, held_out)
+        root = str(root_of(path))
         for name, part in parts.items():
             if len(part) <= block:
                 raise DataError(
-                    f"the {name} part of {self._root} holds {len(part)} bytes, one example needs {block + 1}; "
-                    "give more text, a smaller block, or another held_out share"
+                    f"the {name} part of {root!r} holds {len(part)} bytes, and one example takes {block + 1}; "
+                    "give more text, a smaller block or another held_out"
                 )
+        self.tokens_per_example = block
         self._bytes: npt.NDArray[np.uint8] = np.frombuffer(parts[split], dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return (len(self._bytes) - 1) // self.tokens_per_example
-
-    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
-        return window(self._bytes, index, self.tokens_per_example)
-
-    def describe(self) -> dict[str, object]:
-        """What identifies the data: root, files with sizes (bytes), SHA-256 of both splits together, split sizes."""
-        return {
-            "root": self._root,
-            "files": {file.name: len(file.content) for file in self._files},
-            "sha256": digest(self._files),
-            "bytes": dict(self._sizes),
-            "split": self.split,
-            "block": self.tokens_per_example,
+        self._description: dict[str, object] = {
+            "root": root,
+            "files": {name: len(content) for name, content in contents.items()},
+            "bytes": {name: len(part) for name, part in parts.items()},
+            "sha256": digest(contents),
+            "block": block,
+            "split": split,
         }
 
+    def __len__(self) -> int:
+        return window_count(len(self._bytes), self.tokens_per_example)
 
-def check_split(split: str) -> None:
-    """Raise ``ValueError`` for a split that is neither "train" nor "validation"."""
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
+        check_index(index, len(self))
+        return window(self._bytes, index * self.tokens_per_example, self.tokens_per_example)
+
+    def describe(self) -> dict[str, object]:
+        """What identifies the data: root, files with sizes, sizes of the splits (bytes), SHA-256 of both together."""
+        return dict(self._description)
+
+
+def check_window(split: str, block: int) -> None:
+    """Raise ``DataError`` for a split that is neither "train" nor "validation", and for a block without tokens."""
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; there are {' and '.join(map(repr, SPLITS))}")
-
-
-def check_block(block: int) -> None:
-    """Raise ``ValueError`` for a window without tokens."""
+        raise DataError(f"split is {split!r}; there are {' and '.join(map(repr, SPLITS))}")
     if block < 1:
-        raise ValueError(f"block is {block}; an example needs at least 1 token")
+        raise DataError(f"block is {block}; an example takes at least 1 token")
 
 
-def window(tokens: npt.NDArray[np.unsignedinteger], index: int, block: int) -> dict[str, Tensor]:
-    """Example ``index`` of ``tokens``: input and target, int64 ``[block]``, the target one token ahead.
-
-    Raises ``IndexError`` outside of the whole windows that ``tokens`` holds.
-    """
-    count = (len(tokens) - 1) // block
+def check_index(index: int, count: int) -> None:
+    """Raise ``IndexError`` outside of [0, count); what iterates over a data set ends there."""
     if not 0 <= index < count:
         raise IndexError(f"example {index} of {count}")
-    first = index * block
+
+
+def window_count(tokens: int, block: int) -> int:
+    """How many windows of ``block`` inputs, each with the token after it, do not overlap in ``tokens``."""
+    return max(0, tokens - 1) // block
+
+
+def window(tokens: npt.NDArray[np.unsignedinteger], first: int, block: int) -> dict[str, Tensor]:
+    """The example that starts at token ``first``: input and target, int64 ``[block]``, the target one token ahead."""
     both = torch.from_numpy(tokens[first : first + block + 1].astype(np.int64))
     return {"input": both[:-1], "target": both[1:]}
 
 
-def read_files(path: str | None, suffixes: Sequence[str] = SUFFIXES) -> list[TextFile]:
-    """The text files below a folder, or one file whatever its suffix, sorted by name; ``None``: the standard library.
+def root_of(path: str | Path | None) -> Path:
+    """Where the text lies: ``path``, or for ``None`` the folder of the standard library."""
+    if path == "":
+        raise DataError("the path of the text is empty; give a folder or a file, or null for the standard library")
+    return Path(sysconfig.get_path("stdlib")) if path is None else Path(path).expanduser()
 
-    Raises ``DataError`` where the path is missing, nothing matches or a file cannot be read.
+
+def find_files(path: str | Path | None, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
+    """The text files below a folder by name (with "/" on every system), sorted; a single file whatever its suffix.
+
+    ``None`` stands for the standard library. Links to folders are not followed. Raises ``DataError`` where the path is
+    missing, nothing matches or a folder cannot be listed.
     """
-    root = _stdlib() if path is None else Path(path).expanduser()
-    wanted = (".py",) if path is None else tuple(suffixes)
+    root = root_of(path)
+    if isinstance(suffixes, str):
+        raise DataError(f"suffixes is the text {suffixes!r}; give a list: [{suffixes!r}]")
+    wanted = tuple(suffixes) if path is not None else (".py",)
     skipped = STDLIB_SKIPPED if path is None else frozenset({"__pycache__"})
-    if not root.exists():
-        raise DataError(f"there is no file or folder {str(root)!r}; set data.path to a folder of text files")
-    if root.is_file():
-        found = {root.name: root}
-    else:
-        found = _matching(root, wanted, skipped)
-    if not found:
-        raise DataError(f"no file below {str(root)!r} ends in {' or '.join(wanted) or 'no suffix: suffixes is empty'}")
-    return [TextFile(name, _read(found[name])) for name in sorted(found)]
+    try:
+        mode = root.stat().st_mode
+    except OSError as error:
+        raise DataError(f"cannot open {str(root)!r}: {error.strerror}; give a folder of text files") from error
+    if not stat.S_ISDIR(mode):
+        return {root.name: root}
 
-
-def split_files(files: Sequence[TextFile], held_out: float) -> dict[str, bytes]:
-    """The bytes of both splits: whole files held out by the hash of their names, a single file cut near its end.
-
-    Raises ``DataError`` where ``held_out`` is no share strictly between 0 and 1.
-    """
-    if not 0.0 < held_out < 1.0:
-        raise DataError(f"held_out is {held_out}; it is a share of the data, between 0 and 1")
-    if len(files) == 1:
-        content = files[0].content
-        cut = len(content) - max(1, round(len(content) * held_out))
-        return {"train": content[:cut], "validation": content[cut:]}
-    ranks = {file.name: _rank(file.name) for file in files}
-    lowest, highest = min(ranks.values()), max(ranks.values())
-    # At least one file on each side, whatever the hashes say.
-    held = {name for name, rank in ranks.items() if rank == lowest or (rank < held_out and rank != highest)}
-    return {
-        "train": b"".join(file.content for file in files if file.name not in held),
-        "validation": b"".join(file.content for file in files if file.name in held),
-    }
-
-
-def digest(files: Sequence[TextFile]) -> str:
-    """SHA-256 over names, sizes and contents, in order: equal for equal data wherever the folder lies."""
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.name}\0{len(file.content)}\0".encode("utf-8", "surrogateescape"))
-        total.update(file.content)
-    return total.hexdigest()
-
-
-def _rank(name: str) -> float:
-    """A fixed number in [0, 1) for a file name, the same on every machine."""
-    hashed = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(hashed[:6], "big") / 2**48
-
-
-def _stdlib() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _matching(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str]) -> dict[str, Path]:
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot list {error.filename!r}: {error.strerror}") from error
 
     found = {}
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in skipped]
-        for name in names:
-            path = Path(folder, name)
-            if name.endswith(suffixes) and path.is_file():
-                found[path.relative_to(root).as_posix()] = path
-    return found
+        files = (Path(folder, name) for name in names if name.endswith(wanted))
+        found.update({file.relative_to(root).as_posix(): file for file in files})
+    if not found:
+        raise DataError(f"no file below {str(root)!r} ends in {' or '.join(wanted) or 'one of no suffixes'}")
+    return dict(sorted(found.items()))
 
 
-def _read(path: Path) -> bytes:
+def read_file(file: Path) -> bytes:
+    """The bytes of a regular file; ``DataError`` where it cannot be read (a pipe would wait for ever)."""
     try:
-        return path.read_bytes()
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise DataError(f"{str(file)!r} is not a regular file; take it out of the folder")
+        return file.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
+        raise DataError(f"cannot read {str(file)!r}: {error.strerror}") from error
+
+
+def held_out_names(names: Collection[str], held_out: float) -> frozenset[str]:
+    """The names, about ``held_out`` of them, whose hash falls below that share: a new name moves no other.
+
+    Of two names or more at least one is held out, the one with the lowest hash, and at least one is not; of a single
+    one none is. Raises ``DataError`` where ``held_out`` is no share strictly between 0 and 1.
+    """
+    if not 0.0 < held_out < 1.0:
+        raise DataError(f"held_out is {held_out}; it is a share of the text, above 0 and below 1")
+    if len(names) < 2:
+        return frozenset()
+    ranked = sorted(names, key=_rank)
+    return frozenset([ranked[0], *(name for name in ranked[1:-1] if _rank(name) < held_out)])
+
+
+def held_out_cut(length: int, held_out: float) -> int:
+    """Where a single file of ``length`` bytes or tokens is cut: what follows is held out, at least one of them."""
+    return max(0, length - max(1, round(length * held_out)))
+
+
+def split_contents(contents: dict[str, bytes], held_out: float) -> dict[str, bytes]:
+    """The bytes of both splits: whole files held out by the hash of their names, a single file cut near its end."""
+    held = held_out_names(contents, held_out)
+    if not held:
+        (content,) = contents.values()
+        cut = held_out_cut(len(content), held_out)
+        return {"train": content[:cut], "validation": content[cut:]}
+    return {
+        "train": b"".join(content for name, content in contents.items() if name not in held),
+        "validation": b"".join(content for name, content in contents.items() if name in held),
+    }
+
+
+def digest(contents: dict[str, bytes]) -> str:
+    """SHA-256 over names, sizes and contents in order: equal for equal data wherever the folder lies."""
+    total = hashlib.sha256()
+    for name, content in contents.items():
+        total.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
+        total.update(content)
+    return total.hexdigest()
+
+
+def _rank(name: str) -> float:
+    """A number in [0, 1) for a file name, the same on every machine."""
+    hashed = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(hashed[:6], "big") / 2**48

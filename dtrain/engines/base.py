@@ -64,6 +64,7 @@ class Engine(ABC):
     def set_learning_rate(self, value: float) -> None:
         """For all parameter groups, from the next step on."""
 
+    @abstractmethod
     def close(self) -> None:
         """Free what would keep the process group busy."""
 
@@ -91,6 +92,9 @@ class TorchEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
+    def close(self) -> None:
+        """Nothing of its own."""
+
     def _autocast(self) -> torch.autocast:
         """FSDP2 and DeepSpeed cast by themselves; DDP needs autocast for bf16."""
         return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=False)
@@ -112,4 +116,4 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def checkpoint_activations(model: nn.Module, *, reentrant: bool = False) -> None:
     """Recompute each block's activations in backward instead of keeping them. Names of parameters stay as they are."""
     for block in blocks_of(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)

@@ -36,7 +36,7 @@ class DDPEngine(TorchEngine):
             with nullcontext() if last else self.ddp.no_sync():
                 with self._autocast():
                     loss: Tensor = self.ddp(batch)
-                (loss / len(microbatches)).backward()  # type: ignore[no-untyped-call]
+                (loss / len(microbatches)).backward()
             total += loss.detach().float() / len(microbatches)
         return total
 

@@ -39,6 +39,6 @@ class FSDPEngine(TorchEngine):
         for index, batch in enumerate(microbatches):
             self.root.set_requires_gradient_sync(index == len(microbatches) - 1)
             loss: Tensor = self.model(batch)
-            (loss / len(microbatches)).backward()  # type: ignore[no-untyped-call]
+            (loss / len(microbatches)).backward()
             total += loss.detach().float() / len(microbatches)
         return total

@@ -4,8 +4,8 @@ Sources: Vaswani et al. 2017 (attention), Zhang and Sennrich 2019 (RMSNorm), Su 
 positions), Shazeer 2020 (SwiGLU), Radford et al. 2019, section 2.3 (residual scaling at initialisation).
 
 Everything the engines need is plain: ``blocks`` is a ``ModuleList`` that FSDP2 shards block by block, there are no
-buffers, and the loss and the rotary angles are fp32 whatever the type of the weights, so that the same module runs under
-DDP with autocast, FSDP2 with a bf16 ``MixedPrecisionPolicy`` and DeepSpeed with the whole model cast to bf16.
+buffers, and the loss and the rotary angles are fp32 whatever the type of the weights, so that the same module runs
+under DDP with autocast, FSDP2 with a bf16 ``MixedPrecisionPolicy`` and DeepSpeed with the whole model cast to bf16.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 ROTARY_BASE = 10_000.0
 INITIAL_STD = 0.02
+NORM_EPS = 1e-6  # torch's default is the epsilon of the input's type, which bf16 would make 0.0078
 HIDDEN_MULTIPLE = 32
 
 
 def rotary(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of the rotary angles, each fp32 ``[length, head_dim]``.
 
-    Computed in each forward pass (a few microseconds) rather than kept in buffers: DeepSpeed and ``model.to(bfloat16)``
-    would round cached angles, and positions above 256 would collapse onto each other.
+    Computed where they are used (microseconds), neither kept in buffers nor handed to the blocks: DeepSpeed casts all
+    buffers, FSDP2's mixed precision all inputs of a block, and bf16 has 8 bits for a position or a cosine.
     """
     half = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), ROTARY_BASE**-half)
@@ -32,7 +33,7 @@ def rotary(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Te
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x`` ``[..., length, head_dim]`` by its positions: pairs are ``(i, i + head_dim / 2)``; the type stays."""
+    """Turn the pairs ``(i, i + head_dim / 2)`` of ``x`` ``[..., length, head_dim]`` by their positions, in fp32."""
     low, high = x.chunk(2, dim=-1)
     swapped = torch.cat((high, low), dim=-1)
     return (x * cos + swapped * sin).to(x.dtype)
@@ -47,12 +48,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``x`` is ``[examples, length, dim]``; so is the result."""
         examples, length, dim = x.shape
+        head_dim = dim // self.heads
         # [3, examples, heads, length, head_dim]: queries and keys are rotated together, as one tensor.
-        qkv = self.qkv(x).view(examples, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        query, key = rotate(qkv[:2], cos, sin).unbind(0)
+        qkv = self.qkv(x).view(examples, length, 3, self.heads, head_dim).permute(2, 0, 3, 1, 4)
+        query, key = rotate(qkv[:2], *rotary(length, head_dim, x.device)).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, qkv[2], is_causal=True)
         projected: Tensor = self.out(mixed.transpose(1, 2).reshape(examples, length, dim))
         return projected
@@ -78,14 +80,14 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim)
+        self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.attention = Attention(dim, heads)
-        self.feed_forward_norm = nn.RMSNorm(dim)
+        self.feed_forward_norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.feed_forward = FeedForward(dim, hidden)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``x`` is ``[examples, length, dim]``; so is the result."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        x = x + self.attention(self.attention_norm(x))
         x = x + self.feed_forward(self.feed_forward_norm(x))
         return x
 
@@ -122,10 +124,9 @@ class Transformer(nn.Module):
             raise ValueError(f"hidden is {hidden}; give a width, or 0 for about 8/3 of dim")
         hidden = hidden or -(-8 * dim // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE
         self.max_length = max_length
-        self.head_dim = dim // heads
         self.embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, hidden) for _ in range(layers))
-        self.norm = nn.RMSNorm(dim)
+        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.head = None if tied_embeddings else nn.Linear(dim, vocab_size, bias=False)
         self._initialise()
 
@@ -143,10 +144,9 @@ class Transformer(nn.Module):
         length = tokens.shape[-1]
         if length > self.max_length:
             raise ValueError(f"tokens has length {length}, the model was built for max_length={self.max_length}")
-        cos, sin = rotary(length, self.head_dim, tokens.device)
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x)
         x = self.norm(x)
         # A tied model has one parameter under one name: checkpoints and flat shards never see it twice.
         scores: Tensor = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)

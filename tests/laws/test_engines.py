@@ -1,0 +1,87 @@
+"""All engines compute the same, all syncs train, and a run that was stopped is as if it never had been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.testing import WorkerPool
+from tests.laws.conftest import Undisturbed
+from tests.laws.jobs import ENGINES, FIFTEEN, SYNCS, run
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+
+MESHES = [(4, 1), (1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_dense_losses_agree_on_all_engines(undisturbed: Undisturbed, engine: str) -> None:
+    reference, losses = undisturbed("ddp", "dense").losses, undisturbed(engine, "dense").losses
+    assert len(losses) == 60
+    for step in range(1, 51):
+        assert losses[step] == pytest.approx(reference[step], rel=1e-5)
+
+
+@pytest.mark.parametrize(("engine", "sync"), FIFTEEN)
+def test_training_lowers_the_loss(undisturbed: Undisturbed, engine: str, sync: str) -> None:
+    losses = undisturbed(engine, sync).losses
+    assert losses[60] < 0.8 * losses[1]
+
+
+@pytest.mark.parametrize(("engine", "sync"), FIFTEEN)
+def test_stop_and_resume_is_never_stopped(
+    undisturbed: Undisturbed, stopped: Undisturbed, pool: WorkerPool, text: Path, engine: str, sync: str
+) -> None:
+    whole, half = undisturbed(engine, sync), stopped(engine, sync)
+    assert half.outcomes[0].reason == "stopped"
+    again = run(pool, half.folder, text, engine, sync)
+    assert again.losses == whole.losses
+    assert again.digest == whole.digest
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("engine", "sync"), FIFTEEN)
+def test_another_mesh_goes_on_without_a_jump(
+    undisturbed: Undisturbed,
+    stopped: Undisturbed,
+    pool: WorkerPool,
+    text: Path,
+    engine: str,
+    sync: str,
+    mesh: tuple[int, int],
+) -> None:
+    # The global batches are the same on every mesh, so the losses can be compared step by step. What differs: round-off
+    # (dense), whose residual is which (int8_ef: the mean is kept), and the replicas' drift (diloco: they are averaged).
+    tolerance = {"dense": 1e-4, "int8_ef": 1e-2, "diloco": 5e-2}[sync]
+    reference = undisturbed(engine, sync).losses
+    half = stopped(engine, sync)
+    losses = run(pool, half.folder, text, engine, sync, "train.stop_after_steps=34", mesh=mesh).losses
+    for step in range(31, 35):
+        assert losses[step] == pytest.approx(reference[step], rel=tolerance)
+
+
+def test_a_run_goes_on_with_another_engine(
+    undisturbed: Undisturbed, stopped: Undisturbed, pool: WorkerPool, text: Path
+) -> None:
+    reference = undisturbed("zero2", "dense").losses
+    half = stopped("zero2", "dense")
+    run(pool, half.folder, text, "fsdp", "dense", "train.stop_after_steps=33")
+    losses = run(pool, half.folder, text, "zero3", "dense", "train.stop_after_steps=36").losses
+    for step in range(31, 37):
+        assert losses[step] == pytest.approx(reference[step], rel=1e-4)
+
+
+@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_accumulation_and_recomputation_train_and_resume(
+    pool: WorkerPool, text: Path, tmp_path: Path, engine: str, sync: str
+) -> None:
+    options = ["engine.precision=bf16", "engine.activation_checkpointing=true", "train.microbatch_size=1"]
+    options += ["train.steps=12", "sync.every_steps=4"] if sync == "diloco" else ["train.steps=12"]
+    whole = run(pool, tmp_path / "whole", text, engine, sync, *options)
+    run(pool, tmp_path / "half", text, engine, sync, *options, "train.stop_after_steps=6")
+    again = run(pool, tmp_path / "half", text, engine, sync, *options)
+    assert again.losses == whole.losses
+    assert again.digest == whole.digest
+    assert whole.losses[12] < whole.losses[1]
