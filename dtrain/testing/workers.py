@@ -13,9 +13,15 @@ from typing import Any, TypeVar, cast
 
 R = TypeVar("R")
 
+CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "its process has died")
+SECONDS_FOR_THE_CAUSE = 3.0
+
 
 class WorkerPool:
-    """Up to ``size`` processes on this machine. A context manager.
+    """A team of processes on this machine for each world size that is asked for. A context manager.
+
+    Members of a team have run the same jobs, so what a library counts in a process (DeepSpeed numbers all parameters
+    that it has ever seen, and compares the numbers across ranks) stays equal among them.
 
     Functions and arguments are pickled: functions must be importable in the workers under the name of their module.
 
@@ -29,36 +35,31 @@ class WorkerPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._context = multiprocessing.get_context("spawn")
-        self._workers: list[tuple[BaseProcess, Connection]] = []
-        self._jobs = 0
+        self._teams: dict[int, list[tuple[BaseProcess, Connection]]] = {}
 
     def run(self, function: Callable[..., R], *arguments: object, world: int = 0, seconds: float = 120) -> list[R]:
         """Call ``function(*arguments)`` in ``world`` processes (all, by default) that form the default process group.
 
-        Returns what each rank returned. Raises ``RuntimeError`` with the traceback of the rank that failed first, or
+        Returns what each rank returned. Raises ``RuntimeError`` with the traceback of the rank that caused it all, or
         ``TimeoutError`` naming the ranks that have not answered; all processes are then replaced before the next job.
         """
         import torch.distributed as dist
 
         world = world or self.size
-        self._start()
-        self._jobs += 1
+        team = self._team(world)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for rank, (_, connection) in enumerate(self._workers[:world]):
+        for rank, (_, connection) in enumerate(team):
             connection.send((function, arguments, rank, world, store.port))
         try:
-            return self._collect(world, time.monotonic() + seconds)
+            return _collect([connection for _, connection in team], time.monotonic() + seconds)
         except BaseException:
-            self.close()
+            self._end(world)
             raise
 
     def close(self) -> None:
         """End all processes."""
-        for process, connection in self._workers:
-            connection.close()
-            process.kill()
-            process.join()
-        self._workers = []
+        for world in list(self._teams):
+            self._end(world)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -66,33 +67,48 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> None:
-        while len(self._workers) < self.size:
+    def _team(self, world: int) -> list[tuple[BaseProcess, Connection]]:
+        team = self._teams.setdefault(world, [])
+        while len(team) < world:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
-            self._workers.append((process, ours))
+            team.append((process, ours))
+        return team
 
-    def _collect(self, world: int, deadline: float) -> list[Any]:
-        results: dict[int, Any] = {}
-        ranks = {connection: rank for rank, (_, connection) in enumerate(self._workers[:world])}
-        while len(results) < world:
-            missing = [connection for connection, rank in ranks.items() if rank not in results]
-            ready = wait(missing, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                late = sorted(ranks[connection] for connection in missing)
-                raise TimeoutError(f"ranks {late} of {world} have not answered in time")
-            for connection in cast("list[Connection]", ready):
-                rank = ranks[connection]
-                try:
-                    ok, value = connection.recv()
-                except EOFError as error:
-                    raise RuntimeError(f"the process of rank {rank} has died") from error
-                if not ok:
-                    raise RuntimeError(f"rank {rank} of {world} failed:\n{value}")
+    def _end(self, world: int) -> None:
+        for process, connection in self._teams.pop(world):
+            connection.close()
+            process.kill()
+            process.join()
+
+
+def _collect(connections: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: list[str] = []
+    ranks = {connection: rank for rank, connection in enumerate(connections)}
+    while ranks:
+        ready = wait(list(ranks), timeout=max(0.0, deadline - time.monotonic()))
+        for connection in cast("list[Connection]", ready):
+            rank = ranks.pop(connection)
+            try:
+                ok, value = connection.recv()
+            except EOFError:
+                ok, value = False, "its process has died"
+            if ok:
                 results[rank] = value
-        return [results[rank] for rank in range(world)]
+                continue
+            # The ranks that waited for this one fail too, perhaps first: give the cause a moment to arrive.
+            deadline = min(deadline, time.monotonic() + SECONDS_FOR_THE_CAUSE)
+            failures.append(f"rank {rank} of {len(connections)} failed:\n{value}")
+        if not ready:
+            break
+    if failures:
+        raise RuntimeError(min(failures, key=lambda text: any(sign in text for sign in CONSEQUENCES)))
+    if ranks:
+        raise TimeoutError(f"ranks {sorted(ranks.values())} of {len(connections)} have not answered in time")
+    return [results[rank] for rank in range(len(connections))]
 
 
 def _serve(connection: Connection) -> None:
