@@ -89,7 +89,7 @@ class TrainConfig:
 
     steps: int = 300
     seed: int = 1
-    batch_size: int = 16
+    batch_size: int = 32
     """Examples per optimizer step, over all ranks."""
     microbatch_size: int = 0
     """Examples per forward on one rank; 0: all of the rank's share at once."""
@@ -108,7 +108,7 @@ class TrainConfig:
     agree_every_steps: int = 5
     """How often the ranks agree on whether somebody was asked to stop."""
     max_skipped_steps: int = 20
-    """Steps skipped for NaN or Inf gradients before the run gives up."""
+    """Steps in a row that are skipped for NaN or Inf gradients before the run gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)

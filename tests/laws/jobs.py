@@ -31,8 +31,15 @@ class Finished:
 
     @property
     def losses(self) -> dict[int, float]:
+        return self._column("loss")
+
+    @property
+    def gradient_norms(self) -> dict[int, float]:
+        return self._column("gradient_norm")
+
+    def _column(self, name: str) -> dict[int, float]:
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return {row["step"]: row["loss"] for row in rows if "loss" in row}
+        return {row["step"]: row[name] for row in rows if name in row}
 
     @property
     def summary(self) -> dict[str, float | int | str]:

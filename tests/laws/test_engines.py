@@ -21,6 +21,10 @@ def test_dense_losses_agree_on_all_engines(undisturbed: Undisturbed, engine: str
     assert len(losses) == 60
     for step in range(1, 51):
         assert losses[step] == pytest.approx(reference[step], rel=1e-5)
+    # The norm that clipped each step is the whole model's, however the engine shards it.
+    norms = undisturbed("ddp", "dense").gradient_norms
+    assert undisturbed(engine, "dense").gradient_norms == pytest.approx(norms, rel=1e-4)
+    assert max(norms.values()) > 1.0  # some steps were clipped
 
 
 @pytest.mark.parametrize(("engine", "sync"), FIFTEEN)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.laws.jobs import SMALL
@@ -64,9 +65,8 @@ class Command:
         raise AssertionError(f"the run ended before step {step}:\n{self.output()}")
 
     def workers(self) -> list[int]:
-        parent = ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)]
-        found = subprocess.run(parent, capture_output=True, text=True, check=True)
-        return [int(line.split()[0]) for line in found.stdout.splitlines() if "dtrain.worker" in line]
+        children = psutil.Process(self.process.pid).children()
+        return [child.pid for child in children if "dtrain.worker" in child.cmdline()]
 
 
 def summary(folder: Path) -> dict[str, object]:
@@ -130,9 +130,10 @@ def test_stop_after_damage_and_a_finished_run(text: Path, tmp_path: Path, undist
 def test_the_cause_of_a_failure_comes_first(text: Path, tmp_path: Path) -> None:
     model = ["model._target_=tests.system.test_train_command.FailsOnRank2", "launcher.max_restarts=0"]
     removed = ["~model.dim", "~model.layers", "~model.heads", "~model.tied_embeddings"]
+    folders = [f"run.dir={tmp_path}", f"data.path={text}"]
     arguments = [argument for argument in RUN if not argument.startswith("model.")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dtrain", "train", f"run.dir={tmp_path}", f"data.path={text}", *arguments, *model, *removed],
+        [sys.executable, "-m", "dtrain", "train", *folders, *arguments, *model, *removed],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     _, errors = process.communicate(timeout=100)

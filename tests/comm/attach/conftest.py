@@ -1,0 +1,3 @@
+from tests.laws.conftest import pool
+
+__all__ = ["pool"]

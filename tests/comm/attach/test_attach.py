@@ -1,0 +1,294 @@
+"""`attach` on models that somebody else built: what it does, what it refuses, and that it can be taken off again."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain import attach, diloco, error_feedback, every_step, local_sgd, quantize
+from dtrain.comm.attach import pieces_of
+from dtrain.comm.schedules.sync import Attached
+from dtrain.mesh import build_mesh
+from dtrain.testing import WorkerPool
+
+pytestmark = pytest.mark.processes
+
+
+def small(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(7, 19), nn.Tanh(), nn.Linear(19, 3))
+
+
+def data(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(5, 7, generator=generator), torch.randn(5, 3, generator=generator)
+
+
+def backward(model: nn.Module, rank: int, step: int) -> None:
+    x, y = data(rank, step)
+    (model(x) - y).square().mean().backward()
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def sharded(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for layer in (model[0], model[2]):  # type: ignore[index]
+        fully_shard(layer, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
+    return model, mesh.get_group("replicate")
+
+
+# --- one job for each question, run in real processes ---------------------------------------------------------------
+
+
+def dense_on_ddp_and_by_hand() -> tuple[Tensor, Tensor]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ddp, plain = DistributedDataParallel(small()), small()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (ddp, plain)]
+    attached = attach(ddp, optimizers[0], every_step())
+    for step in range(5):
+        backward(ddp, rank, step)
+        assert attached.step()
+        for other in range(world):
+            backward(plain, other, step)
+        for parameter in plain.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= world
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    return flat(ddp), flat(plain)
+
+
+def dense_on_user_fsdp2(clip: float) -> tuple[Tensor, Tensor]:
+    model, peers = sharded(small())
+    plain = small()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (model, plain)]
+    attached = attach(model, optimizers[0], every_step(), replicate_group=peers)
+    for step in range(5):
+        backward(model, dist.get_rank(), step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        assert attached.step()
+        for other in range(4):
+            backward(plain, other, step)
+        for parameter in plain.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= 4
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    attached.detach()
+    return torch.cat([p.full_tensor().detach().reshape(-1) for p in model.parameters()]), flat(plain)  # type: ignore[attr-defined]
+
+
+def replicas_start_equal() -> Tensor:
+    ddp = DistributedDataParallel(small(seed=dist.get_rank()), process_group=dist.new_subgroups(1)[0])
+    peers = dist.new_group(list(range(dist.get_world_size())))
+    attach(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), local_sgd(every_steps=3), replicate_group=peers)
+    return flat(ddp)
+
+
+def no_sync_accumulates() -> tuple[Tensor, Tensor]:
+    rank = dist.get_rank()
+    twice, once = DistributedDataParallel(small()), DistributedDataParallel(small())
+    results = []
+    for model in (twice, once):
+        attached = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), every_step())
+        if model is twice:
+            with model.no_sync():
+                backward(model, rank, 0)
+            backward(model, rank, 1)
+        else:
+            (x0, y0), (x1, y1) = data(rank, 0), data(rank, 1)
+            ((model(x0) - y0).square().mean() + (model(x1) - y1).square().mean()).backward()
+        attached.step()
+        results.append(flat(model))
+    return results[0], results[1]
+
+
+def state_dict_round_trip(kind: str) -> tuple[Tensor, Tensor]:
+    rank = dist.get_rank()
+    spec = {
+        "ef": every_step(compress=error_feedback(quantize(bits=8, block=16))),
+        "diloco": diloco(every_steps=3, compress=error_feedback(quantize(bits=8, block=16))),
+    }[kind]
+
+    def fresh() -> tuple[DistributedDataParallel, torch.optim.Optimizer, Attached]:
+        model = DistributedDataParallel(small())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, optimizer, attach(model, optimizer, spec)
+
+    model, optimizer, attached = fresh()
+    for step in range(4):
+        backward(model, rank, step)
+        attached.step()
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), attached.state_dict()])
+    file = io.BytesIO()
+    torch.save(saved[2], file)
+    file.seek(0)
+    other_model, other_optimizer, other = fresh()
+    other_model.load_state_dict(saved[0])
+    other_optimizer.load_state_dict(saved[1])
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(4, 8):
+        for m, a in ((model, attached), (other_model, other)):
+            backward(m, rank, step)
+            a.step()
+    return flat(model), flat(other_model)
+
+
+def detached_ddp_averages_again() -> bool:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = DistributedDataParallel(small())
+    attached = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), every_step())
+    attached.detach()
+    backward(model, rank, 0)
+    plain = small()
+    for other in range(world):
+        backward(plain, other, 0)
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    return all(torch.allclose(a.grad, b.grad / world, atol=1e-7) for a, b in pairs)  # type: ignore[arg-type, operator]
+
+
+def evaluation_shows_the_anchor() -> tuple[bool, bool, bool]:
+    model = DistributedDataParallel(small())
+    attached = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), diloco(every_steps=5))
+    start = flat(model).clone()
+    for step in range(3):
+        backward(model, dist.get_rank(), step)
+        attached.step()
+    live = flat(model).clone()
+    with attached.evaluation():
+        shown = flat(model).clone()
+    return torch.equal(shown, start), torch.equal(flat(model), live), not torch.equal(live, start)
+
+
+def overlap_and_a_second_backward(keep_zeros: bool) -> tuple[Tensor, Tensor]:
+    mesh = build_mesh(2, 2)
+    model, plain = small(), small()
+    fully_shard(model, mesh=mesh.shard_mesh())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
+    attached = every_step().bind(pieces_of(model, optimizers[0], mesh.channel, overlap=True), 0)
+    if keep_zeros:
+        backward(model, dist.get_rank(), 5)
+        attached.finish()
+        optimizers[0].zero_grad(set_to_none=False)
+    for step in range(2):  # synchronised both times: the second must not be added to what has not arrived yet
+        backward(model, dist.get_rank(), step)
+        for other in range(4):
+            backward(plain, other, step)
+    for parameter in plain.parameters():
+        assert parameter.grad is not None
+        parameter.grad /= 4
+    attached.step()
+    optimizers[1].step()
+    return torch.cat([p.full_tensor().detach().reshape(-1) for p in model.parameters()]), flat(plain)  # type: ignore[attr-defined]
+
+
+def refused(case: str) -> str:
+    optimizer: torch.optim.Optimizer | None
+    model: nn.Module = small()
+    group: dist.ProcessGroup | None = dist.new_group([0, 1])
+    if case == "native HSDP":
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+        group = mesh.get_group("replicate")
+    elif case == "no group":
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh["shard"])
+        group = None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if case == "no optimizer":
+        model, optimizer = DistributedDataParallel(model), None
+    try:
+        attach(model, optimizer, every_step(), replicate_group=group)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "attached"
+
+
+def with_a_matrix_optimizer() -> str:
+    model = DistributedDataParallel(small())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(model, optimizer, every_step())
+    backward(model, dist.get_rank(), 0)
+    attached.step()
+    for parameter in model.parameters():
+        optimizer.state[parameter]["factor"] = torch.zeros(2)
+    try:
+        attached.pieces.optimizer_state()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+# --- the laws -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", [dense_on_ddp_and_by_hand, no_sync_accumulates], ids=lambda job: str(job.__name__))
+def test_equal_to_round_off(pool: WorkerPool, job: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    for mine, expected in pool.run(job):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+def test_fsdp2_of_the_users_own_is_data_parallelism_and_clips_right(pool: WorkerPool, clip: float) -> None:
+    for mine, expected in pool.run(dense_on_user_fsdp2, clip):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_replicas_are_made_equal_first(pool: WorkerPool) -> None:
+    first, *others = pool.run(replicas_start_equal)
+    assert torch.equal(first, flat(small(seed=0)))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("kind", ["ef", "diloco"])
+def test_state_dict_goes_through_weights_only_load_and_goes_on_bitwise(pool: WorkerPool, kind: str) -> None:
+    for mine, resumed in pool.run(state_dict_round_trip, kind):
+        assert torch.equal(mine, resumed)
+
+
+def test_detach_gives_ddp_back(pool: WorkerPool) -> None:
+    assert all(pool.run(detached_ddp_averages_again))
+
+
+def test_evaluation_swaps_the_anchor_in_and_back(pool: WorkerPool) -> None:
+    assert all(all(answers) for answers in pool.run(evaluation_shows_the_anchor, world=2))
+
+
+@pytest.mark.parametrize("keep_zeros", [False, True])
+def test_a_late_fill_loses_nothing_that_is_accumulated(pool: WorkerPool, keep_zeros: bool) -> None:
+    for mine, expected in pool.run(overlap_and_a_second_backward, keep_zeros):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("native HSDP", 'mesh=mesh["shard"]'),
+        ("no group", "pass replicate_group"),
+        ("no optimizer", "needs its optimizer"),
+        ("plain module", "wrap it in DistributedDataParallel"),
+    ],
+)
+def test_what_cannot_be_attached_to_is_refused(pool: WorkerPool, case: str, words: str) -> None:
+    for message in pool.run(refused, case, world=2):
+        assert words in message
+
+
+def test_an_optimizer_that_is_not_elementwise_is_named(pool: WorkerPool) -> None:
+    for message in pool.run(with_a_matrix_optimizer, world=2):
+        assert "only elementwise" in message
+        assert "factor" in message
