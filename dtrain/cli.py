@@ -29,7 +29,8 @@ examples:
 TRAIN = """\
 overrides:
   group=choice  engine={ddp,fsdp,zero1,zero2,zero3}  sync={dense,bf16,int8,int8_ef,int4_ef,local_sgd,diloco}
-                compress@sync.compress={none,bf16,fp16,int8,int4,int8_ef,int4_ef}  optim={adamw,sgd}  data={text,tokens,custom}
+                compress@sync.compress={none,bf16,fp16,int8,int4,int8_ef,int4_ef}  optim={adamw,sgd}
+                model={tiny,small,custom}  data={text,tokens,custom}
   key=value     mesh.replicate=2 mesh.shard=2 launcher.workers=4 train.steps=300 optim.inner.lr=0.001 data.path=FOLDER
   run.resume    auto: go on where run.dir left off; never: refuse a run.dir that has a run; PATH: start from another run
 
@@ -180,7 +181,7 @@ def _finish(config: Config, ending: Ending) -> int:
 
 def _tokenize(chosen: argparse.Namespace) -> int:
     from dtrain.config.targets import closest, hint
-    from dtrain.data.tokens import tokenize
+    from dtrain.data.tokenize import tokenize
 
     values: dict[str, str] = {"tokenizer": "bytes", "held_out": "0.05"}
     known = ("source", "out", "tokenizer", "held_out")

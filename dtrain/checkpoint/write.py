@@ -57,6 +57,11 @@ STAGES = (
 RANK0_STAGES = frozenset({"folder", "manifest", "aside", "renamed", "latest", "pruning", "pruned"})
 """Those of `STAGES` that only rank 0 goes through."""
 
+
+class PartMissing(CheckpointError):
+    """Rank 0's word that another rank did not write its part. A consequence: the cause is what that rank raised."""
+
+
 _log = logging.getLogger("dtrain.checkpoint")
 
 
@@ -116,7 +121,7 @@ def write(
 
     Raises CheckpointError, before anything is written and on all ranks, for ``keep`` below 2 or a step that is not
     beyond ``resumed_from``; after the barriers, on the rank concerned, for a state that does not fit ``shapes``, for
-    missing or different pieces (rank 0), and OSError for a full disk.
+    different pieces (rank 0), and OSError for a full disk; `PartMissing` on rank 0 where another rank failed so.
     """
     commit = _Commit(folder, step, place, shapes, dict(meta or {}), attempt, on_stage)
     _refuse(commit, keep, resumed_from)
@@ -274,7 +279,7 @@ def _gathered(commit: _Commit, rank: int) -> RankFile:
         file = read_done(commit.partial / done_name(rank))
         size = (commit.partial / data_name(rank)).stat().st_size
     except (CheckpointError, FileNotFoundError) as error:
-        raise CheckpointError(
+        raise PartMissing(
             f"step {commit.step} is not committed: rank {rank} has not written its part ({error}); see its log"
         ) from error
     if (file.rank, file.bytes) != (rank, size):

@@ -2,10 +2,11 @@
 
     overrides -> compose -> Config -> validate -> to_yaml -> run.dir/config.yaml -> load (every rank)
 
-``check_resume`` says whether a stored run may go on under another configuration; ``instantiate`` makes the model, the
-data set, the sync and the optimizer from their ``_target_`` mappings.
+``check_resume`` says whether a stored run may go on under another configuration; ``instantiate`` makes the data set,
+the sync and the optimizer from their ``_target_`` mappings, ``build_model`` the model.
 """
 
+from dtrain.config.building import build_model
 from dtrain.config.composing import compose, load, to_yaml
 from dtrain.config.resume import MAY_CHANGE_AT_RESUME, Difference, check_resume, differences
 from dtrain.config.schema import (
@@ -32,6 +33,7 @@ __all__ = [
     "RunConfig",
     "Settings",
     "TrainConfig",
+    "build_model",
     "check_resume",
     "compose",
     "differences",

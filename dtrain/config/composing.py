@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dtrain.config import targets
@@ -28,6 +28,9 @@ from dtrain.errors import ConfigError
 
 OPEN = ("model", "data", "sync", "optim.inner")
 """Sections that are ``_target_`` mappings: their keys are those that the target takes."""
+
+MISSING = "???"
+"""How OmegaConf writes a value that has no default."""
 
 _T = TypeVar("_T")
 
@@ -51,7 +54,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         composed, given = _run_hydra(choices), choices
         # Targets first: they decide which other keys there are.
         for of_targets in (True, False):
-            checked = [_checked(v, composed) for v in values if v.key_or_group.endswith("_target_") is of_targets]
+            plain = _plain(composed)
+            checked = [_checked(v, plain) for v in values if v.key_or_group.endswith("_target_") is of_targets]
             given = [*given, *checked]
             composed = _run_hydra(given) if checked else composed
     sync = str(OmegaConf.select(composed, "hydra.runtime.choices.sync"))
@@ -95,7 +99,7 @@ def load(path: str | Path) -> Config:
 
 def dotted_keys(config: Config) -> list[str]:
     """Every valid key of the composed configuration, sections included: ``train``, ``train.steps``, ..."""
-    return list(_keys(OmegaConf.create(dataclasses.asdict(config))))
+    return list(_keys(dataclasses.asdict(config)))
 
 
 # ---- keys and choices ----------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[Override]]:
         if override.is_sweep_override():
             raise ConfigError(f"{text}: a key has one value; a list is written {override.key_or_group}=[...]")
         name, value = override.key_or_group, override.value()
-        if override.package is None and (name not in groups or not isinstance(value, str)):
+        if override.package is None and (name not in groups or isinstance(value, Mapping) or override.is_delete()):
             values.append(override)
             continue
         if name not in groups:
@@ -125,39 +129,57 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[Override]]:
         options = loader.get_group_options(name)
         if value not in options:
             near = targets.hint(targets.closest(str(value), options))
-            raise ConfigError(f"{name}={value}: there is no such choice{near} (there are {', '.join(options)})")
+            raise ConfigError(f"{text}: there is no such choice{near} (there are {', '.join(options)})")
         choices.append(text)
     return choices, values
 
 
-def _checked(override: Override, chosen: DictConfig) -> str:
+def _checked(override: Override, chosen: Mapping[str, object]) -> str:
     """The override for hydra, whose key is valid: it exists, or the target of the mapping around it takes it."""
     key = override.key_or_group
     *path, last = key.split(".")
-    node: Any = chosen
-    walked: list[str] = []
-    for part in path:
-        node = _child(node, part)
-        walked.append(part)
-        if node is None and _open(".".join(walked)):
-            place = ".".join(walked)
+    node: object = chosen
+    for depth, part in enumerate(path, 1):
+        node = _child(node, part) if _has(node, part) else False
+        place = ".".join(path[:depth])
+        if node is None and _open(place):
             raise ConfigError(f"{key}: {place} is null, so it has no {last}; choose a {place} first")
-        if not isinstance(node, DictConfig | ListConfig):
+        if not isinstance(node, dict | list):
             raise _unknown(key, chosen)
     body = str(override.input_line).lstrip("+")
-    if OmegaConf.is_missing(node, "_target_") and last != "_target_":
+    if isinstance(node, dict) and node.get("_target_") == MISSING and last != "_target_":
         target = ".".join([*path, "_target_"])
         raise ConfigError(f"{target} has no default: set it, as in {target}=VALUE")
     if _has(node, last):
-        return body
-    if isinstance(node, DictConfig) and _has(node, "_target_") and not override.is_delete():
+        return _existing(override, node, body)
+    if isinstance(node, dict) and "_target_" in node and not override.is_delete():
         named, others = targets.keywords_of(targets.locate(node["_target_"], ".".join(path)))
         if last in named or others:
             return "++" + body
         raise _unknown(key, chosen, [f"{'.'.join(path)}.{name}" for name in named])
-    if isinstance(node, DictConfig) and _open(key) and last == "_target_":
+    if isinstance(node, dict) and _open(key) and last == "_target_":
         return "++" + body
     raise _unknown(key, chosen)
+
+
+def _existing(override: Override, node: object, body: str) -> str:
+    key = override.key_or_group
+    if isinstance(node, list):
+        whole = key.rpartition(".")[0]
+        raise ConfigError(f"{key}: a list is set as a whole, as in {whole}=[{','.join(map(str, node))}]")
+    if override.is_delete() and (not _open(key) or key in OPEN):
+        raise ConfigError(f"{override.input_line}: {key} cannot be removed; give it another value: {key}=VALUE")
+    value = override.value()
+    if key in OPEN and value is None:
+        raise ConfigError(f"{key} must be a mapping with _target_, but is null; give it one: {key}._target_=VALUE")
+    if isinstance(value, Mapping) and not _open(key):
+        # hydra merges a mapping into a section; its keys must be the section's.
+        section = cast(Mapping[str, object], node)[key.rpartition(".")[2]]
+        for inner in value:
+            if isinstance(section, dict) and str(inner) not in section:
+                near = targets.hint(targets.closest(str(inner), section))
+                raise ConfigError(f"there is no key {key}.{inner}{near} (there are {', '.join(section)})")
+    return body
 
 
 def _open(key: str) -> bool:
@@ -165,41 +187,46 @@ def _open(key: str) -> bool:
 
 
 def _has(node: object, part: str) -> bool:
-    if isinstance(node, ListConfig):
+    if isinstance(node, list):
         return part.isdigit() and int(part) < len(node)
-    return isinstance(node, DictConfig) and node._get_node(part) is not None and part != "hydra"
+    return isinstance(node, dict) and part in node
 
 
 def _child(node: object, part: str) -> object:
-    if not _has(node, part):
-        return False
-    return cast(object, node[int(part)] if isinstance(node, ListConfig) else cast(DictConfig, node)._get_node(part))
+    return cast(object, node[int(part)] if isinstance(node, list) else cast(dict[str, object], node)[part])
 
 
-def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in map(str, node):
-        if key in ("hydra", "_target_"):
+def _keys(node: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for key, child in node.items():
+        if key == "_target_":
             continue
         yield f"{prefix}{key}"
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
+        if isinstance(child, dict):
             yield from _keys(child, f"{prefix}{key}.")
 
 
-def _unknown(key: str, chosen: DictConfig, more: Sequence[str] = ()) -> ConfigError:
+def _unknown(key: str, chosen: Mapping[str, object], more: Sequence[str] = ()) -> ConfigError:
     keys = [*_keys(chosen), *more]
-    near = targets.closest(key, keys)
-    if near is None:  # the right name in the wrong section
+    last = key.rpartition(".")[2]
+    same = [known for known in keys if known.rpartition(".")[2] == last]  # the right name in the wrong section
+    near = same[0] if same else targets.closest(key, [known for known in keys if not key.startswith(known + ".")])
+    if near is None:
         ends = {known.rpartition(".")[2]: known for known in reversed(keys)}
-        near = ends.get(targets.closest(key.rpartition(".")[2], ends) or "")
+        near = ends.get(targets.closest(last, ends) or "")
     if near is not None:
         return ConfigError(f"there is no key {key}{targets.hint(near)}")
     section = key.partition(".")[0] + "."
     within = [known for known in keys if known.startswith(section)] or [known for known in keys if "." not in known]
-    return ConfigError(f"there is no key {key} (there are {', '.join(within)})")
+    return ConfigError(f"there is no key {key or 'without a name'} (there are {', '.join(within)})")
 
 
 # ---- composing and freezing ----------------------------------------------------------------------------------------
+
+
+def _plain(composed: DictConfig) -> dict[str, object]:
+    """As nested dictionaries and lists, in which one can look for any key; what has no value yet is ``MISSING``."""
+    plain = cast(dict[str, object], OmegaConf.to_container(composed, resolve=False))
+    return {key: value for key, value in plain.items() if key != "hydra"}
 
 
 def _run_hydra(overrides: list[str]) -> DictConfig:
@@ -224,8 +251,7 @@ def _explained(error: OmegaConfBaseException) -> str | None:
     if hint is None:
         return None
     words = targets.expected(hint) or "a section with keys of its own"
-    value = error.value if error.value is not None else error.cause.__dict__.get("value") if error.cause else None
-    return f"{key} must be {words}, but is {targets.shown(value)}"
+    return f"{key} must be {words}, but is {targets.shown(error.value)}"
 
 
 def _frozen(composed: DictConfig) -> Config:

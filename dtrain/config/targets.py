@@ -181,5 +181,5 @@ def instantiate(settings: Mapping[str, object], where: str = "settings", /, **ke
         if isinstance(cause, DtrainError):
             raise cause from None
         raise ConfigError(f"{where}: {cause}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError) as error:  # LookupError: AdamW(betas=[0.9])
         raise ConfigError(f"{where}: {settings['_target_']} refused its settings: {error}") from error

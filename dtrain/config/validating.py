@@ -7,8 +7,9 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
+from dtrain.config.building import build_model
 from dtrain.config.schema import ENGINES, LAUNCHERS, PRECISIONS, SCHEDULES, Config
 from dtrain.config.targets import closest, hint, instantiate
 from dtrain.errors import ConfigError, DataError
@@ -30,6 +31,17 @@ NAMES = {
 }
 
 
+@runtime_checkable
+class _DataSet(Protocol):
+    """What the trainer needs of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
+
+    def describe(self) -> dict[str, object]: ...
+
+
 def validate(config: Config) -> dict[str, object]:
     """Check all that can be checked before anything is launched. Writes nothing.
 
@@ -45,7 +57,9 @@ def validate(config: Config) -> dict[str, object]:
         raise ConfigError("\n".join(problems))
     instantiate(config.sync, "sync")
     _optimizer(config)
-    return _data(config)
+    data = _data(config)
+    _model(config, data)
+    return cast(dict[str, object], data.describe())
 
 
 def _value(config: Config, key: str) -> object:
@@ -82,6 +96,7 @@ def _mesh(config: Config) -> Iterator[str]:
             f"the mesh is {replicas} replicas x {shards} shards = {world} ranks, but there are {workers} workers; set "
             f"launcher.workers={world}, or choose mesh.replicate and mesh.shard whose product is {workers}"
         )
+        return  # what else must fit the mesh depends on which of the two it will be
     batch, micro = config.train.batch_size, config.train.microbatch_size
     if batch % world:
         near = " or ".join(str(n) for n in (batch // world * world, (batch // world + 1) * world) if n)
@@ -120,14 +135,24 @@ def _optimizer(config: Config) -> None:
         raise ConfigError(f"optim.inner: {target} makes a {type(optimizer).__name__}, no torch.optim.Optimizer")
 
 
-def _data(config: Config) -> dict[str, object]:
+def _data(config: Config) -> _DataSet:
     dataset = instantiate(config.data, "data", split="train")
-    describe = getattr(dataset, "describe", None)
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not callable(describe):
+    if not isinstance(dataset, _DataSet):
         raise ConfigError(f"data: {config.data['_target_']} makes no data set: it needs len(), [i] and describe()")
     for split, examples in (("train", dataset), ("validation", instantiate(config.data, "data", split="validation"))):
         if split == "validation" and not config.train.evaluation_examples:
             continue
         if not len(cast("list[object]", examples)):
             raise DataError(f"data: {config.data['_target_']} has no example in its {split} split; give it more data")
-    return cast(dict[str, object], describe())
+    return dataset
+
+
+def _model(config: Config, data: _DataSet) -> None:
+    """Its own checks, on the meta device: nothing is allocated, however large the model."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            build_model(config.model, data)
+    except Exception:  # some models look at their values while they are made; and only a real one says what is wrong
+        build_model(config.model, data)

@@ -36,18 +36,20 @@ def tokenize(
     held = held_out_names(files, held_out)
     vocab_size, encode, described = _load(tokenizer)
     temporary = target.parent / f".{target.name}.writing-{os.getpid()}"
+    sizes: dict[str, int] = {}  # bytes by name; filled while the files are read
+
+    def tokens_of(name: str) -> npt.NDArray[np.unsignedinteger]:
+        content = read_file(files[name])
+        sizes[name] = len(content)
+        return encode(name, content)
+
     try:
         temporary.mkdir(parents=True)
-        source_described: dict[str, object] = {
-            "root": str(Path(source).expanduser()),
-            "tokenizer": described,
-            "files": {name: file.stat().st_size for name, file in files.items()},
-        }
         manifest = _write(
             temporary / TOKENS,
-            _splits(files, held, held_out, encode),
+            _splits(list(files), held, held_out, tokens_of),
             vocab_size=vocab_size,
-            source=source_described,
+            source={"root": str(Path(source).expanduser()), "tokenizer": described, "files": sizes},
         )
         _save(temporary / MANIFEST, manifest.to_json().encode())
         os.rename(temporary, target)
@@ -66,21 +68,24 @@ def tokenize(
 
 
 def _splits(
-    files: dict[str, Path], held: frozenset[str], held_out: float, encode: Encode
+    names: list[str],
+    held: frozenset[str],
+    held_out: float,
+    tokens_of: Callable[[str], npt.NDArray[np.unsignedinteger]],
 ) -> Iterator[tuple[str, npt.NDArray[np.unsignedinteger]]]:
     """Pairs of split and tokens: all of "train" first."""
     if not held:
-        ((name, file),) = files.items()
-        # Cut between tokens, not between bytes: the cut may fall within a character.
-        tokens = encode(name, read_file(file))
+        (name,) = names
+        # Cut between tokens: between bytes the cut could fall within a character.
+        tokens = tokens_of(name)
         cut = held_out_cut(len(tokens), held_out)
         yield "train", tokens[:cut]
         yield "validation", tokens[cut:]
         return
     for split in ("train", "validation"):
-        for name, file in files.items():
+        for name in names:
             if (name in held) == (split == "validation"):
-                yield split, encode(name, read_file(file))
+                yield split, tokens_of(name)
 
 
 def _write(

@@ -26,7 +26,11 @@ VERSION = 1
 TOKENS = "tokens.bin"
 MANIFEST = "tokens.json"
 # Little-endian on every machine; by their names in the manifest.
-DTYPES = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
+    "uint8": np.dtype("<u1"),
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<u4"),
+}
 AGAIN = "write it again with `dtrain data tokenize`"
 
 

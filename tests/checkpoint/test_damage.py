@@ -13,7 +13,8 @@ import torch
 
 from dtrain.checkpoint import Placement, RankState, export, full_parameters, load, newest, read_manifest, verify
 from dtrain.checkpoint.manifest import MANIFEST, _seal
-from dtrain.checkpoint.threads import write_together
+from dtrain.checkpoint.threads import write_each, write_together
+from dtrain.checkpoint.write import PartMissing
 from dtrain.comm.layout import Segment
 from dtrain.errors import CheckpointError, ResumeError
 
@@ -193,6 +194,31 @@ def test_pieces_that_do_not_make_whole_parameters_are_not_committed(
     assert newest(tmp_path) is None
     path = write_together(tmp_path, step=1, states=[one(0, 2), one(2, 5)], shards=2, shapes={"w": (5,)})
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == [path.name]
+
+
+@pytest.mark.parametrize("bad", [{0}, {1}, {3}, {1, 2}, {0, 3}])
+def test_each_rank_raises_its_own_error_and_rank_0_that_nothing_is_committed(bad: set[int], tmp_path: Path) -> None:
+    good = [one(0, 2), one(2, 5)] * 2
+    states = [
+        one(rank + 4, rank + 8) if rank in bad else state for rank, state in enumerate(good)
+    ]  # each bad one names another end, so that its error is known by it
+    ended = write_each(tmp_path, step=1, states=states, shards=2, shapes={"w": (5,)})
+    for rank, end in enumerate(ended):
+        if rank in bad:
+            assert isinstance(end, CheckpointError) and f"[{rank + 4}, {rank + 8}) of 'w' ends beyond" in str(end)
+        elif rank == 0:
+            assert isinstance(end, PartMissing) and f"rank {min(bad)} has not written its part" in str(end)
+        else:
+            assert end == tmp_path / "step-0000000001"
+    with pytest.raises(CheckpointError, match=rf"\[{min(bad) + 4}, {min(bad) + 8}\)"):
+        write_together(tmp_path, step=1, states=states, shards=2, shapes={"w": (5,)})
+    assert newest(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_made_is_rank_0s_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        write_together(tmp_path / "file", step=1, states=[one(0, 2), one(2, 5)], shards=2, shapes={"w": (5,)})
 
 
 def test_meta_that_json_cannot_hold_is_not_committed_and_no_rank_hangs(tmp_path: Path) -> None:

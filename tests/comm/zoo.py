@@ -1,0 +1,122 @@
+"""What the laws of comm are tried on: shapes, values, compressors, and short ways to run flows on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.quantize import quantize
+from dtrain.comm.drivers.simulate import simulate
+from dtrain.comm.feedback import Compression, NoFeedback
+from dtrain.comm.ops import Flow, Op, Payload, Place
+from dtrain.comm.routes import Combined, two_phase
+from dtrain.comm.seeds import Key
+from dtrain.comm.state import State
+
+NUMELS = (0, 1, 2, 3, 5, 7, 16, 61, 97, 128, 131)
+"""Empty, single, below the world, primes, and on and beside the edges of blocks."""
+
+DTYPES = (torch.uint8, torch.bool, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (3,), (7,), (2, 3), (5, 1, 3), (4, 0), (1, 1, 1))
+VALUES = ("normal", "constant", "zeros", "sparse", "heavy", "two large")
+
+COMPRESSORS: dict[str, Compressor] = {
+    "fp32": cast("fp32"),
+    "bf16": cast("bf16"),
+    "fp16": cast("fp16"),
+    "int8": quantize(bits=8),
+    "int8 in blocks": quantize(bits=8, block=16),
+    "int4": quantize(bits=4, block=16),
+    "int3 stochastic": quantize(bits=3, block=7, rounding="stochastic"),
+    "int5, prime block": quantize(bits=5, block=13),
+}
+
+worlds = st.integers(1, 5)
+seeds = st.integers(0, 2**31)
+numels = st.lists(st.sampled_from(NUMELS), min_size=1, max_size=4)
+kinds_of_values = st.sampled_from(VALUES)
+compressors = st.sampled_from(sorted(COMPRESSORS)).map(COMPRESSORS.__getitem__)
+
+
+def draw(seed: int, numel: int, kind: str = "normal") -> Tensor:
+    """``numel`` fp32 values of one kind; the same ones for the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(numel, generator=generator)
+    match kind:
+        case "constant":
+            return torch.full((numel,), float(torch.randn((), generator=generator)))
+        case "zeros":
+            return torch.zeros(numel)
+        case "sparse":  # one element that is not zero
+            hot = torch.arange(numel) == int(torch.randint(max(numel, 1), (), generator=generator))
+            return torch.where(hot, normal, 0.0)
+        case "heavy":
+            return normal / torch.rand(numel, generator=generator).clamp(min=1e-6)
+        case "two large":  # and many of about half a unit of an 8-bit grid between them
+            values = torch.full((numel,), 0.5 / 255 * 2)
+            values[: numel // 2] *= -1
+            values[:1], values[-1:] = 1.0, -1.0
+            return values
+        case _:
+            return normal
+
+
+def named(seed: int, sizes: Sequence[int], kind: str = "normal") -> dict[str, Tensor]:
+    """One rank's flat pieces by FQN."""
+    return {f"layers.{i}.weight": draw(1000 * seed + i, numel, kind) for i, numel in enumerate(sizes)}
+
+
+def per_rank(seed: int, sizes: Sequence[int], world: int, kind: str = "normal") -> list[dict[str, Tensor]]:
+    """Other pieces on each rank."""
+    return [named(seed * 31 + rank, sizes, kind) for rank in range(world)]
+
+
+def plain(compressor: Compressor) -> Compression:
+    return Compression(compressor, NoFeedback())
+
+
+def fresh_states(compression: Compression, world: int) -> list[State]:
+    return [State(compression.feedback.kinds) for _ in range(world)]
+
+
+def exchange(
+    values: Sequence[dict[str, Tensor]],
+    compression: Compression,
+    states: Sequence[State] | None = None,
+    *,
+    step: int = 0,
+    seed: int = 0,
+) -> list[Combined]:
+    """One `two_phase` message between all ranks; nothing is committed."""
+    world = len(values)
+    states = fresh_states(compression, world) if states is None else states
+    return simulate(
+        [
+            two_phase(values[r], compression, rank_order_mean, Place(r, world), Key(seed, step, r), states[r])
+            for r in range(world)
+        ]
+    )
+
+
+def once(op: Op) -> Flow[Payload]:
+    """A flow of one op that returns the reply."""
+    return (yield op)
+
+
+def same(one: Payload, other: Payload) -> bool:
+    """Whether two payloads are equal in shapes, dtypes and every bit."""
+    return len(one) == len(other) and all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, flat: a NaN equals itself, and 0 differs from -0."""
+    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -1,0 +1,26 @@
+"""What every test has in common: how hypothesis searches, and the same random numbers whichever test came before."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: the machines that run the tests are shared, and an example that is slow once is no finding.
+settings.register_profile("local", deadline=None)
+# In CI the same examples each time: a red build says something about the change, not about luck. People's machines
+# go on searching.
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """The global generators of Python, numpy and torch, for code that draws from them; hypothesis has its own."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
