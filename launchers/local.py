@@ -148,13 +148,13 @@ class _Run:
     grace_seconds: float
     environment: dict[str, str]
     on_restart: Callable[[Failure, int], None] | None
-    attempt: int = -1
-    earlier: list[Failure] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
-    log_starts: dict[int, int] = field(default_factory=dict)  # rank -> byte in its log at which this attempt begins
-    ended_at: dict[int, float] = field(default_factory=dict)
-    cut_short: set[int] = field(default_factory=set)  # ranks that we ended because of another rank
+    attempt: int = field(default=-1, init=False)
+    earlier: list[Failure] = field(default_factory=list, init=False)
+    failures: list[Failure] = field(default_factory=list, init=False)
+    processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
+    log_starts: dict[int, int] = field(default_factory=dict, init=False)  # rank -> where in its log this attempt begins
+    ended_at: dict[int, float] = field(default_factory=dict, init=False)
+    cut_short: set[int] = field(default_factory=set, init=False)  # ranks that we ended because of another rank
 
     def log(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.log"

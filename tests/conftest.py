@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from dtrain.testing import WorkerPool
 
 # No deadline: the machines that run the tests are shared, and an example that is slow once is no finding.
 settings.register_profile("local", deadline=None)
@@ -24,3 +27,10 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[WorkerPool]:
+    """Worker processes that every test of real collectives shares: starting them takes longer than most jobs."""
+    with WorkerPool(4) as workers:
+        yield workers

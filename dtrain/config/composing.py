@@ -130,7 +130,7 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[Override]]:
         if value not in options:
             near = targets.hint(targets.closest(str(value), options))
             raise ConfigError(f"{text}: there is no such choice{near} (there are {', '.join(options)})")
-        choices.append(text)
+        choices.append(text.lstrip("+"))  # every group has a choice already: there is nothing to add
     return choices, values
 
 
@@ -207,17 +207,26 @@ def _keys(node: Mapping[str, object], prefix: str = "") -> Iterator[str]:
 
 def _unknown(key: str, chosen: Mapping[str, object], more: Sequence[str] = ()) -> ConfigError:
     keys = [*_keys(chosen), *more]
-    last = key.rpartition(".")[2]
-    same = [known for known in keys if known.rpartition(".")[2] == last]  # the right name in the wrong section
-    near = same[0] if same else targets.closest(key, [known for known in keys if not key.startswith(known + ".")])
-    if near is None:
-        ends = {known.rpartition(".")[2]: known for known in reversed(keys)}
-        near = ends.get(targets.closest(last, ends) or "")
+    near = _nearest(key, keys)
     if near is not None:
         return ConfigError(f"there is no key {key}{targets.hint(near)}")
     section = key.partition(".")[0] + "."
     within = [known for known in keys if known.startswith(section)] or [known for known in keys if "." not in known]
     return ConfigError(f"there is no key {key or 'without a name'} (there are {', '.join(within)})")
+
+
+def _nearest(key: str, keys: Sequence[str]) -> str | None:
+    """The key that was probably meant: the same name in another section, or one spelt like it in the same section."""
+    section, _, last = key.rpartition(".")
+    ends = {known.rpartition(".")[2]: known for known in reversed(keys)}
+    if last in ends:
+        return ends[last]
+    if section in keys:
+        siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == section}
+        near = siblings.get(targets.closest(last, siblings) or "")
+    else:
+        near = targets.closest(key, keys)
+    return near or ends.get(targets.closest(last, ends) or "")
 
 
 # ---- composing and freezing ----------------------------------------------------------------------------------------

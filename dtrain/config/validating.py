@@ -59,7 +59,7 @@ def validate(config: Config) -> dict[str, object]:
     _optimizer(config)
     data = _data(config)
     _model(config, data)
-    return cast(dict[str, object], data.describe())
+    return data.describe()
 
 
 def _value(config: Config, key: str) -> object:

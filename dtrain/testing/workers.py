@@ -43,11 +43,11 @@ class WorkerPool:
         Returns what each rank returned. Raises ``RuntimeError`` with the traceback of the rank that caused it all, or
         ``TimeoutError`` naming the ranks that have not answered; all processes are then replaced before the next job.
         """
-        import torch.distributed as dist
+        from torch._C._distributed_c10d import TCPStore
 
         world = world or self.size
         team = self._team(world)
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, connection) in enumerate(team):
             connection.send((function, arguments, rank, world, store.port))
         try:
@@ -128,9 +128,10 @@ def _serve(connection: Connection) -> None:
 
 def _job(function: Callable[..., object], arguments: tuple[object, ...], rank: int, world: int, port: int) -> object:
     import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         return function(*arguments)

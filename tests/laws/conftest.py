@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,6 @@ from dtrain.testing import WorkerPool
 from tests.laws.jobs import Finished, run
 
 TEXT_SEED = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[WorkerPool]:
-    with WorkerPool(4) as workers:
-        yield workers
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ class WaitsForTraffic(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         deadline = time.monotonic() + 20
         while WaitsForTraffic.waits and not WaitsForTraffic.meter.sent_as("gradients"):
             if time.monotonic() > deadline:

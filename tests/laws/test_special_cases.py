@@ -94,7 +94,8 @@ class Small(nn.Module):
         x = batch["x"]
         for block in self.blocks:
             x = x + torch.tanh(block(x)) * x.clamp(max=1e30)
-        return self.out(x).square().mean()
+        loss: Tensor = self.out(x).square().mean()
+        return loss
 
 
 def test_too_many_skipped_steps_end_the_run(pool: WorkerPool, text: Path, tmp_path: Path) -> None:

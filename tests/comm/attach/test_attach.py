@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, diloco, error_feedback, every_step, local_sgd, quantize
 from dtrain.comm.attach import pieces_of
-from dtrain.comm.schedules.sync import Attached
+from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.mesh import build_mesh
 from dtrain.testing import WorkerPool
 
@@ -119,15 +119,15 @@ def no_sync_accumulates() -> tuple[Tensor, Tensor]:
 
 def state_dict_round_trip(kind: str) -> tuple[Tensor, Tensor]:
     rank = dist.get_rank()
-    spec = {
+    specs: dict[str, Sync] = {
         "ef": every_step(compress=error_feedback(quantize(bits=8, block=16))),
         "diloco": diloco(every_steps=3, compress=error_feedback(quantize(bits=8, block=16))),
-    }[kind]
+    }
 
     def fresh() -> tuple[DistributedDataParallel, torch.optim.Optimizer, Attached]:
         model = DistributedDataParallel(small())
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        return model, optimizer, attach(model, optimizer, spec)
+        return model, optimizer, attach(model, optimizer, specs[kind])
 
     model, optimizer, attached = fresh()
     for step in range(4):

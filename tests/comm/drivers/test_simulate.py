@@ -162,11 +162,11 @@ def test_only_the_replicate_axis_is_known() -> None:
 def test_a_shift_that_its_peer_does_not_receive_is_an_error() -> None:
     # Rank 0 sends to 1, which waits for itself: real processes would hang.
     ops = [Shift((a,), destination=1, source=1), Shift((a,), destination=1, source=1)]
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, ValueError)):
         simulate([once(op) for op in ops])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
 def test_an_all_to_all_with_other_rows_than_ranks_is_an_error(rows: int) -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, ValueError)):
         simulate([once(AllToAll((torch.zeros(rows, 5),))) for _ in range(2)])

@@ -1,3 +1,0 @@
-from tests.laws.conftest import pool
-
-__all__ = ["pool"]
