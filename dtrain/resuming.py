@@ -7,7 +7,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dtrain.checkpoint import newest, verify
-from dtrain.checkpoint.folders import step_of
 from dtrain.config import Config
 from dtrain.errors import ResumeError
 
@@ -32,9 +31,9 @@ def find_checkpoint(config: Config) -> Path | None:
     return found[0]
 
 
-def finished_before(resumed_from: Path | None, folder: Path, step: int) -> bool:
-    """Whether the checkpoint that this run went on from is its own and already of this step: nothing was left to do."""
-    return resumed_from is not None and resumed_from.parent == folder / "checkpoints" and step_of(resumed_from) == step
+def own_checkpoint(path: Path | None, folder: Path) -> bool:
+    """Whether ``path`` is a checkpoint of the run in ``folder``, and not of another one that it started from."""
+    return path is not None and path.resolve().parent == (folder / "checkpoints").resolve()
 
 
 def _look(folder: Path, resume: str) -> Path | None:

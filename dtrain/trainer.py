@@ -20,7 +20,7 @@ from torch import nn
 from dtrain import rng, snapshot
 from dtrain.account import Account
 from dtrain.checkpoint import Placement, export, load, read_manifest, write
-from dtrain.checkpoint.folders import write_text_durably
+from dtrain.checkpoint.folders import step_of, write_text_durably
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.config import Config, instantiate
 from dtrain.control import Control, Report
@@ -33,7 +33,7 @@ from dtrain.lr import learning_rate_factor
 from dtrain.mesh import build_mesh
 from dtrain.metrics import MetricsWriter, cut
 from dtrain.report.summary import Summary
-from dtrain.resuming import find_checkpoint, finished_before
+from dtrain.resuming import find_checkpoint, own_checkpoint
 
 Reason = Literal["finished", "stopped", "signal"]
 
@@ -92,6 +92,7 @@ class _Run:
         self.attached: Attached = self.sync.bind(self.engine.pieces, config.train.seed)
         self.account = Account(self.mesh.channel.meter, self.mesh.control.meter)
         self.resumed_from = self._resume()
+        self.saved = self.resumed_from if own_checkpoint(self.resumed_from, self.folder) else None
         self.metrics = self._metrics()
         self.validation_loss: float | None = None
         self.last_loss: float | None = None
@@ -244,8 +245,8 @@ class _Run:
             )
         self.metrics.write({"step": self.attached.steps, "validation_loss": self.validation_loss})
 
-    def _checkpoint(self) -> Path:
-        return write(
+    def _checkpoint(self) -> None:
+        self.saved = write(
             self.folder / "checkpoints",
             step=self.attached.steps,
             state=snapshot.capture(self.attached, self.model),
@@ -261,18 +262,16 @@ class _Run:
     def _finish(self, end: int, stop: int) -> Outcome:
         """The last checkpoint, the export and the summary; what is already there stays."""
         step = self.attached.steps
-        if finished_before(self.resumed_from, self.folder, step):
-            path = cast(Path, self.resumed_from)
-        else:
+        if self.saved is None or step_of(self.saved) != step:
             if step == end:
                 self._evaluate()
-            path = self._checkpoint()
+            self._checkpoint()
         finished = step >= self.config.train.steps
         reason: Reason = "finished" if finished else ("stopped" if step == end else "signal")
         outcome = Outcome(reason, step, stop if reason == "signal" else 0)
         if self.mesh.rank == 0:
             if reason != "signal":
-                self._summarize(path)
+                self._summarize(cast(Path, self.saved))
             text = json.dumps({"reason": reason, "signal": outcome.signal or None, "step": step})
             write_text_durably(self.folder / "outcome.json", text + "\n")
         self.control.barrier()

@@ -67,6 +67,11 @@ def previous(config: Config) -> Path | None:
             f"run.resume={resume} has no checkpoint: give a run folder with checkpoints/step-*, one of these folders, "
             "auto or never"
         )
+    if there == here and Path(resume) != here:
+        raise ResumeError(
+            f"run.resume={resume} is a step of this very run: going back inside a run would mix two histories; give "
+            "another run.dir to branch off there, or run.resume=auto to go on from the newest step"
+        )
     if exists and there != here:
         if load(here / CONFIG).run.resume != resume:
             raise ResumeError(
