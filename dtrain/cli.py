@@ -24,7 +24,7 @@ examples:
   dtrain train                                    the default: 4 workers, FSDP2, DiLoCo with int8 deltas
   dtrain train engine=zero2 sync=int8_ef train.steps=500 run.dir=runs/x
   dtrain train --dry-run sync=local_sgd           print the configuration and the command, start nothing
-  dtrain data tokenize source=texts/ out=texts.tokens
+  dtrain data tokenize source=texts/ out=tokens/
 """
 TRAIN = """\
 overrides:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Modules of the user's (`_target_`: mine.Model) are found as the workers find them, from the current folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    chosen = _parser().parse_args(arguments)
+    chosen = _parsed(arguments)
     try:
         code: int = chosen.run(chosen)
     except DtrainError as error:
@@ -69,6 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return code
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    chosen, more = parser.parse_known_args(arguments)
+    # argparse takes the words before an option for all that there are: `train engine=ddp --dry-run run.dir=x`.
+    unknown = [word for word in more if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    chosen.words += more
+    return chosen
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train a model", description="Train a model.", epilog=TRAIN, formatter_class=raw
     )
     train.add_argument("--dry-run", action="store_true", help="print the configuration and the command; start nothing")
-    train.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value")
+    train.add_argument("words", nargs="*", metavar="OVERRIDE", help="group=choice or key=value")
     train.set_defaults(run=_train)
 
     data = verbs.add_parser("data", help="prepare data", description="Prepare data.").add_subparsers(
@@ -95,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "tokenize", help="text files to token files", description="Turn text files into token files.",
         epilog=TOKENIZE, formatter_class=raw,
     )  # fmt: skip
-    tokenize.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    tokenize.add_argument("words", nargs="*", metavar="KEY=VALUE")
     tokenize.set_defaults(run=_tokenize)
     return parser
 
@@ -103,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(chosen: argparse.Namespace) -> int:
     from dtrain.config import compose, run_folder, to_yaml, validate
 
-    config = run_folder.absolute(compose(chosen.overrides))
+    config = run_folder.absolute(compose(chosen.words))
     here = Path(config.run.dir)
     command = [sys.executable, "-u", "-m", "dtrain.worker", str(here / run_folder.CONFIG)]
     description = validate(config)
@@ -185,7 +196,7 @@ def _tokenize(chosen: argparse.Namespace) -> int:
 
     values: dict[str, str] = {"tokenizer": "bytes", "held_out": "0.05"}
     known = ("source", "out", "tokenizer", "held_out")
-    for setting in chosen.settings:
+    for setting in chosen.words:
         key, equals, value = setting.partition("=")
         if not equals or key not in known:
             near = hint(closest(key, known))

@@ -108,7 +108,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     width = codes.shape[1]
-    groups = F.pad(codes, (0, -width % 8)).view(codes.shape[0], -1, 8)  # 8 codes fill `bits` bytes
+    groups = F.pad(codes, (0, -width % 8)).view(codes.shape[0], -(-width // 8), 8)  # 8 codes fill `bits` bytes
     shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
     words = (groups.to(torch.int64) << shifts).sum(-1)
     octets: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 0xFF

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -86,14 +87,21 @@ def load(path: str | Path) -> Config:
         ConfigError: the file is missing, is no YAML, or has keys or values that this version does not know.
     """
     try:
-        stored = OmegaConf.load(path)
-        merged = OmegaConf.merge(OmegaConf.structured(composable(Config)), stored)
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_explained(error) or str(error).splitlines()[0]}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a configuration: it is no text ({error})") from error
+    try:
+        stored = OmegaConf.load(io.StringIO(text))
     except Exception as error:  # PyYAML's errors, without importing PyYAML for their class
         raise ConfigError(f"{path} is not a configuration: {error}") from error
+    if not isinstance(stored, DictConfig):
+        raise ConfigError(f"{path} is not a configuration: it holds a list, not sections")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(composable(Config)), stored)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_explained(error) or str(error).splitlines()[0]}") from error
     return _frozen(cast(DictConfig, merged))
 
 
@@ -142,6 +150,8 @@ def _checked(override: Override, chosen: Mapping[str, object]) -> str:
     for depth, part in enumerate(path, 1):
         node = _child(node, part) if _has(node, part) else False
         place = ".".join(path[:depth])
+        if node is None and _open(place) and last == "_target_" and depth == len(path):
+            return "++" + str(override.input_line).lstrip("+")
         if node is None and _open(place):
             raise ConfigError(f"{key}: {place} is null, so it has no {last}; choose a {place} first")
         if not isinstance(node, dict | list):
@@ -235,7 +245,7 @@ def _nearest(key: str, keys: Sequence[str]) -> str | None:
 def _plain(composed: DictConfig) -> dict[str, object]:
     """As nested dictionaries and lists, in which one can look for any key; what has no value yet is ``MISSING``."""
     plain = cast(dict[str, object], OmegaConf.to_container(composed, resolve=False))
-    return {key: value for key, value in plain.items() if key != "hydra"}
+    return {key: _without_nothing(value) for key, value in plain.items() if key != "hydra"}
 
 
 def _run_hydra(overrides: list[str]) -> DictConfig:

@@ -19,7 +19,7 @@ MAY_CHANGE_AT_RESUME: Mapping[str, str] = {
     "train.stop_after_steps": "where a run pauses leaves its schedule as it is",
     "train.checkpoint_every_steps": "checkpoints only record",
     "train.keep_checkpoints": "checkpoints only record",
-    "train.evaluate_*": "evaluation only looks",
+    "train.evaluat*": "evaluation only looks",
     "train.log_every_steps": "logging only looks",
     "train.agree_every_steps": "how often stopping is agreed on changes when a run can stop, not what it computes",
     "train.max_skipped_steps": "the limit only decides when to give up",

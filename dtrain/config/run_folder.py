@@ -92,7 +92,13 @@ def check(config: Config, description: Mapping[str, object], folder: Path) -> No
         raise ResumeError(f"{folder} has checkpoints but no {CONFIG}, so nobody can say whether they fit; put it back")
     check_resume(load(folder / CONFIG), config)
     if (folder / DATA).is_file():
-        stored, now = _digest(json.loads((folder / DATA).read_text())), _digest(description)
+        try:
+            stored, now = _digest(json.loads((folder / DATA).read_text())), _digest(description)
+        except ValueError as error:
+            raise ResumeError(
+                f"{folder / DATA} is damaged ({error}), so nobody can say whether the data are the same; delete it to "
+                "go on without that check"
+            ) from error
         if stored != now:
             raise ResumeError(
                 f"the data have changed since {folder} was trained: the digest was {stored} and is {now}; bring the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def validate(config: Config) -> dict[str, object]:
     problems = [*_ranges(config), *_mesh(config), *_engine(config), *_run_folder(config)]
     if problems:
         raise ConfigError("\n".join(problems))
-    instantiate(config.sync, "sync")
+    _sync(config)
     _optimizer(config)
     data = _data(config)
     _model(config, data)
@@ -98,6 +99,8 @@ def _mesh(config: Config) -> Iterator[str]:
         )
         return  # what else must fit the mesh depends on which of the two it will be
     batch, micro = config.train.batch_size, config.train.microbatch_size
+    if batch < 1:
+        return
     if batch % world:
         near = " or ".join(str(n) for n in (batch // world * world, (batch // world + 1) * world) if n)
         yield f"train.batch_size is {batch}, which {world} ranks cannot share equally; choose {near}"
@@ -125,6 +128,13 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield f"run.dir={config.run.dir}: {existing} cannot be written to; choose another run.dir"
 
 
+def _sync(config: Config) -> None:
+    sync = instantiate(config.sync, "sync")
+    if not callable(getattr(sync, "bind", None)):
+        target = config.sync["_target_"]
+        raise ConfigError(f"sync: {target} makes a {type(sync).__name__}, no sync: take dtrain.every_step, for example")
+
+
 def _optimizer(config: Config) -> None:
     """Its own checks, on a parameter of one element."""
     import torch
@@ -144,6 +154,12 @@ def _data(config: Config) -> _DataSet:
             continue
         if not len(cast("list[object]", examples)):
             raise DataError(f"data: {config.data['_target_']} has no example in its {split} split; give it more data")
+    try:
+        json.dumps(dataset.describe())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"data: describe() of {config.data['_target_']} returns what JSON cannot hold: {error}"
+        ) from error
     return dataset
 
 

@@ -22,7 +22,16 @@ from dtrain.comm.state import State
 NUMELS = (0, 1, 2, 3, 5, 7, 16, 61, 97, 128, 131)
 """Empty, single, below the world, primes, and on and beside the edges of blocks."""
 
-DTYPES = (torch.uint8, torch.bool, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (
+    torch.uint8,
+    torch.bool,
+    torch.int16,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (3,), (7,), (2, 3), (5, 1, 3), (4, 0), (1, 1, 1))
 VALUES = ("normal", "constant", "zeros", "sparse", "heavy", "two large")
 
@@ -58,9 +67,8 @@ def draw(seed: int, numel: int, kind: str = "normal") -> Tensor:
             return torch.where(hot, normal, 0.0)
         case "heavy":
             return normal / torch.rand(numel, generator=generator).clamp(min=1e-6)
-        case "two large":  # and many of about half a unit of an 8-bit grid between them
-            values = torch.full((numel,), 0.5 / 255 * 2)
-            values[: numel // 2] *= -1
+        case "two large":  # and many small ones between them: half-way between two codes of any grid from -1 to 1
+            values = 1e-4 * normal.sign()
             values[:1], values[-1:] = 1.0, -1.0
             return values
         case _:
@@ -119,4 +127,4 @@ def same(one: Payload, other: Payload) -> bool:
 
 def bits(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, flat: a NaN equals itself, and 0 differs from -0."""
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)

@@ -2,6 +2,11 @@
 
 Two processes in network namespaces of their own, joined by a veth pair. The namespaces have no names: they, and the
 pair with them, are gone as soon as the processes are, whatever happens to this one.
+
+What framing costs depends on the frames. Interfaces that offload segmentation, as veth does, count packets of up to
+64 KiB with one header each: 0.2 to 0.7 % here. Without offload, frames of 9000 bytes cost 0.9 to 2.4 %, and frames of
+1500 bytes 4.7 to 6.7 % (the headers of TCP and Ethernet alone are 66 bytes for each 1448), whatever dtrain does. So the
+frames are those of 9000 bytes, and the bound holds with offload and without it.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ WORLD = 2
 ADDRESSES = ("10.203.7.1", "10.203.7.2")
 PORT = "29571"  # nobody else lives in these namespaces
 JOB = Path(__file__).with_name("interface_job.py")
+MTU = "9000"
 SECONDS = 90
 
 
@@ -94,7 +100,7 @@ def join(pids: list[int]) -> None:
         inside = ["nsenter", "--target", str(pid), "--net", "ip"]
         run(*inside, "address", "add", f"{ADDRESSES[rank]}/30", "dev", interface(rank))
         run(*inside, "link", "set", "lo", "up")
-        run(*inside, "link", "set", interface(rank), "up")
+        run(*inside, "link", "set", interface(rank), "mtu", MTU, "up")
     deadline = time.monotonic() + 10
     while "state UP" not in run("nsenter", "--target", str(first), "--net", "ip", "link", "show", interface(0)):
         assert time.monotonic() < deadline, "the veth pair has no carrier after 10 s"

@@ -123,7 +123,9 @@ def of(*entries: tuple[Axis, str, int]) -> Meter:
 
 
 def test_only_the_replicate_axis_is_slow() -> None:
-    meter = of(("replicate", "gradients", 10), ("shard", "gradients", 100), ("shard", "agree", 1), ("replicate", "r", 1))
+    meter = of(
+        ("replicate", "gradients", 10), ("shard", "gradients", 100), ("shard", "agree", 1), ("replicate", "r", 1)
+    )
     assert meter.sent_bytes == 2 * 40 + 2 * 4
     assert meter.sent_as("gradients") == 80
     assert meter.sent_as("r") == 8

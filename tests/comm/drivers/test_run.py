@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from dtrain.comm.drivers.meter import Count, Meter
 from dtrain.comm.drivers.run import Channel, Handle, pack, unpack
@@ -29,7 +31,7 @@ layouts = st.lists(st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES)), 
 @pytest.fixture(scope="module")
 def group() -> Iterator[dist.ProcessGroup]:
     """A gloo group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
     dist.destroy_process_group()
@@ -75,7 +77,7 @@ def payload(seed: int, layout: Layout) -> Payload:
     out = []
     for number, (shape, dtype) in enumerate(layout):
         tensor = (100 * torch.randn(tuple(reversed(shape)), generator=generator)).abs().to(dtype)
-        flipped = tensor.permute(*reversed(range(tensor.dim())))
+        flipped = tensor.permute(tuple(reversed(range(tensor.dim()))))
         out.append(flipped if number % 2 else flipped.contiguous())
     return tuple(out)
 
@@ -103,6 +105,13 @@ def test_rows_of_a_packed_payload_are_the_rows_of_its_tensors(layout: Layout, se
     for row in range(rows):
         assert torch.equal(packed[row], torch.cat([bits(tensor[row]) for tensor in sent]))
     assert same(unpack(packed, sent, leading=()), sent)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_a_column_of_a_matrix_can_be_sent(rows: int) -> None:
+    """A slice of at most one element counts as contiguous, whatever its stride is."""
+    column = torch.arange(6.0).view(3, 2)[:rows, 1]
+    assert same(unpack(pack((column,), rows=1), (column,), leading=()), (column.clone(),))
 
 
 # --- one rank ----------------------------------------------------------------------------------------------------
@@ -143,6 +152,14 @@ def test_replies_are_nobody_elses_memory(channel: Channel) -> None:
     (reply,) = channel.run(once(Shift((sent,), destination=0, source=0)), "x")
     reply.fill_(5.0)
     assert torch.equal(sent, torch.ones(1, 4))
+
+
+@pytest.mark.parametrize(
+    "op", [AllReduce(()), AllGather(()), AllToAll(()), Broadcast(())], ids=lambda op: type(op).__name__
+)
+def test_a_payload_of_no_tensors(channel: Channel, op: Op) -> None:
+    """What a rank has to send whose shard of a small model is empty; `simulate` takes it."""
+    assert within(20, lambda: channel.run(once(op), "x")) == simulate([once(op)])[0] == ()
 
 
 def test_the_channel_knows_its_places_and_counts_what_it_sends(channel: Channel) -> None:
@@ -273,12 +290,8 @@ def test_an_error_in_what_follows_a_flow_does_not_hang_later_flows(channel: Chan
     channel.flush()
     later = channel.start(logged(1, 1, []), "x")
     for handle in (first, later):  # whether they succeed or say why not, they come to an end
-        try:
-            within(5, handle.wait)
-        except TimeoutError:
-            raise
-        except RuntimeError as error:
-            assert "in then" in str(error)
+        with contextlib.suppress(RuntimeError):
+            within(3, handle.wait)
 
 
 def test_close_finishes_what_was_started_and_may_be_called_twice(group: dist.ProcessGroup) -> None:
@@ -293,7 +306,7 @@ def test_a_flow_on_a_closed_channel_is_an_error_and_not_a_wait_for_ever(group: d
     opened = Channel({"replicate": group})
     opened.close()
     with pytest.raises(RuntimeError, match="closed"):
-        within(5, lambda: opened.run(logged(0, 1, []), "x"))
+        within(3, lambda: opened.run(logged(0, 1, []), "x"))
 
 
 def test_two_channels_share_a_meter_if_asked(group: dist.ProcessGroup) -> None:
@@ -381,7 +394,11 @@ def overlapping(order: Sequence[int], flush_after: Sequence[int], slow_rank: int
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("order", "flush_after"), [(range(7), ()), ([6, 0, 3, 1, 5, 2, 4], ()), ([2, 1, 0, 6, 5, 4, 3], (2, 4))])
+@pytest.mark.parametrize(
+    ("order", "flush_after"),
+    [(range(7), ()), ([6, 0, 3, 1, 5, 2, 4], ()), ([2, 1, 0, 6, 5, 4, 3], (2, 4))],
+    ids=["as started", "another order", "flushed twice"],
+)
 @pytest.mark.parametrize("slow_rank", [-1, 0, 1])
 def test_flows_under_way_together_keep_to_themselves(
     pair: WorkerPool, order: Sequence[int], flush_after: Sequence[int], slow_rank: int
@@ -395,19 +412,15 @@ def test_flows_under_way_together_keep_to_themselves(
 
 def failing(at: int) -> list[str]:
     channel = open_channel()
-    handles = [channel.start(logged(3, 1, []), "x")]
+    good = channel.start(logged(3, 1, []), "x")
     channel.flush()
-    handles += [channel.start(broken(at), "x"), channel.start(logged(0, 3, []), "x")]
+    bad, beside = channel.start(broken(at), "x"), channel.start(logged(0, 3, []), "x")
     messages = []
-    for handle in handles:
+    for wait in (good.wait, bad.wait, beside.wait, lambda: channel.run(logged(0, 1, []), "x")):
         try:
-            messages.append(str(handle.wait()))
+            messages.append(str(wait()))
         except RuntimeError as error:
             messages.append(str(error))
-    try:
-        channel.run(logged(0, 1, []), "x")
-    except RuntimeError as error:
-        messages.append(str(error))
     channel.close()
     return messages
 

@@ -1,0 +1,39 @@
+"""DiLoCo on somebody's own FSDP2 model: replicas of two ranks each exchange int8 deltas every 10 steps.
+
+Run: torchrun --standalone --nproc-per-node=4 examples/diloco_fsdp2.py
+"""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from dtrain import attach, diloco, nesterov, quantize
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 1))
+fully_shard(model, mesh=mesh["shard"])  # the shard axis alone: what crosses the other one is the sync's
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+method = diloco(every_steps=10, outer=nesterov(lr=0.7, momentum=0.5), compress=quantize(bits=8))
+sync = attach(model, optimizer, method, replicate_group=mesh.get_group("replicate"))
+
+torch.manual_seed(1 + dist.get_rank())
+for step in range(200):
+    x = torch.randn(32, 64)
+    loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+    sync.step()
+    if dist.get_rank() == 0 and step % 66 == 0:
+        print(f"step {step}: loss {loss.item():.2f}")
+
+with sync.evaluation():  # the model now holds the anchor: what is to be evaluated and exported
+    x = torch.randn(256, 64)
+    loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+if dist.get_rank() == 0:
+    print(f"anchor: loss {loss.item():.2f}")
+    print(sync.report())
+sync.detach()
+dist.destroy_process_group()

@@ -1,0 +1,32 @@
+"""The examples in the docstrings do what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+import dtrain
+
+ROOT = Path(next(iter(dtrain.__path__)))
+
+
+def modules_with_examples() -> list[str]:
+    names = []
+    for path in sorted(file for folder in (ROOT, ROOT / "comm") for file in folder.rglob("*.py")):
+        if ">>>" in path.read_text(encoding="utf-8"):
+            relative = path.relative_to(ROOT).with_suffix("")
+            names.append(".".join(("dtrain", *(part for part in relative.parts if part != "__init__"))))
+    return sorted(set(names))
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples(name: str) -> None:
+    failed, attempted = doctest.testmod(importlib.import_module(name), verbose=False)
+    assert attempted > 0 and failed == 0
+
+
+def test_all_of_comm_is_searched() -> None:
+    assert {"dtrain.comm.ops", "dtrain.comm.feedback", "dtrain.comm.schedules.diloco"} <= set(modules_with_examples())

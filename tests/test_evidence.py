@@ -1,0 +1,199 @@
+"""The pure parts of `make evidence`: what is compared with what, and what a reader sees of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dtrain.evidence import __main__ as command
+from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
+from dtrain.evidence.runs import Run, Session, as_figures
+from dtrain.evidence.training import (
+    closing_text,
+    default_report,
+    fifteen_report,
+    kill_report,
+    quality_report,
+    suite_report,
+)
+from dtrain.report.summary import Summary
+
+MADE = Circumstances("2 cores", "2026-11-20 10:00 UTC", "abc123", "python 3.11", "0.1 at the start")
+
+
+def run(*, first: float = 5.5, last: float = 2.0, sent: int = 1000, digest: str = "d0", printed: str = "") -> Run:
+    summary = Summary(
+        run="tmp/x", replicas=2, shards=2, engine="fsdp", steps=300, seconds=10.0, skipped_steps=0, loss=2.1,
+        validation_loss=None if math.isnan(last) else last, evaluated="parameters", tokens_per_second=9.0,
+        sent_bytes_per_rank=sent, dense_bytes_per_rank=4000, compute_utilization=0.9, exposed_fraction=0.1,
+        parameters_digest=digest,
+    )  # fmt: skip
+    return Run("dtrain train run.dir=RUN", 12.5, printed, summary, (first, 3.0, last))
+
+
+def missed(report: Report) -> list[str]:
+    return [check.what for check in report.checks if not check.met]
+
+
+def quality(off: float, sent: int) -> Report:
+    return quality_report(run(sent=39_400), run(last=2.0 * (1 + off), sent=sent), run(last=2.5, sent=10))
+
+
+# ---- lines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", [at_most, at_least])
+def test_a_figure_on_its_line_meets_it_and_one_that_is_no_number_does_not(
+    check: Callable[[str, float, float], Check],
+) -> None:
+    assert check("x", 0.8, 0.8).met
+    assert not check("x", math.nan, 0.8).met
+    assert "MISSED" in str(check("x", math.nan, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("off", "sent", "lines"),
+    [
+        (0.0, 10_000, []),
+        (0.009, 10_000, []),
+        (-0.009, 10_000, []),
+        (0.011, 10_000, ["validation loss of int8_ef, off dense"]),
+        (-0.011, 10_000, ["validation loss of int8_ef, off dense"]),  # better than dense is not the same as dense
+        (0.0, 10_200, ["bytes of dense over those of int8_ef"]),
+    ],
+)
+def test_quality(off: float, sent: int, lines: list[str]) -> None:
+    assert missed(quality(off, sent)) == lines
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "lines"),
+    [
+        (5.5, 2.1, []),
+        (5.5, 2.3, ["validation loss"]),
+        (2.5, 2.1, ["last validation loss over the first"]),
+        (math.nan, math.nan, ["last validation loss over the first", "validation loss"]),
+    ],
+)
+def test_default(first: float, last: float, lines: list[str]) -> None:
+    assert missed(default_report(run(first=first, last=last))) == lines
+
+
+def test_fifteen_misses_its_line_if_one_loss_did_not_fall() -> None:
+    runs = {("ddp", "dense"): run(), ("fsdp", "dense"): run(last=2.002), ("zero1", "diloco"): run()}
+    report = fifteen_report(runs)
+    assert missed(report) == []
+    assert "differ by 1.0e-03" in report.body  # of the dense ones
+    worse = fifteen_report({**runs, ("zero1", "diloco"): run(last=6.0)})
+    assert missed(worse) == ["combinations whose validation loss fell"]
+    assert "2 (at least 3)" in str(worse.checks[0])
+
+
+RESTARTED = (
+    "run x starts\nrank 2 failed: killed by SIGKILL (log: x)\nrestart 1 of at most 3, from the last checkpoint\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("digest", "printed", "lines"),
+    [
+        ("d0", RESTARTED, []),
+        ("d1", RESTARTED, ["digests of the parameters"]),
+        ("d0", "run x starts\n", ["restarts"]),  # then the kill hit nothing, and equal digests show nothing
+    ],
+)
+def test_kill(digest: str, printed: str, lines: list[str]) -> None:
+    report = kill_report(run(), run(digest=digest, printed=printed), step=150)
+    assert missed(report) == lines
+    assert report.commands[1].startswith(report.commands[0]) and "kill -9" in report.commands[1]
+
+
+@pytest.mark.parametrize(("seconds", "code", "lines"), [(899, 0, []), (901, 0, ["minutes"]), (10, 2, ["exit code"])])
+def test_suite(seconds: float, code: int, lines: list[str]) -> None:
+    assert missed(suite_report(seconds, code, "400 passed", cores=2)) == lines
+
+
+# ---- what is written -----------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_table_are_as_wide_as_its_header() -> None:
+    for report in (quality(0.0, 10_000), fifteen_report({("ddp", "dense"): run()}), kill_report(run(), run(), 150)):
+        lines = [line for line in page(report, MADE).splitlines() if line.startswith("|")]
+        blocks = re.split(r"\n(?!\|)", page(report, MADE))
+        for block in blocks:
+            widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
+            assert len(widths) <= 1, block
+        assert lines
+    assert table(["a", "b"], []) == "| a | b |\n|---|---:|"
+
+
+def test_a_page_says_what_was_missed_and_how_it_was_made() -> None:
+    text = page(quality(0.5, 10_000), MADE)
+    assert "**MISSED**" in text
+    assert all(value in text for value in dataclasses.asdict(MADE).values())
+    assert text.count("dtrain train run.dir=RUN") == 3
+    assert text.endswith("```\n")
+
+
+def test_the_closing_text_begins_where_the_last_line_names_the_run() -> None:
+    printed = "run /tmp/x starts: 4 workers\nstep 300/300\nrun tmp/x      2 replicas\nloss 1\nsent 2\n"
+    assert closing_text(run(printed=printed)) == "run tmp/x      2 replicas\nloss 1\nsent 2"
+
+
+def test_figures_are_json_even_of_a_run_that_diverged() -> None:
+    text = json.dumps(as_figures(run(last=math.nan)), allow_nan=False)
+    assert json.loads(text)["validation_losses"] == [5.5, 3.0, None]
+
+
+def test_a_missed_line_is_told_by_the_exit_code_and_the_file_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(session: Session) -> Report:
+        raise RuntimeError("the run failed")
+
+    def good(session: Session) -> Report:
+        return quality(0.0, 10_000)
+
+    def bad(session: Session) -> Report:
+        return quality(0.5, 10_000)
+
+    monkeypatch.setattr(command, "REPORTS", {"good": good, "bad": bad, "broken": broken, "suite": broken})
+    monkeypatch.setattr(command, "circumstances", lambda: MADE)
+    assert command.main(["good", "--out", str(tmp_path)]) == 0
+    assert "MISSED" not in capsys.readouterr().out
+    assert command.main(["bad", "--out", str(tmp_path)]) == 1
+    assert "off dense: 50 % (at most 1 %): MISSED" in capsys.readouterr().out
+    assert command.main(["broken", "good", "--out", str(tmp_path)]) == 1  # and goes on with the next
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "bad.md", "good.json", "good.md"]
+    figures = json.loads((tmp_path / "bad.json").read_text())
+    assert figures["made"]["revision"] == "abc123" and not figures["checks"][0]["met"]
+
+
+def test_what_is_long_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def report(name: str) -> Callable[[Session], Report]:
+        def measure(session: Session) -> Report:
+            made.append(name)
+            return quality(0.0, 10_000)
+
+        return measure
+
+    monkeypatch.setattr(command, "REPORTS", {name: report(name) for name in command.REPORTS})
+    monkeypatch.setattr(command, "circumstances", lambda: MADE)
+    assert command.main(["--out", str(tmp_path)]) == 0
+    assert made == ["fifteen", "quality", "default", "kill"]
+    with pytest.raises(SystemExit) as refused:
+        command.main(["fiften"])
+    assert refused.value.code == 2
+
+
+def test_circumstances_are_found_out_on_any_machine() -> None:
+    found = command.circumstances()
+    assert all(dataclasses.asdict(found).values())

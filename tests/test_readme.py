@@ -1,0 +1,77 @@
+"""What the README and the docs say can be done, can be done."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrain import every_step
+from dtrain.cli import main
+from dtrain.comm.seeds import Key
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_example_is_the_examples_file() -> None:
+    (block,) = code_blocks(README)
+    assert block in (ROOT / "examples" / "plain_ddp.py").read_text()
+
+
+def test_every_make_target_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_ci_runs_what_the_readme_names() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if line.startswith("make")] == ["make check", "make test"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("line", re.findall(r"\.venv/bin/(dtrain train .*)", README))
+def test_every_command_composes(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.txt").write_text("text " * 2000)
+    (tmp_path / "mine.py").write_text(
+        "import torch\nclass Model(torch.nn.Module):\n    def __init__(self, width):\n        super().__init__()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if "run.resume" in line:
+        assert main(["train", "--dry-run", *shlex.split(line)[2:]]) == 2  # there is no runs/x here
+        assert "has no checkpoint" in capsys.readouterr().err
+        return
+    arguments = [word.replace("FOLDER", str(folder)) for word in shlex.split(line)[2:] if word != "--dry-run"]
+    code = main(["train", "--dry-run", *arguments])
+    assert code == 0, capsys.readouterr().err
+
+
+def test_the_compressor_of_the_docs_is_one() -> None:
+    (block,) = code_blocks((ROOT / "docs" / "concepts.md").read_text())
+    space: dict[str, type] = {}
+    exec(block, space)
+    halves = space["Halves"]()
+    assert every_step(compress=halves).compression.compressor is halves
+    rows = torch.tensor([[0.5, -3.0, 1.2]])
+    assert halves.decode(halves.encode(rows, Key(seed=0, step=0)), 3).tolist() == [[0.5, -3.0, 1.0]]
