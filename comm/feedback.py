@@ -98,7 +98,7 @@ def error_feedback(compressor: Compressor) -> Compression:
     if not compressor.delta > 0:
         raise ValueError(
             f"{compressor} guarantees no contraction (delta = {compressor.delta:.3g}), so its residual may grow "
-            "without bound; use smaller blocks or more bits (quantize), another dtype (cast), or leave error_feedback out"
+            "without bound; use smaller blocks or more bits (quantize), another dtype (cast), or no error_feedback"
         )
     return Compression(compressor, EF14())
 

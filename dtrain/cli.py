@@ -93,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     train = verbs.add_parser(
-        "train", help="train a model", description="Train a model.", epilog=TRAIN, formatter_class=raw
-    )
+        "train", help="train a model", description="Train a model.", epilog=TRAIN, formatter_class=raw,
+        allow_abbrev=False,
+    )  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="print the configuration and the command; start nothing")
     train.add_argument("words", nargs="*", metavar="OVERRIDE", help="group=choice or key=value")
     train.set_defaults(run=_train)
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tokenize = data.add_parser(
         "tokenize", help="text files to token files", description="Turn text files into token files.",
-        epilog=TOKENIZE, formatter_class=raw,
+        epilog=TOKENIZE, formatter_class=raw, allow_abbrev=False,
     )  # fmt: skip
     tokenize.add_argument("words", nargs="*", metavar="KEY=VALUE")
     tokenize.set_defaults(run=_tokenize)

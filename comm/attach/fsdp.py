@@ -167,7 +167,7 @@ def _segment(fqn: str, parameter: Tensor) -> Segment:
         raise ValueError(f"{fqn} is not sharded by FSDP2; call fully_shard on the root module too")
     if parameter.device_mesh.ndim != 1:
         raise ValueError(
-            "the model is sharded over a mesh with a replicate axis (native HSDP), whose all-reduce nobody can replace; "
+            "the model is sharded over a mesh with a replicate axis (native HSDP), whose all-reduce stays; "
             'give fully_shard the shard axis alone, for example mesh=mesh["shard"]'
         )
     (placement,) = parameter.placements

@@ -65,7 +65,10 @@ class Handle(Generic[R]):
         self.ended_at = time.perf_counter()
         self._done.set()
         if self._then is not None:
-            self._then(self)
+            try:
+                self._then(self)
+            except Exception as failure:  # the worker thread must live on; whoever waits for this flow hears of it
+                self._error = self._error or failure
 
 
 @dataclass
@@ -110,6 +113,8 @@ class Channel:
 
         The flow's own Python code runs on the worker thread too. Tensors that it reads must not change until it ends.
         """
+        if not self._thread.is_alive():
+            raise RuntimeError("this channel is closed; a flow can only be started before close() or detach()")
         handle: Handle[R] = Handle(self, label, then)
         ready = None
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -180,7 +185,8 @@ class _Travelling:
         self.works: list[dist.Work] = []
         match op:
             case AllReduce():
-                self.buffer = torch.cat([tensor.reshape(-1) for tensor in op.payload])
+                flat = [tensor.reshape(-1) for tensor in op.payload]
+                self.buffer = torch.cat(flat) if flat else torch.empty(0)
                 if self.buffer.numel():
                     self._add(dist.all_reduce(self.buffer, group=group, async_op=True))
             case AllGather():
@@ -231,11 +237,19 @@ class _Travelling:
 
 def pack(payload: Payload, *, rows: int) -> Tensor:
     """All tensors of a payload as bytes, ``[rows, bytes]`` uint8; unless it is 1, ``rows`` is their leading dim."""
+    if not payload:
+        return torch.empty(rows, 0, dtype=torch.uint8)
     parts = [
-        tensor.contiguous().view(-1).view(torch.uint8).view(rows, tensor.numel() * tensor.element_size() // rows)
+        _dense(tensor).view(torch.uint8).view(rows, tensor.numel() * tensor.element_size() // rows)
         for tensor in payload
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Flat with stride 1. One element counts as contiguous whatever its stride, and then cannot be viewed as bytes."""
+    flat = tensor.contiguous().reshape(-1)
+    return flat if flat.stride(0) == 1 else flat.new_empty(flat.shape).copy_(flat)
 
 
 def unpack(buffer: Tensor, payload: Payload, *, leading: tuple[int, ...]) -> Payload:

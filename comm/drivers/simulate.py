@@ -53,17 +53,28 @@ def _advance(flow: Flow[R], reply: Payload | None, results: list[R | None], rank
 
 def _signature(op: Op) -> tuple[object, ...]:
     shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in op.payload)
-    return type(op).__name__, op.axis, shapes, getattr(op, "combine", None)
+    root = op.source if isinstance(op, Broadcast) else None
+    return type(op).__name__, op.axis, shapes, getattr(op, "combine", None), root
 
 
 def _check_agreement(ops: Sequence[Op], round_number: int) -> None:
     wanted = _signature(ops[0])
+    world = len(ops)
     for rank, op in enumerate(ops):
         if _signature(op) != wanted:
             other = _signature(op)
             raise RuntimeError(f"op {round_number} differs: rank 0 yields {wanted}, rank {rank} yields {other}")
         if op.axis != "replicate":
             raise RuntimeError(f"op {round_number} goes across the {op.axis} axis; simulate knows replicate only")
+        if isinstance(op, AllToAll) and any(tensor.shape[:1] != (world,) for tensor in op.payload):
+            leading = [tuple(tensor.shape[:1]) for tensor in op.payload]
+            raise RuntimeError(
+                f"op {round_number}: an all-to-all of {world} ranks needs {world} rows, it has {leading}"
+            )
+        if isinstance(op, Shift):
+            sender = ops[op.source]
+            if not isinstance(sender, Shift) or sender.destination != rank:
+                raise RuntimeError(f"op {round_number}: rank {rank} waits for rank {op.source}, which sends elsewhere")
 
 
 def _replies(ops: Sequence[Op]) -> list[Payload]:

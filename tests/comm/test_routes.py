@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from dtrain.comm.aggregators.mean import mean, rank_order_mean
 from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.cast import Cast, cast
 from dtrain.comm.compressors.quantize import quantize
 from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.feedback import Compression, error_feedback
-from dtrain.comm.ops import Flow, Place
+from dtrain.comm.ops import Flow, Payload, Place
 from dtrain.comm.routes import Combined, all_finite, native_mean, two_phase, two_phase_bytes
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
@@ -178,6 +179,37 @@ def test_a_bad_value_on_one_rank_is_bad_for_all(compressor: Compressor, world: i
         values = per_rank(2, [3, numel], world)
         list(values[world - 1].values())[1][place] = bad
         assert [combined.finite for combined in exchange(values, plain(compressor))] == [False] * world
+
+
+def test_a_bad_value_is_bad_for_all_under_a_rule_that_ignores_it_too() -> None:
+    def forgiving(rows: Tensor) -> Tensor:
+        return rows.nan_to_num(0.0, 0.0, 0.0).amin(0)
+
+    values = per_rank(2, [61], 3)
+    values[1]["layers.0.weight"][33] = math.nan
+    flows = [two_phase(values[r], FP32, forgiving, Place(r, 3), Key(0, 0, r), State({})) for r in range(3)]
+    for combined in simulate(flows):
+        assert all_finite(combined.values) and not combined.finite
+
+
+@dataclass(frozen=True)
+class Spy(Cast):
+    """The identity, which remembers with which keys it was asked to encode."""
+
+    seen: list[Key] = field(default_factory=list, compare=False)
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        self.seen.append(key)
+        return super().encode(rows, key)
+
+
+def test_every_draw_has_a_key_of_its_own() -> None:
+    """Of each step, rank, name and phase: shared noise would not average out."""
+    spy = Spy("fp32")
+    for step in range(2):
+        exchange(per_rank(1, [7, 7, 5], 3), plain(spy), step=step, seed=9)
+    assert len(spy.seen) == len(set(spy.seen)) == 2 * 3 * 3 * 2
+    assert {key.seed for key in spy.seen} == {9} and {key.rank for key in spy.seen} == {0, 1, 2}
 
 
 # --- the native route -----------------------------------------------------------------------------------------------

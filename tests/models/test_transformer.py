@@ -26,6 +26,15 @@ def build(seed: int = 0, **changes: int | bool) -> Transformer:
     return Transformer(**(SIZES | changes))  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine two threads wait for each other after every tiny matrix product: 20 s instead of 1."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def batch() -> dict[str, Tensor]:
     tokens = torch.randint(0, 50, (3, 17), generator=torch.Generator().manual_seed(5))
