@@ -1,10 +1,10 @@
 """The run folder before the workers start: is there a run to go on from, may it go on, and what is written down.
 
-    run.dir/config.yaml        what this run is computed with; ranks load only this
-            config-K.yaml      what it was computed with before its K-th change
-            environment.json   versions, git revision, devices, command line
-            data.json          what the data set said of itself, its digest above all
-            checkpoints/step-*
+run.dir/config.yaml        what this run is computed with; ranks load only this
+        config-K.yaml      what it was computed with before its K-th change
+        environment.json   versions, git revision, devices, command line
+        data.json          what the data set said of itself, its digest above all
+        checkpoints/step-*
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ def root_of(path: str | Path | None) -> Path:
 def find_files(path: str | Path | None, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
     """The text files below a folder by name (with "/" on every system), sorted; a single file whatever its suffix.
 
-    ``None`` stands for the standard library. Links to folders are not followed. Raises ``DataError`` where the path is
+    ``None`` stands for the standard library. Hidden folders (.git, .venv) are left out and links to
+    folders are not followed. Raises ``DataError`` where the path is
     missing, nothing matches or a folder cannot be listed.
     """
     root = root_of(path)
@@ -137,7 +138,7 @@ def find_files(path: str | Path | None, suffixes: Sequence[str] = SUFFIXES) -> d
 
     found = {}
     for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if name not in skipped]
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         files = (Path(folder, name) for name in names if name.endswith(wanted))
         found.update({file.relative_to(root).as_posix(): file for file in files})
     if not found:

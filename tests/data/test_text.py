@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.data.text import ByteText, held_out_cut, held_out_names
+from dtrain.data.text import ByteText, find_files, held_out_cut, held_out_names
 from dtrain.errors import DataError
 
 
@@ -186,3 +186,10 @@ def test_files_that_cannot_be_read_are_refused_by_name(folder: Path) -> None:
 def test_files_without_permission_are_refused_by_name(folder: Path) -> None:
     (folder / "00.txt").chmod(0)
     assert "00.txt': Permission denied" in refusal(path=str(folder))
+
+
+def test_hidden_folders_are_left_out(tmp_path: Path) -> None:
+    for name in (".git/a.py", ".venv/lib/b.py", "c.py", "d/e.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x" * 400)
+    assert sorted(find_files(tmp_path)) == ["c.py", "d/e.py"]
