@@ -98,6 +98,15 @@ def payload_bytes(payload: Payload) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in payload)
 
 
+def one_dtype(op: AllReduce) -> None:
+    """Raise ``ValueError`` if tensors that are summed as one message are not all of one dtype."""
+    dtypes = {tensor.dtype for tensor in op.payload}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"an AllReduce sums one dtype, this payload has {sorted(map(str, dtypes))}; yield one for each"
+        )
+
+
 def sent_bytes(op: Op, *, rank: int, world: int) -> int:
     """Payload bytes that ``rank`` puts on its link for ``op``, by the algorithms that transports use for large ones.
 

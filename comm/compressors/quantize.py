@@ -52,7 +52,7 @@ class Quantize:
         width = rows.shape[1]
         blocks = self._blocks(rows)  # [m, blocks, block]
         low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        unit = high / self.levels - low / self.levels  # not (high - low): that may overflow
+        unit = high / self.levels - low / self.levels  # a range beyond fp32 still decodes to Inf: the step is skipped
         grid = (blocks - low) / torch.where(unit > 0, unit, 1.0)
         if self.rounding == "stochastic":
             # Only real elements draw, so what they draw does not depend on the padding.

@@ -24,7 +24,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtrain.comm.drivers.meter import Meter, metered
-from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Axis, Broadcast, Flow, Op, Payload, Place, Shift
+from dtrain.comm.ops import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Axis,
+    Broadcast,
+    Flow,
+    Op,
+    Payload,
+    Place,
+    Shift,
+    one_dtype,
+)
 
 R = TypeVar("R")
 
@@ -67,8 +79,9 @@ class Handle(Generic[R]):
         if self._then is not None:
             try:
                 self._then(self)
-            except Exception as failure:  # the worker thread must live on; whoever waits for this flow hears of it
+            except Exception as failure:  # the worker thread must live on; whoever comes next hears of it
                 self._error = self._error or failure
+                self._channel._failure = self._channel._failure or failure
 
 
 @dataclass
@@ -99,6 +112,7 @@ class Channel:
         self.places = {axis: Place(group.rank(), group.size()) for axis, group in self.groups.items()}
         self._queue: queue.SimpleQueue[_Job | Channel | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._serve, name="dtrain-channel", daemon=True)
         self._thread.start()
         # A thread that is still inside the transport while the interpreter goes down aborts the whole process.
@@ -113,7 +127,7 @@ class Channel:
 
         The flow's own Python code runs on the worker thread too. Tensors that it reads must not change until it ends.
         """
-        if not self._thread.is_alive():
+        if self._closed:
             raise RuntimeError("this channel is closed; a flow can only be started before close() or detach()")
         handle: Handle[R] = Handle(self, label, then)
         ready = None
@@ -130,6 +144,7 @@ class Channel:
     def close(self, timeout_seconds: float | None = None) -> None:
         """Finish what was started and end the worker thread. The process groups stay as they are."""
         atexit.unregister(self.close)
+        self._closed = True
         if self._thread.is_alive():
             self._queue.put(self)
             self._thread.join(timeout_seconds)
@@ -185,6 +200,7 @@ class _Travelling:
         self.works: list[dist.Work] = []
         match op:
             case AllReduce():
+                one_dtype(op)
                 flat = [tensor.reshape(-1) for tensor in op.payload]
                 self.buffer = torch.cat(flat) if flat else torch.empty(0)
                 if self.buffer.numel():

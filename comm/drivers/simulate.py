@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Flow, Op, Payload, Shift
+from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Flow, Op, Payload, Shift, one_dtype
 
 R = TypeVar("R")
 
@@ -66,6 +66,8 @@ def _check_agreement(ops: Sequence[Op], round_number: int) -> None:
             raise RuntimeError(f"op {round_number} differs: rank 0 yields {wanted}, rank {rank} yields {other}")
         if op.axis != "replicate":
             raise RuntimeError(f"op {round_number} goes across the {op.axis} axis; simulate knows replicate only")
+        if isinstance(op, AllReduce):
+            one_dtype(op)
         if isinstance(op, AllToAll) and any(tensor.shape[:1] != (world,) for tensor in op.payload):
             leading = [tuple(tensor.shape[:1]) for tensor in op.payload]
             raise RuntimeError(

@@ -170,3 +170,9 @@ def test_a_shift_that_its_peer_does_not_receive_is_an_error() -> None:
 def test_an_all_to_all_with_other_rows_than_ranks_is_an_error(rows: int) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         simulate([once(AllToAll((torch.zeros(rows, 5),))) for _ in range(2)])
+
+
+def test_a_sum_over_two_dtypes_is_refused() -> None:
+    mixed = AllReduce((torch.ones(1), torch.ones(1, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="sums one dtype"):
+        simulate([once(mixed), once(mixed)])
