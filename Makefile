@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # What the tests need of the system, as "command:package". Installed where the user is root, named in one command where not.
-SYSTEM := git:git ip:iproute2 g++:g++
+SYSTEM := git:git ip:iproute2 nsenter:util-linux g++:g++
 setup-system:
 	@missing=(); for pair in $(SYSTEM); do command -v "$${pair%%:*}" >/dev/null || missing+=("$${pair##*:}"); done; \
 	if [ $${#missing[@]} -eq 0 ]; then exit 0; fi; \

@@ -210,8 +210,8 @@ def _tokenize(chosen: argparse.Namespace) -> int:
         held_out = float(values["held_out"])
     except ValueError as error:
         raise ConfigError(f"held_out must be a number between 0 and 1, but is {values['held_out']!r}") from error
-    if not 0 <= held_out < 1:
-        raise ConfigError(f"held_out must be at least 0 and less than 1, but is {held_out}")
+    if not 0 < held_out < 1:
+        raise ConfigError(f"held_out must be more than 0 and less than 1, but is {held_out}")
     written = tokenize(
         source=Path(values["source"]), out=Path(values["out"]), tokenizer=values["tokenizer"], held_out=held_out
     )

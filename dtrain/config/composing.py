@@ -256,7 +256,8 @@ def _run_hydra(overrides: list[str]) -> DictConfig:
         while cause is not None and not isinstance(cause, OmegaConfBaseException):
             cause = cause.__cause__
         words = _explained(cause) if isinstance(cause, OmegaConfBaseException) else None
-        raise ConfigError(words or " ".join(str(error).split())) from error
+        said, _, _ = " ".join(str(error).split()).partition(" To append to your default list")  # which is hydra's own
+        raise ConfigError(words or said) from error
 
 
 def _explained(error: OmegaConfBaseException) -> str | None:
