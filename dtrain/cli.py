@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
-import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import cast
 
 from dtrain import __version__
-from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError, DtrainError
+from dtrain.commands import Command, data, train
+from dtrain.errors import INTERRUPTED, DtrainError
 
-if TYPE_CHECKING:
-    from dtrain.config import Config
-    from dtrain.launchers.failure import Ending
+COMMANDS = cast("list[Command]", [train, data])
 
 TOP = """\
 examples:
@@ -25,33 +20,6 @@ examples:
   dtrain train engine=zero2 sync=int8_ef train.steps=500 run.dir=runs/x
   dtrain train --dry-run sync=local_sgd           print the configuration and the command, start nothing
   dtrain data tokenize source=texts/ out=tokens/
-"""
-TRAIN = """\
-overrides:
-  group=choice  engine={ddp,fsdp,zero1,zero2,zero3}  sync={dense,bf16,int8,int8_ef,int4_ef,local_sgd,diloco}
-                compress@sync.compress={none,bf16,fp16,int8,int4,int8_ef,int4_ef}  optim={adamw,sgd}
-                model={tiny,small,custom}  data={text,tokens,custom}
-  key=value     mesh.replicate=2 mesh.shard=2 launcher.workers=4 train.steps=300 optim.inner.lr=0.001 data.path=FOLDER
-  run.resume    auto: go on where run.dir left off; never: refuse a run.dir that has a run; PATH: start from another run
-
-examples:
-  dtrain train run.dir=runs/x                     the same command again goes on from the last checkpoint
-  dtrain train run.dir=runs/y run.resume=runs/x   a new run that starts from another one's checkpoint
-  dtrain train model=custom model._target_=mine.Model model.width=256
-
-exit codes:
-  0 finished, or stopped as asked; 2 bad configuration, nothing was launched; 75 checkpointed after a signal, to be run
-  again; 130 ended by the user after a checkpoint; 1 failed
-"""
-TOKENIZE = """\
-settings:
-  source=FOLDER         the folder of text files
-  out=FOLDER            where the token files go
-  tokenizer=bytes       or the path of a tokenizer.json (needs: pip install 'dtrain[text]')
-  held_out=0.05         the fraction of the text that is kept for validation
-
-example:
-  dtrain data tokenize source=texts/ out=tokens/ && dtrain train data=tokens data.path=tokens/
 """
 
 
@@ -73,147 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    chosen, more = parser.parse_known_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    cut = given.index("--") if "--" in given else len(given)
+    chosen, more = parser.parse_known_args(given[:cut])
+    program = given[cut + 1 :]
+    if cut < len(given) and not getattr(chosen, "takes_program", False):
+        parser.error(f"only launch and cluster exec take a program after --, but there is {program}")
+    chosen.program = program
     # argparse takes the words before an option for all that there are: `train engine=ddp --dry-run run.dir=x`.
     unknown = [word for word in more if word.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    chosen.words += more
+    chosen.words = [*getattr(chosen, "words", []), *more]
     return chosen
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="dtrain", epilog=TOP, formatter_class=raw, allow_abbrev=False,
+        prog="dtrain", epilog=TOP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         description="Train one model on many machines whose links are too slow, too busy or too unreliable for plain "
         "data parallelism.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"dtrain {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    train = verbs.add_parser(
-        "train", help="train a model", description="Train a model.", epilog=TRAIN, formatter_class=raw,
-        allow_abbrev=False,
-    )  # fmt: skip
-    train.add_argument("--dry-run", action="store_true", help="print the configuration and the command; start nothing")
-    train.add_argument("words", nargs="*", metavar="OVERRIDE", help="group=choice or key=value")
-    train.set_defaults(run=_train)
-
-    data = verbs.add_parser("data", help="prepare data", description="Prepare data.").add_subparsers(
-        required=True, metavar="VERB"
-    )
-    tokenize = data.add_parser(
-        "tokenize", help="text files to token files", description="Turn text files into token files.",
-        epilog=TOKENIZE, formatter_class=raw, allow_abbrev=False,
-    )  # fmt: skip
-    tokenize.add_argument("words", nargs="*", metavar="KEY=VALUE")
-    tokenize.set_defaults(run=_tokenize)
+    for command in COMMANDS:
+        command.add(verbs)
     return parser
-
-
-def _train(chosen: argparse.Namespace) -> int:
-    from dtrain.config import compose, run_folder, to_yaml, validate
-
-    config = run_folder.absolute(compose(chosen.words))
-    here = Path(config.run.dir)
-    command = [sys.executable, "-u", "-m", "dtrain.worker", str(here / run_folder.CONFIG)]
-    description = validate(config)
-    folder = run_folder.previous(config)
-    if folder:
-        run_folder.check(config, description, folder)
-    if chosen.dry_run:
-        start = f"goes on from {folder}" if folder else "starts from step 0"
-        print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(command)}")
-        return 0
-    with run_folder.locked(here):
-        run_folder.write(config, description)
-        return _launch(config, command, goes_on_from=folder)
-
-
-def _launch(config: Config, command: list[str], *, goes_on_from: Path | None) -> int:
-    from dtrain.launchers.failure import Failure
-    from dtrain.launchers.local import launch
-    from dtrain.report.progress import Progress
-
-    here = Path(config.run.dir)
-    start = f"goes on from {goes_on_from}" if goes_on_from else "starts"
-    mesh = f"{config.mesh.replicate} replicas x {config.mesh.shard} shards, {config.engine.name}"
-    print(f"run {config.run.dir} {start}: {config.launcher.workers} workers, {mesh}", flush=True)
-    with Progress(here / "metrics.jsonl", steps=config.train.steps) as progress:
-
-        def tell(cause: Failure, restart: int) -> None:
-            count = f"restart {restart} of at most {config.launcher.max_restarts}"
-            progress.say(f"rank {cause.rank} failed: {cause.message} (log: {cause.log})")
-            progress.say(f"{count}, from the last checkpoint")
-
-        ending = launch(
-            command,
-            workers=config.launcher.workers,
-            log_folder=here / "logs",
-            max_restarts=config.launcher.max_restarts,
-            grace_seconds=config.launcher.grace_seconds,
-            threads_per_worker=config.launcher.threads_per_worker,
-            on_restart=tell,
-        )
-    return _finish(config, ending)
-
-
-def _finish(config: Config, ending: Ending) -> int:
-    """Say how the run ended, and the exit code for it.
-
-    Workers cannot tell by their own exit code (any but 0 means restart to the elastic agent), so rank 0 leaves
-    outcome.json.
-    """
-    from dtrain.config import run_folder
-    from dtrain.launchers.failure import root_cause
-    from dtrain.report import summary
-
-    here = Path(config.run.dir)
-    outcome = run_folder.outcome(here)
-    if outcome is None or ending.kind == "failed":
-        if ending.failures:
-            print(f"dtrain: error: {root_cause(ending)}", file=sys.stderr)
-        else:
-            name = signal.Signals(ending.signal).name if ending.signal else "an unknown cause"
-            print(f"dtrain: error: the run ended by {name} before it had a checkpoint", file=sys.stderr)
-        codes = {failure.exit_code for failure in ending.failures[:1]}
-        return ConfigError.exit_code if codes == {ConfigError.exit_code} else FAILED
-    if outcome["reason"] == "signal":
-        number = outcome.get("signal")
-        name = signal.Signals(number).name if isinstance(number, int) else "a signal"
-        print(f"{name}: checkpointed at step {outcome['step']}; the same command goes on: run.dir={here}")
-        return INTERRUPTED if number == signal.SIGINT else CHECKPOINTED
-    if outcome["reason"] == "stopped":
-        print(f"stopped at step {outcome['step']} as asked; the same command goes on: run.dir={here}")
-    if (here / "summary.json").is_file():
-        print(summary.render(summary.read(here / "summary.json")))
-    return 0
-
-
-def _tokenize(chosen: argparse.Namespace) -> int:
-    from dtrain.config.targets import closest, hint
-    from dtrain.data.tokenize import tokenize
-
-    values: dict[str, str] = {"tokenizer": "bytes", "held_out": "0.05"}
-    known = ("source", "out", "tokenizer", "held_out")
-    for setting in chosen.words:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in known:
-            near = hint(closest(key, known))
-            raise ConfigError(f"{setting}: there is no such setting{near} (there are {', '.join(known)})")
-        values[key] = value
-    missing = [key for key in known if not values.get(key)]
-    if missing:
-        raise ConfigError(f"say what {missing[0]} is: dtrain data tokenize source=FOLDER out=FOLDER")
-    try:
-        held_out = float(values["held_out"])
-    except ValueError as error:
-        raise ConfigError(f"held_out must be a number between 0 and 1, but is {values['held_out']!r}") from error
-    if not 0 < held_out < 1:
-        raise ConfigError(f"held_out must be more than 0 and less than 1, but is {held_out}")
-    written = tokenize(
-        source=Path(values["source"]), out=Path(values["out"]), tokenizer=values["tokenizer"], held_out=held_out
-    )
-    print(json.dumps(written, indent=2))
-    return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LINKS = ("comm", "launchers", "configs")
+LINKS = ("comm", "launchers", "configs", "slurm")
 
 FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, CONSTRUCTOR_PARAMETERS, PUBLIC_METHODS = 400, 600, 60, 7, 15
 
@@ -36,7 +36,7 @@ TOUCH_TORCH_DISTRIBUTED = {
 def _files() -> tuple[str, ...]:
     """Every Python file of ours, once: the real folders, not the links to them."""
     found: list[str] = []
-    for top in ("comm", "launchers", "dtrain", "tests", "examples"):
+    for top in ("comm", "launchers", "slurm", "dtrain", "tests", "examples"):
         for folder, _, names in os.walk(ROOT / top):  # does not follow links to folders
             found += [str((Path(folder) / name).relative_to(ROOT)) for name in names if name.endswith(".py")]
     return tuple(sorted(found))
@@ -174,6 +174,16 @@ def test_launchers_import_nothing_of_ours_outside_of_launchers() -> None:
     assert wrong == []
 
 
+def test_the_cluster_on_one_machine_imports_nothing_of_ours_outside_of_slurm() -> None:
+    wrong = [
+        f"{name} imports {imported}"
+        for name in _in("slurm")
+        for imported in _imports(_tree(name))
+        if _within(imported, "dtrain") and not _within(imported, "dtrain.slurm")
+    ]
+    assert wrong == []
+
+
 def test_launchers_import_no_torch_at_module_level() -> None:
     wrong = [
         f"{name} imports {imported}"
@@ -193,7 +203,7 @@ def _touches_torch_distributed(name: str) -> bool:
 
 
 def test_only_the_edges_touch_torch_distributed() -> None:
-    touching = [name for name in _in("comm", "launchers", "dtrain") if _touches_torch_distributed(name)]
+    touching = [name for name in _in("comm", "launchers", "slurm", "dtrain") if _touches_torch_distributed(name)]
     assert [name for name in touching if not any(fnmatch.fnmatch(name, p) for p in TOUCH_TORCH_DISTRIBUTED)] == []
     idle = [pattern for pattern in TOUCH_TORCH_DISTRIBUTED if not fnmatch.filter(touching, pattern)]
     assert idle == [], "these need the permission no longer"
@@ -203,9 +213,9 @@ def test_what_training_does_not_need_is_not_imported_by_what_trains() -> None:
     # A test helper in the product would bring pytest or hypothesis with it.
     wrong = [
         f"{name} imports {imported}"
-        for name in _in("comm", "launchers", "dtrain")
+        for name in _in("comm", "launchers", "slurm", "dtrain")
         for imported in _imports(_tree(name))
-        if imported.partition(".")[0] in ("pytest", "hypothesis", "tests", "comm", "launchers")
+        if imported.partition(".")[0] in ("pytest", "hypothesis", "tests", "comm", "launchers", "slurm")
     ]
     assert wrong == []
 

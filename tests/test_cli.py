@@ -160,6 +160,7 @@ def test_an_empty_data_folder_is_refused(shell: Shell, tmp_path: Path) -> None:
         (["train", "--dry"], "unrecognized arguments: --dry"),
         (["train", "engine=ddp", "--steps", "3"], "unrecognized arguments: --steps"),
         (["data", "tokenize", "-x"], "unrecognized arguments: -x"),
+        (["train", "--", "python", "x.py"], "only launch and cluster exec take a program after --"),
     ],
 )
 @pytest.mark.usefixtures("nothing_happens")

@@ -1,0 +1,123 @@
+"""``dtrain train``: checks a configuration, writes the run folder, starts the workers, says how it ended."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.commands import add_verb
+from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError
+
+if TYPE_CHECKING:
+    from dtrain.commands import Verbs
+    from dtrain.config import Config
+    from dtrain.launchers.failure import Ending
+
+EPILOG = """\
+overrides:
+  group=choice  engine={ddp,fsdp,zero1,zero2,zero3}  sync={dense,bf16,int8,int8_ef,int4_ef,local_sgd,diloco}
+                compress@sync.compress={none,bf16,fp16,int8,int4,int8_ef,int4_ef}  optim={adamw,sgd}
+                model={tiny,small,custom}  data={text,tokens,custom}
+  key=value     mesh.replicate=2 mesh.shard=2 launcher.workers=4 train.steps=300 optim.inner.lr=0.001 data.path=FOLDER
+  run.resume    auto: go on where run.dir left off; never: refuse a run.dir that has a run; PATH: start from another run
+
+examples:
+  dtrain train run.dir=runs/x                     the same command again goes on from the last checkpoint
+  dtrain train run.dir=runs/y run.resume=runs/x   a new run that starts from another one's checkpoint
+  dtrain train model=custom model._target_=mine.Model model.width=256
+
+exit codes:
+  0 finished, or stopped as asked; 2 bad configuration, nothing was launched; 75 checkpointed after a signal, to be run
+  again; 130 ended by the user after a checkpoint; 1 failed
+"""
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``train``."""
+    train = add_verb(verbs, "train", does="train a model", epilog=EPILOG)
+    train.add_argument("--dry-run", action="store_true", help="print the configuration and the command; start nothing")
+    train.add_argument("words", nargs="*", metavar="OVERRIDE", help="group=choice or key=value")
+    train.set_defaults(run=_train)
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    from dtrain.config import compose, run_folder, to_yaml, validate
+
+    config = run_folder.absolute(compose(chosen.words))
+    here = Path(config.run.dir)
+    command = [sys.executable, "-u", "-m", "dtrain.worker", str(here / run_folder.CONFIG)]
+    description = validate(config)
+    folder = run_folder.previous(config)
+    if folder:
+        run_folder.check(config, description, folder)
+    if chosen.dry_run:
+        start = f"goes on from {folder}" if folder else "starts from step 0"
+        print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(command)}")
+        return 0
+    with run_folder.locked(here):
+        run_folder.write(config, description)
+        return _launch(config, command, goes_on_from=folder)
+
+
+def _launch(config: Config, command: list[str], *, goes_on_from: Path | None) -> int:
+    from dtrain.launchers.failure import Failure
+    from dtrain.launchers.local import launch
+    from dtrain.report.progress import Progress
+
+    here = Path(config.run.dir)
+    start = f"goes on from {goes_on_from}" if goes_on_from else "starts"
+    mesh = f"{config.mesh.replicate} replicas x {config.mesh.shard} shards, {config.engine.name}"
+    print(f"run {config.run.dir} {start}: {config.launcher.workers} workers, {mesh}", flush=True)
+    with Progress(here / "metrics.jsonl", steps=config.train.steps) as progress:
+
+        def tell(cause: Failure, restart: int) -> None:
+            count = f"restart {restart} of at most {config.launcher.max_restarts}"
+            progress.say(f"rank {cause.rank} failed: {cause.message} (log: {cause.log})")
+            progress.say(f"{count}, from the last checkpoint")
+
+        ending = launch(
+            command,
+            workers=config.launcher.workers,
+            log_folder=here / "logs",
+            max_restarts=config.launcher.max_restarts,
+            grace_seconds=config.launcher.grace_seconds,
+            threads_per_worker=config.launcher.threads_per_worker,
+            on_restart=tell,
+        )
+    return _finish(config, ending)
+
+
+def _finish(config: Config, ending: Ending) -> int:
+    """Say how the run ended, and the exit code for it.
+
+    Workers cannot tell by their own exit code (any but 0 means restart to the elastic agent), so rank 0 leaves
+    outcome.json.
+    """
+    from dtrain.config import run_folder
+    from dtrain.launchers.failure import root_cause
+    from dtrain.report import summary
+
+    here = Path(config.run.dir)
+    outcome = run_folder.outcome(here)
+    if outcome is None or ending.kind == "failed":
+        if ending.failures:
+            print(f"dtrain: error: {root_cause(ending)}", file=sys.stderr)
+        else:
+            name = signal.Signals(ending.signal).name if ending.signal else "an unknown cause"
+            print(f"dtrain: error: the run ended by {name} before it had a checkpoint", file=sys.stderr)
+        codes = {failure.exit_code for failure in ending.failures[:1]}
+        return ConfigError.exit_code if codes == {ConfigError.exit_code} else FAILED
+    if outcome["reason"] == "signal":
+        number = outcome.get("signal")
+        name = signal.Signals(number).name if isinstance(number, int) else "a signal"
+        print(f"{name}: checkpointed at step {outcome['step']}; the same command goes on: run.dir={here}")
+        return INTERRUPTED if number == signal.SIGINT else CHECKPOINTED
+    if outcome["reason"] == "stopped":
+        print(f"stopped at step {outcome['step']} as asked; the same command goes on: run.dir={here}")
+    if (here / "summary.json").is_file():
+        print(summary.render(summary.read(here / "summary.json")))
+    return 0
