@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtrain.comm.drivers.mpi import replicate_transport
 from dtrain.comm.drivers.run import Channel
 
 
@@ -45,10 +47,11 @@ class Mesh:
         return DeviceMesh.from_group(self.engine_group, self.device.type, mesh_dim_names=("shard",))
 
 
-def build_mesh(replicas: int, shards: int) -> Mesh:
+def build_mesh(replicas: int, shards: int, transport: Literal["torch", "mpi"] = "torch") -> Mesh:
     """Create the groups of a run. Collective; the default process group must exist and hold replicas x shards ranks.
 
-    Raises ``ValueError`` if it does not.
+    ``transport``: what carries the replicate axis; everything else stays with torch.distributed. Raises ``ValueError``
+    if the group is of another size, ``RuntimeError`` if there is no MPI or it counts the ranks in another way.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if world != replicas * shards:
@@ -58,6 +61,7 @@ def build_mesh(replicas: int, shards: int) -> Mesh:
     everybody = [list(range(world))]
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    peers = replicate_transport(replicas, shards, rank) if transport == "mpi" else _group(columns)
     return Mesh(
         replicas=replicas,
         shards=shards,
@@ -65,7 +69,7 @@ def build_mesh(replicas: int, shards: int) -> Mesh:
         shard=rank % shards,
         device=device,
         engine_group=_group(rows),
-        channel=Channel({"replicate": _group(columns), "shard": _group(rows)}),
+        channel=Channel({"replicate": peers, "shard": _group(rows)}),
         control=Channel({"replicate": _group(everybody, backend="gloo")}),
     )
 

@@ -99,6 +99,13 @@ class StopRequest:
                 if first and not self._requested:
                     self._since = time.monotonic()
                     self._requested = first
+                    self._tell(first)
+
+    def _tell(self, number: int) -> None:
+        """At once, from this thread: the main one may sit in a collective for minutes."""
+        text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {signal.Signals(number).name}: stopping at the next agreed step\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
 
     def _give_up(self) -> None:
         name = signal.Signals(self._requested).name

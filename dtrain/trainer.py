@@ -9,6 +9,7 @@ does so in its workers, tests do it in theirs.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from dtrain import rng, snapshot
 from dtrain.account import Account
 from dtrain.checkpoint import Placement, export, load, read_manifest, write
 from dtrain.checkpoint.folders import step_of, write_text_durably
+from dtrain.clock import TIME_LIMIT, Clock
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.config import Config, instantiate
 from dtrain.control import Control, Report
@@ -51,6 +53,7 @@ def train(
     config: Config,
     *,
     requested: Callable[[], int] = lambda: 0,
+    clock: Clock | None = None,
     attempt: str = "0",
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Outcome:
@@ -59,12 +62,13 @@ def train(
     Args:
         config: frozen; every rank has the same.
         requested: the signal that asked this rank to stop, or 0. Acted on when all ranks have heard of it.
+        clock: the scheduler's time limit; none by default.
         attempt: differs between processes that may write into the same run folder one after the other.
         on_step: called after each step with its number (fault injection in tests).
 
     Raises ``TooManySkippedSteps``, and what data sets, models, engines and checkpoints raise.
     """
-    run = _Run(config, requested, attempt)
+    run = _Run(config, requested, clock or Clock(None), attempt)
     try:
         return run.loop(on_step)
     finally:
@@ -72,10 +76,11 @@ def train(
 
 
 class _Run:
-    def __init__(self, config: Config, requested: Callable[[], int], attempt: str) -> None:
-        self.config, self.requested, self.attempt = config, requested, attempt
+    def __init__(self, config: Config, requested: Callable[[], int], clock: Clock, attempt: str) -> None:
+        self.config, self.requested, self.clock, self.attempt = config, requested, clock, attempt
         self.folder = Path(config.run.dir)
-        self.mesh = build_mesh(config.mesh.replicate, config.mesh.shard)
+        transport = cast(Literal["torch", "mpi"], config.mesh.transport)
+        self.mesh = build_mesh(config.mesh.replicate, config.mesh.shard, transport)
         self.control = Control(self.mesh.control)
         self.place = Placement(
             replica=self.mesh.replica, replicas=self.mesh.replicas, shard=self.mesh.shard, shards=self.mesh.shards
@@ -94,6 +99,7 @@ class _Run:
         self.resumed_from = self._resume()
         self.saved = self.resumed_from if own_checkpoint(self.resumed_from, self.folder) else None
         self.metrics = self._metrics()
+        self.first_step, self.started = self.attached.steps, time.monotonic()
         self.validation_loss: float | None = None
         self.last_loss: float | None = None
 
@@ -159,6 +165,7 @@ class _Run:
         settings = self.config.train
         end = min(settings.steps, settings.stop_after_steps or settings.steps)
         stop = 0
+        self.clock.check()
         if self.attached.steps == 0:
             self._evaluate()
         while self.attached.steps < end and not stop:
@@ -199,7 +206,13 @@ class _Run:
                 f"the last checkpoint in {self.folder} is as it was"
             )
         self.account.tokens += settings.batch_size * self.tokens_per_example
-        return Report(self.requested(), float(loss), len(indices) * self.tokens_per_example)
+        return Report(self._asked(), float(loss), len(indices) * self.tokens_per_example)
+
+    def _asked(self) -> int:
+        """The signal that asks this rank to stop, ``TIME_LIMIT`` where the limit is near, or 0."""
+        taken = self.attached.steps - self.first_step
+        between = 2 * self.config.train.agree_every_steps * (time.monotonic() - self.started) / max(1, taken)
+        return self.requested() or (TIME_LIMIT if self.clock.due(between) else 0)
 
     def _lr_factor(self, step: int) -> float:
         optim = self.config.optim
@@ -246,6 +259,7 @@ class _Run:
         self.metrics.write({"step": self.attached.steps, "validation_loss": self.validation_loss})
 
     def _checkpoint(self) -> None:
+        started = time.monotonic()
         self.saved = write(
             self.folder / "checkpoints",
             step=self.attached.steps,
@@ -258,6 +272,7 @@ class _Run:
             attempt=self.attempt,
             resumed_from=self.resumed_from,
         )
+        self.clock.checkpoint_seconds = max(self.clock.checkpoint_seconds, time.monotonic() - started)
 
     def _finish(self, end: int, stop: int) -> Outcome:
         """The last checkpoint, the export and the summary; what is already there stays."""

@@ -2,25 +2,31 @@
 
 It loads the frozen configuration, joins the process group that its environment describes (RANK, WORLD_SIZE,
 MASTER_ADDR, ...), trains, and ends with 0 when rank 0 has left ``outcome.json``. To an elastic launcher any other code
-means: start all again. Code 2 (bad configuration) it does not repeat.
+means: start all again. Code 2 (bad configuration) it does not repeat. Under Slurm and MPI the exit code itself says
+75 (checkpointed, run me again) or 130 (ended by the user).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
 
+from dtrain.errors import CHECKPOINTED, INTERRUPTED
 from dtrain.launchers.local import die_with_parent
+from dtrain.launchers.record import ATTEMPT
 
 
-def main(arguments: list[str]) -> None:
-    """Train one rank. Raises what training raises, for the launcher's error file."""
+def main(arguments: list[str]) -> int:
+    """Train one rank; returns the exit code. Raises what training raises, for the launcher's error file."""
     import torch
     import torch.distributed as dist
 
+    from dtrain.clock import Clock
+    from dtrain.comm.drivers.mpi import finalize
     from dtrain.config import load
     from dtrain.signals import StopRequest
     from dtrain.trainer import train
@@ -37,10 +43,16 @@ def main(arguments: list[str]) -> None:
         # A few seconds less than the launcher waits, so that the stacks of a rank that hangs reach its log.
         grace = max(1.0, config.launcher.grace_seconds - 5)
         with StopRequest(grace_seconds=grace) as stop:
-            attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ.get('MASTER_PORT', '')}"
-            train(config, requested=lambda: stop.requested, attempt=attempt)
+            restart = os.environ.get(ATTEMPT, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            attempt = f"{restart}-{os.environ.get('MASTER_PORT', '')}"
+            clock = Clock.from_environment()
+            outcome = train(config, requested=lambda: stop.requested, clock=clock, attempt=attempt)
     finally:
         dist.destroy_process_group()
+    finalize()
+    if outcome.reason != "signal" or ("TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT not in os.environ):
+        return 0
+    return INTERRUPTED if outcome.signal == signal.SIGINT else CHECKPOINTED
 
 
 if __name__ == "__main__":
@@ -50,6 +62,7 @@ if __name__ == "__main__":
     from dtrain.errors import ConfigError
 
     try:
-        record(main)(sys.argv[1:])
+        code = record(main)(sys.argv[1:])
+        sys.exit(code)
     except ConfigError as error:
         sys.exit(error.exit_code)

@@ -1,8 +1,8 @@
-"""Performs flows on torch.distributed: `Channel.run` now, `Channel.start` in the background.
+"""Performs flows: `Channel.run` now, `Channel.start` in the background.
 
 One channel has one worker thread (with CUDA tensors: one side stream too) and one queue, so a flow that was started
 really travels while the model computes. Its process groups belong to it alone: two threads that enqueue collectives
-on one group in different orders would hang.
+on one group in different orders would hang. Any axis may have another transport than torch.distributed.
 
 The ops of flows that are under way together are enqueued in the order (wave, flow), where op r of flow b belongs to
 wave b + r: all ranks start the same flows in the same order, so all ranks enqueue the same ops in the same order, and
@@ -12,6 +12,7 @@ flow b + 1 is encoded while the ops of flow b travel. `flush`, and every wait, e
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
 import time
@@ -21,22 +22,11 @@ from typing import Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dtrain.comm.drivers.meter import Meter, metered
-from dtrain.comm.ops import (
-    AllGather,
-    AllReduce,
-    AllToAll,
-    Axis,
-    Broadcast,
-    Flow,
-    Op,
-    Payload,
-    Place,
-    Shift,
-    one_dtype,
-)
+from dtrain.comm.drivers.torch_transport import TorchTransport
+from dtrain.comm.drivers.transport import Pauses, Transport, Travelling
+from dtrain.comm.ops import Axis, Flow, Op, Place
 
 R = TypeVar("R")
 
@@ -94,22 +84,24 @@ class _Job:
 @dataclass
 class _Running:
     job: _Job
-    travelling: _Travelling
+    travelling: Travelling
 
 
 class Channel:
-    """The transport of one rank: a process group for each axis, a worker thread, and a meter.
+    """All that one rank sends: a transport for each axis, a worker thread, and a meter.
 
     Args:
-        groups: a process group for each axis, used by nothing else. Created on the main thread, on every rank in the
-            same order.
+        axes: a process group, or another transport, for each axis; used by nothing else. Created on the main thread,
+            on every rank in the same order.
         meter: counts every op; a fresh one by default.
     """
 
-    def __init__(self, groups: Mapping[Axis, dist.ProcessGroup], meter: Meter | None = None) -> None:
-        self.groups = dict(groups)
+    def __init__(self, axes: Mapping[Axis, dist.ProcessGroup | Transport], meter: Meter | None = None) -> None:
+        self.transports: dict[Axis, Transport] = {
+            axis: TorchTransport(by) if isinstance(by, dist.ProcessGroup) else by for axis, by in axes.items()
+        }
         self.meter = meter if meter is not None else Meter()
-        self.places = {axis: Place(group.rank(), group.size()) for axis, group in self.groups.items()}
+        self.places = {axis: Place(transport.rank, transport.size) for axis, transport in self.transports.items()}
         self._queue: queue.SimpleQueue[_Job | Channel | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
@@ -158,15 +150,23 @@ class Channel:
     def _batch(self) -> bool:
         """Serve flows up to the next flush; False if the channel was closed."""
         running: list[_Running] = []
-        item = self._queue.get()
+        item = self._next(running)
         while isinstance(item, _Job):
             running = [after for flow in running if (after := self._advance(flow)) is not None]
             if (first := self._begin(item)) is not None:
                 running.append(first)
-            item = self._queue.get()
+            item = self._next(running)
         while running:
             running = [after for flow in running if (after := self._advance(flow)) is not None]
         return item is None
+
+    def _next(self, running: list[_Running]) -> _Job | Channel | None:
+        """The next in the queue. Until it comes, ops that move only while somebody polls them (MPI) are polled."""
+        pauses = Pauses()
+        while not all(flow.travelling.poll() for flow in running):
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=pauses.next())
+        return self._queue.get()
 
     def _begin(self, job: _Job) -> _Running | None:
         if job.ready is not None:
@@ -183,101 +183,10 @@ class Channel:
                 # After a failure the ranks no longer agree on what comes next, and a collective would hang.
                 raise RuntimeError(f"an earlier flow on this channel failed: {self._failure}") from self._failure
             op = resume()
-            return _Running(job, _Travelling(op, self.groups[op.axis]))
+            return _Running(job, self.transports[op.axis].issue(op))
         except StopIteration as done:
             job.handle._finish(done.value, None)
         except BaseException as error:  # the caller gets it from `Handle.wait`, on its own thread
             self._failure = self._failure or error
             job.handle._finish(None, error)
         return None
-
-
-class _Travelling:
-    """An op that was handed to torch.distributed, as one packed message."""
-
-    def __init__(self, op: Op, group: dist.ProcessGroup) -> None:
-        self.op, self.world = op, group.size()
-        self.works: list[dist.Work] = []
-        match op:
-            case AllReduce():
-                one_dtype(op)
-                flat = [tensor.reshape(-1) for tensor in op.payload]
-                self.buffer = torch.cat(flat) if flat else torch.empty(0)
-                if self.buffer.numel():
-                    self._add(dist.all_reduce(self.buffer, group=group, async_op=True))
-            case AllGather():
-                mine = pack(op.payload, rows=1)
-                self.buffer = mine.new_empty(self.world, mine.shape[1])
-                if mine.numel():
-                    self._add(dist.all_gather(list(self.buffer.unbind()), mine[0], group=group, async_op=True))
-            case AllToAll():
-                sent = pack(op.payload, rows=self.world)
-                self.buffer = torch.empty_like(sent)
-                if sent.numel():
-                    self._add(dist.all_to_all_single(self.buffer, sent, group=group, async_op=True))
-            case Broadcast(source=source):
-                self.buffer = pack(op.payload, rows=1).clone()
-                if self.buffer.numel():
-                    root = dist.get_global_rank(group, source)
-                    self._add(dist.broadcast(self.buffer, src=root, group=group, async_op=True))
-            case Shift(destination=destination, source=source):
-                sent = pack(op.payload, rows=1)
-                self.buffer = torch.empty_like(sent)
-                self._shift(sent, destination, source, group)
-
-    def _add(self, work: dist.Work | None) -> None:
-        if work is not None:
-            self.works.append(work)
-
-    def _shift(self, sent: Tensor, destination: int, source: int, group: dist.ProcessGroup) -> None:
-        if destination == source == group.rank():
-            self.buffer.copy_(sent)
-        elif sent.numel():
-            to, origin = dist.get_global_rank(group, destination), dist.get_global_rank(group, source)
-            pair = [dist.P2POp(dist.isend, sent, to, group), dist.P2POp(dist.irecv, self.buffer, origin, group)]
-            self.works.extend(dist.batch_isend_irecv(pair))
-
-    def wait(self) -> Payload:
-        for work in self.works:
-            work.wait()
-        match self.op:
-            case AllReduce(payload=payload, combine=combine):
-                total = self.buffer / self.world if combine == "mean" else self.buffer
-                parts = total.split([tensor.numel() for tensor in payload])
-                return tuple(part.view(tensor.shape) for part, tensor in zip(parts, payload, strict=True))
-            case AllGather(payload=payload):
-                return unpack(self.buffer, payload, leading=(self.world,))
-            case AllToAll(payload=payload) | Broadcast(payload=payload) | Shift(payload=payload):
-                return unpack(self.buffer, payload, leading=())
-
-
-def pack(payload: Payload, *, rows: int) -> Tensor:
-    """All tensors of a payload as bytes, ``[rows, bytes]`` uint8; unless it is 1, ``rows`` is their leading dim."""
-    if not payload:
-        return torch.empty(rows, 0, dtype=torch.uint8)
-    parts = [
-        _dense(tensor).view(torch.uint8).view(rows, tensor.numel() * tensor.element_size() // rows)
-        for tensor in payload
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Flat with stride 1. One element counts as contiguous whatever its stride, and then cannot be viewed as bytes."""
-    flat = tensor.contiguous().reshape(-1)
-    return flat if flat.stride(0) == 1 else flat.new_empty(flat.shape).copy_(flat)
-
-
-def unpack(buffer: Tensor, payload: Payload, *, leading: tuple[int, ...]) -> Payload:
-    """Undo `pack`: tensors like those of ``payload``, their shapes preceded by ``leading``."""
-    rows = buffer.shape[0]
-    out, start = [], 0
-    for tensor in payload:
-        shape = (*leading, *tensor.shape)
-        width = tensor.numel() * tensor.element_size() // (1 if leading else rows)
-        part = buffer[:, start : start + width].contiguous().view(-1)
-        # A slice may begin at any byte, and a view as a wider dtype wants it aligned.
-        aligned = part if part.storage_offset() % tensor.element_size() == 0 else part.clone()
-        out.append(aligned.view(tensor.dtype).view(shape))
-        start += width
-    return tuple(out)

@@ -6,20 +6,25 @@ import argparse
 import shlex
 import signal
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from dtrain.commands import add_verb
-from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError
+from dtrain.commands.entering import enter_login_host
+from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError, DtrainError
+from dtrain.launchers.failure import Ending
 
 if TYPE_CHECKING:
     from dtrain.commands import Verbs
     from dtrain.config import Config
-    from dtrain.launchers.failure import Ending
+    from dtrain.launchers.job import Job, Launcher
 
 EPILOG = """\
 overrides:
-  group=choice  engine={ddp,fsdp,zero1,zero2,zero3}  sync={dense,bf16,int8,int8_ef,int4_ef,local_sgd,diloco}
+  group=choice  engine={ddp,fsdp,zero1,zero2,zero3}  launcher={local,slurm,mpi}
+                sync={dense,bf16,int8,int8_ef,int4_ef,local_sgd,diloco}
                 compress@sync.compress={none,bf16,fp16,int8,int4,int8_ef,int4_ef}  optim={adamw,sgd}
                 model={tiny,small,custom}  data={text,tokens,custom}
   key=value     mesh.replicate=2 mesh.shard=2 launcher.workers=4 train.steps=300 optim.inner.lr=0.001 data.path=FOLDER
@@ -36,6 +41,14 @@ exit codes:
 """
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """A launcher whose scheduler can be asked beforehand whether it would take a job."""
+
+    def check(self, folders: Sequence[Path]) -> None:
+        """Raise ``ValueError`` if it would not."""
+
+
 def add(verbs: Verbs) -> None:
     """Add ``train``."""
     train = add_verb(verbs, "train", does="train a model", epilog=EPILOG)
@@ -46,21 +59,89 @@ def add(verbs: Verbs) -> None:
 
 def _train(chosen: argparse.Namespace) -> int:
     from dtrain.config import compose, run_folder, to_yaml, validate
+    from dtrain.config.validating import warnings
+    from dtrain.launching import build_launcher
 
     config = run_folder.absolute(compose(chosen.words))
+    if config.launcher.name == "slurm":
+        enter_login_host(sys.argv[1:])
     here = Path(config.run.dir)
     command = [sys.executable, "-u", "-m", "dtrain.worker", str(here / run_folder.CONFIG)]
     description = validate(config)
     folder = run_folder.previous(config)
     if folder:
         run_folder.check(config, description, folder)
+    for warning in warnings(config):
+        print(f"dtrain: warning: {warning}", file=sys.stderr)
+    launcher = None
+    if config.launcher.name != "local":
+        launcher = build_launcher(config.launcher, replicas=config.mesh.replicate)
+    if chosen.dry_run and launcher is not None:
+        print(launcher.render(_program(config), folder=here, name=here.name), end="")
+        return 0
     if chosen.dry_run:
         start = f"goes on from {folder}" if folder else "starts from step 0"
         print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(command)}")
         return 0
     with run_folder.locked(here):
+        if launcher is not None:
+            return _submit(config, description, launcher)
         run_folder.write(config, description)
         return _launch(config, command, goes_on_from=folder)
+
+
+def _program(config: Config) -> list[str]:
+    """What each rank of a submitted job runs."""
+    return ["python", "-u", "-m", "dtrain.worker", str(Path(config.run.dir) / "config.yaml")]
+
+
+def _submit(config: Config, description: Mapping[str, object], launcher: Launcher) -> int:
+    """Hand the run over to a launcher; its job id is all that is printed, unless it is to be followed."""
+    from dtrain.config import run_folder
+    from dtrain.launchers.job import ENDED, Facts
+    from dtrain.launchers.registry import open_job
+
+    here = Path(config.run.dir)
+    if (here / "job.json").is_file():
+        old = open_job(Facts.read(here))
+        if old.state() not in ENDED:
+            raise ConfigError(f"run.dir={here} holds job {old.id}, which is {old.state()}; cancel it or choose another")
+    try:
+        if isinstance(launcher, Checked):
+            launcher.check([here])
+        run_folder.write(config, description)
+        job = launcher.submit(_program(config), folder=here, name=here.name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, OSError) as error:
+        raise DtrainError(str(error)) from error
+    print(f"job {job.id} ({launcher.name}): run {here}", flush=True)
+    if config.launcher.name == "slurm" and not config.launcher.wait:
+        print(f"  dtrain jobs status {job.id}     dtrain jobs logs {job.id} -f     dtrain jobs why {job.id}")
+        return 0
+    return _follow(config, job)
+
+
+def _follow(config: Config, job: Job) -> int:
+    """Show the progress of a job until it has ended, then its summary or what went wrong."""
+    from dtrain.commands.following import exit_code
+    from dtrain.launchers.job import ENDED
+    from dtrain.report.progress import Progress
+
+    here = Path(config.run.dir)
+    try:
+        with Progress(here / "metrics.jsonl", steps=config.train.steps):
+            while job.state() not in ENDED:
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        if job.facts.launcher == "slurm":
+            print(f"job {job.id} goes on; dtrain jobs cancel {job.id} ends it", file=sys.stderr)
+            return INTERRUPTED
+        job.cancel()
+        job.wait()
+    if job.state() != "finished":
+        return exit_code(job)
+    return _finish(config, Ending("finished", None, 0, ()))
 
 
 def _launch(config: Config, command: list[str], *, goes_on_from: Path | None) -> int:

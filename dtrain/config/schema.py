@@ -18,10 +18,14 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+PER_NODE = ("srun", "torchrun")
+ISOLATIONS = ("none", "replica")
+CONTAINER_RUNTIMES = ("pyxis", "apptainer")
+TRANSPORTS = ("torch", "mpi")
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", "slurm", "mpi")
 
 Settings = dict[str, object]
 """A mapping with ``_target_``: any importable callable, and the keywords it is called with."""
@@ -45,19 +49,76 @@ class MeshConfig:
     """Replicas: the slow links lie between them."""
     shard: int = 2
     """Ranks in a replica, which the engine shards over."""
+    transport: str = "torch"
+    """What carries the replicate axis: ``torch`` (gloo or NCCL) or ``mpi``, which needs ``launcher=mpi``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LauncherConfig:
-    """How the worker processes start."""
+    """How the worker processes start. Empty text and 0 mean: as the site has it."""
 
     name: str = "local"
     workers: int = 4
+    """Ranks in all, spread evenly over ``nodes``."""
+    nodes: int = 1
     max_restarts: int = 3
-    """How often all workers are started again from the last checkpoint when one dies."""
+    """How often all workers are started again from the last checkpoint when one dies; under Slurm, how many attempts
+    in a row may make no progress."""
     grace_seconds: float = 60.0
     """What the workers have between SIGTERM and SIGKILL, to write a checkpoint."""
     threads_per_worker: int = 1
+    """CPU cores of a rank."""
+    hang_seconds: float = 600.0
+    """A rank that stands in one collective for longer ends the attempt; 0: never."""
+    wait: bool = False
+    """Follow a submitted job to its end."""
+    environment: list[str] = field(default_factory=list)
+    """``NAME=value``, set for every rank."""
+
+    minutes: int = 60
+    """Slurm: the time limit of one run of the job, which goes on after it."""
+    gpus_per_node: int = 0
+    memory_gib: int = 0
+    """Per node."""
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    exclude: str = ""
+    reservation: str = ""
+    array_parallel: int = 0
+    """How many runs of a sweep may run at the same time; 0: all."""
+    per_node: str = "srun"
+    """``srun``: one task per rank. ``torchrun``: one task per node, whose torchrun starts its ranks."""
+    isolate: str = "none"
+    """``replica``: a job step per replica, so that a dead one does not take the others with it."""
+    signal_seconds: int = 120
+    """The ranks are told this long before the time limit; 0: not at all."""
+    address: str = ""
+    """Where the ranks meet; empty: the job's first node."""
+    port: int = 0
+    """0: a free one."""
+    interface: str = ""
+    """The network interface of gloo and NCCL."""
+    python: str = ""
+    """The interpreter on the nodes; empty: this one."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of the batch script before the ranks start: ``module load ...``."""
+    container: str = ""
+    """An image; empty: none."""
+    container_runtime: str = "pyxis"
+    container_args: list[str] = field(default_factory=list)
+    srun_args: list[str] = field(default_factory=list)
+    sbatch: list[str] = field(default_factory=list)
+    """Any further directive: ``mail-type=END``, ``exclusive``."""
+    groups: list[str] = field(default_factory=list)
+    """The components of a heterogeneous job: ``nodes=2 workers=4 constraint=a100``."""
+
+    mpirun: str = ""
+    """MPI: the mpirun to use; empty: the one on PATH."""
+    hosts: list[str] = field(default_factory=list)
+    """MPI: ``HOST`` or ``HOST:SLOTS``; empty: the nodes of the Slurm allocation around it, else this machine."""
+    mpi_args: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +197,8 @@ def composable(cls: type) -> type:
         if dataclasses.is_dataclass(kind):
             twin = composable(kind)  # type: ignore[arg-type]  # a class, as get_type_hints of a class field says
             members.append((entry.name, twin, field(default_factory=twin)))
+        elif entry.default_factory is list:
+            members.append((entry.name, kind, field(default_factory=list)))
         elif entry.default_factory is not dataclasses.MISSING:
             members.append((entry.name, dict[str, Any], field(default_factory=dict)))
         else:

@@ -11,24 +11,41 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 from dtrain.config.building import build_model
-from dtrain.config.schema import ENGINES, LAUNCHERS, PRECISIONS, SCHEDULES, Config
+from dtrain.config.schema import (
+    CONTAINER_RUNTIMES,
+    ENGINES,
+    ISOLATIONS,
+    LAUNCHERS,
+    PER_NODE,
+    PRECISIONS,
+    SCHEDULES,
+    TRANSPORTS,
+    Config,
+)
 from dtrain.config.targets import closest, hint, instantiate
 from dtrain.errors import ConfigError, DataError
 
 AT_LEAST_ONE = (
-    "mesh.replicate", "mesh.shard", "launcher.workers", "launcher.threads_per_worker", "train.steps",
-    "train.batch_size", "train.keep_checkpoints", "train.log_every_steps", "train.agree_every_steps",
+    "mesh.replicate", "mesh.shard", "launcher.workers", "launcher.threads_per_worker", "launcher.nodes",
+    "launcher.minutes", "train.steps", "train.batch_size", "train.keep_checkpoints", "train.log_every_steps",
+    "train.agree_every_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "launcher.max_restarts", "launcher.grace_seconds", "optim.warmup_steps", "optim.final_lr_fraction", "train.seed",
-    "train.microbatch_size", "train.clip_norm", "train.stop_after_steps", "train.checkpoint_every_steps",
-    "train.evaluate_every_steps", "train.evaluation_examples", "train.max_skipped_steps",
+    "launcher.max_restarts", "launcher.grace_seconds", "launcher.hang_seconds", "launcher.signal_seconds",
+    "launcher.gpus_per_node", "launcher.memory_gib", "launcher.array_parallel", "launcher.port", "optim.warmup_steps",
+    "optim.final_lr_fraction", "train.seed", "train.microbatch_size", "train.clip_norm", "train.stop_after_steps",
+    "train.checkpoint_every_steps", "train.evaluate_every_steps", "train.evaluation_examples",
+    "train.max_skipped_steps",
 )  # fmt: skip
 NAMES = {
     "engine.name": ENGINES,
     "engine.precision": PRECISIONS,
     "optim.schedule": SCHEDULES,
     "launcher.name": LAUNCHERS,
+    "launcher.per_node": PER_NODE,
+    "launcher.isolate": ISOLATIONS,
+    "launcher.container_runtime": CONTAINER_RUNTIMES,
+    "mesh.transport": TRANSPORTS,
 }
 
 
@@ -53,7 +70,7 @@ def validate(config: Config) -> dict[str, object]:
         ConfigError: naming every key that is out of range or does not fit, with its value and what would fit.
         DataError: from the data set: missing, empty or damaged.
     """
-    problems = [*_ranges(config), *_mesh(config), *_engine(config), *_run_folder(config)]
+    problems = [*_ranges(config), *_mesh(config), *_launcher(config), *_engine(config), *_run_folder(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     _sync(config)
@@ -109,6 +126,28 @@ def _mesh(config: Config) -> Iterator[str]:
             f"train.microbatch_size is {micro}, but a rank's share of the batch is {batch // world} examples; choose a "
             "divisor of it, or 0 for all at once"
         )
+
+
+def _launcher(config: Config) -> Iterator[str]:
+    if config.mesh.transport == "mpi" and config.launcher.name != "mpi":
+        yield "mesh.transport=mpi needs ranks that mpirun has started: take launcher=mpi, or mesh.transport=torch"
+    if config.launcher.nodes > 1 and config.launcher.workers % config.launcher.nodes:
+        yield (
+            f"launcher.workers={config.launcher.workers} cannot be spread evenly over launcher.nodes="
+            f"{config.launcher.nodes}; choose another number of nodes, or a mesh of another size"
+        )
+
+
+def warnings(config: Config) -> list[str]:
+    """What will run, but most likely not as it was meant."""
+    per_node = config.launcher.workers // max(1, config.launcher.nodes)
+    if config.launcher.nodes > 1 and config.mesh.shard > per_node:
+        return [
+            f"a replica of {config.mesh.shard} shards spans several nodes of {per_node} workers, so the engine's own "
+            "traffic, which no sync makes smaller, crosses the slow links; mesh.shard is best at most "
+            f"{per_node} here"
+        ]
+    return []
 
 
 def _engine(config: Config) -> Iterator[str]:

@@ -1,0 +1,75 @@
+"""torch.distributed as a transport: NCCL moves ops on a side stream, gloo on threads of its own."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtrain.comm.drivers.transport import outgoing, reply
+from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Op, Payload, Shift
+
+
+class TorchTransport:
+    """A process group that is used by nothing else: two threads that enqueue on one group would hang."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank, self.size = group.rank(), group.size()
+
+    def issue(self, op: Op) -> Collective:
+        """Hand ``op`` to torch.distributed, as one packed message."""
+        return Collective(op, self._group)
+
+
+class Collective:
+    """An op that was handed to torch.distributed."""
+
+    def __init__(self, op: Op, group: dist.ProcessGroup) -> None:
+        self._op, self._world = op, group.size()
+        self._works: list[dist.Work] = []
+        self._arrived = self._issue(outgoing(op, self._world), group)
+
+    def poll(self) -> bool:
+        """True: the threads or the stream of the backend move it."""
+        return True
+
+    def wait(self) -> Payload:
+        """Block until the reply is there; with NCCL, until the stream of this thread will wait for it."""
+        for work in self._works:
+            work.wait()
+        return reply(self._op, self._arrived, self._world)
+
+    def _issue(self, sent: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Where the reply will be."""
+        match self._op:
+            case AllReduce():
+                arrived = sent
+                if sent.numel():
+                    self._add(dist.all_reduce(sent, group=group, async_op=True))
+            case AllGather():
+                arrived = sent.new_empty(self._world, sent.shape[1])
+                if sent.numel():
+                    self._add(dist.all_gather(list(arrived.unbind()), sent[0], group=group, async_op=True))
+            case AllToAll():
+                arrived = torch.empty_like(sent)
+                if sent.numel():
+                    self._add(dist.all_to_all_single(arrived, sent, group=group, async_op=True))
+            case Broadcast(source=source):
+                arrived = sent.clone()
+                if sent.numel():
+                    root = dist.get_global_rank(group, source)
+                    self._add(dist.broadcast(arrived, src=root, group=group, async_op=True))
+            case Shift(destination=destination, source=source):
+                arrived = torch.empty_like(sent)
+                if destination == source == group.rank():
+                    arrived.copy_(sent)
+                elif sent.numel():
+                    to, origin = dist.get_global_rank(group, destination), dist.get_global_rank(group, source)
+                    pair = [dist.P2POp(dist.isend, sent, to, group), dist.P2POp(dist.irecv, arrived, origin, group)]
+                    self._works.extend(dist.batch_isend_irecv(pair))
+        return arrived
+
+    def _add(self, work: dist.Work | None) -> None:
+        if work is not None:
+            self._works.append(work)

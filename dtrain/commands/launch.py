@@ -1,0 +1,72 @@
+"""``dtrain launch``: the launchers, for any program: ranks, rendezvous, logs, requeue and diagnosis."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.commands import add_verb
+from dtrain.commands.entering import enter_login_host
+from dtrain.errors import ConfigError, DtrainError
+
+if TYPE_CHECKING:
+    from dtrain.commands import Verbs
+
+EPILOG = """\
+The program is started once per rank, with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+in its environment. A program that leaves with exit code 75 says: checkpointed, run me again.
+
+examples:
+  dtrain launch launcher.workers=2 -- python my_train.py --lr 0.1
+  dtrain launch launcher=slurm launcher.nodes=4 launcher.workers=16 launcher.partition=gpu -- python my_train.py
+  dtrain launch --dry-run launcher=slurm launcher.nodes=4 -- python my_train.py        print the sbatch script
+  dtrain jobs why ID                                                                   when it went wrong
+"""
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``launch``."""
+    launch = add_verb(verbs, "launch", does="launch any program, a process per rank", epilog=EPILOG)
+    launch.add_argument("--dry-run", action="store_true", help="print the exact script or command; start nothing")
+    launch.add_argument("--name", default="launch", help="the job's name (default: %(default)s)")
+    launch.add_argument("words", nargs="*", metavar="OVERRIDE", help="launcher=..., launcher.KEY=..., run.dir=FOLDER")
+    launch.set_defaults(run=_launch, takes_program=True)
+
+
+def _launch(chosen: argparse.Namespace) -> int:
+    from dtrain.config import compose
+    from dtrain.launching import build_launcher
+
+    if not chosen.program:
+        raise ConfigError("say what to launch, after --: dtrain launch launcher.workers=2 -- python my_train.py")
+    for word in chosen.words:
+        if not word.lstrip("+").startswith(("launcher", "run.dir=")):
+            raise ConfigError(
+                f"{word}: launch takes launcher=..., launcher.KEY=... and run.dir=FOLDER; the rest is train's"
+            )
+    config = compose(chosen.words)
+    if config.launcher.name == "slurm":
+        enter_login_host(sys.argv[1:])
+    named = any(word.startswith("run.dir=") for word in chosen.words)
+    folder = Path(config.run.dir).absolute()
+    if not named:  # its default is named for a sync
+        folder = folder.with_name(folder.name.rpartition("-")[0] + f"-{chosen.name}")
+    launcher = build_launcher(config.launcher)
+    if chosen.dry_run:
+        print(launcher.render(chosen.program, folder=folder, name=chosen.name), end="")
+        return 0
+    try:
+        job = launcher.submit(chosen.program, folder=folder, name=chosen.name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, OSError) as error:
+        raise DtrainError(str(error)) from error
+    print(f"job {job.id} ({launcher.name}): {folder}", flush=True)
+    if config.launcher.name == "slurm" and not config.launcher.wait:
+        print(f"  dtrain jobs status {job.id}     dtrain jobs logs {job.id} -f     dtrain jobs why {job.id}")
+        return 0
+    from dtrain.commands.following import follow
+
+    return follow(job)

@@ -1,0 +1,30 @@
+"""A function as a rank's program: ``python -m dtrain.launchers.call FOLDER`` calls what was submitted.
+
+The return value is left in FOLDER/results/rank-K.pkl; an exception ends the rank as it would end any program.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+from dtrain.launchers.environment import Environment
+
+
+def main(folder: Path) -> None:
+    """Load, call, and store the result, whole or not at all."""
+    with (folder / "function.pkl").open("rb") as file:
+        function = pickle.load(file)  # cloudpickle writes what pickle reads
+    result = function()
+    path = folder / "results" / f"rank-{Environment.read().rank}.pkl"
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        pickle.dump(result, file)
+    os.replace(new, path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

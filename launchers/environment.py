@@ -1,0 +1,134 @@
+"""A rank's place in its job, read from whatever started it: torchrun, Open MPI, MPICH, Slurm, or plain variables.
+
+A backend is a dictionary: field -> the variable that holds it. Training scripts read the usual names (RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE, GROUP_RANK), which `Environment.export` writes for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["BACKENDS", "Environment", "tasks_on_nodes"]
+
+RANK_OFFSET, WORLD = "DTRAIN_RANK_OFFSET", "DTRAIN_WORLD_SIZE"
+"""Set where a job consists of several steps (``launcher.isolate=replica``): a rank's place among all steps."""
+
+_USUAL = {
+    "rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE",
+    "node": "GROUP_RANK",
+}  # fmt: skip
+
+BACKENDS: dict[str, dict[str, str]] = {
+    "torchrun": {
+        **_USUAL, "nodes": "GROUP_WORLD_SIZE", "restart": "TORCHELASTIC_RESTART_COUNT", "here": "TORCHELASTIC_RUN_ID",
+    },
+    "openmpi": {
+        "rank": "OMPI_COMM_WORLD_RANK", "world": "OMPI_COMM_WORLD_SIZE", "local_rank": "OMPI_COMM_WORLD_LOCAL_RANK",
+        "local_world": "OMPI_COMM_WORLD_LOCAL_SIZE", "here": "OMPI_COMM_WORLD_RANK",
+    },
+    "mpich": {
+        "rank": "PMI_RANK", "world": "PMI_SIZE", "local_rank": "MPI_LOCALRANKID", "local_world": "MPI_LOCALNRANKS",
+        "here": "MPI_LOCALRANKID",
+    },
+    "slurm": {
+        "rank": "SLURM_PROCID", "world": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID", "node": "SLURM_NODEID",
+        "nodes": "SLURM_NNODES", "tasks": "SLURM_STEP_TASKS_PER_NODE", "restart": "SLURM_RESTART_COUNT",
+        "here": "SLURM_STEP_ID",
+    },
+    "plain": {**_USUAL, "here": "RANK"},
+}  # fmt: skip
+"""In the order in which they are looked for: what started a process last is what counts, and mpirun and torchrun are
+started within a Slurm job, not the other way round. ``here``: the variable that tells that it was this backend."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A rank's place. ``node``: the index of its machine; ``restart``: how often the job was started again.
+
+    ``address`` and ``port``: where rank 0 waits for the others; empty and 0 where the launcher has set none.
+    """
+
+    backend: str
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    node: int
+    nodes: int
+    restart: int
+    address: str = ""
+    port: int = 0
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str] = os.environ) -> Environment:
+        """From environment variables; a process that nobody launched is rank 0 of 1.
+
+        Raises ``ValueError`` naming a variable that is missing or is no number.
+
+        >>> Environment.read({"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1",
+        ...     "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}).local_world
+        2
+        """
+        backend = next((name for name, names in BACKENDS.items() if names["here"] in variables), None)
+        if backend is None:
+            return cls("none", 0, 1, 0, 1, 0, 1, 0)
+        names = BACKENDS[backend]
+
+        def number(field: str, default: int | None) -> int:
+            name = names.get(field)
+            value = variables.get(name) if name else None
+            if value is None and default is not None:
+                return default
+            try:
+                return int(value or "")
+            except ValueError as error:
+                raise ValueError(
+                    f"{names['here']} says that {backend} started this process, but {name} is {value!r} and must be a "
+                    f"number; start it with {backend}, or unset {names['here']}"
+                ) from error
+
+        rank, world = number("rank", None), number("world", None)
+        offset = int(variables.get(RANK_OFFSET, 0))
+        local_rank, node = number("local_rank", 0 if world == 1 else None), number("node", 0)
+        if "tasks" in names:
+            local_world = tasks_on_nodes(variables.get(names["tasks"], str(world)))[node]
+        else:
+            local_world = number("local_world", world)
+        nodes = number("nodes", max(1, world // max(1, local_world)))
+        if backend in ("openmpi", "mpich"):
+            node = rank // max(1, local_world)
+        whole = int(variables.get(WORLD, world))
+        restart, port = number("restart", 0), variables.get("MASTER_PORT", "0")
+        return cls(
+            backend, rank + offset, whole, local_rank, local_world, node, nodes, restart,
+            variables.get("MASTER_ADDR", ""), int(port) if port.isdigit() else 0,
+        )  # fmt: skip
+
+    def export(self) -> dict[str, str]:
+        """The usual variables, as torchrun writes them. MASTER_ADDR and MASTER_PORT come from the launcher."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+            "GROUP_RANK": str(self.node),
+            "GROUP_WORLD_SIZE": str(self.nodes),
+        }
+
+
+def tasks_on_nodes(text: str) -> list[int]:
+    """Slurm's short form of a list.
+
+    >>> tasks_on_nodes("4(x2),3")
+    [4, 4, 3]
+    """
+    counts: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"{text!r} is no list of tasks per node such as 4(x2),3")
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts

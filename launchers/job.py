@@ -1,0 +1,174 @@
+"""A job, whatever launched it: its id, its state, and everything that it leaves in its folder.
+
+Launcher.submit(program, folder) -> Job        job.state()  wait()  logs()  cancel()  result()  why()
+
+FOLDER/job.json       what was submitted, and how          logs/rank-K.log   what rank K printed
+       end.json       how it ended, once it has            logs/batch.log    what the script printed
+       job.sbatch     what Slurm was given                 ranks/            records, heartbeats, stacks
+       function.pkl   results/rank-K.pkl                   where a function was submitted
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+__all__ = ["ENDED", "Facts", "Job", "JobFailed", "Launcher", "Program", "State", "command_of"]
+
+State: TypeAlias = Literal["pending", "running", "finished", "failed", "cancelled", "lost"]
+"""``lost``: the scheduler knows it no longer, and it has not said how it ended."""
+
+ENDED: tuple[State, ...] = ("finished", "failed", "cancelled", "lost")
+
+Program: TypeAlias = Sequence[str] | Callable[[], object]
+"""A command line, or a function of no arguments that can be pickled: each rank runs it."""
+
+
+class JobFailed(RuntimeError):
+    """A job whose result was asked for did not finish; the message starts with the root cause."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a job since it was submitted. ``submitted``: seconds since 1970."""
+
+    id: str
+    launcher: str
+    name: str
+    folder: str
+    program: tuple[str, ...]
+    workers: int
+    submitted: float
+    cluster: str = ""
+
+    def write(self) -> None:
+        """Into FOLDER/job.json, whole or not at all."""
+        path = Path(self.folder) / "job.json"
+        new = path.with_suffix(".json.new")
+        new.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        os.replace(new, path)
+
+    @classmethod
+    def read(cls, folder: Path) -> Facts:
+        """Raises ``FileNotFoundError`` where no job was submitted."""
+        found = json.loads((folder / "job.json").read_text())
+        return cls(**{**found, "program": tuple(found["program"])})
+
+
+class Job(abc.ABC):
+    """One submitted job. The subclasses say how its scheduler is asked, and how it is cancelled."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.id, self.folder = facts.id, Path(facts.folder)
+
+    @abc.abstractmethod
+    def ask(self) -> State:
+        """The state as the scheduler knows it, of a job that has not written down how it ended."""
+
+    @abc.abstractmethod
+    def cancel(self) -> None:
+        """End it, for good: it checkpoints if it is given the time, and is not started again."""
+
+    def end(self) -> dict[str, object] | None:
+        """How it ended: ``code`` (see `dtrain.errors`) and ``reason``; None while it goes on."""
+        try:
+            found = json.loads((self.folder / "end.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return (
+            found if isinstance(found, dict) and str(found.get("job", self.id)) == self.id.partition("_")[0] else None
+        )
+
+    def state(self) -> State:
+        """The state now."""
+        end = self.end()
+        if end is None:
+            state = self.ask()
+            if state not in ENDED:
+                return state
+            end = self.end()  # it may have ended in between
+            if end is None:
+                return state
+        if end["reason"] == "cancelled":
+            return "cancelled"
+        return "finished" if end["code"] == 0 else "failed"
+
+    def wait(self, seconds: float | None = None) -> State:
+        """Wait until it has ended, at most ``seconds``; returns the state. Raises ``TimeoutError``."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while (state := self.state()) not in ENDED:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"job {self.id} is still {state} after {seconds:g} s; its logs: {self.folder}/logs")
+            time.sleep(0.5)
+        return state
+
+    def logs(self) -> list[Path]:
+        """What it has printed so far: the scheduler's shell first, then the ranks in order."""
+        folder = self.folder / "logs"
+        ranks = sorted(folder.glob("rank-*.log"), key=lambda path: int(path.stem.removeprefix("rank-")))
+        return [path for path in (folder / "batch.log", *ranks) if path.is_file()]
+
+    def result(self, seconds: float | None = None) -> list[object]:
+        """Wait, and return what the function returned on each rank, in rank order.
+
+        Raises ``JobFailed`` with the root cause, ``TimeoutError``, and ``ValueError`` for a job that is no function.
+        """
+        if not (self.folder / "function.pkl").is_file():
+            raise ValueError(
+                f"job {self.id} runs {list(self.facts.program)}, no function: it has no result but its files"
+            )
+        if self.wait(seconds) != "finished":
+            raise JobFailed(self.why())
+        found = []
+        for rank in range(self.facts.workers):
+            with (self.folder / "results" / f"rank-{rank}.pkl").open("rb") as file:
+                found.append(pickle.load(file))
+        return found
+
+    def why(self) -> str:
+        """Why it ended as it did, or what it is waiting for: the root cause first."""
+        from dtrain.launchers.why import why
+
+        return why(self.folder, state=self.state(), end=self.end())
+
+
+class Launcher(Protocol):
+    """How jobs start."""
+
+    name: str
+
+    def render(self, program: Sequence[str], *, folder: Path, name: str) -> str:
+        """The exact script or command that `submit` would use; nothing is written."""
+
+    def submit(self, program: Program, *, folder: Path, name: str = "job") -> Job:
+        """Start ``program`` once per rank, with its files in ``folder``; returns at once.
+
+        Raises ``ValueError`` for a request that cannot run (what, value, way out), ``RuntimeError`` where the
+        scheduler refused it. In both cases nothing was started.
+        """
+
+
+def command_of(program: Program, folder: Path, *, python: str = "") -> tuple[str, ...]:
+    """The command line of one rank; a function is pickled into the job's folder first.
+
+    A bare ``python`` is ``python``, by default the interpreter of this process: what PATH names on a node is another.
+    """
+    python = python or sys.executable
+    if not callable(program):
+        first, *rest = program
+        return (python if first in ("python", "python3") else first, *rest)
+    import cloudpickle
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "function.pkl").write_bytes(cloudpickle.dumps(program))
+    return (python, "-P", "-m", "dtrain.launchers.call", str(folder))

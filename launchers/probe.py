@@ -1,0 +1,215 @@
+"""Watches one rank from inside, so that a person can be told why it failed or what it waits for.
+
+    python probe.py SCRIPT ARGUMENTS...     python probe.py -m MODULE ARGUMENTS...
+
+runs the program as Python itself would, with the probe in place. It needs nothing but the standard library, so any
+interpreter can run it by its path. Files, in the folder that DTRAIN_RANKS names (K is the rank):
+
+    rank-K.error   JSON: the exception that ended the rank, or the collective that it waited in for too long
+    rank-K.beat    JSON, every few seconds: where the main thread stands, since when, and in which collective
+    rank-K.stack   text: all stacks, where the interpreter crashed or gave up
+
+The collectives come from torch's flight recorder, a ring buffer in which NCCL and gloo note each one, whoever called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import runpy
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+FOLDER, HANG_SECONDS, BEAT_SECONDS = "DTRAIN_RANKS", "DTRAIN_HANG_SECONDS", "DTRAIN_BEAT_SECONDS"
+RING = "TORCH_FR_BUFFER_SIZE"
+RING_ENTRIES = "256"  # collectives; the default is thousands, and all of them are read at every beat
+FAILED = 1
+
+
+class Probe:
+    """Context manager: while it is open, a thread writes the heartbeat, and ends a rank that hangs in a collective.
+
+    ``hang_seconds``: how long a rank may stand in the same place with the same collective pending; 0: for ever. Then
+    it writes down what it waits for and leaves with exit code 1, so that the launcher ends the others.
+    """
+
+    def __init__(self, folder: Path, rank: int, *, hang_seconds: float = 0.0, beat_seconds: float = 5.0) -> None:
+        self._files = {kind: folder / f"rank-{rank}.{kind}" for kind in ("error", "beat", "stack")}
+        self._hang_seconds, self._beat_seconds = hang_seconds, beat_seconds
+        self._leave = threading.Event()
+        self._place: object = None
+        self._since = time.time()
+        self._stack: TextIO | None = None
+
+    @classmethod
+    def from_environment(cls) -> Probe | None:
+        """The probe that the launcher asked for; None where there is none to write for."""
+        folder = os.environ.get(FOLDER)
+        if not folder:
+            return None
+        return cls(
+            Path(folder),
+            int(os.environ.get("RANK", "0")),
+            hang_seconds=float(os.environ.get(HANG_SECONDS, "0")),
+            beat_seconds=float(os.environ.get(BEAT_SECONDS, "5")),
+        )
+
+    def __enter__(self) -> Probe:
+        self._files["error"].parent.mkdir(parents=True, exist_ok=True)
+        for path in self._files.values():  # those of an earlier attempt
+            path.unlink(missing_ok=True)
+        os.environ.setdefault(RING, RING_ENTRIES)
+        self._stack = self._files["stack"].open("w")
+        faulthandler.enable(self._stack, all_threads=True)
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._watch, name="dtrain-probe", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._leave.set()
+        if error is not None:
+            self.note(error)
+
+    def note(self, error: BaseException) -> None:
+        """Write down the exception that ends this rank. Leaving with exit code 0 is none, nor are 75 and 130."""
+        if isinstance(error, SystemExit) and (not error.code or error.code in (75, 130)):
+            return
+        cause = error.__cause__ or error.__context__
+        if isinstance(error, SystemExit) and cause is not None:
+            error = cause  # a program that turns its errors into exit codes
+        if isinstance(error, SystemExit):
+            said = error.code if isinstance(error.code, str) else f"exit code {error.code}"
+            where = "".join(traceback.format_tb(error.__traceback__))
+            self._write("error", self._report(said, "SystemExit", where))
+            return
+        text = "".join(traceback.format_exception(error))
+        lines = "".join(traceback.format_exception_only(error)).strip()
+        self._write("error", self._report(lines, type(error).__name__, text))
+
+    def _report(self, message: str, kind: str, trace: str) -> dict[str, object]:
+        return {"time": time.time(), "kind": kind, "message": message, "traceback": trace}
+
+    def _watch(self) -> None:
+        while not self._leave.wait(self._beat_seconds):
+            with contextlib.suppress(OSError):  # a full or vanished disk must not end a training run
+                self._beat()
+
+    def _beat(self) -> None:
+        frame = sys._current_frames().get(self._main or 0)
+        stack = _text(frame)
+        entries = _collectives()
+        pending = next((entry for entry in entries if not entry["retired"]), None)
+        last = entries[-1]["record_id"] if entries else None
+        place = (tuple(stack), last, pending and pending["record_id"])
+        now = time.time()
+        if place != self._place:
+            self._place, self._since = place, now
+        waiting = _told(pending) if pending is not None else None
+        recent = [_told(entry)["what"] for entry in entries[-8:]]
+        beat = {
+            "time": now, "since": self._since, "host": socket.gethostname(), "pid": os.getpid(), "stack": stack,
+            "waiting": waiting, "entered": _entered(entries), "recent": recent,
+        }  # fmt: skip
+        self._write("beat", beat)
+        waited = now - self._since
+        if waiting is not None and self._hang_seconds and waited > self._hang_seconds:
+            self._give_up(waiting, waited, stack)
+
+    def _give_up(self, waiting: dict[str, object], waited: float, stack: list[str]) -> None:
+        limit = f"launcher.hang_seconds={self._hang_seconds:g}"
+        message = f"waited {waited:.0f} s in {waiting['what']}, longer than {limit}"
+        self._write("error", self._report(message, "Hang", "".join(stack)))
+        text = f"{message}. All stacks:\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+            faulthandler.dump_traceback(file=2, all_threads=True)
+            if self._stack is not None:
+                faulthandler.dump_traceback(file=self._stack, all_threads=True)
+        os._exit(FAILED)
+
+    def _write(self, kind: str, content: dict[str, object]) -> None:
+        """Whole or not at all: somebody may be reading it on another machine."""
+        path = self._files[kind]
+        new = path.with_name(f"{path.name}.{os.getpid()}.new")
+        new.write_text(json.dumps(content) + "\n")
+        os.replace(new, path)
+
+
+def _text(frame: FrameType | None) -> list[str]:
+    return [line.rstrip("\n") for line in traceback.format_stack(frame)] if frame is not None else []
+
+
+def _collectives() -> list[dict[str, Any]]:
+    """The ring buffer of torch, oldest first; empty where torch.distributed was never imported. Never imports it."""
+    module = sys.modules.get("torch._C._distributed_c10d")
+    dump = getattr(module, "_dump_fr_trace_json", None)
+    if dump is None:
+        return []
+    try:
+        entries: list[dict[str, Any]] = json.loads(dump()).get("entries", [])
+    except (RuntimeError, ValueError):  # while groups are made or destroyed
+        return []
+    return [entry for entry in entries if "record_id" in entry]
+
+
+def _told(entry: dict[str, Any]) -> dict[str, object]:
+    """One collective as a person reads it, and as ranks can be compared by."""
+    name = str(entry.get("profiling_name", "")).partition(":")[2] or str(entry.get("profiling_name", "a collective"))
+    number = entry.get("p2p_seq_id") if entry.get("is_p2p") else entry.get("collective_seq_id")
+    group = " ".join(str(part) for part in entry.get("process_group", []) if part != "undefined")
+    sizes = " ".join("x".join(map(str, size)) or "1" for size in entry.get("input_sizes", []))
+    dtypes = " ".join(sorted(set(entry.get("input_dtypes", []))))
+    entered = entry.get("time_created_ns", 0) / 1e9
+    what = f"{name} #{number} of group {group} ({sizes} {dtypes})".replace("  ", " ")
+    return {"what": what, "name": name, "number": number, "group": group, "entered": entered}
+
+
+def _entered(entries: list[dict[str, Any]]) -> dict[str, int]:
+    """Group -> the number of the last collective that this rank has entered in it."""
+    last: dict[str, int] = {}
+    for entry in entries:
+        if not entry.get("is_p2p"):
+            told = _told(entry)
+            last[str(told["group"])] = max(last.get(str(told["group"]), 0), int(entry.get("collective_seq_id", 0)))
+    return last
+
+
+@contextlib.contextmanager
+def probed() -> Iterator[None]:
+    """Run the block under the probe that the environment asks for, if it asks for one."""
+    probe = Probe.from_environment()
+    if probe is None:
+        yield
+        return
+    with probe:
+        yield
+
+
+def main(arguments: list[str]) -> None:
+    """Run a program under the probe."""
+    if not arguments:
+        raise SystemExit("nothing to run: probe.py SCRIPT ARGUMENTS... or probe.py -m MODULE ARGUMENTS...")
+    module = arguments[0] == "-m"
+    program = arguments[1:] if module else arguments
+    with probed():
+        sys.argv = program
+        if module:
+            sys.path[0] = os.getcwd()
+            runpy.run_module(program[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(program[0]).resolve().parent)
+            runpy.run_path(program[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

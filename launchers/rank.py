@@ -1,0 +1,146 @@
+"""One rank of a job, whatever started it: ``python -m dtrain.launchers.rank FOLDER -- PROGRAM ARGUMENTS...``.
+
+    srun, mpirun, torchrun -> this process (one per rank) -> the program, with RANK, WORLD_SIZE, MASTER_ADDR, ...
+
+It knows nothing of the program but how it ended. What the program prints is appended to FOLDER/logs/rank-K.log; how it
+ended is left in FOLDER/ranks/rank-K.json; a Python program runs under `dtrain.launchers.probe`. Its exit code is the
+program's, or 128 + the number of the signal that killed it; but 0 for a program that left with 75 or 130, since every
+launcher ends the other ranks as soon as one has left with anything else, and they may still be on their way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from dtrain.launchers import mpi, probe
+from dtrain.launchers.environment import Environment
+from dtrain.launchers.local import die_with_parent
+from dtrain.launchers.record import ATTEMPT, RankRecord, rank_files
+
+BAD_CONFIG = 2
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+ENDED_WELL = (0, 75, 130)  # finished; checkpointed, to be run again; ended by the user
+ALREADY_SIGNALLED = ("slurm",)
+"""Backends that signal every process of a job themselves. Passing a signal on would deliver it twice."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program as this rank; returns its exit code."""
+    folder, separator, *program = arguments
+    if separator != "--" or not program:
+        raise SystemExit("usage: python -m dtrain.launchers.rank FOLDER -- PROGRAM ARGUMENTS...")
+    return run(Path(folder), program, Environment.read(os.environ))
+
+
+def run(folder: Path, program: Sequence[str], place: Environment) -> int:
+    """Run ``program`` as the rank that ``place`` says, with its log and its record below ``folder``."""
+    log, ranks = folder / "logs" / f"rank-{place.rank}.log", rank_files(folder)
+    for needed in (log.parent, ranks):
+        needed.mkdir(parents=True, exist_ok=True)
+    attempt = int(os.environ.get(ATTEMPT, place.restart))
+    record = RankRecord.begin(ranks, place.rank, host=socket.gethostname(), attempt=attempt)
+    with log.open("ab") as output:
+        header = f"---- rank {place.rank} of {place.world} on {record.host}, attempt {attempt + 1}, "
+        output.write(f"{header}{time.strftime('%Y-%m-%d %H:%M:%S')} ----\n".encode())
+        output.flush()
+        start = output.tell()
+        problem = _unreachable(place)
+        if problem is None:
+            environment = {**os.environ, **place.export(), probe.FOLDER: str(ranks), "PYTHONUNBUFFERED": "1"}
+            code = _spawn(under_probe(program), environment, output.fileno(), place)
+        else:
+            output.write(f"{problem}\n".encode())
+            code = BAD_CONFIG
+    record.end(ranks, code, log=log, log_start=start)
+    code = code if code >= 0 else 128 - code
+    if place.backend in ("openmpi", "mpich"):
+        mpi.leave(code, place.backend)
+    return 0 if code in ENDED_WELL else code
+
+
+def under_probe(program: Sequence[str]) -> list[str]:
+    """The command line with the probe between a Python interpreter and its script; anything else as it is.
+
+    >>> under_probe(["bash", "run.sh"])
+    ['bash', 'run.sh']
+    """
+    interpreter, *rest = program
+    if not Path(interpreter).name.startswith("python"):
+        return list(program)
+    flags = []
+    while rest and rest[0] in ("-u", "-B", "-I", "-E", "-s", "-S", "-O", "-OO", "-P"):
+        flags.append(rest.pop(0))
+    if not rest or (rest[0].startswith("-") and rest[0] != "-m"):
+        return list(program)  # -c, -W, ...: as it is
+    return [interpreter, *flags, str(Path(probe.__file__).resolve()), *rest]
+
+
+def _unreachable(place: Environment) -> str | None:
+    """Why this rank could never meet the others, in words; None if the name of their meeting point resolves."""
+    if place.world == 1:
+        return None
+    host = socket.gethostname()
+    if not place.address or not place.port:
+        return f"rank {place.rank} on {host}: MASTER_ADDR or MASTER_PORT is not set; start it through a dtrain launcher"
+    try:
+        socket.getaddrinfo(place.address, place.port)
+    except OSError as error:
+        return (
+            f"rank {place.rank} on {host}: MASTER_ADDR={place.address} does not resolve here ({error}); name the first "
+            "node by an address that all nodes know: launcher.address=IP"
+        )
+    return None
+
+
+def _spawn(command: list[str], environment: dict[str, str], output: int, place: Environment) -> int:
+    """The program's exit code; -N if signal N killed it."""
+    carried = mpi.carried()
+
+    def prepare() -> None:
+        die_with_parent()
+        for number in carried:
+            signal.signal(number, signal.SIG_IGN)
+
+    try:
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=prepare
+        )
+    except OSError as error:
+        os.write(output, f"cannot start {command[0]}: {error.strerror}\n".encode())
+        return BAD_CONFIG
+    with _signals(child, carried, forward=place.backend not in ALREADY_SIGNALLED):
+        return child.wait()
+
+
+@contextlib.contextmanager
+def _signals(
+    child: subprocess.Popen[bytes], carried: Mapping[signal.Signals, signal.Signals], *, forward: bool
+) -> Iterator[None]:
+    """The program decides what a signal means; this process only outlives it, to write down how it ended.
+
+    ``carried``: signals that came in place of others, which the program is sent.
+    """
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if forward and child.poll() is None:
+            child.send_signal(carried.get(signal.Signals(number), number))
+
+    old = {number: signal.signal(number, handle) for number in {*SIGNALS, *carried}}
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

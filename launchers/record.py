@@ -1,0 +1,151 @@
+"""What every rank leaves in FOLDER/ranks for whoever asks why a job ended, or what it is waiting for.
+
+rank-K.json   how rank K ended, or that it runs; written by `dtrain.launchers.rank`
+rank-K.error  the exception that ended it           rank-K.beat  its heartbeat; both by `dtrain.launchers.probe`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.launchers.failure import read_log_end, signal_name
+
+__all__ = ["ATTEMPT", "Beat", "RankRecord", "rank_files"]
+
+ATTEMPT = "DTRAIN_ATTEMPT"
+"""Environment of the ranks: how often all of them were started before."""
+
+
+def rank_files(folder: Path) -> Path:
+    """The folder of the ranks' records within a job's folder."""
+    return folder / "ranks"
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """One rank's last attempt. Times in seconds since 1970; ``exit_code`` and ``signal`` are None while it runs.
+
+    ``message`` and ``traceback``: the exception that ended it, else the last words in its log. ``kind``: the class of
+    the exception, ``Hang`` for a collective that never came to an end, empty where nobody knows.
+    """
+
+    rank: int
+    host: str
+    attempt: int
+    pid: int
+    started: float
+    ended: float | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    kind: str = ""
+    message: str = ""
+    traceback: str = ""
+    log: str = ""
+
+    @classmethod
+    def begin(cls, folder: Path, rank: int, *, host: str, attempt: int) -> RankRecord:
+        """Write down that the rank runs, over what it left at its last attempt."""
+        record = cls(rank=rank, host=host, attempt=attempt, pid=os.getpid(), started=time.time())
+        (folder / f"rank-{rank}.error").unlink(missing_ok=True)
+        (folder / f"rank-{rank}.beat").unlink(missing_ok=True)
+        record._write(folder)
+        return record
+
+    def end(self, folder: Path, code: int, *, log: Path, log_start: int) -> None:
+        """Write down how it ended: ``code`` as subprocess reports it, -N for signal N."""
+        kind, message, trace, ended = "", "", "", time.time()
+        told = _read(folder / f"rank-{self.rank}.error")
+        if told is not None:
+            kind, message, trace = str(told["kind"]), str(told["message"]), str(told["traceback"])
+            ended = float(str(told["time"]))  # when it failed, not when it had been cleared away
+        elif code not in (0, 75, 130):
+            message, trace = read_log_end(log, log_start)
+            if code < 0:
+                name = signal_name(-code)
+                message = f"killed by {name}" + (" (out of memory? see dmesg)" if name == "SIGKILL" else "")
+        dataclasses.replace(
+            self, ended=ended, exit_code=code if code >= 0 else None, signal=signal_name(-code) if code < 0 else None,
+            kind=kind, message=message, traceback=trace, log=str(log),
+        )._write(folder)  # fmt: skip
+
+    @classmethod
+    def all(cls, folder: Path) -> list[RankRecord]:
+        """Every rank's record, in rank order."""
+        found = [_read(path) for path in rank_files(folder).glob("rank-*.json")]
+        names = {field.name for field in dataclasses.fields(cls)}
+        records = [cls(**{k: v for k, v in values.items() if k in names}) for values in found if values]  # type: ignore[arg-type]
+        return sorted(records, key=lambda record: record.rank)
+
+    @staticmethod
+    def verdict(folder: Path, workers: int) -> int:
+        """The exit code of a job by what its ranks wrote: launchers know only that of those that they ended, too.
+
+        2 or 130 if any rank says so, 0 or 75 if all do, else 1.
+        """
+        codes = [record.exit_code for record in RankRecord.all(folder) if record.ended is not None]
+        for telling in (2, 130):
+            if telling in codes:
+                return telling
+        if len(codes) == workers and set(codes) <= {0, 75}:
+            return 75 if 75 in codes else 0
+        return 1
+
+    def _write(self, folder: Path) -> None:
+        path = folder / f"rank-{self.rank}.json"
+        new = path.with_suffix(".json.new")
+        new.write_text(json.dumps(dataclasses.asdict(self)) + "\n")
+        os.replace(new, path)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A heartbeat: at ``time`` the main thread stood at ``stack`` and had done so since ``since``.
+
+    ``waiting``: the oldest collective that has not come to an end; ``number`` counts them in ``group``. ``entered``:
+    group -> the number of the last collective that the rank entered there.
+    """
+
+    rank: int
+    time: float
+    since: float
+    host: str
+    stack: tuple[str, ...]
+    what: str
+    group: str
+    number: int
+    entered: dict[str, int]
+
+    @classmethod
+    def all(cls, folder: Path) -> list[Beat]:
+        """Every rank's last heartbeat, in rank order."""
+        beats = []
+        for path in rank_files(folder).glob("rank-*.beat"):
+            found = _read(path)
+            if found is None:
+                continue
+            waiting = found["waiting"] if isinstance(found["waiting"], dict) else {}
+            entered = found["entered"] if isinstance(found["entered"], dict) else {}
+            stack = found["stack"] if isinstance(found["stack"], list) else []
+            beats.append(
+                cls(
+                    rank=int(path.stem.removeprefix("rank-")), time=float(str(found["time"])),
+                    since=float(str(found["since"])), host=str(found["host"]), stack=tuple(stack),
+                    what=str(waiting.get("what", "")), group=str(waiting.get("group", "")),
+                    number=int(waiting.get("number", 0)), entered=entered,
+                )
+            )  # fmt: skip
+        return sorted(beats, key=lambda beat: beat.rank)
+
+
+def _read(path: Path) -> dict[str, object] | None:
+    """The JSON object in a file; None if there is none, or it is torn by a crash."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

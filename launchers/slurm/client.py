@@ -1,0 +1,124 @@
+"""Slurm's client commands: run with a time limit, their answers read without sacct and without JSON.
+
+Accounting is often off, `--json` differs between versions, and a controller that is busy may hang for minutes.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtrain.launchers.job import State
+
+__all__ = ["SlurmError", "ask", "job_record", "job_state", "partitions"]
+
+SECONDS = 30.0
+STATES: dict[str, State] = {
+    "PENDING": "pending", "CONFIGURING": "pending", "REQUEUED": "pending", "REQUEUE_HOLD": "pending",
+    "REQUEUE_FED": "pending", "SPECIAL_EXIT": "pending", "RESV_DEL_HOLD": "pending", "PREEMPTED": "pending",
+    "RUNNING": "running", "COMPLETING": "running", "SUSPENDED": "running", "STOPPED": "running",
+    "SIGNALING": "running", "STAGE_OUT": "running", "RESIZING": "running", "COMPLETED": "finished",
+    "CANCELLED": "cancelled", "FAILED": "failed", "TIMEOUT": "failed", "NODE_FAIL": "failed",
+    "BOOT_FAIL": "failed", "DEADLINE": "failed", "OUT_OF_MEMORY": "failed", "REVOKED": "failed",
+}  # fmt: skip
+"""A preempted job is requeued, as it was submitted with --requeue."""
+
+
+class SlurmError(RuntimeError):
+    """Slurm refused or did not answer; the message is its own, and what was asked."""
+
+
+def ask(*command: str, seconds: float = SECONDS) -> str:
+    """What a Slurm command prints. Raises ``SlurmError`` if it is missing, fails or does not answer."""
+    if shutil.which(command[0]) is None:
+        raise SlurmError(
+            f"there is no {command[0]} on PATH, so this is no machine of a Slurm cluster: go to its login host, or "
+            "start a cluster on this one with `dtrain cluster up`"
+        )
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"{' '.join(command)} did not answer within {seconds:g} s: is slurmctld up?") from error
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise SlurmError(f"{command[0]}: {said}")
+    return done.stdout
+
+
+def job_state(job_id: str) -> State:
+    """The state of a job: from the queue, else from the controller's memory, else from accounting, else "lost"."""
+    return STATES.get(_word(job_id), "lost")
+
+
+def _word(job_id: str) -> str:
+    for question in (
+        ("squeue", "--noheader", "--jobs", job_id, "--format", "%T"),
+        ("scontrol", "show", "job", "--oneliner", job_id),
+        ("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job_id, "--format", "State"),
+    ):
+        try:
+            answer = ask(*question)
+        except SlurmError as error:
+            if _unreachable(str(error)):
+                raise  # silence is no state
+            continue
+        if question[0] == "scontrol":
+            found = re.search(r"JobState=(\w+)", answer)
+            if found:
+                return found[1]
+        elif answer.split():
+            return answer.split()[0].rstrip("+")
+    return ""
+
+
+def _unreachable(said: str) -> bool:
+    return "Unable to contact slurm controller" in said or "did not answer" in said or "no squeue" in said
+
+
+def job_record(job_id: str) -> dict[str, str]:
+    """What ``scontrol show job`` knows, field by field; empty once the controller has forgotten the job."""
+    try:
+        answer = ask("scontrol", "show", "job", "--oneliner", job_id)
+    except SlurmError:
+        return {}
+    return {key: value for key, _, value in (word.partition("=") for word in answer.split())}
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition as ``sinfo`` shows it. ``minutes``: its time limit, None without one."""
+
+    name: str
+    default: bool
+    nodes: int
+    minutes: int | None
+    up: bool
+
+
+def partitions() -> list[Partition]:
+    """All partitions that this user can see."""
+    answer = ask("sinfo", "--noheader", "--summarize", "--format", "%P|%D|%l|%a")
+    return [_partition(line.split("|")) for line in answer.splitlines() if line.count("|") == 3]
+
+
+def _partition(fields: Sequence[str]) -> Partition:
+    name, nodes, limit, available = (field.strip() for field in fields)
+    return Partition(
+        name.rstrip("*"), name.endswith("*"), int(nodes), minutes_of(limit), available.lower().startswith("up")
+    )
+
+
+def minutes_of(limit: str) -> int | None:
+    """Slurm's notation of a duration in whole minutes; None for none.
+
+    >>> minutes_of("1-02:00:00"), minutes_of("30:00"), minutes_of("infinite")
+    (1560, 30, None)
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if found is None:
+        return None
+    days, hours, minutes, _ = (int(part or 0) for part in found.groups())
+    return (24 * days + hours) * 60 + minutes

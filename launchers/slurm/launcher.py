@@ -1,0 +1,120 @@
+"""Submission to Slurm, through submitit: its executor, with our sbatch text and without its wrapper around the ranks.
+
+submitit's own wrapper requeues from a signal handler on rank 0; here the script does, after all ranks have ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtrain.launchers import registry
+from dtrain.launchers.job import Facts, Program, command_of
+from dtrain.launchers.slurm.client import SlurmError, ask
+from dtrain.launchers.slurm.job import SlurmJob
+from dtrain.launchers.slurm.preflight import problems
+from dtrain.launchers.slurm.script import Work, render
+from dtrain.launchers.slurm.settings import SlurmSettings
+
+__all__ = ["SlurmLauncher"]
+
+CLUSTER = "DTRAIN_CLUSTER"
+"""Set within a cluster of `dtrain cluster`: its name."""
+
+
+class SlurmLauncher:
+    """Submits jobs that ask for ``settings``. ``environment`` is set for every rank, beside what Slurm hands on."""
+
+    name = "slurm"
+
+    def __init__(self, settings: SlurmSettings, environment: Mapping[str, str] | None = None) -> None:
+        # The interpreter of this very command, by its path: nodes see the same file system.
+        self.settings = dataclasses.replace(settings, python=settings.python or sys.executable)
+        self._environment = dict(environment or {})
+
+    def render(self, program: Sequence[str], *, folder: Path, name: str = "job") -> str:
+        """The sbatch text of one job."""
+        return render(self._work(self._command(program, folder), [folder], name), self.settings)
+
+    def render_array(self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep") -> str:
+        """The sbatch text of an array: an element for each folder, which "{folder}" in ``program`` stands for."""
+        return render(self._work(tuple(program), folders, name), self.settings)
+
+    def submit(self, program: Program, *, folder: Path, name: str = "job") -> SlurmJob:
+        """Submit one job; see `dtrain.launchers.job.Launcher`."""
+        self.check([folder])
+        return self._submit(self._command(program, folder), [folder.absolute()], name)[0]
+
+    def submit_array(self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep") -> list[SlurmJob]:
+        """Submit a job array, at most ``array_parallel`` elements of which run at the same time."""
+        self.check(folders)
+        return self._submit(tuple(program), [folder.absolute() for folder in folders], name)
+
+    def check(self, folders: Sequence[Path]) -> None:
+        """Raise ``ValueError`` for all that Slurm would refuse, or accept and never start."""
+        found = problems(self.settings, folders[0], one_machine=CLUSTER in os.environ)
+        if found:
+            raise ValueError("\n".join(found))
+
+    def _command(self, program: Program, folder: Path) -> tuple[str, ...]:
+        return command_of(program, folder.absolute(), python=self.settings.python)
+
+    def _work(self, program: tuple[str, ...], folders: Sequence[Path], name: str) -> Work:
+        absolute = tuple(folder.absolute() for folder in folders)
+        lists = absolute[0].parent / f"{name}-array" / "folders.txt"
+        return Work(name, program, absolute, Path.cwd(), lists, self._environment)
+
+    def _submit(self, program: tuple[str, ...], folders: list[Path], name: str) -> list[SlurmJob]:
+        work = self._work(program, folders, name)
+        for folder in folders:
+            # Slurm opens the log before the script could make its folder, and says nothing if it cannot.
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
+            for stale in ("end.json", "attempts", "fruitless"):
+                (folder / stale).unlink(missing_ok=True)
+            shutil.rmtree(folder / "ranks", ignore_errors=True)
+        if work.array:
+            work.lists.parent.mkdir(parents=True, exist_ok=True)
+            work.lists.write_text("".join(f"{folder}\n" for folder in folders))
+        text = render(work, self.settings)
+        for folder in folders:
+            (folder / "job.sbatch").write_text(text)
+        number = _sbatch(text, work.lists.parent if work.array else folders[0] / "logs" / "sbatch")
+        jobs = []
+        for index, folder in enumerate(folders):
+            facts = Facts(
+                id=f"{number}_{index}" if work.array else number, launcher=self.name, name=name, folder=str(folder),
+                program=program, workers=self.settings.workers, submitted=time.time(),
+                cluster=os.environ.get(CLUSTER, ""),
+            )  # fmt: skip
+            facts.write()
+            registry.add(facts)
+            jobs.append(SlurmJob(facts))
+        return jobs
+
+
+def _sbatch(text: str, folder: Path) -> str:
+    """Submit through submitit; returns the job's number. Raises ``SlurmError`` with what sbatch said."""
+    ask("sbatch", "--version")  # submitit's own words for a missing Slurm do not say what to do
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    class Executor(submitit.SlurmExecutor):  # type: ignore[misc]  # it has no types here
+        """Submits ``text`` as it is."""
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return text
+
+    folder.mkdir(parents=True, exist_ok=True)
+    executor: Any = Executor(folder=folder)
+    try:
+        job = executor._submit_command("")
+    except (FailedJobError, FailedSubmissionError) as error:
+        said = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
+        raise SlurmError(f"sbatch refused the job: {' '.join(said) or error}") from error
+    return str(job.job_id)

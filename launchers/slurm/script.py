@@ -1,0 +1,207 @@
+"""The sbatch text: a pure function of what is asked for, so that `--dry-run` prints it and golden files hold it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dtrain.launchers.environment import RANK_OFFSET, WORLD
+from dtrain.launchers.probe import HANG_SECONDS
+from dtrain.launchers.slurm.settings import Group, SlurmSettings
+
+__all__ = ["Work", "render"]
+
+# In a checkout and in an installed wheel alike, slurm/ lies beside launchers/.
+TEMPLATES = Path(__file__).resolve().parents[2] / "slurm"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the job runs: ``program``, once per rank, in ``directory``, with its files in ``folder``.
+
+    ``folders``: more than one makes a job array, an element each; "{folder}" in ``program`` stands for its folder.
+    ``lists``: where the script reads the folders of an array from.
+    """
+
+    name: str
+    program: tuple[str, ...]
+    folders: tuple[Path, ...]
+    directory: Path
+    lists: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def array(self) -> bool:
+        """Whether it is a job array."""
+        return len(self.folders) > 1
+
+
+def render(work: Work, settings: SlurmSettings) -> str:
+    """The text for sbatch. Reads nothing but the template."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template("job.sbatch.j2").render(
+        directives=list(_directives(work, settings)),
+        array=work.array,
+        folder=shlex.quote(str(work.folders[0])),
+        folders=shlex.quote(str(work.lists)),
+        directory=shlex.quote(str(work.directory)),
+        workers=settings.workers,
+        max_restarts=settings.max_restarts,
+        address=shlex.quote(settings.address) if settings.address else "",
+        port=settings.port,
+        environment=[(name, shlex.quote(value)) for name, value in sorted(_variables(work, settings).items())],
+        setup=settings.setup,
+        steps=list(_steps(work, settings)),
+    )
+
+
+def _directives(work: Work, settings: SlurmSettings) -> list[str]:
+    log = work.lists.parent / "batch-%a.log" if work.array else work.folders[0] / "logs" / "batch.log"
+    first = settings.groups[0] if settings.groups else None
+    lines = {
+        "job-name": work.name,
+        "time": str(settings.minutes),
+        "account": settings.account,
+        "qos": settings.qos,
+        "exclude": settings.exclude,
+        "reservation": settings.reservation,
+        **_resources(first or _whole(settings), settings),
+        "output": str(log),
+        "open-mode": "append",
+        "signal": f"USR2@{settings.signal_seconds}" if settings.signal_seconds else "",
+        "array": _array(work, settings),
+    }
+    text = [f"--{name}={shlex.quote(value)}" for name, value in lines.items() if value]
+    text.append("--requeue")
+    text += [f"--{directive.lstrip('-')}" for directive in settings.sbatch]
+    for group in settings.groups[1:]:
+        text.append("hetjob")
+        text += [f"--{name}={shlex.quote(value)}" for name, value in _resources(group, settings).items() if value]
+    return text
+
+
+def _whole(settings: SlurmSettings) -> Group:
+    return Group(
+        nodes=settings.nodes, workers=settings.workers, partition=settings.partition, constraint=settings.constraint,
+        gpus_per_node=settings.gpus_per_node,
+    )  # fmt: skip
+
+
+def _resources(group: Group, settings: SlurmSettings) -> dict[str, str]:
+    per_node = group.workers // group.nodes
+    torchrun = settings.per_node == "torchrun"
+    return {
+        "nodes": str(group.nodes),
+        "ntasks-per-node": "1" if torchrun else str(per_node),
+        "cpus-per-task": str(settings.cpus_per_worker * (per_node if torchrun else 1)),
+        "gpus-per-node": str(group.gpus_per_node or settings.gpus_per_node or ""),
+        "mem": f"{settings.memory_gib}G" if settings.memory_gib else "",
+        "partition": group.partition or settings.partition,
+        "constraint": group.constraint or settings.constraint,
+    }
+
+
+def _array(work: Work, settings: SlurmSettings) -> str:
+    if not work.array:
+        return ""
+    cap = f"%{settings.array_parallel}" if settings.array_parallel else ""
+    return f"0-{len(work.folders) - 1}{cap}"
+
+
+def _variables(work: Work, settings: SlurmSettings) -> dict[str, str]:
+    found = {
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(settings.cpus_per_worker),
+        # Since 22.05 srun no longer takes --cpus-per-task over from sbatch.
+        "SRUN_CPUS_PER_TASK": str(settings.cpus_per_worker),
+        HANG_SECONDS: f"{settings.hang_seconds:g}",
+    }
+    if settings.interface:
+        found |= {"GLOO_SOCKET_IFNAME": settings.interface, "NCCL_SOCKET_IFNAME": settings.interface}
+    if settings.per_node == "torchrun":
+        del found["SRUN_CPUS_PER_TASK"]
+    return {**found, **work.environment}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One srun. ``variables``: assignments in front of it."""
+
+    variables: str
+    srun: str
+    command: str
+
+
+def _steps(work: Work, settings: SlurmSettings) -> list[_Step]:
+    whole = ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", *_container(work, settings), *settings.srun_args]
+    command = _command(work, settings)
+
+    def step(offset: int, *more: str, alone: bool) -> _Step:
+        variables = "" if alone else f"{RANK_OFFSET}={offset} {WORLD}={settings.workers}"
+        return _Step(variables, shlex.join([*whole, *more]), command)
+
+    if settings.groups:
+        steps, offset = [], 0
+        for number, group in enumerate(settings.groups):
+            steps.append(step(offset, f"--het-group={number}", f"--ntasks={group.workers}", alone=False))
+            offset += group.workers
+        return steps
+    if settings.replicas > 1:
+        shards = settings.workers // settings.replicas
+        steps = []
+        for replica in range(settings.replicas):
+            where = [f"--ntasks={shards}", "--exact"]
+            if settings.nodes % settings.replicas == 0:
+                nodes = settings.nodes // settings.replicas
+                where += [f"--nodes={nodes}", f"--relative={replica * nodes}"]
+            steps.append(step(replica * shards, *where, alone=False))
+        return steps
+    if settings.per_node == "torchrun":
+        return [step(0, f"--nodes={settings.nodes}", "--ntasks-per-node=1", alone=True)]
+    tasks = [f"--nodes={settings.nodes}", f"--ntasks={settings.workers}"]
+    return [step(0, *tasks, alone=True)]
+
+
+def _command(work: Work, settings: SlurmSettings) -> str:
+    """The command line of one task, for bash: one rank, or the torchrun of one node."""
+    python = settings.python or "python3"
+    # -P: a folder called dtrain in the working directory is not the library.
+    rank = [python, "-P", "-m", "dtrain.launchers.rank"]
+    one = f'{shlex.join(rank)} "$folder" -- {" ".join(_word(word) for word in work.program)}'
+    prefix = ""
+    if settings.container and settings.container_runtime == "apptainer":
+        prefix = shlex.join(["apptainer", "exec", *settings.container_args, settings.container]) + " "
+    if settings.per_node == "srun":
+        return prefix + one
+    # Every process of a step gets the scheduler's signals, the ranks too. torchrun would die of some and leave its
+    # ranks behind; it inherits that they are ignored, and its ranks set them back.
+    per_node = settings.workers // settings.nodes
+    agent = [
+        python, "-P", "-m", "torch.distributed.run", f"--nnodes={settings.nodes}", f"--nproc-per-node={per_node}",
+        "--rdzv-backend=static", "--max-restarts=0", "--signals-to-handle=SIGQUIT", "--no-python",
+    ]  # fmt: skip
+    # With the static rendezvous node 0 is the host, whatever names it has, and ranks follow Slurm's order of nodes.
+    where = '--node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"'
+    inner = f"trap '' TERM INT HUP USR1 USR2; exec {prefix}{shlex.join(agent)} {where} {one}"
+    return f'env folder="$folder" bash -c {shlex.quote(inner)}'
+
+
+def _word(text: str) -> str:
+    """One word for bash; "{folder}" stands for the job's folder."""
+    return '"$folder"'.join(shlex.quote(part) if part else "" for part in text.split("{folder}")) or "''"
+
+
+def _container(work: Work, settings: SlurmSettings) -> Sequence[str]:
+    if not settings.container or settings.container_runtime != "pyxis":
+        return []
+    mounts = sorted({str(path) for path in (*work.folders, work.directory)})
+    shared = ",".join(f"{path}:{path}" for path in mounts)
+    image, workdir = f"--container-image={settings.container}", f"--container-workdir={work.directory}"
+    return [image, f"--container-mounts={shared}", workdir, *settings.container_args]

@@ -1,0 +1,246 @@
+"""A cluster's life: up, exec, status, shape, cut, heal, down."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dtrain.slurm.devcluster import daemons, hosts, links, state
+from dtrain.slurm.devcluster.state import ClusterError, Facts, Rate
+
+__all__ = ["cut", "devcluster", "down", "host_command", "login_command", "shape", "up"]
+
+NETWORK = "10.66.0"
+LOGIN_NUMBER = 254
+MOST_HOSTS = 64
+CUBIC = state.ROOT / "allowed-congestion-control"
+ENDING_SECONDS = 5.0
+
+
+def up(
+    *, nodes: int = 4, bandwidth: str = "1gbit", latency: str = "none", name: str = "dev", cpus_per_node: int = 8,
+    kill_wait: int = 5,
+) -> Facts:  # fmt: skip
+    """Start a cluster and return when Slurm calls all its hosts idle. What fails half-way is taken down again.
+
+    Args:
+        nodes: hosts that compute, c1 to cN; the login host comes on top.
+        bandwidth: of every host's link, in both directions: "100mbit", "1gbit", "none".
+        latency: one way, between any two hosts: "10ms", or "none" (the links are then bridged by the kernel).
+        kill_wait: seconds between SIGTERM and SIGKILL, as Slurm's KillWait.
+
+    Raises:
+        ClusterError: the machine lacks something, the name is taken, or a daemon did not start.
+    """
+    rate, seconds = state.parse_rate(bandwidth), state.parse_latency(latency)
+    if not state.NAME.fullmatch(name):
+        raise ClusterError(f"{name!r} is no name for a cluster: at most 8 letters and digits, a letter first")
+    if not 1 <= nodes <= MOST_HOSTS:
+        raise ClusterError(f"--nodes {nodes}: a cluster has 1 to {MOST_HOSTS} hosts")
+    daemons.check_machine()
+    folder = state.ROOT / name
+    if folder.exists() or links.namespaces(name):
+        raise ClusterError(f"cluster {name} is up, or left something behind: dtrain cluster down --name {name}")
+    computing = tuple(f"c{number}" for number in range(1, nodes + 1))
+    addresses = {host: f"{NETWORK}.{number}" for number, host in enumerate(computing, 1)}
+    addresses["login"] = f"{NETWORK}.{LOGIN_NUMBER}"
+    rates: dict[str, int | None] = {**dict.fromkeys(computing, rate.bits), "login": None}
+    try:
+        _prepare(folder, addresses)
+        (folder / "slurm.conf").write_text(
+            daemons.slurm_conf(name, folder, addresses, cpus=cpus_per_node, kill_wait=kill_wait)
+        )
+        links.create([links.namespace(name, host) for host in (*addresses, "switch")])
+        facts = Facts(name, computing, addresses, {}, rates, latency_seconds=seconds)
+        facts.write()
+        facts = _switch(facts) if seconds else _bridge(facts)
+        pids = {host: hosts.hold(links.namespace(name, host), host, folder) for host in addresses}
+        facts = dataclasses.replace(facts, pids=pids)
+        facts.write()
+        daemons.start(folder, pids, computing)
+        daemons.wait_until_idle(folder, pids["login"], nodes)
+    except BaseException:
+        down(name)
+        raise
+    return facts
+
+
+def _prepare(folder: Path, addresses: dict[str, str]) -> None:
+    for part in ("munge", "spool"):
+        (folder / part).mkdir(parents=True)
+    (folder / "munge").chmod(0o755)
+    (folder / "hosts").write_text(hosts.hosts_file(addresses))
+    (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
+    (folder / "resolv.conf").write_text("")
+    links.allow_cubic(CUBIC)
+
+
+def _bridge(facts: Facts) -> Facts:
+    switch = links.namespace(facts.name, "switch")
+    links.bridge(switch)
+    for host, address in facts.addresses.items():
+        inside = links.namespace(facts.name, host)
+        links.connect(switch, inside, host, address)
+        links.shape(switch, inside, host, Rate(facts.rates[host]))
+    return facts
+
+
+def _switch(facts: Facts) -> Facts:
+    """The links of a cluster with latency: TUN devices of one process, which lives in the switch's namespace."""
+    ready, log = facts.folder / "switch.ready", facts.folder / "switch.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            ["nsenter", f"--net=/run/netns/{links.namespace(facts.name, 'switch')}", sys.executable, "-P", "-m",
+             "dtrain.slurm.devcluster.switch", str(facts.folder)],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + hosts.SECONDS
+    while not ready.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise ClusterError(f"the switch did not start: {log.read_text(errors='replace').strip()[-500:]}")
+        time.sleep(0.02)
+    for host, address in facts.addresses.items():
+        links.address(links.namespace(facts.name, host), address)
+    facts = dataclasses.replace(facts, switch_pid=process.pid)
+    facts.write()
+    return facts
+
+
+def host_command(facts: Facts, argv: Sequence[str], host: str = "login") -> tuple[list[str], dict[str, str]]:
+    """The command line that runs ``argv`` on a host, and the variables to set for it."""
+    if host not in facts.pids:
+        raise ClusterError(f"cluster {facts.name} has no host {host} (there are {', '.join(facts.pids)})")
+    variables = {"SLURM_CONF": str(facts.slurm_conf), "DTRAIN_CLUSTER": facts.name}
+    return hosts.enter(facts.pids[host], argv), variables
+
+
+def login_command(argv: Sequence[str], name: str | None = None) -> tuple[list[str], dict[str, str]]:
+    """The same on the login host of the cluster that is up. Raises ``ClusterError`` if that is not one."""
+    return host_command(state.named(name), argv)
+
+
+def shape(facts: Facts, bandwidth: str, only: Sequence[str] = ()) -> Facts:
+    """Change the rate of every link, or of those of the hosts ``only``, while they are in use."""
+    rate = state.parse_rate(bandwidth)
+    chosen = _known(facts, only) or facts.hosts
+    facts = dataclasses.replace(facts, rates={**facts.rates, **dict.fromkeys(chosen, rate.bits)})
+    facts.write()
+    if facts.switch_pid:
+        os.kill(facts.switch_pid, signal.SIGHUP)
+        return facts
+    for host in chosen:
+        links.shape(links.namespace(facts.name, "switch"), links.namespace(facts.name, host), host, rate)
+    return facts
+
+
+def cut(facts: Facts, only: Sequence[str], *, heal: bool = False) -> Facts:
+    """Take the links of hosts down, or up again."""
+    chosen = _known(facts, only)
+    now = set(facts.cut) - set(chosen) if heal else set(facts.cut) | set(chosen)
+    facts = dataclasses.replace(facts, cut=tuple(sorted(now)))
+    facts.write()
+    if facts.switch_pid:
+        os.kill(facts.switch_pid, signal.SIGHUP)
+        return facts
+    for host in chosen:
+        links.cut(links.namespace(facts.name, "switch"), host, up=heal)
+    return facts
+
+
+def _known(facts: Facts, chosen: Sequence[str]) -> tuple[str, ...]:
+    for host in chosen:
+        if host not in facts.addresses:
+            there = ", ".join(facts.addresses)
+            raise ClusterError(f"cluster {facts.name} has no host {host} (there are {there})")
+    return tuple(chosen)
+
+
+def down(name: str) -> None:
+    """End a cluster and leave nothing of it behind, whatever state it is in; nothing happens if there is none."""
+    names = links.namespaces(name)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + ENDING_SECONDS
+        while (alive := _alive(names)) and time.monotonic() < deadline:
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(0.1)
+    left = _alive(names)
+    if left:
+        raise ClusterError(f"processes {left} of cluster {name} cannot be ended; look at them, then run this again")
+    links.remove(name)
+    shutil.rmtree(state.ROOT / name, ignore_errors=True)
+    if not state.ROOT.is_dir():
+        return
+    if not any(path.is_dir() for path in state.ROOT.iterdir()):
+        links.restore_cubic(CUBIC)
+        state.ROOT.rmdir()
+
+
+def _alive(names: Sequence[str]) -> list[int]:
+    """Processes of the cluster, less zombies: those wait for a parent that may be somebody else."""
+    found = []
+    for pid in links.processes(names):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                found.append(pid)
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def left_behind() -> list[str]:
+    """Names of clusters that are up, and of those that left a folder or a namespace."""
+    from pyroute2 import netns
+
+    folders = [path.name for path in state.ROOT.iterdir() if path.is_dir()] if state.ROOT.is_dir() else []
+    spaces = [name.split("-")[1] for name in netns.listnetns() if name.startswith(f"{links.PREFIX}-")]
+    return sorted({*folders, *spaces})
+
+
+@dataclasses.dataclass
+class Cluster:
+    """A cluster in a test or a program."""
+
+    facts: Facts
+
+    def run(
+        self, argv: Sequence[str], *, host: str = "login", seconds: float = 60.0, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on a host; raises ``subprocess.CalledProcessError`` unless ``check`` is off."""
+        command, variables = host_command(self.facts, argv, host)
+        return subprocess.run(
+            command, env={**os.environ, **variables}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=seconds, check=check,
+        )  # fmt: skip
+
+    def shape(self, bandwidth: str, *only: str) -> None:
+        self.facts = shape(self.facts, bandwidth, only)
+
+    def cut(self, *only: str) -> None:
+        self.facts = cut(self.facts, only)
+
+    def heal(self, *only: str) -> None:
+        self.facts = cut(self.facts, only, heal=True)
+
+
+@contextlib.contextmanager
+def devcluster(
+    *, nodes: int = 4, bandwidth: str = "1gbit", latency: str = "none", name: str = "dev", kill_wait: int = 5
+) -> Iterator[Cluster]:
+    """A cluster that is up within the block.
+
+    with devcluster(nodes=2, bandwidth="100mbit") as cluster:
+        print(cluster.run(["srun", "-N2", "hostname"]).stdout)
+    """
+    facts = up(nodes=nodes, bandwidth=bandwidth, latency=latency, name=name, kill_wait=kill_wait)
+    try:
+        yield Cluster(facts)
+    finally:
+        down(name)

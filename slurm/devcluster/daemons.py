@@ -1,0 +1,107 @@
+"""munged, slurmctld and slurmd of a cluster, and the one configuration that they share."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dtrain.slurm.devcluster.hosts import enter
+from dtrain.slurm.devcluster.state import ClusterError
+
+__all__ = ["check_machine", "slurm_conf", "start", "wait_until_idle"]
+
+TEMPLATES = Path(__file__).resolve().parents[1]
+NEEDED = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge", "nsenter": "util-linux"}
+SECONDS = 30.0
+
+
+def check_machine() -> None:
+    """Raise ``ClusterError`` naming what a cluster needs and this machine lacks."""
+    if os.geteuid() != 0:
+        raise ClusterError(
+            "a cluster needs root: it makes network namespaces, and Slurm's daemons insist on setgroups; run "
+            "`sudo .venv/bin/dtrain cluster up`. Without root, `dtrain train` and `dtrain bench` work on this machine "
+            "as it is"
+        )
+    missing = {package for command, package in NEEDED.items() if shutil.which(command) is None}
+    if missing:
+        raise ClusterError(f"a cluster needs {', '.join(NEEDED)}; run: apt-get install -y {' '.join(sorted(missing))}")
+    try:
+        import pyroute2  # noqa: F401
+    except ImportError as error:
+        raise ClusterError("a cluster needs pyroute2; run: pip install 'dtrain[cluster]'") from error
+
+
+def slurm_conf(
+    name: str, folder: Path, addresses: Mapping[str, str], *, cpus: int = 8, memory: int = 16000, kill_wait: int = 5
+) -> str:
+    """The text of slurm.conf for the hosts of ``addresses`` other than login. ``memory`` in MiB."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    nodes = [host for host in addresses if host != "login"]
+    return environment.get_template("slurm.conf.j2").render(
+        name=name, folder=folder, addresses=addresses, nodes=nodes, cpus=cpus, memory=memory, kill_wait=kill_wait
+    )
+
+
+def start(folder: Path, pids: Mapping[str, int], nodes: Sequence[str]) -> None:
+    """Start the daemons; they go to the background by themselves once they are ready."""
+    key = folder / "munge.key"
+    key.touch(mode=0o600)
+    key.write_bytes(secrets.token_bytes(1024))
+    key.chmod(0o400)
+    munge = folder / "munge"
+    _daemon(
+        pids["login"], folder, "munged",
+        ["munged", "--force", f"--key-file={key}", f"--socket={munge}/munge.socket.2",
+         f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed"],
+    )  # fmt: skip
+    (folder / "state").mkdir()
+    _daemon(pids["login"], folder, "slurmctld", ["slurmctld", "-c", "-f", str(folder / "slurm.conf")])
+    for node in nodes:
+        (folder / "spool" / node).mkdir(parents=True)
+        _daemon(pids[node], folder, f"slurmd-{node}", ["slurmd", "-N", node, "-f", str(folder / "slurm.conf")])
+
+
+def _daemon(pid: int, folder: Path, name: str, argv: Sequence[str]) -> None:
+    done = subprocess.run(
+        enter(pid, argv, directory="/"), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise ClusterError(f"{name} did not start: {done.stderr.strip() or done.stdout.strip()} {_last(folder, name)}")
+
+
+def wait_until_idle(folder: Path, login: int, nodes: int) -> None:
+    """Return when Slurm calls every node idle. Raises ``ClusterError`` with the daemons' last errors."""
+    deadline = time.monotonic() + SECONDS
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    command = enter(login, ["sinfo", "--noheader", "--partition=main", "--Node", "--format=%N %t"], directory="/")
+    while True:
+        said = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        states = [line.split()[1] for line in said.stdout.splitlines() if line.count(" ") == 1]
+        if len(states) == nodes and all(state == "idle" for state in states):
+            return
+        if time.monotonic() > deadline:
+            logs = " ".join(_last(folder, path.stem) for path in sorted(folder.glob("slurm*.log")))
+            raise ClusterError(f"after {SECONDS:g} s the nodes are {states or said.stderr.strip()}: {logs}")
+        time.sleep(0.2)
+
+
+def _last(folder: Path, name: str) -> str:
+    """The last error in a daemon's log, which is the one that tells."""
+    path = folder / f"{name}.log"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    errors = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
+    return f"({name}: {(errors or lines)[-1]})" if lines else ""
