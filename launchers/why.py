@@ -134,7 +134,8 @@ def _waiting(records: Sequence[RankRecord], beats: Sequence[Beat], *, now: float
 
 
 def _place(beat: Beat) -> list[str]:
-    return [f"    {line}" for part in beat.stack[-6:] for line in part.splitlines()]
+    ours = [part for part in beat.stack if "<frozen runpy>" not in part and "launchers/probe.py" not in part]
+    return [f"    {line}" for part in ours[-6:] for line in part.splitlines()]
 
 
 def _said_by_the_scheduler(log: Path) -> list[str]:

@@ -1,10 +1,17 @@
-"""Launcher commands go to the login host of the cluster that `dtrain cluster` has up, so that nobody has to."""
+"""Launcher commands go where they have to run by themselves: a cluster's login host, an allocation of nodes."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dtrain.config.schema import LauncherConfig
 
 CLUSTER = "DTRAIN_CLUSTER"
 
@@ -26,3 +33,31 @@ def enter_login_host(arguments: Sequence[str]) -> None:
     command, environment = login_command([sys.executable, "-m", "dtrain", *arguments], os.environ.get(CLUSTER))
     sys.stdout.flush()
     os.execvpe(command[0], command, {**os.environ, **environment})
+
+
+def enter_launcher(config: LauncherConfig, arguments: Sequence[str], *, dry_run: bool = False) -> None:
+    """Become the same command where ``config``'s launcher can work; return if that is here.
+
+    Slurm: the login host. MPI over several nodes that nobody has named: an allocation of them, by ``salloc``.
+
+    Raises:
+        ConfigError: MPI over several nodes, and neither their names nor Slurm.
+    """
+    if config.name == "slurm":
+        enter_login_host(arguments)
+    if config.name != "mpi" or config.nodes == 1 or config.hosts or "SLURM_JOB_ID" in os.environ or dry_run:
+        return
+    enter_login_host(arguments)
+    if shutil.which("salloc") is None:
+        raise ConfigError(
+            f"launcher=mpi has launcher.nodes={config.nodes}, but nobody says which: name them (launcher.hosts=[a,b]), "
+            "or run this where Slurm is"
+        )
+    wanted = {
+        "nodes": config.nodes, "ntasks-per-node": config.workers // config.nodes, "time": config.minutes,
+        "cpus-per-task": config.threads_per_worker, "partition": config.partition, "account": config.account,
+        "qos": config.qos, "constraint": config.constraint, "gpus-per-node": config.gpus_per_node,
+    }  # fmt: skip
+    options = [f"--{name}={value}" for name, value in wanted.items() if value]
+    sys.stdout.flush()
+    os.execvp("salloc", ["salloc", "--quiet", *options, sys.executable, "-m", "dtrain", *arguments])

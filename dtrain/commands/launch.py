@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.commands import add_verb
-from dtrain.commands.entering import enter_login_host
+from dtrain.commands.entering import enter_launcher
 from dtrain.errors import ConfigError, DtrainError
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def _launch(chosen: argparse.Namespace) -> int:
                 f"{word}: launch takes launcher=..., launcher.KEY=... and run.dir=FOLDER; the rest is train's"
             )
     config = compose(chosen.words)
-    if config.launcher.name == "slurm":
-        enter_login_host(sys.argv[1:])
+    enter_launcher(config.launcher, sys.argv[1:], dry_run=chosen.dry_run)
     named = any(word.startswith("run.dir=") for word in chosen.words)
     folder = Path(config.run.dir).absolute()
     if not named:  # its default is named for a sync

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from dtrain.commands import add_verb
-from dtrain.commands.entering import enter_login_host
+from dtrain.commands.entering import enter_launcher
 from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError, DtrainError
 from dtrain.launchers.failure import Ending
 
@@ -63,8 +63,7 @@ def _train(chosen: argparse.Namespace) -> int:
     from dtrain.launching import build_launcher
 
     config = run_folder.absolute(compose(chosen.words))
-    if config.launcher.name == "slurm":
-        enter_login_host(sys.argv[1:])
+    enter_launcher(config.launcher, sys.argv[1:], dry_run=chosen.dry_run)
     here = Path(config.run.dir)
     command = [sys.executable, "-u", "-m", "dtrain.worker", str(here / run_folder.CONFIG)]
     description = validate(config)
