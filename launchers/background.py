@@ -29,6 +29,8 @@ from dtrain.launchers.record import ATTEMPT, RankRecord, rank_files
 
 __all__ = ["BackgroundJob", "LocalLauncher", "MpiLauncher", "rank_command"]
 
+CLUSTER = "DTRAIN_CLUSTER"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLauncher:
@@ -98,6 +100,9 @@ def _found(name: str) -> mpi.Mpirun:
 
 def _ranks(settings: Mapping[str, Any]) -> mpi.Ranks:
     environment = {"OMP_NUM_THREADS": str(settings["threads_per_worker"]), **settings["environment"]}
+    if CLUSTER in os.environ:
+        # Its hosts are one machine: the shared memory that MPICH finds there would bypass the links.
+        environment.setdefault("UCX_TLS", "tcp,self")
     environment |= {name: os.environ[name] for name in (FOLDER, HANG_SECONDS, ATTEMPT) if name in os.environ}
     return mpi.Ranks(
         workers=settings["workers"], hosts=tuple(settings["hosts"]), environment=environment,

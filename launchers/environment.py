@@ -98,8 +98,8 @@ class Environment:
         else:
             local_world = number("local_world", world)
         nodes = number("nodes", max(1, world // max(1, local_world)))
-        if backend in ("openmpi", "mpich"):
-            node = rank // max(1, local_world)
+        if "node" not in names:
+            node = (rank - local_rank) // max(1, local_world)  # right where every node has as many ranks
         whole = int(variables.get(WORLD, world))
         restart, port = number("restart", 0), variables.get("MASTER_PORT", "0")
         return cls(

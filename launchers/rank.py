@@ -29,8 +29,8 @@ from dtrain.launchers.record import ATTEMPT, RankRecord, rank_files
 BAD_CONFIG = 2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 ENDED_WELL = (0, 75, 130)  # finished; checkpointed, to be run again; ended by the user
-ALREADY_SIGNALLED = ("slurm",)
-"""Backends that signal every process of a job themselves. Passing a signal on would deliver it twice."""
+ALREADY_SIGNALLED = ("slurm", "openmpi", "mpich")
+"""Backends that signal every process of a rank themselves. Passing a signal on would deliver it twice."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -112,8 +112,9 @@ def _spawn(command: list[str], environment: dict[str, str], output: int, place: 
 
     try:
         child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=prepare
-        )
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=prepare,
+            close_fds=False,  # a rank of MPICH talks to its mpirun over a descriptor that it inherits
+        )  # fmt: skip
     except OSError as error:
         os.write(output, f"cannot start {command[0]}: {error.strerror}\n".encode())
         return BAD_CONFIG
@@ -131,8 +132,9 @@ def _signals(
     """
 
     def handle(number: int, _: FrameType | None) -> None:
-        if forward and child.poll() is None:
-            child.send_signal(carried.get(signal.Signals(number), number))
+        meant = carried.get(signal.Signals(number))
+        if (forward or meant) and child.poll() is None:
+            child.send_signal(meant or number)
 
     old = {number: signal.signal(number, handle) for number in {*SIGNALS, *carried}}
     try:
@@ -143,4 +145,5 @@ def _signals(
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main(sys.argv[1:]))

@@ -52,7 +52,7 @@ def _launch(chosen: argparse.Namespace) -> int:
     folder = Path(config.run.dir).absolute()
     if not named:  # its default is named for a sync
         folder = folder.with_name(folder.name.rpartition("-")[0] + f"-{chosen.name}")
-    launcher = build_launcher(config.launcher)
+    launcher = build_launcher(config.launcher, replicas=config.launcher.nodes)  # of a program that is not ours
     if chosen.dry_run:
         print(launcher.render(chosen.program, folder=folder, name=chosen.name), end="")
         return 0

@@ -96,7 +96,7 @@ class SlurmSettings:
             )
         if self.minutes < 1:
             found.append(f"launcher.minutes={self.minutes}: a time limit is at least 1 minute")
-        if self.signal_seconds >= 60 * self.minutes:
+        if self.signal_seconds and self.signal_seconds >= 60 * self.minutes:
             found.append(
                 f"launcher.signal_seconds={self.signal_seconds} leaves nothing of a time limit of {self.minutes} "
                 "minutes; make launcher.minutes longer or launcher.signal_seconds shorter"

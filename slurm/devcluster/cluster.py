@@ -96,20 +96,13 @@ def _bridge(facts: Facts) -> Facts:
 def _switch(facts: Facts) -> Facts:
     """The links of a cluster with latency: TUN devices of one process, which lives in the switch's namespace."""
     ready, log = facts.folder / "switch.ready", facts.folder / "switch.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            ["nsenter", f"--net=/run/netns/{links.namespace(facts.name, 'switch')}", sys.executable, "-P", "-m",
-             "dtrain.slurm.devcluster.switch", str(facts.folder)],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
-    deadline = time.monotonic() + hosts.SECONDS
-    while not ready.exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise ClusterError(f"the switch did not start: {log.read_text(errors='replace').strip()[-500:]}")
-        time.sleep(0.02)
+    inside = f"--net=/run/netns/{links.namespace(facts.name, 'switch')}"
+    program = [sys.executable, "-P", "-m", "dtrain.slurm.devcluster.switch", str(facts.folder)]
+    hosts.spawn(["nsenter", inside, *program], log)
+    hosts.wait_for(ready, log, "the switch")
     for host, address in facts.addresses.items():
         links.address(links.namespace(facts.name, host), address)
-    facts = dataclasses.replace(facts, switch_pid=process.pid)
+    facts = dataclasses.replace(facts, switch_pid=int(ready.read_text()))
     facts.write()
     return facts
 

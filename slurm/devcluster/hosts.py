@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dtrain.slurm.devcluster.state import ClusterError
 
-__all__ = ["enter", "hold", "hosts_file"]
+__all__ = ["enter", "hold", "hosts_file", "spawn", "wait_for"]
 
 # `ip netns exec` would remount /sys, and slurmd then finds no cgroups. Names must be found in the file alone: with a
 # name server in between, every connection would wait for a reverse look-up.
@@ -40,19 +40,28 @@ def hosts_file(addresses: Mapping[str, str]) -> str:
 def hold(namespace: str, host: str, folder: Path) -> int:
     """Start the process that holds a host open; returns its process id."""
     pid_file = folder / f"{host}.pid"
-    with (folder / f"{host}.log").open("ab") as log:
-        process = subprocess.Popen(
-            ["nsenter", f"--net=/run/netns/{namespace}", "unshare", "--uts", "--mount", "--propagation", "private",
-             "sh", "-eu", "-c", HOLD, "sh", host, str(folder)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    deadline = time.monotonic() + SECONDS
-    while not pid_file.exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            said = (folder / f"{host}.log").read_text(errors="replace").strip()
-            raise ClusterError(f"host {host} did not start: {said or 'no word from it'}")
-        time.sleep(0.01)
+    command = ["nsenter", f"--net=/run/netns/{namespace}", "unshare", "--uts", "--mount", "--propagation", "private"]
+    spawn([*command, "sh", "-eu", "-c", HOLD, "sh", host, str(folder)], folder / f"{host}.log")
+    wait_for(pid_file, folder / f"{host}.log", f"host {host}")
     return int(pid_file.read_text())
+
+
+def spawn(command: Sequence[str], log: Path) -> None:
+    """Start a process that belongs to nobody: it outlives this one, and is no child of it."""
+    with log.open("ab") as output:
+        subprocess.run(
+            ["setsid", "--fork", *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=True
+        )
+
+
+def wait_for(path: Path, log: Path, what: str) -> None:
+    """Return when ``path`` is there. Raises ``ClusterError`` with what the log says."""
+    deadline = time.monotonic() + SECONDS
+    while not path.exists():
+        said = log.read_text(errors="replace").strip()
+        if said or time.monotonic() > deadline:
+            raise ClusterError(f"{what} did not start: {said[-500:] or 'no word from it'}")
+        time.sleep(0.01)
 
 
 def enter(pid: int, argv: Sequence[str], *, directory: str | None = None) -> list[str]:

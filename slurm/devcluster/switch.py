@@ -147,7 +147,9 @@ def main(folder: Path) -> None:
     tuns = {host: open_tun(namespace(facts.name, host)) for host in facts.addresses}
     switch = Switch(facts, {host: Port(host, tun, facts.rates[host], host in facts.cut) for host, tun in tuns.items()})
     signal.signal(signal.SIGHUP, lambda *_: switch.configure(Facts.read(folder.name)))
-    (folder / "switch.ready").touch()
+    ready = folder / "switch.ready.new"
+    ready.write_text(str(os.getpid()))
+    ready.rename(folder / "switch.ready")
     switch.serve()
 
 

@@ -1,0 +1,117 @@
+"""The sbatch text: golden files of what users ask for, and that bash can read them all.
+
+DTRAIN_REWRITE_GOLDEN=1 writes the files anew; the difference is what a reviewer reads.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dtrain.launchers.slurm.script import Work, render
+from dtrain.launchers.slurm.settings import Group, SlurmSettings
+
+GOLDEN = Path(__file__).with_name("golden")
+PROGRAM = ("python", "-u", "train.py", "--name", "two words", "{folder}/config.yaml")
+ONE = (Path("/shared/runs/x"),)
+
+
+def work(*folders: Path, environment: dict[str, str] | None = None) -> Work:
+    chosen = folders or ONE
+    return Work(
+        "x", PROGRAM, chosen, Path("/home/me/my project"), Path("/shared/runs/x-array/folders.txt"), environment or {}
+    )
+
+
+PYTHON = "/venv/bin/python"
+CASES: dict[str, tuple[Work, SlurmSettings]] = {
+    "plain": (work(), SlurmSettings(python=PYTHON)),
+    "four_nodes": (
+        work(environment={"NCCL_DEBUG": "WARN", "TEXT": "it's"}),
+        SlurmSettings(
+            python=PYTHON, nodes=4, workers=16, gpus_per_node=4, cpus_per_worker=8, memory_gib=256, minutes=1440,
+            partition="gpu", account="me", qos="normal", constraint="a100", exclude="n[3-4]", reservation="week",
+            interface="ib0", setup=("module load cuda", "source env.sh"), sbatch=("exclusive", "mail-type=END"),
+        ),
+    ),
+    "torchrun": (work(), SlurmSettings(python=PYTHON, nodes=2, workers=8, per_node="torchrun", cpus_per_worker=4)),
+    "array": (
+        work(Path("/shared/runs/a"), Path("/shared/runs/b"), Path("/shared/runs/c")),
+        SlurmSettings(python=PYTHON, nodes=1, workers=2, array_parallel=2),
+    ),
+    "replicas": (work(), SlurmSettings(python=PYTHON, nodes=4, workers=8, replicas=2)),
+    "replicas_on_one_node": (work(), SlurmSettings(python=PYTHON, nodes=1, workers=4, replicas=2)),
+    "heterogeneous": (
+        work(),
+        SlurmSettings(
+            python=PYTHON, nodes=3, workers=12,
+            groups=(Group.parse("nodes=2 workers=8 constraint=a100"), Group.parse("nodes=1 workers=4 partition=h100")),
+        ),
+    ),
+    "pyxis": (
+        work(),
+        SlurmSettings(
+            python="python3", nodes=2, workers=2, container="nvcr.io#nvidia/pytorch",
+            container_args=("--no-container-mount-home",),
+        ),
+    ),
+    "apptainer": (
+        work(),
+        SlurmSettings(
+            python="python3", container="torch.sif", container_runtime="apptainer", container_args=("--rocm",)
+        ),
+    ),
+    "fixed_meeting_point": (
+        work(),
+        SlurmSettings(python=PYTHON, nodes=2, workers=2, address="10.1.2.3", port=29500, signal_seconds=0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_is_the_golden_one(name: str) -> None:
+    text = render(*CASES[name])
+    golden = GOLDEN / f"{name}.sbatch"
+    if os.environ.get("DTRAIN_REWRITE_GOLDEN"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bash_can_read_the_script(name: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=render(*CASES[name]), text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_script_is_a_pure_function() -> None:
+    assert render(*CASES["four_nodes"]) == render(*CASES["four_nodes"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (SlurmSettings(nodes=2, workers=3), "choose 2 or 4 workers"),
+        (SlurmSettings(minutes=0, signal_seconds=0), "at least 1 minute"),
+        (SlurmSettings(minutes=2, signal_seconds=120), "leaves nothing of a time limit of 2 minutes"),
+        (SlurmSettings(workers=4, replicas=3), "cannot form 3 job steps"),
+        (SlurmSettings(workers=4, replicas=2, per_node="torchrun"), "needs launcher.per_node=srun"),
+        (SlurmSettings(port=70000), "is no port"),
+        (SlurmSettings(sbatch=("--time=5",)), "set launcher.minutes instead"),
+        (SlurmSettings(sbatch=("open-mode=truncate",)), "it must be append"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_with_the_way_out(settings: SlurmSettings, words: str) -> None:
+    (problem,) = settings.problems()
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nodes=2", "nodes=two workers=2", "nodes=1 workers=1 colour=red", "nodes=1 workers"]
+)
+def test_a_group_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="'"):
+        Group.parse(text)
