@@ -72,7 +72,7 @@ def slurm_launcher(config: LauncherConfig, *, replicas: int = 1) -> SlurmLaunche
     found = settings.problems()
     if found:
         raise ConfigError("\n".join(found))
-    return SlurmLauncher(settings, environment_of(config))
+    return SlurmLauncher(settings, environment_of(config), snapshot=config.snapshot)
 
 
 def environment_of(config: LauncherConfig) -> dict[str, str]:

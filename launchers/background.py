@@ -126,13 +126,15 @@ def start(launcher: str, settings: Mapping[str, object], program: Program, *, fo
     command = command_of(program, folder)
     (folder / "background.json").write_text(json.dumps({"settings": settings, "program": command}) + "\n")
     (folder / "logs").mkdir(exist_ok=True)
+    argv = [sys.executable, "-P", "-m", "dtrain.launchers.background", launcher, str(folder)]
     with (folder / "logs" / "batch.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "dtrain.launchers.background", launcher, str(folder)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        # The shell leaves at once, so that the job is nobody's child and outlives this process without a trace in it.
+        started = subprocess.run(
+            ["sh", "-c", 'setsid "$@" <&- >&2 & echo $!', "sh", *argv], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=log, text=True, check=True,
         )  # fmt: skip
     facts = Facts(
-        id=str(process.pid), launcher=launcher, name=name, folder=str(folder), program=command,
+        id=started.stdout.strip(), launcher=launcher, name=name, folder=str(folder), program=command,
         workers=int(str(settings["workers"])), submitted=time.time(),
     )  # fmt: skip
     facts.write()

@@ -30,6 +30,7 @@ from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 FOLDER, HANG_SECONDS, BEAT_SECONDS = "DTRAIN_RANKS", "DTRAIN_HANG_SECONDS", "DTRAIN_BEAT_SECONDS"
+CODE = "DTRAIN_CODE"  # the copy of the working directory that a job runs from
 RING = "TORCH_FR_BUFFER_SIZE"
 RING_ENTRIES = "256"  # collectives; the default is thousands, and all of them are read at every beat
 FAILED = 1
@@ -204,7 +205,7 @@ def main(arguments: list[str]) -> None:
     with probed():
         sys.argv = program
         if module:
-            sys.path[0] = os.getcwd()
+            sys.path[0] = os.environ.get(CODE) or os.getcwd()
             runpy.run_module(program[0], run_name="__main__", alter_sys=True)
         else:
             sys.path[0] = str(Path(program[0]).resolve().parent)

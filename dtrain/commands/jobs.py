@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.commands import add_verb
@@ -28,6 +29,7 @@ DOES = {
     "logs": "what a job has printed",
     "cancel": "end a job, for good",
     "why": "why a job failed, or what it is waiting for",
+    "table": "the runs of a sweep, with their closing figures",
 }
 
 
@@ -40,7 +42,7 @@ def add(verbs: Verbs) -> None:
         verb = add_verb(below, name, does=does)
         verb.set_defaults(run=_run, verb=name)
         if name != "list":
-            verb.add_argument("job", metavar="ID", help="its id, its name, or its folder")
+            verb.add_argument("job", metavar="ID", help="its id, its name, or its folder; for table the sweep's folder")
         if name == "logs":
             verb.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
             verb.add_argument("--rank", type=int, help="only this rank (default: all, with the script's own lines)")
@@ -56,6 +58,11 @@ def _run(chosen: argparse.Namespace) -> int:
     try:
         if chosen.verb == "list":
             return _list(registry.jobs())
+        if chosen.verb == "table":
+            from dtrain.commands.sweeping import table
+
+            print(table(Path(chosen.job)))
+            return 0
         return VERBS[chosen.verb](registry.find(chosen.job), chosen)
     except LookupError as error:
         raise ConfigError(str(error)) from error

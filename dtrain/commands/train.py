@@ -6,20 +6,19 @@ import argparse
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from dtrain.commands import add_verb
 from dtrain.commands.entering import enter_launcher
-from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError, DtrainError
-from dtrain.launchers.failure import Ending
+from dtrain.commands.submitting import program, submit
+from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError
 
 if TYPE_CHECKING:
     from dtrain.commands import Verbs
     from dtrain.config import Config
-    from dtrain.launchers.job import Job, Launcher
+    from dtrain.launchers.failure import Ending
 
 EPILOG = """\
 overrides:
@@ -34,6 +33,8 @@ examples:
   dtrain train run.dir=runs/x                     the same command again goes on from the last checkpoint
   dtrain train run.dir=runs/y run.resume=runs/x   a new run that starts from another one's checkpoint
   dtrain train model=custom model._target_=mine.Model model.width=256
+  dtrain train launcher=slurm launcher.nodes=4 launcher.partition=gpu      submit, print the job's id, return
+  dtrain train -m sync=dense,diloco train.seed=1,2,3 launcher=slurm        a job array, a run for each combination
 
 exit codes:
   0 finished, or stopped as asked; 2 bad configuration, nothing was launched; 75 checkpointed after a signal, to be run
@@ -41,29 +42,31 @@ exit codes:
 """
 
 
-@runtime_checkable
-class Checked(Protocol):
-    """A launcher whose scheduler can be asked beforehand whether it would take a job."""
-
-    def check(self, folders: Sequence[Path]) -> None:
-        """Raise ``ValueError`` if it would not."""
-
-
 def add(verbs: Verbs) -> None:
     """Add ``train``."""
     train = add_verb(verbs, "train", does="train a model", epilog=EPILOG)
     train.add_argument("--dry-run", action="store_true", help="print the configuration and the command; start nothing")
+    train.add_argument("-m", "--multirun", action="store_true", help="a run for each combination of key=a,b,c")
     train.add_argument("words", nargs="*", metavar="OVERRIDE", help="group=choice or key=value")
     train.set_defaults(run=_train)
 
 
 def _train(chosen: argparse.Namespace) -> int:
+    if chosen.multirun:
+        from dtrain.commands.sweeping import sweep
+
+        return sweep(chosen.words, dry_run=chosen.dry_run)
+    return train(chosen.words, dry_run=chosen.dry_run)
+
+
+def train(words: Sequence[str], *, dry_run: bool = False) -> int:
+    """Train as these overrides say; returns the exit code."""
     from dtrain.config import compose, run_folder, to_yaml, validate
     from dtrain.config.validating import warnings
     from dtrain.launching import build_launcher
 
-    config = run_folder.absolute(compose(chosen.words))
-    enter_launcher(config.launcher, sys.argv[1:], dry_run=chosen.dry_run)
+    config = run_folder.absolute(compose(words))
+    enter_launcher(config.launcher, sys.argv[1:], dry_run=dry_run)
     here = Path(config.run.dir)
     command = [sys.executable, "-u", "-m", "dtrain.worker", str(here / run_folder.CONFIG)]
     description = validate(config)
@@ -75,72 +78,18 @@ def _train(chosen: argparse.Namespace) -> int:
     launcher = None
     if config.launcher.name != "local":
         launcher = build_launcher(config.launcher, replicas=config.mesh.replicate)
-    if chosen.dry_run and launcher is not None:
-        print(launcher.render(_program(config), folder=here, name=here.name), end="")
+    if dry_run and launcher is not None:
+        print(launcher.render(program(config.run.dir), folder=here, name=here.name), end="")
         return 0
-    if chosen.dry_run:
+    if dry_run:
         start = f"goes on from {folder}" if folder else "starts from step 0"
         print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(command)}")
         return 0
+    if launcher is not None:
+        return submit(config, description, launcher)
     with run_folder.locked(here):
-        if launcher is not None:
-            return _submit(config, description, launcher)
         run_folder.write(config, description)
         return _launch(config, command, goes_on_from=folder)
-
-
-def _program(config: Config) -> list[str]:
-    """What each rank of a submitted job runs."""
-    return ["python", "-u", "-m", "dtrain.worker", str(Path(config.run.dir) / "config.yaml")]
-
-
-def _submit(config: Config, description: Mapping[str, object], launcher: Launcher) -> int:
-    """Hand the run over to a launcher; its job id is all that is printed, unless it is to be followed."""
-    from dtrain.config import run_folder
-    from dtrain.launchers.job import ENDED, Facts
-    from dtrain.launchers.registry import open_job
-
-    here = Path(config.run.dir)
-    if (here / "job.json").is_file():
-        old = open_job(Facts.read(here))
-        if old.state() not in ENDED:
-            raise ConfigError(f"run.dir={here} holds job {old.id}, which is {old.state()}; cancel it or choose another")
-    try:
-        if isinstance(launcher, Checked):
-            launcher.check([here])
-        run_folder.write(config, description)
-        job = launcher.submit(_program(config), folder=here, name=here.name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    except (RuntimeError, OSError) as error:
-        raise DtrainError(str(error)) from error
-    print(f"job {job.id} ({launcher.name}): run {here}", flush=True)
-    if config.launcher.name == "slurm" and not config.launcher.wait:
-        print(f"  dtrain jobs status {job.id}     dtrain jobs logs {job.id} -f     dtrain jobs why {job.id}")
-        return 0
-    return _follow(config, job)
-
-
-def _follow(config: Config, job: Job) -> int:
-    """Show the progress of a job until it has ended, then its summary or what went wrong."""
-    from dtrain.commands.following import exit_code
-    from dtrain.launchers.job import ENDED
-    from dtrain.report.progress import Progress
-
-    here = Path(config.run.dir)
-    try:
-        with Progress(here / "metrics.jsonl", steps=config.train.steps):
-            while job.state() not in ENDED:
-                time.sleep(0.5)
-    except KeyboardInterrupt:
-        if job.facts.launcher == "slurm":
-            print(f"job {job.id} goes on; dtrain jobs cancel {job.id} ends it", file=sys.stderr)
-            return INTERRUPTED
-        job.cancel()
-        job.wait()
-    if job.state() != "finished":
-        return exit_code(job)
-    return _finish(config, Ending("finished", None, 0, ()))
 
 
 def _launch(config: Config, command: list[str], *, goes_on_from: Path | None) -> int:
@@ -168,10 +117,10 @@ def _launch(config: Config, command: list[str], *, goes_on_from: Path | None) ->
             threads_per_worker=config.launcher.threads_per_worker,
             on_restart=tell,
         )
-    return _finish(config, ending)
+    return finish(config, ending)
 
 
-def _finish(config: Config, ending: Ending) -> int:
+def finish(config: Config, ending: Ending) -> int:
     """Say how the run ended, and the exit code for it.
 
     Workers cannot tell by their own exit code (any but 0 means restart to the elastic agent), so rank 0 leaves

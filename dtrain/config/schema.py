@@ -74,6 +74,8 @@ class LauncherConfig:
     """Follow a submitted job to its end."""
     environment: list[str] = field(default_factory=list)
     """``NAME=value``, set for every rank."""
+    snapshot: bool = True
+    """Slurm: run a copy of the code, taken when the job is submitted, which lies in its folder."""
 
     minutes: int = 60
     """Slurm: the time limit of one run of the job, which goes on after it."""

@@ -21,6 +21,7 @@ from dtrain.launchers.slurm.job import SlurmJob
 from dtrain.launchers.slurm.preflight import problems
 from dtrain.launchers.slurm.script import Work, render
 from dtrain.launchers.slurm.settings import SlurmSettings
+from dtrain.launchers.snapshot import Snapshot
 
 __all__ = ["SlurmLauncher"]
 
@@ -29,14 +30,20 @@ CLUSTER = "DTRAIN_CLUSTER"
 
 
 class SlurmLauncher:
-    """Submits jobs that ask for ``settings``. ``environment`` is set for every rank, beside what Slurm hands on."""
+    """Submits jobs that ask for ``settings``. ``environment`` is set for every rank, beside what Slurm hands on.
+
+    ``snapshot``: the job runs a copy of the code around the working directory, which lies in its folder.
+    """
 
     name = "slurm"
 
-    def __init__(self, settings: SlurmSettings, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, settings: SlurmSettings, environment: Mapping[str, str] | None = None, *, snapshot: bool = True
+    ) -> None:
         # The interpreter of this very command, by its path: nodes see the same file system.
         self.settings = dataclasses.replace(settings, python=settings.python or sys.executable)
         self._environment = dict(environment or {})
+        self._snapshot = snapshot
 
     def render(self, program: Sequence[str], *, folder: Path, name: str = "job") -> str:
         """The sbatch text of one job."""
@@ -44,7 +51,7 @@ class SlurmLauncher:
 
     def render_array(self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep") -> str:
         """The sbatch text of an array: an element for each folder, which "{folder}" in ``program`` stands for."""
-        return render(self._work(tuple(program), folders, name), self.settings)
+        return render(self._work(self._command(program, folders[0]), folders, name), self.settings)
 
     def submit(self, program: Program, *, folder: Path, name: str = "job") -> SlurmJob:
         """Submit one job; see `dtrain.launchers.job.Launcher`."""
@@ -54,7 +61,7 @@ class SlurmLauncher:
     def submit_array(self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep") -> list[SlurmJob]:
         """Submit a job array, at most ``array_parallel`` elements of which run at the same time."""
         self.check(folders)
-        return self._submit(tuple(program), [folder.absolute() for folder in folders], name)
+        return self._submit(self._command(program, folders[0]), [folder.absolute() for folder in folders], name)
 
     def check(self, folders: Sequence[Path]) -> None:
         """Raise ``ValueError`` for all that Slurm would refuse, or accept and never start."""
@@ -68,7 +75,14 @@ class SlurmLauncher:
     def _work(self, program: tuple[str, ...], folders: Sequence[Path], name: str) -> Work:
         absolute = tuple(folder.absolute() for folder in folders)
         lists = absolute[0].parent / f"{name}-array" / "folders.txt"
-        return Work(name, program, absolute, Path.cwd(), lists, self._environment)
+        environment = dict(self._environment)
+        if self._snapshot:
+            snapshot = self._taken_from(absolute, lists)
+            program, environment = snapshot.mapped(program), {**snapshot.variables, **environment}
+        return Work(name, program, absolute, Path.cwd(), lists, environment)
+
+    def _taken_from(self, folders: Sequence[Path], lists: Path) -> Snapshot:
+        return Snapshot.of(Path.cwd(), (lists.parent if len(folders) > 1 else folders[0]) / "code")
 
     def _submit(self, program: tuple[str, ...], folders: list[Path], name: str) -> list[SlurmJob]:
         work = self._work(program, folders, name)
@@ -81,6 +95,8 @@ class SlurmLauncher:
         if work.array:
             work.lists.parent.mkdir(parents=True, exist_ok=True)
             work.lists.write_text("".join(f"{folder}\n" for folder in folders))
+        if self._snapshot:
+            self._taken_from(work.folders, work.lists).take()
         text = render(work, self.settings)
         for folder in folders:
             (folder / "job.sbatch").write_text(text)

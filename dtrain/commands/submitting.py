@@ -1,0 +1,80 @@
+"""Handing a run over to a launcher that runs it elsewhere, and following it there."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from dtrain.errors import INTERRUPTED, ConfigError, DtrainError
+
+if TYPE_CHECKING:
+    from dtrain.config import Config
+    from dtrain.launchers.job import Job, Launcher
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A launcher whose scheduler can be asked beforehand whether it would take a job."""
+
+    def check(self, folders: Sequence[Path]) -> None:
+        """Raise ``ValueError`` if it would not."""
+
+
+def program(folder: str | Path) -> list[str]:
+    """What each rank of a submitted job runs."""
+    return ["python", "-u", "-m", "dtrain.worker", f"{folder}/config.yaml"]
+
+
+def submit(config: Config, description: Mapping[str, object], launcher: Launcher) -> int:
+    """Hand the run over to a launcher; its job id is all that is printed, unless it is to be followed."""
+    from dtrain.config import run_folder
+    from dtrain.launchers.job import ENDED, Facts
+    from dtrain.launchers.registry import open_job
+
+    here = Path(config.run.dir)
+    if (here / "job.json").is_file():
+        old = open_job(Facts.read(here))
+        if old.state() not in ENDED:
+            raise ConfigError(f"run.dir={here} holds job {old.id}, which is {old.state()}; cancel it or choose another")
+    try:
+        if isinstance(launcher, Checked):
+            launcher.check([here])
+        with run_folder.locked(here):
+            run_folder.write(config, description)
+            job = launcher.submit(program(here), folder=here, name=here.name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, OSError) as error:
+        raise DtrainError(str(error)) from error
+    print(f"job {job.id} ({launcher.name}): run {here}", flush=True)
+    if config.launcher.name == "slurm" and not config.launcher.wait:
+        print(f"  dtrain jobs status {job.id}     dtrain jobs logs {job.id} -f     dtrain jobs why {job.id}")
+        return 0
+    return follow(config, job)
+
+
+def follow(config: Config, job: Job) -> int:
+    """Show the progress of a job until it has ended, then its summary or what went wrong."""
+    from dtrain.commands.following import exit_code
+    from dtrain.commands.train import finish
+    from dtrain.launchers.failure import Ending
+    from dtrain.launchers.job import ENDED
+    from dtrain.report.progress import Progress
+
+    here = Path(config.run.dir)
+    try:
+        with Progress(here / "metrics.jsonl", steps=config.train.steps):
+            while job.state() not in ENDED:
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        if job.facts.launcher == "slurm":
+            print(f"job {job.id} goes on; dtrain jobs cancel {job.id} ends it", file=sys.stderr)
+            return INTERRUPTED
+        job.cancel()
+        job.wait()
+    if job.state() != "finished":
+        return exit_code(job)
+    return finish(config, Ending("finished", None, 0, ()))
