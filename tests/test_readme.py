@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from dtrain.comm.seeds import Key
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "slurm").rglob("*.md")])]
 
 
 def code_blocks(text: str) -> list[str]:
@@ -64,6 +65,7 @@ def test_every_command_composes(
         return
     arguments = [word.replace("FOLDER", str(folder)) for word in shlex.split(line)[2:] if word != "--dry-run"]
     code = main(["train", "--dry-run", *arguments])
+    sys.modules.pop("mine", None)  # or later tests would find it
     assert code == 0, capsys.readouterr().err
 
 

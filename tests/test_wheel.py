@@ -38,7 +38,13 @@ def files(top: str, pattern: str) -> set[str]:
 def test_the_wheel_holds_every_file_behind_the_links(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {entry.filename: entry for entry in archive.infolist()}
-        behind = files("comm", "*.py") | files("launchers", "*.py") | files("configs", "*.yaml")
+        behind = (
+            files("comm", "*.py")
+            | files("launchers", "*.py")
+            | files("configs", "*.yaml")
+            | files("slurm", "*.py")
+            | files("slurm", "*.j2")
+        )
         assert len(behind) > 50 and {f"dtrain/{name}" for name in behind} <= held.keys()
         for name in behind:
             entry = held[f"dtrain/{name}"]
@@ -79,4 +85,4 @@ def test_the_wheel_asks_for_torch_and_numpy_alone(wheel: Path) -> None:
     needed = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     assert [need for need in needed if "extra ==" not in need] == ["torch>=2.13", "numpy>=1.26"]
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"train", "zero", "mpi", "text", "dev"}
+    assert extras == {"train", "zero", "mpi", "slurm", "cluster", "text", "dev"}

@@ -43,9 +43,11 @@ def enter_launcher(config: LauncherConfig, arguments: Sequence[str], *, dry_run:
     Raises:
         ConfigError: MPI over several nodes, and neither their names nor Slurm.
     """
+    if dry_run:
+        return
     if config.name == "slurm":
         enter_login_host(arguments)
-    if config.name != "mpi" or config.nodes == 1 or config.hosts or "SLURM_JOB_ID" in os.environ or dry_run:
+    if config.name != "mpi" or config.nodes == 1 or config.hosts or "SLURM_JOB_ID" in os.environ:
         return
     enter_login_host(arguments)
     if shutil.which("salloc") is None:
