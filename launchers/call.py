@@ -16,6 +16,7 @@ from dtrain.launchers.environment import Environment
 def main(folder: Path) -> None:
     """Load, call, and store the result, whole or not at all."""
     with (folder / "function.pkl").open("rb") as file:
+        sys.path += [path for path in pickle.load(file) if path not in sys.path]
         function = pickle.load(file)  # cloudpickle writes what pickle reads
     result = function()
     path = folder / "results" / f"rank-{Environment.read().rank}.pkl"

@@ -170,5 +170,6 @@ def command_of(program: Program, folder: Path, *, python: str = "") -> tuple[str
     import cloudpickle
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "function.pkl").write_bytes(cloudpickle.dumps(program))
+    # The modules that the function needs are looked for where they were found here.
+    (folder / "function.pkl").write_bytes(pickle.dumps(sys.path) + cloudpickle.dumps(program))
     return (python, "-P", "-m", "dtrain.launchers.call", str(folder))
