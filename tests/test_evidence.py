@@ -188,7 +188,7 @@ def test_what_is_long_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(command, "REPORTS", {name: report(name) for name in command.REPORTS})
     monkeypatch.setattr(command, "circumstances", lambda: MADE)
     assert command.main(["--out", str(tmp_path)]) == 0
-    assert made == ["fifteen", "quality", "default", "kill"]
+    assert made == ["fifteen", "quality", "default", "kill", "network"]
     with pytest.raises(SystemExit) as refused:
         command.main(["fiften"])
     assert refused.value.code == 2
