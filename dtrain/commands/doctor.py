@@ -1,0 +1,87 @@
+"""``dtrain doctor``: is this machine, or every node of an allocation, fit for training?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.commands import add_verb
+from dtrain.commands.entering import enter_launcher
+from dtrain.errors import ConfigError, DtrainError
+
+if TYPE_CHECKING:
+    from dtrain.commands import Verbs
+    from dtrain.doctor.verdict import Report
+
+EPILOG = """\
+Names both ways, ports, interfaces, clocks, disk, backend and versions, and bandwidth and latency of every pair of
+nodes; the slow node is named. It ends with exit code 1 if there is a problem.
+
+examples:
+  dtrain doctor
+  dtrain doctor launcher=slurm launcher.nodes=4 run.dir=doctor/today
+"""
+SECONDS = 600.0
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``doctor``."""
+    doctor = add_verb(verbs, "doctor", does="check this machine, or every node of an allocation", epilog=EPILOG)
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("words", nargs="*", metavar="OVERRIDE", help="launcher=..., launcher.KEY=..., run.dir=FOLDER")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    from dtrain.config import compose
+    from dtrain.doctor import verdict
+    from dtrain.launching import build_launcher
+
+    for word in chosen.words:
+        if not word.lstrip("+").startswith(("launcher", "run.dir=")):
+            raise ConfigError(f"{word}: doctor takes launcher=..., launcher.KEY=... and run.dir=FOLDER")
+    config = compose(chosen.words)
+    # A rank for each node: more would share what is measured.
+    settings = dataclasses.replace(config.launcher, workers=config.launcher.nodes, max_restarts=0)
+    enter_launcher(settings, sys.argv[1:])
+    folder = Path(config.run.dir).absolute()
+    if not any(word.startswith("run.dir=") for word in chosen.words):
+        folder = folder.with_name(folder.name.rpartition("-")[0] + "-doctor")
+    for stale in (folder / "doctor").glob("*"):
+        stale.unlink()
+    try:
+        launcher = build_launcher(settings)
+        job = launcher.submit(["python", "-m", "dtrain.doctor.worker", str(folder)], folder=folder, name="doctor")
+        job.wait(SECONDS)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, OSError, TimeoutError) as error:
+        raise DtrainError(str(error)) from error
+    reports = read(folder)
+    if not reports:
+        raise DtrainError(f"no node has reported anything:\n{job.why()}")
+    found = verdict.findings(reports, settings.workers)
+    if chosen.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=1))
+    else:
+        print(verdict.render(found, reports))
+    return int(any(finding.level == "problem" for finding in found))
+
+
+def read(folder: Path) -> list[Report]:
+    """What the ranks have left, in rank order."""
+    from dtrain.doctor.finding import Finding
+    from dtrain.doctor.pairs import Exchange
+    from dtrain.doctor.verdict import Report
+
+    out = []
+    for path in (folder / "doctor").glob("rank-*.json"):
+        told = json.loads(path.read_text())
+        findings = tuple(Finding(**finding) for finding in told["findings"])
+        exchanges = tuple(Exchange(**one) for one in told["exchanges"])
+        out.append(Report(told["rank"], told["host"], told["versions"], findings, exchanges))
+    return sorted(out, key=lambda report: report.rank)

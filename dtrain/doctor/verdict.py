@@ -1,0 +1,89 @@
+"""From what each host found to what is told: who is slow, whose clock is off, who differs. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dtrain.doctor.finding import Finding
+from dtrain.doctor.pairs import Exchange
+
+__all__ = ["Report", "findings", "render"]
+
+SLOW, FAR_SECONDS = 0.7, 1.0
+SIGNS = {"ok": "ok", "warning": "WARNING", "problem": "PROBLEM"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank wrote."""
+
+    rank: int
+    host: str
+    versions: Mapping[str, str]
+    findings: tuple[Finding, ...]
+    exchanges: tuple[Exchange, ...]
+
+
+def findings(reports: Sequence[Report], world: int) -> list[Finding]:
+    """All findings: each host's own, and those that only all together show."""
+    hosts = {report.rank: report.host for report in reports}
+    out = [finding for report in reports for finding in report.findings]
+    for rank in sorted(set(range(world)) - set(hosts)):
+        out.append(Finding(f"rank {rank}", "report", "problem", "it has reported nothing", "look at its log"))
+    if reports:
+        for report in reports[1:]:
+            if report.versions != reports[0].versions:
+                what = f"{dict(report.versions)}, but {reports[0].host} has {dict(reports[0].versions)}"
+                out.append(Finding(report.host, "versions", "problem", what, "install the same everywhere"))
+    for report in reports:
+        for one in report.exchanges:
+            peer = hosts.get(one.peer, f"rank {one.peer}")
+            if one.error:
+                way_out = "is the link up, and no firewall between them?"
+                out.append(Finding(report.host, f"pair with {peer}", "problem", one.error, way_out))
+            elif abs(one.skew_seconds) > FAR_SECONDS:
+                what = f"the clock of {peer} is {one.skew_seconds:+.1f} s off"
+                out.append(Finding(report.host, "clock", "warning", what, "run chrony or ntpd on both"))
+    return [*out, *_slow(reports, hosts)]
+
+
+def _slow(reports: Sequence[Report], hosts: Mapping[int, str]) -> list[Finding]:
+    """The host whose pairs are slow while those of the others are not."""
+    rates: dict[int, list[float]] = {rank: [] for rank in hosts}
+    for report in reports:
+        for one in report.exchanges:
+            if not one.error:
+                rates[report.rank].append(one.mbit)
+                rates.setdefault(one.peer, []).append(one.mbit)
+    medians = {rank: statistics.median(found) for rank, found in rates.items() if found}
+    if not medians:
+        return []
+    usual = statistics.median(medians.values())
+    out = []
+    for rank, rate in sorted(medians.items()):
+        name = hosts.get(rank, f"rank {rank}")
+        if rate < SLOW * usual:
+            way_out = f"look at its link, or leave it out: launcher.exclude={name}"
+            out.append(Finding(name, "bandwidth", "problem", f"{rate:.0f} Mbit/s, the usual is {usual:.0f}", way_out))
+        else:
+            out.append(Finding(name, "bandwidth", "ok", f"{rate:.0f} Mbit/s in the middle of its pairs"))
+    return out
+
+
+def render(found: Sequence[Finding], reports: Sequence[Report]) -> str:
+    """A line per finding, what is wrong last, so that it is what remains on the screen."""
+    order = {"ok": 0, "warning": 1, "problem": 2}
+    lines = []
+    for finding in sorted(found, key=lambda finding: order[finding.level]):
+        lines.append(f"{SIGNS[finding.level]:<8} {finding.host:<12} {finding.check:<14} {finding.what}")
+        if finding.way_out and finding.level != "ok":
+            lines.append(f"{'':<8} {'':<12} {'':<14} -> {finding.way_out}")
+    pairs = [one for report in reports for one in report.exchanges if not one.error]
+    if pairs:
+        latency, rate = statistics.median(one.latency_ms for one in pairs), statistics.median(one.mbit for one in pairs)
+        lines.append(f"{len(pairs)} pairs: one way {latency:.2f} ms, {rate:.0f} Mbit/s (medians)")
+    count = sum(finding.level == "problem" for finding in found)
+    lines.append(f"{count} problem{'s' * (count != 1)}" if count else "nothing stands in the way")
+    return "\n".join(lines)

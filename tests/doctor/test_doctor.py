@@ -1,0 +1,106 @@
+"""`dtrain doctor`: who is named for what, on figures of our own making and between real processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain.doctor.checks import disk, own_name
+from dtrain.doctor.finding import Finding
+from dtrain.doctor.pairs import Exchange, Server, exchange, rounds
+from dtrain.doctor.verdict import Report, findings, render
+
+SAME = {"dtrain": "1", "torch": "2"}
+
+
+def reports(rates: dict[tuple[int, int], float], **skews: float) -> list[Report]:
+    """Four hosts with these rates between them."""
+
+    def of(rank: int) -> tuple[Exchange, ...]:
+        mine = [(other, rate) for (one, other), rate in rates.items() if one == rank]
+        return tuple(Exchange(other, 1.0, rate, skews.get(f"n{other}", 0.0)) for other, rate in mine)
+
+    return [Report(rank, f"n{rank}", SAME, (), of(rank)) for rank in range(4)]
+
+
+def problems(found: list[Finding]) -> list[tuple[str, str]]:
+    return [(finding.host, finding.check) for finding in found if finding.level != "ok"]
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+def test_every_pair_meets_once_and_nobody_is_in_two_pairs_of_a_round(count: int) -> None:
+    assert sorted(itertools.chain(*rounds(count))) == list(itertools.combinations(range(count), 2))
+    for pairs in rounds(count):
+        hosts = list(itertools.chain(*pairs))
+        assert len(hosts) == len(set(hosts))
+
+
+def test_the_slow_node_is_named_and_nobody_else() -> None:
+    rates = {pair: 100.0 if 2 in pair else 950.0 for pair in itertools.combinations(range(4), 2)}
+    found = findings(reports(rates), 4)
+    assert problems(found) == [("n2", "bandwidth")]
+    assert "launcher.exclude=n2" in render(found, reports(rates))
+
+
+def test_equal_links_are_no_problem_however_slow() -> None:
+    rates = dict.fromkeys(itertools.combinations(range(4), 2), 10.0)
+    assert problems(findings(reports(rates), 4)) == []
+    assert render(findings(reports(rates), 4), reports(rates)).endswith("nothing stands in the way")
+
+
+def test_a_clock_that_is_off_is_a_warning() -> None:
+    rates = dict.fromkeys(itertools.combinations(range(4), 2), 10.0)
+    found = findings(reports(rates, n3=-7.0), 4)
+    assert {finding.what for finding in found if finding.check == "clock"} == {"the clock of n3 is -7.0 s off"}
+
+
+def test_a_rank_without_a_report_and_a_node_with_other_versions_are_named() -> None:
+    (first, second, *_) = reports({})
+    other = Report(2, "n2", {"dtrain": "1", "torch": "3"}, (), (Exchange(1, error="n1:5: timed out"),))
+    found = findings([first, second, other], 4)
+    assert problems(found) == [("rank 3", "report"), ("n2", "versions"), ("n2", "pair with n1")]
+
+
+def test_an_exchange_measures_latency_rate_and_clock() -> None:
+    server = Server()
+    try:
+        found = exchange(1, "127.0.0.1", server.port)
+    finally:
+        server.close()
+    assert found.error == "" and found.latency_ms > 0 and found.mbit > 0 and abs(found.skew_seconds) < 1
+
+
+def test_a_host_that_does_not_answer_is_a_finding() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    assert "refused" in exchange(3, "127.0.0.1", port).error.lower()
+
+
+def test_a_name_that_does_not_resolve_is_a_problem_with_a_way_out() -> None:
+    (found,) = own_name("no-such-host.invalid")
+    assert found.level == "problem" and "/etc/hosts" in found.way_out
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_problem(tmp_path: Path) -> None:
+    found = list(disk("here", Path("/proc")))
+    assert found[-1].level == "problem" and "choose another run.dir" in found[-1].way_out
+    assert [finding.level for finding in disk("here", tmp_path)][1] in ("ok", "warning")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.processes
+def test_this_machine_is_checked_and_told_as_json(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dtrain", "doctor", "--json", f"run.dir={tmp_path / 'run'}"], capture_output=True,
+        text=True, timeout=50, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"port", "interface", "disk space", "disk write", "backend"} <= {
+        one["check"] for one in json.loads(done.stdout)
+    }
