@@ -116,14 +116,15 @@ def test_a_time_limit_without_a_signal_is_kept_by_the_runs_own_clock(
     # The steps come to an end only in a second run of the job: one minute is not enough for all of them.
     slow = ("model.layers=6", "model.dim=256", "train.steps=4000", "train.checkpoint_every_steps=0")
     submit(cluster, run, *slow, "launcher.minutes=1", "launcher.signal_seconds=0")
-    deadline = time.monotonic() + 150
-    while not (run / "attempts").exists() or attempts(run) < 2:
-        assert time.monotonic() < deadline, logs(run)
-        assert not (run / "end.json").exists(), logs(run)
-        time.sleep(0.5)
-    assert '"signal": 24' in (run / "outcome.json").read_text()  # SIGXCPU: the time limit
-    while "resumed from " not in (run / "logs" / "rank-0.log").read_text():
-        assert time.monotonic() < deadline, logs(run)
-        time.sleep(0.2)
-    cluster.run(["scancel", job_of(run)])
-    wait_for_end(run)
+    try:
+        deadline = time.monotonic() + 150
+        while not (run / "attempts").exists() or attempts(run) < 2:
+            assert time.monotonic() < deadline, logs(run)
+            assert not (run / "end.json").exists(), logs(run)
+            time.sleep(0.5)
+        assert '"signal": 24' in (run / "outcome.json").read_text()  # SIGXCPU: the time limit
+        while "resumed from " not in (run / "logs" / "rank-0.log").read_text():
+            assert time.monotonic() < deadline, logs(run)
+            time.sleep(0.2)
+    finally:
+        cluster.run(["scancel", job_of(run)])
