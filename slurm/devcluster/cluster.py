@@ -47,8 +47,15 @@ def up(
         raise ClusterError(f"--nodes {nodes}: a cluster has 1 to {MOST_HOSTS} hosts")
     daemons.check_machine()
     folder = state.ROOT / name
-    if folder.exists() or links.namespaces(name):
-        raise ClusterError(f"cluster {name} is up, or left something behind: dtrain cluster down --name {name}")
+    state.ROOT.mkdir(exist_ok=True)
+    try:
+        if links.namespaces(name):
+            raise FileExistsError
+        folder.mkdir()  # whoever makes the folder owns the name: two at once must not take each other down
+    except FileExistsError as error:
+        raise ClusterError(
+            f"cluster {name} is up, or left something behind: dtrain cluster down --name {name}"
+        ) from error
     computing = tuple(f"c{number}" for number in range(1, nodes + 1))
     addresses = {host: f"{NETWORK}.{number}" for number, host in enumerate(computing, 1)}
     addresses["login"] = f"{NETWORK}.{LOGIN_NUMBER}"
@@ -127,7 +134,7 @@ def shape(facts: Facts, bandwidth: str, only: Sequence[str] = ()) -> Facts:
     facts = dataclasses.replace(facts, rates={**facts.rates, **dict.fromkeys(chosen, rate.bits)})
     facts.write()
     if facts.switch_pid:
-        os.kill(facts.switch_pid, signal.SIGHUP)
+        _tell_switch(facts)
         return facts
     for host in chosen:
         links.shape(links.namespace(facts.name, "switch"), links.namespace(facts.name, host), host, rate)
@@ -141,11 +148,24 @@ def cut(facts: Facts, only: Sequence[str], *, heal: bool = False) -> Facts:
     facts = dataclasses.replace(facts, cut=tuple(sorted(now)))
     facts.write()
     if facts.switch_pid:
-        os.kill(facts.switch_pid, signal.SIGHUP)
+        _tell_switch(facts)
         return facts
     for host in chosen:
         links.cut(links.namespace(facts.name, "switch"), host, up=heal)
     return facts
+
+
+def _tell_switch(facts: Facts) -> None:
+    """Have the switch read the facts again. Raises ``ClusterError`` if it has ended, and its number is another's."""
+    try:
+        words = Path(f"/proc/{facts.switch_pid}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        words = []
+    if str(facts.folder) not in words:
+        raise ClusterError(
+            f"the switch of cluster {facts.name} has ended; see {facts.folder}/switch.log, then take it down"
+        )
+    os.kill(facts.switch_pid, signal.SIGHUP)
 
 
 def _known(facts: Facts, chosen: Sequence[str]) -> tuple[str, ...]:

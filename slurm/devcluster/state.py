@@ -112,8 +112,12 @@ class Facts:
 
     @property
     def alive(self) -> bool:
-        """Whether its login host is still there."""
-        return Path(f"/proc/{self.pids.get('login', 0)}/ns/net").exists()
+        """Whether the process that holds its login host is still that: a number may have been given away again."""
+        try:
+            words = Path(f"/proc/{self.pids.get('login', 0)}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        return words[:2] == [b"sleep", b"infinity"]
 
 
 def running() -> list[Facts]:

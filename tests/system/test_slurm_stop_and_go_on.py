@@ -109,9 +109,7 @@ def test_no_process_of_a_job_is_left_on_any_host(runs: dict[str, Path]) -> None:
     assert left == []
 
 
-def test_a_time_limit_without_a_signal_is_kept_by_the_runs_own_clock(
-    runs: dict[str, Path], cluster: Cluster, tmp_path: Path
-) -> None:
+def test_a_time_limit_without_a_signal_is_kept_by_the_runs_own_clock(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "limit"
     # The steps come to an end only in a second run of the job: one minute is not enough for all of them.
     slow = ("model.layers=6", "model.dim=256", "train.steps=4000", "train.checkpoint_every_steps=0")

@@ -80,9 +80,10 @@ def test_the_cluster_that_is_meant_must_be_clear(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(state, "ROOT", tmp_path)
     with pytest.raises(ClusterError, match=r"no cluster is up \(up: none\); start one with: dtrain cluster up"):
         named(None)
+    monkeypatch.setattr(Facts, "alive", True)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        Facts(name, ("c1",), ADDRESSES, {"login": os.getpid()}, {"c1": None}).write()
+        Facts(name, ("c1",), ADDRESSES, {"login": 1}, {"c1": None}).write()
     with pytest.raises(ClusterError, match=r"several clusters are up \(one, two\)"):
         named(None)
     assert named("two").name == "two"
@@ -93,7 +94,7 @@ def test_the_cluster_that_is_meant_must_be_clear(tmp_path: Path, monkeypatch: py
 def test_a_crashed_cluster_is_not_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "ROOT", tmp_path)
     (tmp_path / "dev").mkdir()
-    Facts("dev", ("c1",), ADDRESSES, {"login": 2**22 + 1}, {"c1": None}).write()
+    Facts("dev", ("c1",), ADDRESSES, {"login": os.getpid()}, {"c1": None}).write()  # a number that is another's now
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "cluster.json").write_text("{")
     assert state.running() == []
