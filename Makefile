@@ -1,6 +1,7 @@
 # One command each. `make train` and `make test` share the set-up, which is incremental.
 #   make train     set up, then train the default: 4 workers (2 replicas x 2 shards), FSDP2, DiLoCo with int8 deltas
-#   make test      set up, then run the whole test suite
+#   make test      set up, then run the tests, all but those that need a cluster
+#   make test-cluster   set up, then run the tests on a Slurm cluster on this machine, and under mpirun
 #   make check     ruff and mypy --strict
 #   make evidence  every timed or long measurement, into docs/evidence/
 # ARGS goes to the command:      make train ARGS="engine=zero2 sync=int8_ef"      make test ARGS="tests/config -x"
@@ -9,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system train test check evidence clean
+.PHONY: help setup setup-system train test test-cluster check evidence clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -53,7 +54,10 @@ train: setup
 	$(BIN)/dtrain train $(ARGS)
 
 test: setup setup-system
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not cluster" $(ARGS)
+
+test-cluster: setup setup-system
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

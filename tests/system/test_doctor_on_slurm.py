@@ -10,7 +10,7 @@ import pytest
 
 from dtrain.slurm.devcluster import Cluster
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(120)]
 
 
 def test_the_host_with_the_slow_link_is_named(

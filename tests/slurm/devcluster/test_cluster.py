@@ -15,7 +15,7 @@ from pyroute2 import NetNS, netns
 from dtrain.slurm.devcluster import Cluster, ClusterError, devcluster, down, up
 from dtrain.slurm.devcluster.links import ALLOWED, namespace
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(120)]
 
 # Connects, then tells how long a byte takes there and back: the median of 15, in milliseconds.
 ROUND_TRIP = """
