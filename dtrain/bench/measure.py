@@ -4,106 +4,141 @@ from __future__ import annotations
 
 import os
 import socket
+import statistics
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from dtrain.bench.ops import bus_factor, prepare
+from dtrain.bench import wire
+from dtrain.bench.load import Load, Watch, of_machines, why_invalid
+from dtrain.bench.ops import Case, bus_factor, prepare
 from dtrain.bench.rows import Row
-from dtrain.bench.settings import Settings
+from dtrain.bench.settings import Settings, link_mbit
 from dtrain.comm.drivers.run import Channel
 
-__all__ = ["measure"]
+__all__ = ["Bench", "Told", "row"]
 
-BUSY = 0.9  # of all cores, above which the processor is what was measured
-FAR_FROM_LINK = 0.85
+ASKED_EVERY = 16  # iterations, and after the 1st, 2nd, 4th and 8th: asking takes a collective of its own
+SYNCHRONISATIONS = 10
 
 
-def measure(op: str, size: int, settings: Settings, channel: Channel) -> Row:
-    """One row; the same on every rank. Collective over the default process group."""
-    world = channel.places["replicate"].size
-    case = prepare(op, size, getattr(torch, settings.dtype), channel)
-    for _ in range(settings.warmup):
-        case.run()
-    wrong = case.wrong()
-    times: list[float] = []
-    dist.barrier()
-    counted, cpu, began = _sent_bytes(), _cpu(), time.perf_counter()
-    deadline = began + settings.seconds
-    for iteration in range(settings.iterations):
-        dist.barrier()
+@dataclass(frozen=True)
+class Told:
+    """What one rank says of a row. ``seconds``: of each iteration. ``sent_bytes``: per iteration, of this rank."""
+
+    seconds: list[float]
+    interface: str
+    sent_bytes: int
+    wrong: int
+    load: Load
+    host: str
+
+
+class Bench:
+    """Measures rows, on every rank alike.
+
+    Args:
+        channel: for the ops of `comm`; the native ones go over the default process group.
+        backends: of native ops and of those of `comm`: gloo, nccl or mpi.
+        control: a gloo group that starts and stops iterations, so that those work with any backend.
+    """
+
+    def __init__(
+        self, settings: Settings, channel: Channel, device: torch.device, *, backends: tuple[str, str],
+        control: dist.ProcessGroup,
+    ) -> None:  # fmt: skip
+        self._settings, self._channel, self._device, self._control = settings, channel, device, control
+        self._backends = backends
+        self._watch = Watch()
+        before = wire.sent()
+        for _ in range(SYNCHRONISATIONS):
+            self._synchronise()
+        self._overhead = {name: (b - before.get(name, 0)) / SYNCHRONISATIONS for name, b in wire.sent().items()}
+
+    def measure(self, op: str, size: int) -> Row:
+        """One row, the same on every rank."""
+        settings = self._settings
+        case = prepare(op, size, getattr(torch, settings.dtype), self._channel, self._device)
+        for _ in range(settings.warmup):
+            self._once(case)
+        self._synchronise()
+        wrong = case.wrong() if settings.warmup else 0
+        self._synchronise()
+        before, began = wire.sent(), self._watch.look()
+        times: list[float] = []
+        asked = 0
+        while len(times) < settings.iterations:
+            times.append(self._once(case))
+            if len(times) in (1, 2, 4, 8) or len(times) % ASKED_EVERY == 0:
+                asked += 1
+                if self._anybody(time.perf_counter() - began > settings.seconds):
+                    break
+        self._synchronise()  # what a sender has left to its kernel is on the wire when the receivers have it
+        interface, sent = wire.busiest(before, wire.sent())
+        load = self._watch.since(began)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        sent = max(0, round((sent - (len(times) + asked + 1) * self._overhead.get(interface, 0.0)) / len(times)))
+        told = Told(times, interface, sent // ranks_here, wrong + case.wrong(), load, socket.gethostname())
+        everybody: list[Told | None] = [None] * self._channel.places["replicate"].size
+        dist.all_gather_object(everybody, told, group=self._control)
+        backend = self._backends[op.startswith("comm.")]
+        return row(op, backend, settings, case.bytes, [one for one in everybody if one is not None])
+
+    def _once(self, case: Case) -> float:
+        """Seconds of one iteration on this rank."""
+        case.reset()
+        self._finish()
+        self._synchronise()
         started = time.perf_counter()
         case.run()
-        times.append(time.perf_counter() - started)
-        if iteration % 4 == 3 and _anybody(time.perf_counter() > deadline):
-            break
-    wrong += case.wrong()
-    sent = _per_rank(counted, _sent_bytes()) // len(times)
-    busy = _busy(cpu, _cpu())
-    everybody: list[tuple[list[float], int, int, float, str]] = [([], 0, 0, 0.0, "")] * world
-    dist.all_gather_object(everybody, (times, sent, wrong, busy, socket.gethostname()))
-    return _row(op, size, settings, world, everybody)
+        self._finish()
+        return time.perf_counter() - started
+
+    def _finish(self) -> None:
+        """Wait for the device: collectives on CUDA return before they are done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _synchronise(self) -> None:
+        dist.barrier(group=self._control)
+
+    def _anybody(self, over: bool) -> bool:
+        """Whether any rank says so: all must leave the loop together."""
+        told = torch.tensor([int(over)])
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(told)
 
 
-def _row(
-    op: str, size: int, settings: Settings, world: int, everybody: list[tuple[list[float], int, int, float, str]]
-) -> Row:
-    together = sorted(max(of_ranks) for of_ranks in zip(*(times for times, *_ in everybody), strict=True))
-    totals = [sum(times) for times, *_ in everybody]
+def row(op: str, backend: str, settings: Settings, size: int, told: Sequence[Told]) -> Row:
+    """The row that all ranks' figures make; ``told`` is in rank order."""
+    world = len(told)
+    together = sorted(max(of_ranks) for of_ranks in zip(*(one.seconds for one in told), strict=True))
+    totals = [sum(one.seconds) for one in told]
     slowest = totals.index(max(totals))
-    middle = _percentile(together, 0.5)
+    middle = statistics.median(together)
+    link = link_mbit(settings.link)
     busbw = 8 * bus_factor(op, world) * size / middle / 1e6
-    busy = max(busy for *_, busy, _ in everybody)
-    share = busbw / settings.link_mbit if settings.link_mbit else 1.0
-    invalid = "the processor is the limit" if busy > BUSY and share < FAR_FROM_LINK else ""
+    busy, foreign = of_machines(one.load for one in told)
+    most = max(told, key=lambda one: one.sent_bytes)
     return Row(
-        op=op, transport=settings.transport, dtype=settings.dtype, world=world, bytes=size,
-        iterations=len(together), min_ms=1e3 * together[0], p50_ms=1e3 * middle,
-        p95_ms=1e3 * _percentile(together, 0.95), p99_ms=1e3 * _percentile(together, 0.99), max_ms=1e3 * together[-1],
-        algbw_mbit=8 * size / middle / 1e6, busbw_mbit=busbw, sent_bytes=max(sent for _, sent, *_ in everybody),
-        optimal_bytes=round(bus_factor(op, world) * size), link_mbit=settings.link_mbit, slowest_rank=slowest,
-        slowest_host=everybody[slowest][4], wrong=sum(wrong for _, _, wrong, _, _ in everybody), cpu_busy=busy,
-        invalid=invalid,
+        op=op, backend=backend, dtype=settings.dtype, world=world, bytes=size, iterations=len(together),
+        min_ms=1e3 * together[0], p50_ms=1e3 * middle, p95_ms=1e3 * percentile(together, 0.95),
+        p99_ms=1e3 * percentile(together, 0.99), max_ms=1e3 * together[-1], algbw_mbit=8 * size / middle / 1e6,
+        busbw_mbit=busbw, interface=most.interface, sent_bytes=most.sent_bytes,
+        optimal_bytes=round(bus_factor(op, world) * size), link_mbit=link, slowest_rank=slowest,
+        slowest_host=told[slowest].host, slowest_by=totals[slowest] / statistics.median(totals) - 1,
+        wrong=sum(one.wrong for one in told), cpu_busy=busy, cpu_foreign=foreign,
+        invalid=why_invalid(busy, foreign, busbw / link if link else 0.0),
     )  # fmt: skip
 
 
-def _percentile(ordered: list[float], share: float) -> float:
-    """The nearest rank.
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value that ``share`` of all are at or below.
 
-    >>> _percentile([1.0, 2.0, 3.0], 0.5)
-    2.0
+    >>> percentile([1.0, 2.0, 3.0, 4.0], 0.5), percentile([1.0, 2.0, 3.0, 4.0], 0.95)
+    (2.0, 4.0)
     """
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def _anybody(over: bool) -> bool:
-    """Whether any rank says so: all must leave the loop together."""
-    told = torch.tensor([int(over)])
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return bool(told)
-
-
-def _sent_bytes() -> dict[str, int]:
-    """What each interface of this host has sent. From /proc, as /sys shows those of another network namespace."""
-    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
-    return {name.strip(): int(figures.split()[8]) for name, _, figures in (line.partition(":") for line in lines)}
-
-
-def _per_rank(before: dict[str, int], after: dict[str, int]) -> int:
-    """Bytes that the busiest interface sent in between, shared among this host's ranks."""
-    most = max((after[name] - before.get(name, 0) for name in after), default=0)
-    return most // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _cpu() -> tuple[float, float]:
-    """(busy, all) seconds of all cores of this machine."""
-    ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    hertz = os.sysconf("SC_CLK_TCK")
-    return (sum(ticks) - ticks[3] - ticks[4]) / hertz, sum(ticks) / hertz
-
-
-def _busy(before: tuple[float, float], after: tuple[float, float]) -> float:
-    passed = after[1] - before[1]
-    return (after[0] - before[0]) / passed if passed else 0.0
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]

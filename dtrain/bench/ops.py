@@ -16,7 +16,7 @@ from torch import Tensor
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Flow, Op, Payload, Shift
 
-__all__ = ["OPS", "Case", "bus_factor", "prepare"]
+__all__ = ["COMM", "NATIVE", "OPS", "Case", "bus_factor", "prepare"]
 
 FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
@@ -26,10 +26,13 @@ FACTORS: dict[str, Callable[[int], float]] = {
     "broadcast": lambda n: 1.0,
     "shift": lambda n: 1.0,
 }
-OPS = (
-    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "comm.all_reduce", "comm.all_gather",
-    "comm.all_to_all", "comm.broadcast", "comm.shift",
-)  # fmt: skip
+NATIVE = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+COMM = ("comm.all_reduce", "comm.all_gather", "comm.all_to_all", "comm.broadcast", "comm.shift")
+OPS = (*NATIVE, *COMM)
+
+SENTINEL = 101  # in a buffer before its op: no value that any op brings
+VALUES = 97
+LARGEST_SUM = 100
 
 
 def bus_factor(op: str, world: int) -> float:
@@ -41,97 +44,126 @@ def bus_factor(op: str, world: int) -> float:
     return FACTORS[op.removeprefix("comm.")](world) if world > 1 else 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
-    """One op at one size. ``run`` performs it; ``wrong`` counts values that are not what they must be, after a run."""
+    """One op at one size.
 
+    ``bytes``: of the whole buffer, after it was cut to equal shares. ``reset`` makes the buffers as they were before,
+    ``run`` performs the op, and ``wrong`` counts the values that are not what they must be after it.
+    """
+
+    bytes: int
+    reset: Callable[[], None]
     run: Callable[[], None]
     wrong: Callable[[], int]
 
 
-def prepare(op: str, size: int, dtype: torch.dtype, channel: Channel) -> Case:
+@dataclass(frozen=True)
+class Values:
+    """What ranks send and must receive: whole numbers that depend on rank and position, exact in every dtype.
+
+    What is moved is ``position + 7 rank`` modulo 97, from 1 on. What is summed is 1 at every ``period``-th position,
+    beginning elsewhere on each rank: a period that grows with the ranks keeps sums where bfloat16 and uint8 are exact.
+    """
+
+    world: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def moved(self, rank: int, count: int, start: int = 0) -> Tensor:
+        """``[count]``: what ``rank`` sends to be moved, from position ``start`` on."""
+        return self._repeat((torch.arange(VALUES) + start + 7 * rank) % VALUES + 1, count)
+
+    def addend(self, rank: int, count: int) -> Tensor:
+        """``[count]``: what ``rank`` sends to be summed."""
+        return self._repeat((torch.arange(self._period) + rank) % self._period == 0, count)
+
+    def total(self, count: int, start: int = 0) -> Tensor:
+        """``[count]``: the sum of what all ranks sent, from position ``start`` on."""
+        positions = (torch.arange(self._period) + start)[:, None] + torch.arange(self.world)
+        return self._repeat((positions % self._period == 0).sum(1), count)
+
+    @property
+    def _period(self) -> int:
+        return max(3, -(-self.world // LARGEST_SUM))
+
+    def _repeat(self, pattern: Tensor, count: int) -> Tensor:
+        return pattern.to(self.device, self.dtype).repeat(-(-count // pattern.numel()))[:count]
+
+
+def prepare(op: str, size: int, dtype: torch.dtype, channel: Channel, device: torch.device) -> Case:
     """Buffers and the call, on every rank alike. ``size``: bytes of the whole buffer, cut down to equal shares."""
     rank, world = channel.places["replicate"].rank, channel.places["replicate"].size
     share = max(1, size // dtype.itemsize // world)
-    # Small whole numbers: exact in every dtype, also as sums.
-    mine = torch.full((share * world,), rank % 7 + 1, dtype=dtype)
-    if op.startswith("comm."):
-        return _of_comm(op, mine, rank, world, channel)
-    return _native(op, mine, rank, world)
+    values = Values(world, dtype, device)
+    summed = op.removeprefix("comm.") in ("all_reduce", "reduce_scatter")
+    sent = values.addend(rank, share * world) if summed else values.moved(rank, share * world)
+    case = _of_comm if op.startswith("comm.") else _native
+    return case(op, sent, channel, lambda: _wanted(op, values, rank, share))
 
 
-def _sum(world: int) -> int:
-    return sum(rank % 7 + 1 for rank in range(world))
-
-
-def _by_rank(share: int, world: int, dtype: torch.dtype) -> Tensor:
-    return torch.arange(world).remainder(7).add(1).to(dtype).repeat_interleave(share)
-
-
-def _native(op: str, mine: Tensor, rank: int, world: int) -> Case:
-    share = mine.numel() // world
-    parts = mine[:share].clone()
-    out = torch.empty_like(mine)
-    small = torch.empty_like(parts)
-    match op:
+def _wanted(op: str, values: Values, rank: int, share: int) -> Tensor:
+    """What ``rank`` must have received."""
+    world = values.world
+    match op.removeprefix("comm."):
         case "all_reduce":
-
-            def run() -> None:
-                out.copy_(mine)
-                dist.all_reduce(out)
-
-            return Case(run, lambda: int((out != _sum(world)).sum()))
-        case "all_gather":
-            rows = list(out.view(world, share).unbind())
-            return Case(
-                lambda: _ignore(dist.all_gather(rows, parts)),
-                lambda: int((out != _by_rank(share, world, out.dtype)).sum()),
-            )
+            return values.total(share * world)
         case "reduce_scatter":
-            pieces = list(mine.view(world, share).unbind())
-            return Case(lambda: _ignore(dist.reduce_scatter(small, pieces)), lambda: int((small != _sum(world)).sum()))
+            return values.total(share, start=rank * share)
+        case "all_gather":
+            return torch.cat([values.moved(peer, share) for peer in range(world)])
         case "all_to_all":
-            return Case(
-                lambda: _ignore(dist.all_to_all_single(out, mine)),
-                lambda: int((out != _by_rank(share, world, out.dtype)).sum()),
-            )
+            return torch.cat([values.moved(peer, share, start=rank * share) for peer in range(world)])
+        case "broadcast":
+            return values.moved(0, share * world)
         case _:
-
-            def send() -> None:
-                out.copy_(mine)
-                dist.broadcast(out, src=0)
-
-            return Case(send, lambda: int((out != 1).sum()))
+            return values.moved((rank - 1) % world, share * world)
 
 
-def _of_comm(op: str, mine: Tensor, rank: int, world: int, channel: Channel) -> Case:
-    share = mine.numel() // world
-    after, before = (rank + 1) % world, (rank - 1) % world
-    asked: dict[str, Op] = {
-        "comm.all_reduce": AllReduce((mine,), "sum"),
-        "comm.all_gather": AllGather((mine[:share],)),
-        "comm.all_to_all": AllToAll((mine.view(world, share),)),
-        "comm.broadcast": Broadcast((mine,), source=0),
-        "comm.shift": Shift((mine,), destination=after, source=before),
+def _native(op: str, sent: Tensor, channel: Channel, wanted: Callable[[], Tensor]) -> Case:
+    """An op of torch.distributed, over the default group."""
+    rank, world = channel.places["replicate"].rank, channel.places["replicate"].size
+    share = sent.numel() // world
+    got = torch.empty_like(sent[:share] if op == "reduce_scatter" else sent)
+    in_place = op == "all_reduce" or (op == "broadcast" and rank == 0)
+    calls: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: dist.all_reduce(got),
+        "all_gather": lambda: dist.all_gather_into_tensor(got, sent[:share]),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(got, sent),
+        "all_to_all": lambda: dist.all_to_all_single(got, sent),
+        "broadcast": lambda: dist.broadcast(got, src=0),
     }
-    wanted: dict[str, Tensor] = {
-        "comm.all_reduce": torch.full_like(mine, _sum(world)),
-        "comm.all_gather": _by_rank(share, world, mine.dtype),
-        "comm.all_to_all": _by_rank(share, world, mine.dtype),
-        "comm.broadcast": torch.full_like(mine, 1),
-        "comm.shift": torch.full_like(mine, before % 7 + 1),
+
+    def reset() -> None:
+        if in_place:
+            got.copy_(sent)
+        else:
+            got.fill_(SENTINEL)
+
+    def run() -> None:
+        calls[op]()
+
+    return Case(sent.nbytes, reset, run, lambda: int((got != wanted()).sum()))
+
+
+def _of_comm(op: str, sent: Tensor, channel: Channel, wanted: Callable[[], Tensor]) -> Case:
+    """An op of `comm`, through the channel."""
+    rank, world = channel.places["replicate"].rank, channel.places["replicate"].size
+    share = sent.numel() // world
+    asked: dict[str, Op] = {
+        "comm.all_reduce": AllReduce((sent,), "sum"),
+        "comm.all_gather": AllGather((sent[:share],)),
+        "comm.all_to_all": AllToAll((sent.view(world, share),)),
+        "comm.broadcast": Broadcast((sent,), source=0),
+        "comm.shift": Shift((sent,), destination=(rank + 1) % world, source=(rank - 1) % world),
     }
     got: list[Tensor] = []
 
     def run() -> None:
         got[:] = channel.run(_one(asked[op]), "bench")
 
-    return Case(run, lambda: int((got[0].reshape(-1) != wanted[op]).sum()))
+    return Case(sent.nbytes, got.clear, run, lambda: int((got[0].reshape(-1) != wanted()).sum()))
 
 
 def _one(op: Op) -> Flow[Payload]:
     return (yield op)
-
-
-def _ignore(_: object) -> None:
-    """The handle of a call that has already ended."""

@@ -1,4 +1,4 @@
-"""One row of a sweep: a unique (op, transport, dtype, ranks, bytes), with everything that was measured of it."""
+"""One row of a sweep: a unique (op, backend, dtype, ranks, bytes), with everything that was measured of it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,28 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-__all__ = ["Row", "append", "read"]
+__all__ = ["NOISE", "Key", "Row", "append", "compare", "read", "slower"]
+
+Key: TypeAlias = tuple[str, str, str, int, int]
+
+NOISE = 1.25  # medians of equal sweeps on a shared machine differ by up to this
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """Times in milliseconds: of each iteration the largest over the ranks. Rates in Mbit/s of 10^6.
 
-    ``sent_bytes``: per iteration, what the interface of the busiest host counted per rank, headers included.
-    ``optimal_bytes``: what an optimal algorithm sends per rank. ``wrong``: values that were not what they must be.
-    ``invalid``: why the row says nothing about the link, empty if it does.
+    ``backend``: gloo, nccl or mpi. ``bytes``: S, of the whole buffer. ``sent_bytes``: per iteration, what ``interface``
+    of the busiest host counted per rank, headers included. ``optimal_bytes``: what an optimal algorithm sends per rank.
+    ``link_mbit``: the rate of a link, 0 if it is not known. ``slowest_by``: how much more time the slowest rank took
+    than the median one, as a share. ``wrong``: values that were not what they must be. ``cpu_busy``, ``cpu_foreign``:
+    shares of all cores, and ``invalid``: why the row says nothing about the link, empty if it does.
     """
 
     op: str
-    transport: str
+    backend: str
     dtype: str
     world: int
     bytes: int
@@ -33,19 +40,27 @@ class Row:
     max_ms: float
     algbw_mbit: float
     busbw_mbit: float
+    interface: str
     sent_bytes: int
     optimal_bytes: int
     link_mbit: float
     slowest_rank: int
     slowest_host: str
+    slowest_by: float
     wrong: int
     cpu_busy: float
+    cpu_foreign: float
     invalid: str = ""
 
     @property
     def of_link(self) -> float:
         """The share of the link's rate that the bus bandwidth is; 0 where the rate is not known."""
         return self.busbw_mbit / self.link_mbit if self.link_mbit else 0.0
+
+    @property
+    def key(self) -> Key:
+        """What tells rows of one sweep apart, and finds the same row in another."""
+        return self.op, self.backend, self.dtype, self.world, self.bytes
 
 
 def append(path: Path, row: Row) -> None:
@@ -55,22 +70,28 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows so far; a torn last line is left out."""
+    """The rows so far; none if there is no file. A last line without its end is being written, and is left out.
+
+    Raises ``ValueError`` naming a line that is no row.
+    """
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
         try:
             found.append(Row(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is no row of this version of `dtrain bench`: {error}") from error
     return found
 
 
-def slower(rows: Iterable[Row], baseline: Sequence[Row], *, than: float = 1.25) -> list[tuple[Row, float]]:
+def compare(rows: Iterable[Row], baseline: Sequence[Row]) -> list[tuple[Row, float]]:
+    """The rows that an older sweep has too, each with how many times as long its median takes now."""
+    old = {row.key: row.p50_ms for row in baseline}
+    return [(row, row.p50_ms / old[row.key]) for row in rows if old.get(row.key)]
+
+
+def slower(rows: Iterable[Row], baseline: Sequence[Row], *, than: float = NOISE) -> list[tuple[Row, float]]:
     """Rows whose median takes more than ``than`` times that of the same row of an older sweep, and how many times."""
-    old = {(row.op, row.transport, row.dtype, row.world, row.bytes): row.p50_ms for row in baseline}
-    found = []
-    for row in rows:
-        before = old.get((row.op, row.transport, row.dtype, row.world, row.bytes))
-        if before and row.p50_ms / before > than:
-            found.append((row, row.p50_ms / before))
-    return found
+    return [(row, times) for row, times in compare(rows, baseline) if times > than]

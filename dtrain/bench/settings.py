@@ -5,27 +5,32 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import ConfigError
 
-__all__ = ["DTYPES", "Settings", "parse"]
+__all__ = ["DTYPES", "Settings", "link_mbit", "parse"]
 
-DTYPES = ("float32", "bfloat16", "float16", "uint8")
+FILE = "bench.json"
+DTYPES = ("float32", "float64", "bfloat16", "float16", "int32", "uint8")
+TRANSPORTS = ("auto", "torch", "mpi")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+GROUPS = ("all", "native", "comm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """A sweep. Bytes are those of the whole buffer, as nccl-tests counts them; M is 10^6.
 
-    ``seconds``: a row ends after this long, or after ``iterations``. ``link_mbit``: the rate of each rank's link, 0 if
-    it is not known. ``transport``: "torch", or "mpi" for the ops of `comm`.
+    ``seconds``: a row ends once this long has passed, or after ``iterations``. ``link``: the rate of each rank's link,
+    such as 100mbit; "auto" is that of the `dtrain cluster` that it runs on, "none" not known. ``transport``: what
+    carries the ops of `comm`: "torch" (gloo or NCCL), "mpi", or "auto": MPI where MPI starts the ranks.
     """
 
-    ops: tuple[str, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+    ops: tuple[str, ...] = ("all",)
     min_bytes: int = 4000
     max_bytes: int = 16_000_000
     factor: int = 4
@@ -33,8 +38,8 @@ class Settings:
     seconds: float = 3.0
     warmup: int = 2
     dtype: str = "float32"
-    link_mbit: float = 0.0
-    transport: str = "torch"
+    link: str = "auto"
+    transport: str = "auto"
 
     def sizes(self) -> list[int]:
         """Bytes of each row of one op, the largest included.
@@ -51,17 +56,17 @@ class Settings:
     def write(self, folder: Path) -> None:
         """For the ranks."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench.json").write_text(json.dumps(dataclasses.asdict(self)) + "\n")
+        (folder / FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Settings:
-        """What `write` wrote."""
-        found = json.loads((folder / "bench.json").read_text())
+    def read(cls, path: Path) -> Settings:
+        """What `write` wrote into a folder, from the file there."""
+        found = json.loads(path.read_text())
         return cls(**{**found, "ops": tuple(found["ops"])})
 
 
 def parse(words: Sequence[str], known_ops: Sequence[str]) -> tuple[Settings, list[str]]:
-    """The settings, and the words that are not about them.
+    """The settings, with the names of groups of ops replaced by their ops, and the words that are not about them.
 
     Raises:
         ConfigError: an unknown key (with the nearest one), an unknown op, a value that cannot be.
@@ -74,43 +79,79 @@ def parse(words: Sequence[str], known_ops: Sequence[str]) -> tuple[Settings, lis
             others.append(word)
             continue
         key, equals, value = word.removeprefix("bench.").partition("=")
-        if key not in fields or not equals:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"; did you mean bench.{near[0]}?" if near else ""
-            raise ConfigError(f"there is no setting bench.{key}{hint} (there are {', '.join(fields)})")
+        if key not in fields:
+            raise ConfigError(f"there is no setting bench.{key}{_nearest(key, list(fields), 'bench.')}")
+        if not equals:
+            raise ConfigError(f"{word} has no value; write bench.{key}={_shown(getattr(Settings(), key))}")
         values[key] = _value(key, value)
     settings = dataclasses.replace(Settings(), **values)  # type: ignore[arg-type]  # checked by _value
     _check(settings, known_ops)
-    return settings, others
+    return dataclasses.replace(settings, ops=_named(settings.ops, known_ops)), others
+
+
+def link_mbit(text: str) -> float:
+    """Mbit/s of 10^6 of a rate such as 100mbit or 2.5gbit; 0 for "none".
+
+    Raises:
+        ConfigError: it is no rate.
+
+    >>> link_mbit("1gbit")
+    1000.0
+    """
+    if text == "none":
+        return 0.0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(k|m|g)bit", text)
+    if found is None or float(found[1]) <= 0:
+        raise ConfigError(f"bench.link={text} is no rate; write 100mbit or 1gbit, auto, or none if it is not known")
+    return float(found[1]) * {"k": 1e-3, "m": 1.0, "g": 1e3}[found[2]]
 
 
 def _value(key: str, text: str) -> object:
     if key == "ops":
-        return tuple(text.strip("[]").split(","))
-    if key in ("dtype", "transport"):
+        return tuple(name.strip() for name in text.strip("[]").split(","))
+    if key in ("dtype", "transport", "link"):
         return text
-    number = text.upper().rstrip("B")
-    unit = number[-1:] if number[-1:] in ("K", "M", "G") else ""
-    try:
-        found = float(number.removesuffix(unit)) * UNITS[unit]
-    except ValueError as error:
-        raise ConfigError(f"bench.{key} must be a number such as 4000 or 16M, but is {text!r}") from error
-    return found if key in ("seconds", "link_mbit") else int(found)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.upper())
+    if found is None or (key != "seconds" and float(found[1]) * UNITS[found[2]] % 1):
+        example = {"seconds": "2.5"}.get(key, "4000 or 16M" if "bytes" in key else "20")
+        raise ConfigError(f"bench.{key} must be a number such as {example}, but is {text!r}")
+    number = float(found[1]) * UNITS[found[2]]
+    return number if key == "seconds" else round(number)
 
 
 def _check(settings: Settings, known_ops: Sequence[str]) -> None:
     for op in settings.ops:
-        if op not in known_ops:
-            near = difflib.get_close_matches(op, known_ops, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"there is no op {op}{hint} (there are {', '.join(known_ops)})")
-    if settings.transport == "mpi" and any(not op.startswith("comm.") for op in settings.ops):
-        raise ConfigError("bench.transport=mpi carries the ops of comm: bench.ops=comm.all_reduce,comm.all_gather")
-    if settings.dtype not in DTYPES:
-        raise ConfigError(f"bench.dtype is {settings.dtype}; choose one of {', '.join(DTYPES)}")
-    if settings.transport not in ("torch", "mpi"):
-        raise ConfigError(f"bench.transport is {settings.transport}; choose torch or mpi")
+        if op not in known_ops and op not in GROUPS:
+            raise ConfigError(f"there is no op {op}{_nearest(op, [*GROUPS, *known_ops], '')}")
+    for key, choices in {"dtype": DTYPES, "transport": TRANSPORTS}.items():
+        if getattr(settings, key) not in choices:
+            raise ConfigError(f"bench.{key} is {getattr(settings, key)}; choose one of {', '.join(choices)}")
+    if settings.link != "auto":
+        link_mbit(settings.link)
     if not 0 < settings.min_bytes <= settings.max_bytes:
         raise ConfigError(f"bench.min_bytes={settings.min_bytes} and bench.max_bytes={settings.max_bytes} are no range")
-    if settings.factor < 2 or settings.iterations < 1 or settings.warmup < 0 or settings.seconds <= 0:
+    if settings.factor < 2 or settings.iterations < 1 or settings.seconds <= 0:
         raise ConfigError("bench.factor is at least 2, bench.iterations at least 1, bench.seconds more than 0")
+
+
+def _named(ops: Sequence[str], known_ops: Sequence[str]) -> tuple[str, ...]:
+    found: list[str] = []
+    for op in ops:
+        match op:
+            case "all":
+                found += known_ops
+            case "native" | "comm":
+                found += [known for known in known_ops if known.startswith("comm.") == (op == "comm")]
+            case _:
+                found.append(op)
+    return tuple(found)
+
+
+def _nearest(word: str, choices: Sequence[str], prefix: str) -> str:
+    near = difflib.get_close_matches(word, choices, 1)
+    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"{hint} (there are {', '.join(choices)})"
+
+
+def _shown(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)

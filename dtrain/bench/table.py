@@ -5,57 +5,91 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from dtrain.bench.fit import HOPS, fit
-from dtrain.bench.rows import Row
+from dtrain.bench.fit import HOPS, LARGEST_RESIDUAL, fit
+from dtrain.bench.rows import NOISE, Row, compare
 
-__all__ = ["HEAD", "fits", "line"]
+__all__ = ["HEAD", "compared", "fits", "line", "summary"]
 
 HEAD = (
-    f"{'op':<16} {'ranks':>5} {'bytes':>11} {'iter':>4} {'p50 ms':>9} {'p95 ms':>9} {'max ms':>9} {'algbw':>8} "
-    f"{'busbw':>8} {'of link':>7} {'sent/opt':>8} {'wrong':>5}  slowest    (bandwidths in Mbit/s)"
+    f"{'op':<15} {'backend':<7} {'ranks':>5} {'bytes':>11} {'iter':>4} {'min ms':>9} {'p50 ms':>9} {'p95 ms':>9} "
+    f"{'p99 ms':>9} {'max ms':>9} {'algbw':>8} {'busbw':>8} {'of link':>7} {'sent/opt':>8} {'#wrong':>6}  slowest rank"
 )
 
 
 def line(row: Row) -> str:
-    """One row under ``HEAD``."""
+    """One row under ``HEAD``. Bandwidths are in Mbit/s."""
     link = f"{row.of_link:.1%}" if row.link_mbit else "-"
     ratio = f"{row.sent_bytes / row.optimal_bytes:.2f}" if row.optimal_bytes else "-"
     invalid = f"  INVALID: {row.invalid}" if row.invalid else ""
     return (
-        f"{row.op:<16} {row.world:>5} {row.bytes:>11,} {row.iterations:>4} {row.p50_ms:>9.3f} {row.p95_ms:>9.3f} "
-        f"{row.max_ms:>9.3f} {row.algbw_mbit:>8.1f} {row.busbw_mbit:>8.1f} {link:>7} {ratio:>8} {row.wrong:>5}  "
-        f"{row.slowest_rank}@{row.slowest_host}{invalid}"
+        f"{row.op:<15} {row.backend:<7} {row.world:>5} {row.bytes:>11,} {row.iterations:>4} {row.min_ms:>9.3f} "
+        f"{row.p50_ms:>9.3f} {row.p95_ms:>9.3f} {row.p99_ms:>9.3f} {row.max_ms:>9.3f} {row.algbw_mbit:>8.1f} "
+        f"{row.busbw_mbit:>8.1f} {link:>7} {ratio:>8} {row.wrong:>6}  "
+        f"{row.slowest_rank} on {row.slowest_host}, {row.slowest_by:+.1%}{invalid}"
     )
 
 
-def fits(rows: Sequence[Row]) -> list[str]:
-    """Alpha and beta of each op whose steps are known, or why there is none."""
-    out = []
-    for op in dict.fromkeys(row.op for row in rows):
-        of_op = [row for row in rows if row.op == op and not row.invalid]
-        seconds = {row.bytes: row.p50_ms / 1e3 for row in of_op}
-        if op not in HOPS or len(seconds) < 3:
-            continue
-        found = fit(op, of_op[0].world, seconds)
-        if found.usable:
-            rate = 8 / found.beta / 1e6
-            out.append(
-                f"{op}: alpha {1e3 * found.alpha:.3f} ms one way, beta {rate:.1f} Mbit/s "
-                f"(median residual {found.residual:.1%})"
-            )
-        else:
-            out.append(f"{op}: no fit: the model is off by {found.residual:.0%} (median), more than 15 %")
-    return out
-
-
 def summary(rows: Sequence[Row]) -> list[str]:
-    """What follows the table: fits, and what is wrong with the measurement."""
-    out = fits(rows)
+    """What follows the table: what its figures are, fits, and what is wrong with the measurement."""
+    if not rows:
+        return ["no row was finished"]
+    link = f"{rows[0].link_mbit:g} Mbit/s" if rows[0].link_mbit else "not known (bench.link=100mbit tells it)"
+    names = ", ".join(dict.fromkeys(row.interface for row in rows))
+    out = [f"bandwidths in Mbit/s (10^6), {rows[0].dtype}, bytes sent counted on {names}, a link's rate: {link}"]
+    if "lo" in names.split(", "):
+        out.append("these ranks share a machine: its memory and processors were measured, and no link")
+    out += fits(rows)
     wrong = sum(row.wrong for row in rows)
     if wrong:
-        out.append(f"{wrong} values were WRONG: do not trust this transport")
+        out.append(f"{wrong} values were WRONG: do not trust this backend")
+    invalid = [row for row in rows if row.invalid]
+    if invalid:
+        out.append(f"{len(invalid)} of {len(rows)} rows are INVALID and left out of fits; free the machine and repeat")
     slow = [row.slowest_rank for row in rows]
-    if len(rows) >= 6 and (most := statistics.mode(slow)) is not None and slow.count(most) > 0.8 * len(slow):
+    if len(rows) >= 6 and slow.count(most := statistics.mode(slow)) > 0.8 * len(slow):
         host = next(row.slowest_host for row in rows if row.slowest_rank == most)
         out.append(f"rank {most} on {host} was the slowest in {slow.count(most)} of {len(slow)} rows")
     return out
+
+
+def fits(rows: Sequence[Row]) -> list[str]:
+    """Alpha and beta of each op over gloo whose steps are known, or why there is none."""
+    out = []
+    for op in dict.fromkeys(row.op for row in rows if row.backend == "gloo" and row.world > 1):
+        of_op = [row for row in rows if row.op == op and row.backend == "gloo" and not row.invalid]
+        if op.removeprefix("comm.") not in HOPS:
+            continue
+        seconds = {row.bytes: row.p50_ms / 1e3 for row in of_op}
+        if len(seconds) < 3:
+            out.append(f"{op}: no fit: it takes three valid sizes, there are {len(seconds)}")
+            continue
+        found = fit(op, of_op[0].world, seconds)
+        if found.usable:
+            residuals = ", ".join(f"{size:,}: {off:+.0%}" for size, off in found.residuals.items())
+            out.append(
+                f"{op}: alpha {1e3 * found.alpha:.3f} ms one way, beta {8e-6 / found.beta:.1f} Mbit/s; "
+                f"predicted against measured at bytes {residuals}"
+            )
+        else:
+            out.append(
+                f"{op}: no fit: alpha and beta do not describe this sweep, at {found.worst:,} bytes they are off by "
+                f"{found.residual:.0%} and {LARGEST_RESIDUAL:.0%} is allowed"
+            )
+    return out
+
+
+def compared(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
+    """What became slower or faster than in an older sweep."""
+    both = compare(rows, baseline)
+    if not both:
+        return ["the baseline has none of these rows (op, backend, dtype, ranks and bytes must be equal)"]
+    out = []
+    for row, times in both:
+        if not 1 / NOISE <= times <= NOISE:
+            word = "slower" if times > 1 else "faster"
+            doubt = f", but is INVALID: {row.invalid}" if row.invalid else ""
+            out.append(
+                f"{word} than the baseline: {row.op} of {row.bytes:,} bytes takes {times:.2f} times as long{doubt}"
+            )
+    others = f"the other {len(both) - len(out)} of " if out else "all "
+    return [*out, f"{others}{len(both)} rows that the baseline has too are within a factor of {NOISE:g}"]

@@ -19,20 +19,26 @@ if TYPE_CHECKING:
     from dtrain.bench.rows import Row
     from dtrain.bench.settings import Settings
     from dtrain.commands import Verbs
+    from dtrain.config.schema import LauncherConfig
     from dtrain.launchers.job import Job
+
+LOOK_SECONDS = 0.5
 
 EPILOG = """\
 settings:
-  bench.ops=all_reduce,all_gather,reduce_scatter,all_to_all,broadcast     torch's own collectives (the default)
-            comm.all_reduce,comm.all_gather,comm.all_to_all,comm.broadcast,comm.shift     the ops of dtrain's channel
-  bench.min_bytes=4K bench.max_bytes=16M bench.factor=4     sizes of the whole buffer
-  bench.iterations=20 bench.seconds=3 bench.warmup=2 bench.dtype=float32 bench.link_mbit=1000
-  bench.transport=mpi     with launcher=mpi, for the ops of comm
+  bench.ops=all     native: torch's all_reduce,all_gather,reduce_scatter,all_to_all,broadcast; comm: those of dtrain's
+                    channel, comm.all_reduce,comm.all_gather,comm.all_to_all,comm.broadcast,comm.shift; or some by name
+  bench.min_bytes=4K bench.max_bytes=16M bench.factor=4     sizes of the whole buffer, K is 1000
+  bench.iterations=20 bench.seconds=3     a row ends after either
+  bench.warmup=2 bench.dtype=float32
+  bench.link=auto     the rate of a link: 100mbit, 1gbit, none; auto knows that of dtrain cluster
+  bench.transport=auto     what carries the ops of comm: torch (gloo, or NCCL on GPUs), mpi; auto: mpi with launcher=mpi
 
 examples:
   dtrain bench collectives launcher.workers=4
   dtrain bench collectives launcher=slurm launcher.nodes=4 launcher.workers=4 run.dir=bench/today
-  dtrain bench collectives launcher.workers=4 --baseline bench/today/rows.jsonl
+  dtrain bench collectives launcher=slurm launcher.nodes=4 launcher.workers=4 --baseline bench/today/rows.jsonl
+  dtrain bench collectives launcher=mpi launcher.workers=2 bench.ops=comm
 """
 
 
@@ -41,16 +47,15 @@ def add(verbs: Verbs) -> None:
     below = add_verb(verbs, "bench", does="measure communication").add_subparsers(required=True, metavar="VERB")
     collectives = add_verb(below, "collectives", does="sweep collectives over message sizes", epilog=EPILOG)
     collectives.add_argument(
-        "--baseline", type=Path, metavar="ROWS", help="rows.jsonl of an older sweep to compare with"
+        "--baseline", type=Path, metavar="ROWS", help="rows.jsonl of an older sweep to compare with, or its folder"
     )
     collectives.add_argument("words", nargs="*", metavar="OVERRIDE", help="bench.KEY=..., launcher=..., run.dir=FOLDER")
     collectives.set_defaults(run=_collectives)
 
 
 def _collectives(chosen: argparse.Namespace) -> int:
-    from dtrain.bench import rows
     from dtrain.bench.ops import OPS
-    from dtrain.bench.settings import parse
+    from dtrain.bench.settings import FILE, parse
     from dtrain.config import compose
     from dtrain.launching import build_launcher
 
@@ -58,20 +63,19 @@ def _collectives(chosen: argparse.Namespace) -> int:
     for word in words:
         if not word.lstrip("+").startswith(("launcher", "run.dir=")):
             raise ConfigError(f"{word}: bench takes bench.KEY=..., launcher=..., launcher.KEY=... and run.dir=FOLDER")
-    baseline = rows.read(chosen.baseline) if chosen.baseline else []
-    if chosen.baseline and not baseline:
-        raise ConfigError(f"{chosen.baseline} has no rows; give the rows.jsonl of a sweep")
+    baseline = _baseline(chosen.baseline)
     config = compose(words)
+    settings = _completed(settings, config.launcher)
     enter_launcher(config.launcher, sys.argv[1:])
     folder = Path(config.run.dir).absolute()
     if not any(word.startswith("run.dir=") for word in words):
         folder = folder.with_name(folder.name.rpartition("-")[0] + "-bench")
     launcher = build_launcher(config.launcher)
-    settings = _with_link(settings) if config.launcher.nodes > 1 else settings
     settings.write(folder)
     (folder / "rows.jsonl").unlink(missing_ok=True)
+    program = ["python", "-m", "dtrain.bench.worker", str(folder / FILE)]
     try:
-        job = launcher.submit(["python", "-m", "dtrain.bench.worker", str(folder)], folder=folder, name="bench")
+        job = launcher.submit(program, folder=folder, name="bench")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except (RuntimeError, OSError) as error:
@@ -79,41 +83,69 @@ def _collectives(chosen: argparse.Namespace) -> int:
     return _show(job, folder, baseline)
 
 
-def _with_link(settings: Settings) -> Settings:
-    """The rate of the links of a cluster of `dtrain cluster`, where nobody has said another."""
+def _baseline(path: Path | None) -> Sequence[Row]:
+    """The rows of an older sweep; none if it is not asked for."""
+    from dtrain.bench import rows
+
+    if path is None:
+        return []
+    try:
+        found = rows.read(path / "rows.jsonl" if path.is_dir() else path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--baseline: {error}") from error
+    if not found:
+        raise ConfigError(f"--baseline {path} has no rows; give the rows.jsonl of a sweep, or its folder")
+    return found
+
+
+def _completed(settings: Settings, launcher: LauncherConfig) -> Settings:
+    """The settings, with what was left to be found out."""
     import dataclasses
 
+    transport, link = settings.transport, settings.link
+    if transport == "auto":
+        transport = "mpi" if launcher.name == "mpi" else "torch"
+    if transport == "mpi" and launcher.name != "mpi":
+        raise ConfigError(f"bench.transport=mpi, but launcher={launcher.name} starts ranks without MPI: launcher=mpi")
+    if link == "auto":
+        link = "none" if launcher.name == "local" or (launcher.nodes == 1 and not launcher.hosts) else _cluster_link()
+    return dataclasses.replace(settings, transport=transport, link=link)
+
+
+def _cluster_link() -> str:
+    """The slowest link of the `dtrain cluster` that this is a host of, or "none" where nobody limits or knows it."""
     state = Path("/run/dtrain") / os.environ.get("DTRAIN_CLUSTER", "") / "cluster.json"
-    if settings.link_mbit or not state.is_file():
-        return settings
-    rates = [rate for host, rate in json.loads(state.read_text())["rates"].items() if host != "login"]
-    return dataclasses.replace(settings, link_mbit=min(rate or 0 for rate in rates) / 1e6)
+    if not state.is_file():
+        return "none"
+    rates = [rate for host, rate in json.loads(state.read_text())["rates"].items() if host != "login" and rate]
+    return f"{min(rates) / 1e3:f}kbit" if rates else "none"
 
 
 def _show(job: Job, folder: Path, baseline: Sequence[Row]) -> int:
-    """Print rows as they come; Ctrl-C keeps those that there are."""
+    """Print rows as they come; Ctrl-C ends the job and keeps those that there are."""
     from dtrain.bench import rows, table
     from dtrain.commands.following import exit_code
     from dtrain.launchers.job import ENDED
 
     print(f"job {job.id}: {folder}\n{table.HEAD}", flush=True)
-    shown, code = 0, 0
+    shown: list[Row] = []
+
+    def show() -> None:
+        for row in rows.read(folder / "rows.jsonl")[len(shown) :]:
+            print(table.line(row), flush=True)
+            shown.append(row)
+
     try:
-        ended = False
-        while not ended:
-            ended = job.state() in ENDED
-            found = rows.read(folder / "rows.jsonl")
-            for row in found[shown:]:
-                print(table.line(row), flush=True)
-            shown = len(found)
-            time.sleep(0 if ended else 0.3)
+        while job.state() not in ENDED:
+            show()
+            time.sleep(LOOK_SECONDS)
         code = exit_code(job)
     except KeyboardInterrupt:
         job.cancel()
         code = INTERRUPTED
-    found = rows.read(folder / "rows.jsonl")
-    print("\n".join(table.summary(found)))
-    for row, times in rows.slower(found, baseline):
-        print(f"slower than the baseline: {row.op} of {row.bytes:,} bytes takes {times:.2f} times as long")
+    show()
+    if code == INTERRUPTED:
+        print("interrupted: these rows are all that were finished")
+    print("\n".join([*table.summary(shown), *(table.compared(shown, baseline) if baseline else [])]))
     print(f"rows: {folder / 'rows.jsonl'}")
-    return code or int(any(row.wrong for row in found))
+    return code or int(any(row.wrong for row in shown))

