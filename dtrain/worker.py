@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dtrain.errors import CHECKPOINTED, INTERRUPTED
 from dtrain.launchers.local import die_with_parent
+from dtrain.launchers.probe import settle
 from dtrain.launchers.record import ATTEMPT
 
 
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
             outcome = train(config, requested=lambda: stop.requested, clock=clock, attempt=attempt)
     finally:
         dist.destroy_process_group()
+        settle()
     finalize()
     if outcome.reason != "signal" or ("TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT not in os.environ):
         return 0

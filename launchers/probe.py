@@ -33,6 +33,7 @@ FOLDER, HANG_SECONDS, BEAT_SECONDS = "DTRAIN_RANKS", "DTRAIN_HANG_SECONDS", "DTR
 CODE = "DTRAIN_CODE"  # the copy of the working directory that a job runs from
 RING = "TORCH_FR_BUFFER_SIZE"
 RING_ENTRIES = "256"  # collectives; the default is thousands, and all of them are read at every beat
+JOIN_SECONDS = 10.0  # a heartbeat takes milliseconds; a dead file system must not keep a rank from ending
 FAILED = 1
 
 
@@ -80,6 +81,7 @@ class Probe:
         self._leave.set()
         if error is not None:
             self.note(error)
+        self._thread.join(JOIN_SECONDS)  # Python ends a thread that it catches inside torch by aborting the process
 
     def note(self, error: BaseException) -> None:
         """Write down the exception that ends this rank. Leaving with exit code 0 is none, nor are 75 and 130."""
@@ -185,6 +187,30 @@ def _entered(entries: list[dict[str, Any]]) -> dict[str, int]:
     return last
 
 
+def settle(limit: float = 5.0) -> None:
+    """Wait, at most ``limit`` seconds, until the threads of gloo have let go of the tensors of their last collective.
+
+    Such a thread needs Python for that. Caught at it by the end of the interpreter it aborts a process that has done
+    all its work ("terminate called without an active exception"), torch 2.13 and before. Call it as the last thing.
+    """
+    deadline = time.monotonic() + limit
+    idle = 0
+    while idle < 3 and time.monotonic() < deadline:
+        idle = idle + 1 if not _at_work("pt_gloo_runloop") else 0
+        time.sleep(0.002)  # and with it Python is theirs
+
+
+def _at_work(name: str) -> bool:
+    """Whether a thread of this name runs or wants to."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            if (task / "comm").read_text().strip() == name[:15]:
+                state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "S":
+                    return True
+    return False
+
+
 @contextlib.contextmanager
 def probed() -> Iterator[None]:
     """Run the block under the probe that the environment asks for, if it asks for one."""
@@ -193,7 +219,10 @@ def probed() -> Iterator[None]:
         yield
         return
     with probe:
-        yield
+        try:
+            yield
+        finally:
+            settle()
 
 
 def main(arguments: list[str]) -> None:

@@ -56,6 +56,9 @@ class FSDPPieces:
         return {fqn: _local(p.detach()).float().clone() for fqn, p in self.parameters.items()}
 
     def write(self, values: Named) -> None:
+        # A unit that a forward pass without backward left gathered, the root for one, would go on with the old values.
+        for unit in self.units:
+            unit.reshard()
         with torch.no_grad():
             for fqn, value in values.items():
                 _local(self.parameters[fqn].detach()).copy_(value)

@@ -44,6 +44,16 @@ def test_stop_and_resume_is_never_stopped(
     assert again.digest == whole.digest
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_evaluation_within_a_round_changes_nothing(
+    pool: WorkerPool, text: Path, tmp_path: Path, undisturbed: Undisturbed, engine: str
+) -> None:
+    looked = run(pool, tmp_path / "run", text, engine, "diloco", "train.evaluate_every_steps=7")
+    never = undisturbed(engine, "diloco")
+    assert looked.losses == never.losses
+    assert looked.digest == never.digest
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(("engine", "sync"), FIFTEEN)
 def test_another_mesh_goes_on_without_a_jump(
