@@ -277,11 +277,13 @@ class _Run:
     def _finish(self, end: int, stop: int) -> Outcome:
         """The last checkpoint, the export and the summary; what is already there stays."""
         step = self.attached.steps
+        finished = step >= self.config.train.steps
         if self.saved is None or step_of(self.saved) != step:
+            if finished:
+                self.attached.close_round()
             if step == end:
                 self._evaluate()
             self._checkpoint()
-        finished = step >= self.config.train.steps
         reason: Reason = "finished" if finished else ("stopped" if step == end else "signal")
         outcome = Outcome(reason, step, stop if reason == "signal" else 0)
         if self.mesh.rank == 0:

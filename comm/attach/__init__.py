@@ -47,6 +47,7 @@ def attach(
     Raises ``TypeError`` for another kind of model, ``ValueError`` for a group that is missing or does not contain this
     rank, and what the adapters raise for configurations that they cannot serve.
     """
+    _require_wrapped(model)
     if replicate_group is None and isinstance(model, DistributedDataParallel):
         replicate_group = model.process_group
     if replicate_group is None:
@@ -62,6 +63,7 @@ def attach(
 
 def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool) -> Pieces:
     """The adapter for ``model``; see `attach`. ``overlap``: the caller waits (`Pieces.finish`) before it clips."""
+    _require_wrapped(model)
     if hasattr(model, "zero_optimization_stage"):
         from dtrain.comm.attach.zero import zero_pieces
 
@@ -72,13 +74,17 @@ def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel
         from dtrain.comm.attach.ddp import DDPPieces
 
         return DDPPieces(model, optimizer, channel)
-    if isinstance(model, FSDPModule):
-        from dtrain.comm.attach.fsdp import FSDPPieces
+    from dtrain.comm.attach.fsdp import FSDPPieces
 
-        return FSDPPieces(model, optimizer, channel, overlap=overlap)
-    raise TypeError(
-        f"attach got a {type(model).__name__}; wrap it in DistributedDataParallel, fully_shard or deepspeed.initialize"
-    )
+    return FSDPPieces(model, optimizer, channel, overlap=overlap)
+
+
+def _require_wrapped(model: nn.Module) -> None:
+    if not hasattr(model, "zero_optimization_stage") and not isinstance(model, DistributedDataParallel | FSDPModule):
+        raise TypeError(
+            f"attach got a {type(model).__name__}; wrap it in DistributedDataParallel, fully_shard or "
+            "deepspeed.initialize first"
+        )
 
 
 def _own_groups(replicate_group: dist.ProcessGroup) -> dict[Axis, dist.ProcessGroup]:

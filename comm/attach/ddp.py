@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.attach.optimizer import elementwise_state, is_scalar, load_elementwise_state
+from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
 from dtrain.comm.drivers.run import Channel, Handle
 from dtrain.comm.layout import Named, Segment, even_slice, from_rows, to_rows
 from dtrain.comm.ops import AllGather, AllToAll, Flow, Place
@@ -43,6 +43,7 @@ class DDPPieces:
         self._under_way: list[Handle[None]] = []
         self._backward_ended = 0.0
         self._detached = False
+        self._guard = StepGuard(optimizer)
 
     @property
     def place(self) -> Place:
@@ -77,7 +78,8 @@ class DDPPieces:
         return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.parameters.values())
 
     def step(self) -> None:
-        self.optimizer.step()
+        with self._guard.opened():
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
     def skip(self) -> None:
@@ -100,6 +102,7 @@ class DDPPieces:
     def detach(self) -> None:
         """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
         self._detached = True
+        self._guard.remove()
 
     def _on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()

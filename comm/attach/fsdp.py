@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dtrain.comm.attach.optimizer import elementwise_state, load_elementwise_state
+from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, load_elementwise_state
 from dtrain.comm.drivers.run import Channel, Handle
 from dtrain.comm.layout import Named, Segment
 from dtrain.comm.ops import Flow, Place
@@ -47,6 +47,7 @@ class FSDPPieces:
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._buffers: dict[int, Tensor] = {}
         self._under_way: list[Handle[None]] = []
+        self._guard = StepGuard(optimizer)
 
     @property
     def place(self) -> Place:
@@ -82,7 +83,8 @@ class FSDPPieces:
         return all(g is None or bool(torch.isfinite(_local(g)).all()) for g in grads)
 
     def step(self) -> None:
-        self.optimizer.step()
+        with self._guard.opened():
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
     def skip(self) -> None:
@@ -96,6 +98,7 @@ class FSDPPieces:
         load_elementwise_state(self.optimizer, self.parameters, optimizer, _like)
 
     def detach(self) -> None:
+        self._guard.remove()
         for unit in self.units:
             unit.set_all_reduce_hook(lambda flat: None)
 

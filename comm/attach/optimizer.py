@@ -6,12 +6,41 @@ is a number such as a step count. A whole-matrix optimizer's state could not be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from dtrain.comm.layout import Named
+
+
+class StepGuard:
+    """Refuses a step of the optimizer that the sync did not make: it would communicate nothing, without a word."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._allowed = False
+        self._hook = optimizer.register_step_pre_hook(self._check)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Within it the optimizer may step."""
+        self._allowed = True
+        try:
+            yield
+        finally:
+            self._allowed = False
+
+    def remove(self) -> None:
+        """From now on anybody may step."""
+        self._hook.remove()
+
+    def _check(self, *_: object) -> None:
+        if not self._allowed:
+            raise RuntimeError(
+                "this optimizer is stepped by its sync: call sync.step() where optimizer.step(), or engine.step() at "
+                "the last microbatch, was called; sync.detach() gives it back"
+            )
 
 
 def is_scalar(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.comm.attach.optimizer import is_scalar, require_elementwise
+from dtrain.comm.attach.optimizer import StepGuard, is_scalar, require_elementwise
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named, Segment
 from dtrain.comm.ops import Flow, Place
@@ -51,6 +51,7 @@ class ZeroPieces(ABC):
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         self._exchange: Exchange | None = None
         self._exchanged = False
+        self._guard = StepGuard(self.base)
 
     @property
     def place(self) -> Place:
@@ -87,7 +88,8 @@ class ZeroPieces(ABC):
         return all(bool(torch.isfinite(self._gradient(home)).all()) for home in self.homes.values())
 
     def step(self) -> None:
-        self.engine.step()
+        with self._guard.opened():
+            self.engine.step()
         self._exchanged = False
 
     def skip(self) -> None:
@@ -129,6 +131,7 @@ class ZeroPieces(ABC):
 
     def detach(self) -> None:
         self._exchange = None
+        self._guard.remove()
 
     def _messages(self) -> Iterator[list[str]]:
         message: list[str] = []

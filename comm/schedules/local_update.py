@@ -69,6 +69,7 @@ class _AttachedLocalUpdate(Attached):
         self.seed = seed
         self.rounds = 0
         self.failed_rounds = 0
+        self.last_round = 0  # the step after which it was made
         for fqn, value in pieces.read().items():
             self.state.stage(fqn, "anchor", value)
         self.state.commit()
@@ -78,12 +79,21 @@ class _AttachedLocalUpdate(Attached):
         return True
 
     def _after_step(self) -> None:
-        if self.steps % self.spec.every_steps:
-            return
+        if self.steps % self.spec.every_steps == 0:
+            self._round()
+
+    def close_round(self) -> bool:
+        if self.last_round == self.steps:
+            return False
+        self._round()
+        return True
+
+    def _round(self) -> None:
         key = Key(self.seed, self.steps, self.pieces.place.rank)
         flow = local_update_round(self.spec, self.pieces.read(), self.pieces.place, key, self.state)
         combined = self.pieces.channel.run(flow, "round")
         self.rounds += 1
+        self.last_round = self.steps
         if self._agree(combined.finite):
             self.state.commit()
         else:  # some replica has diverged: nobody moves the anchor, and everybody, that replica too, goes on from it
@@ -104,7 +114,7 @@ class _AttachedLocalUpdate(Attached):
             self.pieces.write(live)
 
     def integers(self) -> dict[str, int]:
-        return {**super().integers(), "rounds": self.rounds, "failed_rounds": self.failed_rounds}
+        return {**super().integers(), "rounds": self.rounds, "failed_rounds": self.failed_rounds, "last_round": self.last_round}
 
 
 def local_update(

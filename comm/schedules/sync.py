@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,20 +77,42 @@ class Attached(ABC):
     def _after_step(self) -> None:
         """What happens to the parameters when the inner optimizer has stepped."""
 
+    def close_round(self) -> bool:
+        """Combine now what the next step that communicates would combine; True if there was anything.
+
+        Call it once at the end of training: the steps since the last round of a local update are lost otherwise. Every
+        rank must call it. A method that communicates at every step has nothing to close.
+        """
+        return False
+
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Within it the model holds the parameters that are to be evaluated and exported."""
         yield
 
     def state_dict(self) -> dict[str, object]:
-        """Plain tensors and integers: ``{"tensors": {fqn: {name: tensor}}, "integers": {name: int}}``."""
-        return {"tensors": self.state.tensors, "integers": self.integers()}
+        """Plain tensors, integers and text: ``{"tensors": {fqn: {name: tensor}}, "integers": ..., "parameters": ...}``.
+
+        Each rank has its own. The last entry is a digest of this rank's parameters, which are saved apart.
+        """
+        digest = _digest(self.pieces.read())
+        return {"tensors": self.state.tensors, "integers": self.integers(), "parameters": digest}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from `state_dict`. Raises ``KeyError`` for the state of another method."""
+        """Go on from `state_dict`, after the model's and the optimizer's own states have been loaded.
+
+        Raises ``KeyError`` for the state of another method, ``ValueError`` if the model does not hold the parameters
+        that this rank had when the state was taken.
+        """
         tensors, integers = state["tensors"], state["integers"]
         if not isinstance(tensors, Mapping) or not isinstance(integers, Mapping):
             raise TypeError("the state of a sync is {'tensors': {fqn: {name: tensor}}, 'integers': {name: int}}")
+        if state.get("parameters") not in (None, _digest(self.pieces.read())):
+            raise ValueError(
+                "the model does not hold the parameters that this rank had when this state was taken; on every rank: "
+                "attach, then load the model's and the optimizer's states, then the sync's, each from this rank's own "
+                "files (in a round of a local update the replicas differ)"
+            )
         self.state.load(tensors)
         self.load_integers({name: int(value) for name, value in integers.items()})
 
@@ -117,6 +140,15 @@ class Attached(ABC):
         """Whether ``ok`` holds on every rank of this replica."""
         bad = torch.tensor([0.0 if ok else 1.0])
         return not bool(self.pieces.channel.run(_sum_over_shards(bad), "agree"))
+
+
+def _digest(values: Mapping[str, Tensor]) -> str:
+    """Of every element, whatever the order of the names."""
+    found = hashlib.blake2b(digest_size=16)
+    for fqn in sorted(values):
+        found.update(fqn.encode())
+        found.update(values[fqn].contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _sum_over_shards(value: Tensor) -> Flow[float]:

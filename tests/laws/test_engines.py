@@ -54,6 +54,12 @@ def test_an_evaluation_within_a_round_changes_nothing(
     assert looked.digest == never.digest
 
 
+def test_a_run_that_ends_within_a_round_exports_what_it_learned(pool: WorkerPool, text: Path, tmp_path: Path) -> None:
+    short = run(pool, tmp_path / "short", text, "fsdp", "diloco", "train.steps=6")
+    whole = run(pool, tmp_path / "whole", text, "fsdp", "diloco", "train.steps=6", "sync.every_steps=6")
+    assert short.digest == whole.digest
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(("engine", "sync"), FIFTEEN)
 def test_another_mesh_goes_on_without_a_jump(

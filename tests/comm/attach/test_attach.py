@@ -233,6 +233,65 @@ def with_a_matrix_optimizer() -> str:
     return ""
 
 
+def a_step_that_bypasses_the_sync() -> str:
+    model = DistributedDataParallel(small())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    attached = attach(model, optimizer, every_step())
+    backward(model, dist.get_rank(), 0)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        attached.step()
+        attached.detach()
+        optimizer.step()  # it is the user's again
+        return str(error)
+    return ""
+
+
+def loaded_in_the_wrong_order(order: str) -> str:
+    """A resume in the middle of a round, with one thing done wrong."""
+
+    def fresh() -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
+        model = DistributedDataParallel(small())
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    model, optimizer = fresh()
+    attached = attach(model, optimizer, diloco(every_steps=3))
+    for step in range(4):
+        backward(model, dist.get_rank(), step)
+        attached.step()
+    saved = copy.deepcopy([model.state_dict(), attached.state_dict()])
+    model, optimizer = fresh()
+    if order == "attach last":
+        model.load_state_dict(saved[0])
+    again = attach(model, optimizer, diloco(every_steps=3))
+    if order == "another rank's model":
+        everybody: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everybody, saved[0])
+        model.load_state_dict(everybody[(dist.get_rank() + 1) % len(everybody)])
+    try:
+        again.load_state_dict(saved[1])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def closed_rounds() -> tuple[list[bool], Tensor, Tensor]:
+    """What closing says in turn, and the model after it beside the anchor."""
+    model = DistributedDataParallel(small())
+    attached = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), diloco(every_steps=3))
+    said = [attached.close_round()]
+    for step in range(5):
+        backward(model, dist.get_rank(), step)
+        attached.step()
+        if step in (2, 4):
+            said.append(attached.close_round())
+    said.append(attached.close_round())
+    live = flat(model)
+    with attached.evaluation():
+        return said, live, flat(model)
+
+
 # --- the laws -------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +317,25 @@ def test_replicas_are_made_equal_first(pool: WorkerPool) -> None:
 def test_state_dict_goes_through_weights_only_load_and_goes_on_bitwise(pool: WorkerPool, kind: str) -> None:
     for mine, resumed in pool.run(state_dict_round_trip, kind):
         assert torch.equal(mine, resumed)
+
+
+def test_an_optimizer_that_is_stepped_past_its_sync_says_so(pool: WorkerPool) -> None:
+    for message in pool.run(a_step_that_bypasses_the_sync, world=2):
+        assert "call sync.step()" in message
+
+
+@pytest.mark.parametrize("order", ["attach last", "another rank's model", "no model"])
+def test_a_resume_in_the_wrong_order_is_refused(pool: WorkerPool, order: str) -> None:
+    messages = pool.run(loaded_in_the_wrong_order, order, world=2)
+    assert any("attach, then load" in message for message in messages)  # the broadcast gives replica 0 its own
+
+
+def test_the_last_round_of_a_run_can_be_closed_early_and_once(pool: WorkerPool) -> None:
+    answers = pool.run(closed_rounds, world=2)
+    assert torch.equal(answers[0][1], answers[1][1])
+    for said, live, anchor in answers:
+        assert said == [False, False, True, False]
+        assert torch.equal(live, anchor)
 
 
 def test_detach_gives_ddp_back(pool: WorkerPool) -> None:
