@@ -13,17 +13,34 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "deepspeed_zero": 4}
 
 
+RESUMES = "save_and_resume"
+
+
+def torchrun(workers: int, name: str, *arguments: str) -> str:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    command = [*run, f"examples/{name}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_all_are_tested() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, RESUMES}
 
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_runs_and_learns(name: str) -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={EXAMPLES[name]}"]
-    done = subprocess.run([*run, f"examples/{name}.py"], cwd=ROOT, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", done.stdout)]
+    said = torchrun(EXAMPLES[name], name)
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", said)]
     assert losses[-1] < 0.2 * losses[0]
-    assert "0 skipped, sent" in done.stdout
+    assert "0 skipped, sent" in said
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_going_on_within_a_round_is_never_having_stopped(tmp_path: Path) -> None:
+    torchrun(2, RESUMES, str(tmp_path / "twice"), "27")
+    again = torchrun(2, RESUMES, str(tmp_path / "twice"), "50")
+    assert again == torchrun(2, RESUMES, str(tmp_path / "once"), "50")

@@ -56,6 +56,10 @@ def test_every_command_composes(
         (folder / f"{number}.txt").write_text("text " * 2000)
     (tmp_path / "mine.py").write_text(
         "import torch\nclass Model(torch.nn.Module):\n    def __init__(self, width):\n        super().__init__()\n"
+        "class Data:\n    tokens_per_example, vocab_size = 4, 256\n"
+        "    def __init__(self, split, path):\n        pass\n    def __len__(self):\n        return 100\n"
+        "    def __getitem__(self, i):\n        return {name: torch.zeros(4).long() for name in ('input', 'target')}\n"
+        "    def describe(self):\n        return {'name': 'mine'}\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

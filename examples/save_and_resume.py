@@ -1,0 +1,48 @@
+"""Stops and goes on in the middle of a DiLoCo round, bit by bit as if it never had stopped.
+
+Run: torchrun --standalone --nproc-per-node=2 examples/save_and_resume.py FOLDER STEPS
+and again with more STEPS: it goes on from what FOLDER holds.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain import attach, diloco
+
+dist.init_process_group("gloo")
+folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 1))
+model = DistributedDataParallel(net)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=200)
+sync = attach(model, optimizer, diloco(every_steps=20))  # first attach, then load
+
+own = folder / f"rank-{dist.get_rank()}.pt"  # within a round no two replicas hold the same
+if own.exists():
+    saved = torch.load(own, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    scheduler.load_state_dict(saved["scheduler"])
+    sync.load_state_dict(saved["sync"])  # last: it checks that the model is the one that it was saved with
+
+for step in range(sync.steps, steps):
+    data = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    x = torch.randn(32, 64, generator=data)
+    loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+    loss.backward()
+    sync.step()
+    scheduler.step()
+
+folder.mkdir(parents=True, exist_ok=True)
+parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sync": sync}
+torch.save({name: part.state_dict() for name, part in parts.items()}, own)
+if dist.get_rank() == 0:
+    total = sum(p.detach().double().sum().item() for p in model.parameters())
+    print(f"step {steps}: sum of all parameters {total!r}")
+sync.detach()
+dist.destroy_process_group()
