@@ -1,47 +1,64 @@
-"""Error feedback: what a compressor left out of a step is kept and added to the next one.
+"""Feedback: what a compressor leaves out of a step is not lost.
 
-EF14, the classic form (Seide et al. 2014; Karimireddy et al., arXiv:1901.09847):
+With g the worker's value, C the compressor, c the mean of what the workers sent, per worker, fp32, keyed by FQN:
 
-    p = g + e;   send C(p);   e = p - C(p)                                     (per worker, fp32, keyed by FQN)
+    EF14       p = g + e;            send C(p);  e = p - C(p);                   result c           arXiv:1901.09847
+    EF21       d = v - h;            send C(d);  h += C(d);          H += c;     result H           arXiv:2106.05203
+               v = g, or with momentum v = (1 - eta) v + eta g       (EF21-SGDM)                    arXiv:2305.15155
+    EControl   d = eta e + g - h;    send C(d);  e += g - h - C(d);  h += C(d);  H += c;  result H  arXiv:2311.05645
 
-so that what was applied up to step T is the sum of all mean gradients, less the mean residual: nothing is ever lost.
-On the two-phase route the owner of a chunk compresses the mean once more. Its error s goes into the owner's residual,
-times the number of ranks: in the next mean it counts s, so the identity holds across both phases, with no further
-state. Communication and bytes: those of the compressor. Keeps: one fp32 residual for each element, two while a step
-is under way.
+EF14: the sum of all results is the sum of all mean values less the mean residual. EF21: H is the mean of all h.
+EControl with eta = 0 is EF21, and with h = 0 and eta = 1 EF14. All start from zeros (v from the first g).
+
+On the two-phase route the owner of a chunk compresses the mean once more. Its error s goes into the owner's own state,
+times the number of ranks: in the next mean it counts s, so these identities hold across both phases, with no further
+state. Communication and bytes: those of the compressor. Keeps: EF14 one fp32 number for each element, EF21 two,
+EF21-SGDM and EControl three; twice that while a step is under way.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.lowrank import LowRank
 from dtrain.comm.state import Kind, State
 
 
-class Feedback(Protocol):
-    """What happens around a compressor. ``state`` belongs to the sync; new values are staged, never written."""
+class Feedback(ABC):
+    """What happens around a compressor. ``state`` belongs to the sync; new values are staged, never written.
+
+    All that is kept is linear in the values, so a change of their scale multiplies it.
+    """
 
     @property
+    @abstractmethod
     def kinds(self) -> dict[str, Kind]:
         """The names that it keeps."""
 
+    @abstractmethod
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         """What to compress instead of ``value`` [n]."""
 
-    def retain(self, fqn: str, corrected: Tensor, sent: Tensor, state: State) -> None:
-        """The peers will decode ``sent`` [n] where ``corrected`` [n] was meant."""
+    @abstractmethod
+    def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
+        """The peers will decode ``sent`` [n] where ``corrected`` [n] was meant. Called after `correct`."""
 
+    @abstractmethod
     def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
         """The mean of the chunk that begins at element ``start`` lost ``error`` [m] in the second phase."""
 
+    def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
+        """What the optimizer gets where the peers agreed on ``combined`` [n]; equal on all of them."""
+        return combined
+
 
 @dataclass(frozen=True)
-class NoFeedback:
+class NoFeedback(Feedback):
     """What a compressor leaves out is lost."""
 
     @property
@@ -51,7 +68,7 @@ class NoFeedback:
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         return value
 
-    def retain(self, fqn: str, corrected: Tensor, sent: Tensor, state: State) -> None:
+    def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         pass
 
     def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
@@ -59,8 +76,8 @@ class NoFeedback:
 
 
 @dataclass(frozen=True)
-class EF14:
-    """See the module's docstring."""
+class EF14(Feedback):
+    """See `error_feedback`."""
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -69,7 +86,7 @@ class EF14:
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         return value + state.get(fqn, "residual", value)
 
-    def retain(self, fqn: str, corrected: Tensor, sent: Tensor, state: State) -> None:
+    def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         state.stage(fqn, "residual", corrected - sent)
 
     def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
@@ -77,15 +94,87 @@ class EF14:
 
 
 @dataclass(frozen=True)
-class Compression:
-    """A compressor and the feedback around it."""
+class EF21(Feedback):
+    """See `ef21`."""
 
-    compressor: Compressor
+    eta: float
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        own: dict[str, Kind] = {"estimate": "per_worker", "mean_estimate": "replicated"}
+        return own if self.eta == 1 else {**own, "momentum": "per_worker"}
+
+    def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
+        if self.eta != 1:
+            if state.known(fqn, "momentum"):
+                value = (1 - self.eta) * state.get(fqn, "momentum", value) + self.eta * value
+            state.stage(fqn, "momentum", value)
+        return value - state.get(fqn, "estimate", value)
+
+    def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
+        state.stage(fqn, "estimate", state.get(fqn, "estimate", value) + sent)
+
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
+        state.staged(fqn, "estimate")[start : start + error.numel()] -= world * error
+
+    def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
+        total = state.get(fqn, "mean_estimate", combined) + combined
+        state.stage(fqn, "mean_estimate", total)
+        return total
+
+
+@dataclass(frozen=True)
+class EControl(Feedback):
+    """See `econtrol`."""
+
+    eta: float
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {"residual": "per_worker", "estimate": "per_worker", "mean_estimate": "replicated"}
+
+    def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
+        return self.eta * state.get(fqn, "residual", value) + value - state.get(fqn, "estimate", value)
+
+    def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
+        old = state.get(fqn, "estimate", value)  # the residual is updated with the estimate of before
+        state.stage(fqn, "residual", state.get(fqn, "residual", value) + value - old - sent)
+        state.stage(fqn, "estimate", old + sent)
+
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
+        own = slice(start, start + error.numel())
+        state.staged(fqn, "residual")[own] += world * error
+        state.staged(fqn, "estimate")[own] -= world * error
+
+    def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
+        total = state.get(fqn, "mean_estimate", combined) + combined
+        state.stage(fqn, "mean_estimate", total)
+        return total
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A compressor and the feedback around it; as a plan, the same for every parameter."""
+
+    compressor: Compressor | LowRank
     feedback: Feedback
 
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        return (self,)
 
-def error_feedback(compressor: Compressor) -> Compression:
-    """EF14 around ``compressor``.
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """The names that it keeps."""
+        own: dict[str, Kind] = self.compressor.kinds if isinstance(self.compressor, LowRank) else {}
+        return {**self.feedback.kinds, **own}
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return self
+
+
+def error_feedback(compressor: Compressor | LowRank) -> Compression:
+    """EF14 around ``compressor``: what it leaves out is added to the next step's value.
 
     >>> from dtrain import error_feedback, quantize
     >>> error_feedback(quantize(bits=8)).feedback.kinds
@@ -93,22 +182,61 @@ def error_feedback(compressor: Compressor) -> Compression:
 
     Raises ``ValueError`` for a compressor that is no contraction: with it the residual can grow without bound.
     """
+    return _around(compressor, EF14(), "error_feedback")
+
+
+def ef21(compressor: Compressor | LowRank, *, eta: float = 0.1) -> Compression:
+    """EF21 around ``compressor``: differences from a running estimate of the value are sent.
+
+    Args:
+        compressor: a contraction.
+        eta: of the momentum before the compressor, in (0, 1]. 0.1 is EF21-SGDM; then let the inner optimizer have no
+            momentum of its own. 1 is EF21, for large batches: with small ones a noise floor stays.
+
+    >>> from dtrain import ef21, topk
+    >>> sorted(ef21(topk(0.01)).feedback.kinds)
+    ['estimate', 'mean_estimate', 'momentum']
+
+    Raises ``ValueError`` for a compressor that is no contraction, or another eta. Source: the module's docstring.
+    """
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta is {eta!r}; the momentum's share of a new value lies in (0, 1]")
+    return _around(compressor, EF21(float(eta)), "ef21")
+
+
+def econtrol(compressor: Compressor | LowRank, *, eta: float = 0.001) -> Compression:
+    """EControl around ``compressor``: EF21 that also feeds a part of the residual back.
+
+    Args:
+        compressor: a contraction.
+        eta: the part, in [0, 1]; 0 is EF21. Theory asks for delta / 400 of the compressor; tune it.
+
+    Raises ``ValueError`` for a compressor that is no contraction, or another eta. Source: the module's docstring.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta!r}; the part of the residual that is fed back lies in [0, 1]")
+    return _around(compressor, EControl(float(eta)), "econtrol")
+
+
+def _around(compressor: Compressor | LowRank, feedback: Feedback, name: str) -> Compression:
     if isinstance(compressor, Compression):
-        raise ValueError("error_feedback around error_feedback would send every error twice; use it once")
-    if not compressor.delta > 0:
+        raise ValueError(f"{name} around {compressor} would feed every error back twice; give it the compressor alone")
+    if not isinstance(compressor, Compressor | LowRank):
+        raise TypeError(f"{name} got {compressor!r}; give it a compressor, for example quantize(bits=8)")
+    if isinstance(compressor, Compressor) and not compressor.delta > 0:
         raise ValueError(
             f"{compressor} guarantees no contraction (delta = {compressor.delta:.3g}), so its residual may grow "
-            "without bound; use smaller blocks or more bits (quantize), another dtype (cast), or no error_feedback"
+            f"without bound; use smaller blocks or more bits (quantize), another dtype (cast), or no {name}"
         )
-    return Compression(compressor, EF14())
+    return Compression(compressor, feedback)
 
 
-def as_compression(compress: Compressor | Compression | None) -> Compression:
+def as_compression(compress: Compressor | LowRank | Compression | None) -> Compression:
     """What users may pass as ``compress``: nothing, a compressor, or a compressor with feedback."""
     if compress is None:
         return Compression(cast("fp32"), NoFeedback())
     if isinstance(compress, Compression):
         return compress
-    if isinstance(compress, Compressor):
+    if isinstance(compress, Compressor | LowRank):
         return Compression(compress, NoFeedback())
     raise TypeError(f"compress is {compress!r}; give a compressor, as quantize(bits=8), or error_feedback(...) of one")

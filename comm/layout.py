@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -68,5 +69,10 @@ def from_rows(rows: Tensor, numel: int) -> Tensor:
     return rows.reshape(-1)[:numel]
 
 
+def working(tensor: Tensor) -> Tensor:
+    """``tensor`` in the precision that values and state are kept in: fp64 stays, everything else is fp32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 Named = Mapping[str, Tensor]
-"""Flat fp32 tensors by FQN: one rank's segments of gradients, parameters or deltas."""
+"""Flat tensors by FQN, fp32 or, for models in fp64, fp64: one rank's segments of gradients, parameters or deltas."""

@@ -18,11 +18,15 @@ from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator
 from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.feedback import Compression
+from dtrain.comm.compressors.cast import cast
+from dtrain.comm.feedback import Compression, Feedback
 from dtrain.comm.layout import Named, chunk_width, from_rows, to_rows
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Payload, Place
+from dtrain.comm.plans.base import Plan
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
+
+IDENTITY = cast("fp32")
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,23 @@ class Combined:
     finite: bool
 
 
-def two_phase(
-    values: Named, compression: Compression, combine: Aggregator, place: Place, key: Key, state: State
-) -> Flow[Combined]:
-    """Combine flat fp32 ``values`` over the peers. New feedback state is staged in ``state``."""
-    compressor, feedback, world = compression.compressor, compression.feedback, place.size
+def two_phase(values: Named, plan: Plan, combine: Aggregator, place: Place, key: Key, state: State) -> Flow[Combined]:
+    """Combine flat ``values`` over the peers. New feedback state is staged in ``state``.
+
+    Compressors see fp32. What that rounds of values in fp64 is the compressor's loss, and fed back with it.
+    """
+    world = place.size
     finite = all_finite(values)
+    chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
     outgoing: list[Payload] = []
     for fqn, value in values.items():
+        compressor, feedback = _in_rows(chosen[fqn], value)
         corrected = feedback.correct(fqn, value, state)
-        encoded = compressor.encode(to_rows(corrected, world), replace(key, fqn=fqn, phase="send"))
+        own = replace(key, fqn=fqn, phase="send")
+        encoded = compressor.encode(to_rows(corrected, world), own)
         if feedback.kinds:
-            decoded = compressor.decode(encoded, chunk_width(value.numel(), world))
-            feedback.retain(fqn, corrected, from_rows(decoded, value.numel()), state)
+            decoded = compressor.decode(encoded, chunk_width(value.numel(), world), own.shared)
+            feedback.retain(fqn, value, corrected, from_rows(decoded, value.numel()), state)
         outgoing.append(encoded)
     flags = torch.full((world, 1), finite, dtype=torch.uint8, device=_device(values))
     incoming = yield AllToAll(_joined(outgoing, flags))
@@ -53,12 +61,14 @@ def two_phase(
 
     answers: list[Payload] = []
     for (fqn, value), encoded in zip(values.items(), _cut(incoming, outgoing), strict=True):
+        compressor, feedback = _in_rows(chosen[fqn], value)
         width = chunk_width(value.numel(), world)
-        chunk = combine(compressor.decode(encoded, width))
-        answer = compressor.encode(chunk.unsqueeze(0), replace(key, fqn=fqn, phase="answer"))
+        own = replace(key, fqn=fqn, phase="answer")
+        chunk = combine(compressor.decode(encoded, width, own.shared))
+        answer = compressor.encode(chunk.unsqueeze(0), own)
         if feedback.kinds:
             start = min(place.rank * width, value.numel())
-            error = (chunk - compressor.decode(answer, width)[0])[: value.numel() - start]
+            error = (chunk - compressor.decode(answer, width, own.shared)[0])[: value.numel() - start]
             feedback.retain_owned(fqn, error, start, world, state)
         answers.append(answer)
     gathered = yield AllGather(_joined(answers, torch.full_like(flags[:1], finite)))
@@ -66,18 +76,32 @@ def two_phase(
 
     results = {}
     for (fqn, value), encoded in zip(values.items(), _cut(gathered, answers), strict=True):
-        rows = compressor.decode(tuple(tensor.flatten(0, 1) for tensor in encoded), chunk_width(value.numel(), world))
-        results[fqn] = from_rows(rows, value.numel())
+        compressor, feedback = _in_rows(chosen[fqn], value)
+        width, shared = chunk_width(value.numel(), world), replace(key, fqn=fqn).shared
+        rows = compressor.decode(tuple(tensor.flatten(0, 1) for tensor in encoded), width, shared)
+        results[fqn] = feedback.result(fqn, from_rows(rows, value.numel()), state)
     return Combined(results, finite and all_finite(results))
 
 
-def native_mean(values: Named, compressor: Compressor, key: Key) -> Flow[Combined]:
-    """The mean by one native all-reduce, for linear compressors. The order of summation is the transport's."""
-    encoded = [compressor.encode(value.unsqueeze(0), replace(key, fqn=fqn)) for fqn, value in values.items()]
+def native_mean(values: Named, plan: Plan, key: Key, state: State) -> Flow[Combined]:
+    """The mean by one native all-reduce, for linear compressors of one dtype. The transport orders the summation."""
+    chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
+    encoded: list[Payload] = []
+    for fqn, value in values.items():
+        compressor, feedback = _in_rows(chosen[fqn], value)
+        own = replace(key, fqn=fqn)
+        corrected = feedback.correct(fqn, value, state)
+        payload = compressor.encode(corrected.unsqueeze(0), own)
+        if feedback.kinds:
+            sent = compressor.decode(payload, value.numel(), own.shared)[0]
+            feedback.retain(fqn, value, corrected, sent, state)
+        encoded.append(payload)
     reply = yield AllReduce(tuple(tensor for payload in encoded for tensor in payload), "mean")
     results = {}
     for (fqn, value), payload in zip(values.items(), _cut(reply, encoded), strict=True):
-        results[fqn] = compressor.decode(payload, value.numel())[0]
+        compressor, feedback = _in_rows(chosen[fqn], value)
+        decoded = compressor.decode(payload, value.numel(), replace(key, fqn=fqn).shared)[0]
+        results[fqn] = feedback.result(fqn, decoded, state)
     return Combined(results, all_finite(results))
 
 
@@ -90,6 +114,27 @@ def two_phase_bytes(numels: list[int], compressor: Compressor, world: int) -> in
     """
     chunks = sum(compressor.row_bytes(chunk_width(numel, world)) for numel in numels) + 1
     return 2 * (world - 1) * chunks
+
+
+def _in_rows(compression: Compression, value: Tensor) -> tuple[Compressor | _Double, Feedback]:
+    compressor = compression.compressor
+    assert isinstance(compressor, Compressor)  # the others do not come this way: `combine`
+    if value.dtype == torch.float64:
+        return _Double(compressor), compression.feedback
+    return compressor, compression.feedback
+
+
+@dataclass(frozen=True)
+class _Double:
+    """A compressor of fp64 rows, made of one of fp32; the identity stays one."""
+
+    single: Compressor
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        return (rows,) if self.single == IDENTITY else self.single.encode(rows.float(), key)
+
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
+        return payload[0] if self.single == IDENTITY else self.single.decode(payload, width, key).double()
 
 
 def all_finite(values: Named) -> bool:

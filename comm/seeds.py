@@ -6,7 +6,7 @@ No global generator is touched, so a sync never shifts a model's dropout, and a 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,11 @@ class Key:
     rank: int = -1
     fqn: str = ""
     phase: str = ""
+
+    @property
+    def shared(self) -> Key:
+        """The key of what all peers draw alike for this FQN in this step."""
+        return replace(self, rank=-1, phase="")
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A generator on ``device``, seeded by the 63-bit BLAKE2b digest of this key."""

@@ -12,8 +12,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Kind: TypeAlias = Literal["replicated", "per_worker", "partitioned"]
-"""``replicated``: bitwise equal on all peers. ``per_worker``: each its own. ``partitioned``: one owner per element."""
+Kind: TypeAlias = Literal["replicated", "per_worker", "partitioned", "opaque"]
+"""``replicated``: bitwise equal on all peers. ``per_worker``: each its own. ``partitioned``: one owner per element.
+``opaque``: of any shape, equal on all peers, and good for one way of cutting the model only; can be begun anew.
+"""
 
 Tensors: TypeAlias = dict[str, dict[str, Tensor]]
 
@@ -31,9 +33,13 @@ class State:
         self._staged: Tensors = {}
 
     def get(self, fqn: str, name: str, like: Tensor) -> Tensor:
-        """The committed tensor; zeros like ``like`` in fp32 if there is none yet. Not to be written to."""
+        """The committed tensor; zeros like ``like`` if there is none yet. Not to be written to."""
         found = self.tensors.get(fqn, {}).get(name)
-        return found if found is not None else torch.zeros_like(like, dtype=torch.float32)
+        return found if found is not None else torch.zeros_like(like)
+
+    def known(self, fqn: str, name: str) -> bool:
+        """Whether a tensor of this name has been committed."""
+        return name in self.tensors.get(fqn, {})
 
     def stage(self, fqn: str, name: str, value: Tensor) -> None:
         """Make ``value`` what `commit` will store. Raises ``KeyError`` for a name without a declared kind."""

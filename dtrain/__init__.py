@@ -13,9 +13,14 @@ if TYPE_CHECKING:
     from dtrain.comm.aggregators.mean import mean
     from dtrain.comm.attach import attach
     from dtrain.comm.compressors.cast import cast
+    from dtrain.comm.compressors.lowrank import powersgd
     from dtrain.comm.compressors.quantize import quantize
+    from dtrain.comm.compressors.sign import sign
+    from dtrain.comm.compressors.sparse import randk, topk
+    from dtrain.comm.compressors.ternary import compeft, terngrad
     from dtrain.comm.drivers.simulate import simulate
-    from dtrain.comm.feedback import error_feedback
+    from dtrain.comm.feedback import econtrol, ef21, error_feedback
+    from dtrain.comm.plans.base import after, by_layer
     from dtrain.comm.schedules.diloco import diloco
     from dtrain.comm.schedules.every_step import every_step
     from dtrain.comm.schedules.local_sgd import local_sgd
@@ -25,31 +30,51 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "after",
     "attach",
+    "by_layer",
     "cast",
+    "compeft",
     "diloco",
+    "econtrol",
+    "ef21",
     "error_feedback",
     "every_step",
     "local_sgd",
     "mean",
     "nesterov",
+    "powersgd",
     "quantize",
+    "randk",
     "sgd",
+    "sign",
     "simulate",
+    "terngrad",
+    "topk",
 ]
 
 _HOME = {
+    "after": "dtrain.comm.plans.base",
     "attach": "dtrain.comm.attach",
+    "by_layer": "dtrain.comm.plans.base",
     "cast": "dtrain.comm.compressors.cast",
+    "compeft": "dtrain.comm.compressors.ternary",
     "diloco": "dtrain.comm.schedules.diloco",
+    "econtrol": "dtrain.comm.feedback",
+    "ef21": "dtrain.comm.feedback",
     "error_feedback": "dtrain.comm.feedback",
     "every_step": "dtrain.comm.schedules.every_step",
     "local_sgd": "dtrain.comm.schedules.local_sgd",
     "mean": "dtrain.comm.aggregators.mean",
     "nesterov": "dtrain.comm.schedules.outer",
+    "powersgd": "dtrain.comm.compressors.lowrank",
     "quantize": "dtrain.comm.compressors.quantize",
+    "randk": "dtrain.comm.compressors.sparse",
     "sgd": "dtrain.comm.schedules.outer",
+    "sign": "dtrain.comm.compressors.sign",
     "simulate": "dtrain.comm.drivers.simulate",
+    "terngrad": "dtrain.comm.compressors.ternary",
+    "topk": "dtrain.comm.compressors.sparse",
 }
 
 

@@ -1,9 +1,11 @@
 """Every error that dtrain raises on purpose. Each says what was wrong, with values, and what to do.
 
     DtrainError                     exit code
-    ├── ConfigError                     2   nothing was launched, nothing was written
+    ├── ConfigError                     2   nothing was launched; if a worker raises it, it is not started again
     │   ├── DataError                   2   a data folder or file that is missing, empty or not what it says
-    │   └── ResumeError                 2   the stored run and the one asked for do not go together
+    │   ├── ResumeError                 2   the stored run and the one asked for do not go together
+    │   ├── ModelError                  2   a model that does not return a scalar loss
+    │   └── FailedAtTheStart            2   anything else that went wrong before the first step was done
     ├── CheckpointError                 1   a checkpoint that is damaged, incomplete or of another model
     ├── TooManySkippedSteps             1   NaN or Inf in the gradients, more often than train.max_skipped_steps allows
     └── WorkerFailed                    1   a worker process died and the restarts are used up
@@ -41,6 +43,14 @@ class DataError(ConfigError):
 
 class ResumeError(ConfigError):
     """A stored run that cannot go on under the configuration that was asked for; the differences are listed."""
+
+
+class ModelError(ConfigError):
+    """A model that returns something else than a scalar loss tensor that its parameters have a part in."""
+
+
+class FailedAtTheStart(ConfigError):
+    """An error of the model, the data or the engine before any step was done; started again it would happen again."""
 
 
 class CheckpointError(DtrainError):

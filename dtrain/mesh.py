@@ -5,6 +5,8 @@ rank = replica * shards + shard          peers: the ranks of one shard;  a repli
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtrain.comm.drivers.mpi import replicate_transport
+from dtrain.comm.drivers.mpi import TIMEOUT_SECONDS, MpiTransport, replicate_transport
 from dtrain.comm.drivers.run import Channel
+from dtrain.launchers.probe import HANG_SECONDS, note_collective
+
+# The probe ends a rank that hangs, with its stacks, and looks every few seconds; it is to be the first to do so.
+PROBE_FIRST_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def build_mesh(replicas: int, shards: int, transport: Literal["torch", "mpi"] = 
     everybody = [list(range(world))]
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    peers = replicate_transport(replicas, shards, rank) if transport == "mpi" else _group(columns)
+    peers = _over_mpi(replicas, shards, rank) if transport == "mpi" else _group(columns)
     return Mesh(
         replicas=replicas,
         shards=shards,
@@ -72,6 +78,14 @@ def build_mesh(replicas: int, shards: int, transport: Literal["torch", "mpi"] = 
         channel=Channel({"replicate": peers, "shard": _group(rows)}),
         control=Channel({"replicate": _group(everybody, backend="gloo")}),
     )
+
+
+def _over_mpi(replicas: int, shards: int, rank: int) -> MpiTransport:
+    """The replicate axis over MPI, under the launcher's limit (launcher.hang_seconds; 0 or none: torch's own)."""
+    hang_seconds = float(os.environ.get(HANG_SECONDS, "0"))
+    timeout = hang_seconds + PROBE_FIRST_SECONDS if hang_seconds else TIMEOUT_SECONDS
+    watch = functools.partial(note_collective, f"replicate-{rank % shards} over MPI")
+    return replicate_transport(replicas, shards, rank, timeout_seconds=timeout, watch=watch)
 
 
 def _group(partition: Sequence[Sequence[int]], backend: str | None = None) -> dist.ProcessGroup:

@@ -22,7 +22,7 @@ def find_checkpoint(config: Config) -> Path | None:
     found: list[Path | str | None] = [None]
     if dist.get_rank() == 0:
         try:
-            found[0] = _look(Path(config.run.dir), config.run.resume)
+            found[0] = look(Path(config.run.dir), config.run.resume, set_aside=True)
         except Exception as error:  # the others are waiting; they must not wait for a rank that is gone
             found[0] = f"{error}"
     dist.broadcast_object_list(found, src=0)
@@ -36,15 +36,21 @@ def own_checkpoint(path: Path | None, folder: Path) -> bool:
     return path is not None and path.resolve().parent == (folder / "checkpoints").resolve()
 
 
-def _look(folder: Path, resume: str) -> Path | None:
-    own = newest(folder / "checkpoints", set_aside=True) if (folder / "checkpoints").is_dir() else None
+def look(folder: Path, resume: str, *, set_aside: bool = False, crc: bool = True) -> Path | None:
+    """The checkpoint that the run in ``folder`` goes on from. ``set_aside``, ``crc``: see `checkpoint.newest`.
+
+    Raises ``ResumeError`` if ``resume`` is a path without a usable checkpoint.
+    """
+    own = None
+    if (folder / "checkpoints").is_dir():
+        own = newest(folder / "checkpoints", crc=crc, set_aside=set_aside)
     if own is not None or resume in ("auto", "never"):
         return own
     there = Path(resume)
     if there.name.startswith("step-"):
         verify(there)
         return there
-    other = newest(there / "checkpoints")
+    other = newest(there / "checkpoints", crc=crc)
     if other is None:
         raise ResumeError(f"run.resume={resume} has no usable checkpoint; give another run folder, or auto")
     return other

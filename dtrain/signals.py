@@ -16,11 +16,12 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from dtrain.errors import CHECKPOINTED
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "overheard"]
 
 # SIGCONT is none of them: Slurm sends it together with SIGTERM, and it means nothing by itself.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -114,6 +115,35 @@ class StopRequest:
             os.write(2, text.encode())
             faulthandler.dump_traceback(file=2, all_threads=True)
         os._exit(CHECKPOINTED)
+
+
+@contextlib.contextmanager
+def overheard(tell: Callable[[int], None]) -> Iterator[None]:
+    """Call ``tell`` with the number of every stop signal that comes meanwhile: at once, on a thread of its own.
+
+    What a signal does is left to its handler, which whoever runs within installs (see `dtrain.launchers.local`).
+    Main thread only, as all that has to do with signals.
+    """
+    read, write = socket.socketpair()
+    write.setblocking(False)
+
+    def listen() -> None:
+        while 0 not in (received := read.recv(64)):
+            for number in received:
+                if number in (*STOP_SIGNALS, signal.SIGHUP):
+                    tell(number)
+
+    old = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, name="dtrain-overheard", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old)
+        write.send(b"\0")
+        thread.join()
+        read.close()
+        write.close()
 
 
 _open: StopRequest | None = None

@@ -3,6 +3,7 @@
 parameters, optimizer.NAME   replicated or per worker, as the sync says of the live parameters
 sync.NAME                    as the sync declares for each name
 integers, rng, buffers       the sync's counters; each rank's generators; each replica's buffers
+opaque, NAME of FQN          what a sync keeps of another shape than the parameter
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ def capture(attached: Attached, model: nn.Module) -> RankState:
     kinds: dict[str, Kind] = {PARAMETERS: live}
     for name, tensors in pieces.optimizer_state().items():
         sections[OPTIMIZER + name], kinds[OPTIMIZER + name] = tensors, live
+    elementwise = _elementwise(attached)
+    opaque: dict[str, Tensor] = {}
     for fqn, named in attached.state.tensors.items():
         for name, tensor in named.items():
-            sections.setdefault(SYNC + name, {})[fqn] = tensor
-    for name, kind in attached.state.kinds.items():
+            if name in elementwise:
+                sections.setdefault(SYNC + name, {})[fqn] = tensor
+            else:
+                opaque[f"{name} of {fqn}"] = tensor
+    for name in elementwise:
         sections.setdefault(SYNC + name, {})
-        kinds[SYNC + name] = _kind(name, kind)
+        kinds[SYNC + name] = _kind(name, attached.state.kinds[name])
     return RankState(
         segments=_with_empty(pieces, dict(pieces.segments)),
         sections=sections,
@@ -43,6 +49,7 @@ def capture(attached: Attached, model: nn.Module) -> RankState:
         integers=attached.integers(),
         rng=rng.capture(),
         buffers={name: buffer.detach().cpu() for name, buffer in _buffers(model).items()},
+        opaque=opaque,
     )
 
 
@@ -58,10 +65,10 @@ def put_back(state: RankState, attached: Attached, model: nn.Module) -> None:
     """
     pieces = attached.pieces
     stored = {name.removeprefix(SYNC) for name in state.sections if name.startswith(SYNC)}
-    if stored != set(attached.state.kinds):
+    if stored != _elementwise(attached):
         raise ResumeError(
             f"the checkpoint holds {sorted(stored) or 'no'} state of its sync, the sync of this run keeps "
-            f"{sorted(attached.state.kinds) or 'none'}; resume with the sync that wrote it"
+            f"{sorted(_elementwise(attached)) or 'none'}; resume with the sync that wrote it"
         )
     optimizer: dict[str, dict[str, Tensor]] = {}
     own: dict[str, dict[str, Tensor]] = {}
@@ -73,6 +80,9 @@ def put_back(state: RankState, attached: Attached, model: nn.Module) -> None:
                 if fqn in tensors:
                     start = segment.offset - pieces.held[fqn].offset
                     own.setdefault(fqn, {})[section.removeprefix(SYNC)] = tensors[fqn][start : start + segment.numel]
+    for which, tensor in state.opaque.items():
+        name, _, fqn = which.partition(" of ")
+        own.setdefault(fqn, {})[name] = tensor.to(_device(pieces))
     parameters = {fqn: tensor for fqn, tensor in state.sections[PARAMETERS].items() if fqn in pieces.held}
     pieces.restore(parameters, optimizer)
     attached.load_state_dict({"tensors": own, "integers": state.integers})
@@ -80,6 +90,14 @@ def put_back(state: RankState, attached: Attached, model: nn.Module) -> None:
         for name, buffer in _buffers(model).items():
             if name in state.buffers:
                 buffer.copy_(state.buffers[name])
+
+
+def _elementwise(attached: Attached) -> set[str]:
+    return {name for name, kind in attached.state.kinds.items() if kind != "opaque"}
+
+
+def _device(pieces: Pieces) -> torch.device:
+    return next(iter(pieces.read().values()), torch.empty(0)).device
 
 
 def _kind(name: str, kind: str) -> Kind:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,9 @@ from dtrain.control import Control, Report
 from dtrain.data.batches import fetch, positions
 from dtrain.data.order import example_at
 from dtrain.engines import Engine, EngineOptions, build_engine
-from dtrain.errors import TooManySkippedSteps
+from dtrain.errors import DtrainError, FailedAtTheStart, TooManySkippedSteps
 from dtrain.evaluation import evaluate
+from dtrain.launchers.failure import CONSEQUENCE
 from dtrain.lr import learning_rate_factor
 from dtrain.mesh import build_mesh
 from dtrain.metrics import MetricsWriter, cut
@@ -66,13 +68,33 @@ def train(
         attempt: differs between processes that may write into the same run folder one after the other.
         on_step: called after each step with its number (fault injection in tests).
 
-    Raises ``TooManySkippedSteps``, and what data sets, models, engines and checkpoints raise.
+    Raises ``TooManySkippedSteps``, and what data sets, models, engines and checkpoints raise; before the first step was
+    done ``FailedAtTheStart`` instead of most of it.
     """
-    run = _Run(config, requested, clock or Clock(None), attempt)
+    run: _Run | None = None
     try:
+        run = _Run(config, requested, clock or Clock(None), attempt)
         return run.loop(on_step)
+    except Exception as error:
+        if (run and run.attached.steps) or _may_pass(error):
+            raise
+        traceback.print_exception(error)  # into this rank's log, all of it
+        # With the traceback of the error itself, whose last frame is where a person has to look.
+        raise FailedAtTheStart(_at_the_start(error)).with_traceback(error.__traceback__) from None
     finally:
-        run.close()
+        if run:
+            run.close()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it need not happen again. Errors of ours say so by their exit code; disks and links may be back."""
+    of_links = type(error).__module__.startswith("torch.distributed") or CONSEQUENCE.search(str(error)) is not None
+    return isinstance(error, DtrainError | OSError) or of_links
+
+
+def _at_the_start(error: Exception) -> str:
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    return f"{type(error).__name__}: {error}{notes}; no step was done yet, so it would happen again: not started again"
 
 
 class _Run:
@@ -89,7 +111,7 @@ class _Run:
         self.held_out: Any = None
         if config.train.evaluation_examples:
             self.held_out = instantiate(config.data, "data", split="validation")
-        self.tokens_per_example = int(getattr(self.data, "tokens_per_example", 1))
+        self.tokens_per_example = int(cast(Any, self.data).tokens_per_example)
         rng.seed_everything(config.train.seed)
         self.model = self._model()
         self.engine = self._engine()

@@ -202,6 +202,12 @@ class _Run:
                 os.killpg(self.processes[rank].pid, signal.SIGKILL)
         self.wait(PEER_SECONDS)
 
+    def sweep(self) -> None:
+        """End what ranks have left behind, loaders for instance: they hold ports, memory and files."""
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # each rank began a session of its own
+
     def stop(self, number: int) -> None:
         """Pass a signal on to the ranks (not to their helper processes), wait for the checkpoint, kill what is left."""
         number = signal.SIGTERM if number == signal.SIGHUP else number
@@ -209,6 +215,7 @@ class _Run:
             self.processes[rank].send_signal(number)
         if not self.wait(self.grace_seconds):
             self.kill()
+        self.sweep()
         self.record(f"still running {self.grace_seconds:g} s after the signal, so it was killed")
 
     def settle(self) -> None:
@@ -219,6 +226,7 @@ class _Run:
                 self.processes[rank].send_signal(signal.SIGTERM)
             if not self.wait(PEER_SECONDS):
                 self.kill()
+        self.sweep()
         self.record("ended because another rank had failed")
 
     def record(self, why_cut: str) -> None:

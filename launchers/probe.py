@@ -10,10 +10,12 @@ interpreter can run it by its path. Files, in the folder that DTRAIN_RANKS names
     rank-K.stack   text: all stacks, where the interpreter crashed or gave up
 
 The collectives come from torch's flight recorder, a ring buffer in which NCCL and gloo note each one, whoever called.
+What carries messages without torch, MPI, notes its own by `note_collective`.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import faulthandler
 import json
@@ -24,7 +26,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -35,6 +37,23 @@ RING = "TORCH_FR_BUFFER_SIZE"
 RING_ENTRIES = "256"  # collectives; the default is thousands, and all of them are read at every beat
 JOIN_SECONDS = 10.0  # a heartbeat takes milliseconds; a dead file system must not keep a rank from ending
 FAILED = 1
+_noted: collections.deque[dict[str, Any]] = collections.deque(maxlen=int(RING_ENTRIES))
+
+
+def note_collective(group: str, name: str, number: int, size: int, dtype: str) -> Callable[[], None]:
+    """Note a collective that torch does not know of, of ``size`` elements; call what is returned once it is over.
+
+    ``number`` counts the collectives of ``group``. Ranks are compared by the two, so all of them must count alike.
+
+    >>> over = note_collective("replicate", "AllReduce", 4, 10, "float32")
+    >>> over()
+    """
+    entry = {
+        "record_id": f"{group} {number}", "profiling_name": name, "collective_seq_id": number, "process_group": [group],
+        "input_sizes": [[size]], "input_dtypes": [dtype], "time_created_ns": time.time_ns(), "retired": False,
+    }  # fmt: skip
+    _noted.append(entry)
+    return lambda: entry.update(retired=True)
 
 
 class Probe:
@@ -153,6 +172,15 @@ def _text(frame: FrameType | None) -> list[str]:
 
 
 def _collectives() -> list[dict[str, Any]]:
+    """What torch has noted and what others have, oldest first."""
+    # A rank runs this file as a program, and then `note_collective` is that of another copy of this module.
+    copy = sys.modules.get("dtrain.launchers.probe")
+    noted = list(getattr(copy, "_noted", _noted))
+    entries = _ring()
+    return sorted([*entries, *noted], key=lambda entry: entry.get("time_created_ns", 0)) if noted else entries
+
+
+def _ring() -> list[dict[str, Any]]:
     """The ring buffer of torch, oldest first; empty where torch.distributed was never imported. Never imports it."""
     module = sys.modules.get("torch._C._distributed_c10d")
     dump = getattr(module, "_dump_fr_trace_json", None)

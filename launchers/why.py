@@ -117,7 +117,9 @@ def _waiting(records: Sequence[RankRecord], beats: Sequence[Beat], *, now: float
         return lines
     first = min(waiting, key=lambda beat: beat.since)
     with_it = [beat for beat in waiting if (beat.group, beat.number) == (first.group, first.number)]
-    missing = [beat for beat in beats if beat not in with_it and beat.entered.get(first.group, 0) < first.number]
+    behind = [beat for beat in beats if beat not in with_it and beat.entered.get(first.group, 0) < first.number]
+    # Ranks that never were in this group, and wait in another one, wait for somebody too, or are not even members.
+    missing = [beat for beat in behind if not beat.what or first.group in beat.entered] or behind
     seconds = now - first.since
     if not missing:
         unseen = sorted(set(hosts) - {beat.rank for beat in beats})

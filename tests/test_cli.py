@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import dtrain
+from dtrain.checkpoint.state import RankState
+from dtrain.checkpoint.threads import write_together
 from dtrain.cli import main
-from dtrain.config import load, run_folder
+from dtrain.comm.layout import Segment
+from dtrain.commands.submitting import follow
+from dtrain.config import compose, load, run_folder
 from dtrain.launchers.failure import Ending, Failure
 from dtrain.report.summary import Summary
 
@@ -277,11 +286,12 @@ def said(reason: str, number: int | None = None) -> str:
     ("ending", "outcome", "code", "words"),
     [
         (FINISHED, said("finished"), 0, "loss 1.500"),
-        (FINISHED, said("stopped"), 0, "stopped at step 12 as asked; the same command goes on: run.dir="),
+        (FINISHED, said("stopped"), 0, "stopped at step 12 as asked; it goes on with a larger train.stop_after_steps"),
         (signalled(signal.SIGTERM), said("signal", signal.SIGTERM), 75, "SIGTERM: checkpointed at step 12; the same"),
         (signalled(signal.SIGUSR1), said("signal", signal.SIGUSR1), 75, "SIGUSR1: checkpointed at step 12"),
         (signalled(signal.SIGINT), said("signal", signal.SIGINT), 130, "SIGINT: checkpointed at step 12"),
         (signalled(signal.SIGTERM), said("finished"), 0, "loss 1.500"),  # it came too late
+        (signalled(signal.SIGINT), "", 130, "ended before it could checkpoint; there is no checkpoint, so the same"),
         (signalled(signal.SIGTERM), "", 1, "the run ended by SIGTERM before it had a checkpoint"),
         (Ending("failed", None, 3, (failure(1),)), "", 1, "rank 2 failed: ValueError: no luck"),
         (Ending("failed", None, 3, (failure(None, "SIGKILL"),)), "", 1, "SIGKILL"),
@@ -299,6 +309,147 @@ def test_the_exit_code_says_how_the_run_ended(
     found, out, error = train()
     assert found == code
     assert words in (error if code in (1, 2) else out)
+
+
+BY_CTRL_C = dataclasses.replace(failure(1), message="KeyboardInterrupt: ")
+
+
+@pytest.mark.parametrize(("failures", "told"), [((BY_CTRL_C, failure(None, "SIGINT")), False), ((failure(1),), True)])
+def test_ctrl_c_while_the_workers_start_is_no_failure(
+    failures: tuple[Failure, ...], told: bool, train: Shell, launches: Launches
+) -> None:
+    launches.ending, launches.outcome = Ending("signalled", signal.SIGINT, 0, failures), ""
+    code, _, error = train()
+    assert code == 130 and error.startswith("dtrain: error: rank 2 failed: ValueError" if told else "") is True
+    assert bool(error) is told
+
+
+def resuming_line(out: str) -> list[str]:
+    (line,) = [line for line in out.splitlines() if line.startswith("  ") and " train " in line]
+    words = shlex.split(line)
+    assert words[:3] == [sys.executable, "-m", "dtrain"]
+    return words[4:]
+
+
+def test_the_command_that_goes_on_is_whole(shell: Shell, text: Path, launches: Launches) -> None:
+    launches.outcome = said("stopped")
+    given = [f"data.path={text}", "data.block=16", "optim.inner.betas=[0.8, 0.9]", "train.stop_after_steps=12"]
+    code, out, _ = shell("train", *given, "run.resume=never")
+    (folder,) = Path("runs").glob("*/*-diloco")
+    assert code == 0 and resuming_line(out) == [*given[:3], f"run.dir={folder}"]
+    launches.outcome = said("signal", signal.SIGTERM)
+    code, out, _ = shell("train", *given, "run.dir='a folder'")
+    assert code == 75 and resuming_line(out) == [*given, "run.dir='a folder'"]
+    code, out, _ = shell("train", *given[:3], "train={stop_after_steps: 12}", "run={dir: 'b c', resume: never}")
+    assert code == 75 and resuming_line(out)[-2:] == ["run.resume=auto", "run.dir='b c'"]
+
+
+def finished(folder: Path, step: int, *, summed_up: int) -> None:
+    """What a run leaves that has come to a step, without ranks: enough to be looked at."""
+    part = Segment("w", offset=0, numel=2)
+    state = RankState({"w": part}, {"parameters": {"w": torch.ones(2)}}, {"parameters": "replicated"}, {"step": step})
+    write_together(folder / "checkpoints", step=step, states=[state], shards=1, shapes={"w": (2,)})
+    dataclasses.replace(SUMMARY, steps=summed_up).write(folder / "summary.json")
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["train.steps=10"], 0, "already finished: "),
+        (
+            ["train.steps=10", "mesh.replicate=1", "mesh.shard=2", "launcher.workers=2"],
+            0,
+            "step 10 of 10; train.steps=",
+        ),
+        (["train.steps=10", "--dry-run"], 0, "already finished: "),
+        (["train.steps=20", "train.stop_after_steps=10"], 0, "already stopped: "),
+        (["train.steps=5"], 2, "train.steps=5, but "),
+        (["train.steps=5", "--dry-run"], 2, "is at step 10 already: give a larger train.steps"),
+        (["train.steps=20", "train.stop_after_steps=5"], 2, "train.stop_after_steps=5, but "),
+        (["train.steps=10", "run.dir=new", "run.resume=run"], 2, "is at step 10 already"),
+        (["train.steps=5", "run.dir=new", "run.resume=run"], 2, "is at step 10 already"),
+    ],
+)
+def test_a_run_that_is_as_far_as_asked_is_left_as_it_is(
+    words: list[str], code: int, message: str, train: Shell, launches: Launches
+) -> None:
+    train("train.steps=10")
+    finished(Path("run"), 10, summed_up=10)
+    launches.asked.clear()
+    before = everything(Path())
+    found, out, error = train(*words)
+    assert found == code and message in (error if code else out)
+    assert launches.asked == [] and everything(Path()) == before and not Path("new").exists()
+
+
+@pytest.mark.parametrize(("steps", "summed_up"), [(11, 10), (10, 5)])
+def test_a_run_that_has_something_left_is_launched(
+    steps: int, summed_up: int, train: Shell, launches: Launches
+) -> None:
+    # Without its summary a run is not finished: it was killed after its last checkpoint.
+    train("train.steps=10")
+    finished(Path("run"), 10, summed_up=summed_up)
+    assert train(f"train.steps={steps}")[0] == 0 and len(launches.asked) == 2
+
+
+def test_a_damaged_last_checkpoint_does_not_finish_a_run(train: Shell, launches: Launches) -> None:
+    train("train.steps=10")
+    finished(Path("run"), 10, summed_up=10)
+    (data,) = Path("run/checkpoints/step-0000000010").glob("*.safetensors")
+    data.write_bytes(data.read_bytes()[:-1] + b"\x7f")
+    assert train("train.steps=10")[0] == 0 and len(launches.asked) == 2
+
+
+def test_ctrl_c_is_answered_at_once(train: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: object, **__: object) -> Ending:
+        old = signal.signal(signal.SIGINT, lambda number, frame: None)  # as the launcher notes it
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        signal.signal(signal.SIGINT, old)
+        return signalled(signal.SIGINT)
+
+    monkeypatch.setattr("dtrain.launchers.local.launch", launch)
+    code, out, _ = train()
+    (line,) = [line for line in out.splitlines() if "stopping: " in line]
+    assert code == 130 and "SIGINT: " in line and "Ctrl-C again ends at once (there is no checkpoint yet)" in line
+
+
+class Followed:
+    """A job of this machine, at which somebody presses Ctrl-C."""
+
+    id, facts = "7", SimpleNamespace(launcher="mpi")
+
+    def __init__(self, folder: Path, outcome: str) -> None:
+        self.folder, self.outcome, self.cancelled = folder, outcome, False
+
+    def state(self) -> str:
+        if not self.cancelled:
+            raise KeyboardInterrupt
+        return "cancelled"
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def wait(self) -> None:
+        if self.outcome:
+            (self.folder / "outcome.json").write_text(self.outcome)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said_last"),
+    [("", "ended before it could checkpoint"), (said("signal", signal.SIGTERM), "checkpointed at step 12")],
+)
+def test_ctrl_c_at_a_job_that_is_followed(
+    outcome: str, said_last: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = compose([f"run.dir={tmp_path}", "launcher=mpi"])
+    code = follow(config, Followed(tmp_path, outcome), ["launcher=mpi"])  # type: ignore[arg-type]  # enough of a job
+    out = capsys.readouterr().out
+    assert code == 130 and "job 7: stopping: a checkpoint is written" in out and said_last in out
 
 
 def test_an_interrupt_before_the_launch_is_no_traceback(train: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,17 +15,27 @@ import dtrain
 
 NAMES = [
     "__version__",
+    "after",
     "attach",
+    "by_layer",
     "cast",
+    "compeft",
     "diloco",
+    "econtrol",
+    "ef21",
     "error_feedback",
     "every_step",
     "local_sgd",
     "mean",
     "nesterov",
+    "powersgd",
     "quantize",
+    "randk",
     "sgd",
+    "sign",
     "simulate",
+    "terngrad",
+    "topk",
 ]
 FOR_TRAINING_ONLY = {"hydra", "omegaconf", "antlr4", "yaml", "rich", "safetensors", "tensorboard"}
 NOT_FOR_THE_HOOKS = FOR_TRAINING_ONLY | {"submitit", "deepspeed", "mpi4py", "tokenizers", "pyroute2"}

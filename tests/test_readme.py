@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from dtrain import every_step
 from dtrain.cli import main
 from dtrain.comm.seeds import Key
+from dtrain.testing import check_compressor
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,9 +77,10 @@ def test_every_command_composes(
 
 def test_the_compressor_of_the_docs_is_one() -> None:
     (block,) = code_blocks((ROOT / "docs" / "concepts.md").read_text())
-    space: dict[str, type] = {}
+    space: dict[str, Any] = {}
     exec(block, space)
     halves = space["Halves"]()
-    assert every_step(compress=halves).compression.compressor is halves
+    assert every_step(compress=halves).plan.compressions[0].compressor is halves
     rows = torch.tensor([[0.5, -3.0, 1.2]])
-    assert halves.decode(halves.encode(rows, Key(seed=0, step=0)), 3).tolist() == [[0.5, -3.0, 1.0]]
+    check_compressor(halves)
+    assert halves.decode(halves.encode(rows, Key(0, 0)), 3, Key(0, 0)).tolist() == [[0.5, -3.0, 1.0]]

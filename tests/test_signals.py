@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.signals import StopRequest
+from dtrain.signals import StopRequest, overheard
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -112,7 +112,7 @@ def python(script: str) -> subprocess.CompletedProcess[str]:
 def test_a_main_thread_that_never_leaves_ends_with_75_and_its_stack() -> None:
     done = python("""
 import ctypes, os, signal
-from dtrain.signals import StopRequest
+from dtrain.signals import StopRequest, overheard
 def stuck_in_a_collective():
     mutex = ctypes.create_string_buffer(64)
     os.kill(os.getpid(), signal.SIGUSR2)
@@ -129,7 +129,7 @@ with StopRequest(grace_seconds=0.3):
 def test_a_signal_to_a_forked_child_is_not_ours_and_terminates_it() -> None:
     done = python("""
 import os, signal, time
-from dtrain.signals import StopRequest
+from dtrain.signals import StopRequest, overheard
 with StopRequest(grace_seconds=50) as stop:
     child = os.fork()
     if not child:
@@ -141,3 +141,22 @@ with StopRequest(grace_seconds=50) as stop:
     print(os.waitstatus_to_exitcode(status), stop.requested)
 """)
     assert done.stdout.split() == [str(-signal.SIGTERM), "0"], done.stderr
+
+
+def test_whoever_listens_in_hears_every_signal_and_the_handler_has_it_too() -> None:
+    heard: list[int] = []
+    handled: list[int] = []
+    old = signal.signal(signal.SIGUSR1, lambda number, frame: handled.append(number))
+    try:
+        with overheard(heard.append):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGWINCH)  # ignored by default, and no stop signal
+            deadline = time.monotonic() + 20
+            while len(heard) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert signal.set_wakeup_fd(-1) == -1
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert heard == [signal.SIGUSR1] * 2 and handled == [signal.SIGUSR1] * 3

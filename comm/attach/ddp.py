@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
 from dtrain.comm.drivers.run import Channel, Handle
-from dtrain.comm.layout import Named, Segment, even_slice, from_rows, to_rows
+from dtrain.comm.layout import Named, Segment, even_slice, from_rows, to_rows, working
 from dtrain.comm.ops import AllGather, AllToAll, Flow, Place
 from dtrain.comm.pieces import Exchange
 
@@ -131,7 +131,7 @@ class DDPPieces:
 
     def _average(self, gradients: Mapping[str, Tensor]) -> Flow[None]:
         """Replace the gradients of one bucket by what the optimizer shall see."""
-        rows = tuple(to_rows(g.reshape(-1).float(), self.shard.size) for g in gradients.values())
+        rows = tuple(to_rows(working(g.reshape(-1)), self.shard.size) for g in gradients.values())
         arrived = yield AllToAll(rows, axis="shard")
         means = {fqn: rank_order_mean(r) for fqn, r in zip(gradients, arrived, strict=True)}
         slices = {fqn: means[fqn][: self.segments[fqn].numel] for fqn in gradients if fqn in self.segments}
@@ -146,7 +146,7 @@ class DDPPieces:
         padded = []
         for fqn in fqns:
             width = -(-self.held[fqn].numel // self.shard.size)
-            row = torch.zeros(width, device=self.parameters[fqn].device)
+            row = working(self.parameters[fqn].detach().new_zeros(width))
             if fqn in slices:
                 row[: slices[fqn].numel()] = slices[fqn]
             padded.append(row)
@@ -155,4 +155,4 @@ class DDPPieces:
 
     def _own_slice(self, fqn: str, tensor: Tensor) -> Tensor:
         segment = self.segments[fqn]
-        return tensor.reshape(-1)[segment.offset : segment.stop].float()
+        return working(tensor.reshape(-1)[segment.offset : segment.stop])

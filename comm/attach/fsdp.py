@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, load_elementwise_state
 from dtrain.comm.drivers.run import Channel, Handle
-from dtrain.comm.layout import Named, Segment
+from dtrain.comm.layout import Named, Segment, working
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Exchange
 
@@ -54,7 +54,7 @@ class FSDPPieces:
         return self.channel.places["replicate"]
 
     def read(self) -> dict[str, Tensor]:
-        return {fqn: _local(p.detach()).float().clone() for fqn, p in self.parameters.items()}
+        return {fqn: working(_local(p.detach())).clone() for fqn, p in self.parameters.items()}
 
     def write(self, values: Named) -> None:
         # A unit that a forward pass without backward left gathered, the root for one, would go on with the old values.
@@ -142,7 +142,7 @@ class FSDPPieces:
 
 
 def _fill(exchange: Exchange, gradients: Mapping[str, Tensor]) -> Flow[None]:
-    combined = yield from exchange({fqn: flat.float() for fqn, flat in gradients.items()})
+    combined = yield from exchange({fqn: working(flat) for fqn, flat in gradients.items()})
     for fqn, flat in gradients.items():
         flat.copy_(combined[fqn])
 

@@ -26,14 +26,18 @@ class Compressor(Protocol):
         """Contraction: E |decode(encode(x)) - x|^2 <= (1 - delta) |x|^2 for every x; <= 0 guarantees nothing."""
 
     @property
+    def homogeneous(self) -> bool:
+        """decode(encode(a x)) = a decode(encode(x)) for every a > 0, up to round-off."""
+
+    @property
     def linear(self) -> bool:
         """Payloads of several ranks may be summed before decoding, so a native all-reduce can carry them."""
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
         """Code ``rows`` [m, width] fp32 as tensors ``[m, ...]`` whose shapes depend on ``m`` and ``width`` only."""
 
-    def decode(self, payload: Payload, width: int) -> Tensor:
-        """``rows`` [m, width] fp32."""
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
+        """``rows`` [m, width] fp32. ``key.shared`` equals the encoder's, wherever the payload came from."""
 
     def row_bytes(self, width: int) -> int:
         """Bytes of one encoded row of ``width`` elements."""

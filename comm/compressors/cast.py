@@ -1,7 +1,14 @@
 """Cast: send a narrower floating-point type.
 
-Communication: any route. Bytes: the type's size for each element. Keeps: nothing.
-``cast("fp32")`` is the identity: what "no compression" means on the two-phase route.
+fp16 and bf16 are plain casts. fp8 has so few exponents that each block is first scaled to the type's largest value:
+
+    scale = max |x| / largest;   code = round(x / scale) to nearest even;   x' = scale * code
+
+Formats: e4m3 (3 bits of mantissa, finite only) and e5m2 (2 bits), Micikevicius et al., arXiv:2209.05433.
+Communication: any route for fp32, fp16 and bf16; the two-phase route for fp8. Keeps: nothing.
+Bytes: the type's size for each element, for fp8 also 4 for each block.
+``cast("fp32")`` is the identity: what "no compression" means on the two-phase route; ``cast("fp64")`` that of models
+in fp64, which alone are worth it.
 """
 
 from __future__ import annotations
@@ -11,11 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtrain.comm.compressors.blocks import scaled, to_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-RELATIVE_ERROR = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RELATIVE_ERROR = {"fp64": 0.0, "fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
+FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FP8_ERROR = {"fp8_e4m3": (2.0**-4, 2.0**-10), "fp8_e5m2": (2.0**-3, 2.0**-17)}
+"""Half a unit in the last place: relative, for normal numbers, and absolute, below them."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +37,16 @@ class Cast:
 
     @property
     def unbiased(self) -> bool:
-        return self.dtype == "fp32"
+        return self.dtype in ("fp64", "fp32")
 
     @property
     def delta(self) -> float:
         # fp16 loses what lies outside its range: below 2^-24 everything, so nothing is guaranteed for every x.
         return 0.0 if self.dtype == "fp16" else 1.0 - RELATIVE_ERROR[self.dtype] ** 2
+
+    @property
+    def homogeneous(self) -> bool:
+        return self.dtype in ("fp64", "fp32")
 
     @property
     def linear(self) -> bool:
@@ -40,21 +55,69 @@ class Cast:
     def encode(self, rows: Tensor, key: Key) -> Payload:
         return (rows.to(DTYPES[self.dtype]),)
 
-    def decode(self, payload: Payload, width: int) -> Tensor:
-        return payload[0].to(torch.float32)
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
+        return payload[0] if self.dtype == "fp64" else payload[0].to(torch.float32)
 
     def row_bytes(self, width: int) -> int:
         return width * DTYPES[self.dtype].itemsize
 
 
-def cast(dtype: str = "bf16") -> Cast:
-    """Send ``dtype``: "fp32" (the identity), "bf16" or "fp16" (overflows beyond 65504: the step is then skipped).
+@dataclass(frozen=True)
+class Float8:
+    """See `cast`."""
 
-    >>> cast("bf16").row_bytes(10)
-    20
+    dtype: str
+    block: int
 
-    Raises ``ValueError`` for another dtype.
+    @property
+    def unbiased(self) -> bool:
+        return False
+
+    @property
+    def delta(self) -> float:
+        relative, absolute = FP8_ERROR[self.dtype]
+        return 1.0 - relative**2 - self.block * (absolute / torch.finfo(FP8[self.dtype]).max) ** 2
+
+    @property
+    def homogeneous(self) -> bool:
+        return True
+
+    @property
+    def linear(self) -> bool:
+        return False
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        blocks = to_blocks(rows, self.block)
+        scale = blocks.abs().amax(-1, keepdim=True) / torch.finfo(FP8[self.dtype]).max
+        codes = scaled(blocks, scale).to(FP8[self.dtype]).view(torch.uint8)
+        return codes.flatten(1)[:, : rows.shape[1]].contiguous(), scale.squeeze(-1)
+
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
+        codes, scale = payload
+        values = to_blocks(codes, self.block).view(FP8[self.dtype]).to(torch.float32)
+        return values.mul_(scale.unsqueeze(-1)).flatten(1)[:, :width]
+
+    def row_bytes(self, width: int) -> int:
+        return width + 4 * -(-width // self.block)
+
+
+def cast(dtype: str = "bf16", *, block: int = 512) -> Cast | Float8:
+    """Send ``dtype``.
+
+    Args:
+        dtype: "fp32" (the identity), "bf16", "fp16" (overflows beyond 65504: the step is then skipped), "fp8_e4m3" or
+            "fp8_e5m2".
+        block: elements that share a scale; fp8 only.
+
+    >>> cast("bf16").row_bytes(10), cast("fp8_e4m3").row_bytes(10)
+    (20, 14)
+
+    Raises ``ValueError`` for another dtype or a block that is no positive number. Source: the module's docstring.
     """
+    if dtype in FP8:
+        if not isinstance(block, int) or block < 1:
+            raise ValueError(f"block is {block!r}; give a positive number of elements, for example 512")
+        return Float8(dtype, block)
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; cast knows {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {dtype!r}; cast knows {', '.join([*DTYPES, *FP8])}")
     return Cast(dtype)

@@ -1,4 +1,4 @@
-"""Max-min uniform quantization, 2 to 8 bits, in blocks.
+"""Quantization in blocks: max-min uniform, 2 to 8 bits, and the grids around zero of `grids`.
 
     unit = (max - min) / (2^bits - 1);   code = floor((x - min) / unit + u);   x' = min + code * unit
 
@@ -16,10 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtrain.comm.compressors.blocks import pack_bits, unpack_bits
+from dtrain.comm.compressors.grids import Even, Powers
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
 ROUNDINGS = ("nearest", "stochastic")
+GRIDS = ("max_min", "symmetric", "qsgd", "e3m0", "natural")
+FIXED_BITS = {"e3m0": 4, "natural": 8}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Quantize:
         return 1.0 - self.block / (2.0 * self.levels**2)
 
     @property
+    def homogeneous(self) -> bool:
+        return True
+
+    @property
     def linear(self) -> bool:
         return False
 
@@ -63,7 +71,7 @@ class Quantize:
         codes = grid.floor_().clamp_(0, self.levels).to(torch.uint8).flatten(1)[:, :width]
         return pack_bits(codes, self.bits), torch.cat([low, unit], dim=-1)
 
-    def decode(self, payload: Payload, width: int) -> Tensor:
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         packed, scales = payload  # [m, bytes], [m, blocks, 2]
         codes = F.pad(unpack_bits(packed, self.bits, width), (0, scales.shape[1] * self.block - width))
         values = codes.view(*scales.shape[:2], self.block).to(torch.float32)
@@ -81,47 +89,38 @@ class Quantize:
         return rows.reshape(rows.shape[0], rows.shape[1] // self.block, self.block)
 
 
-def quantize(*, bits: int = 8, block: int = 512, rounding: str = "nearest") -> Quantize:
-    """Max-min uniform quantization.
+def quantize(
+    grid: str = "max_min", *, bits: int | None = None, block: int = 512, rounding: str = "nearest"
+) -> Quantize | Even | Powers:
+    """Quantization of blocks to a few bits.
 
     Args:
-        bits: of a code, 2 to 8.
-        block: elements that share one minimum and one unit (two fp32 numbers on the wire).
+        grid: "max_min" (uniform between a block's extremes), "symmetric" (uniform between plus and minus its largest
+            magnitude), "qsgd" (the same with its norm), "e3m0" or "natural" (powers of two); see the modules.
+        bits: of a code, 2 to 8, sign included; 8 by default. Powers of two have theirs: 4 and 8.
+        block: elements that share one scale: 8 bytes on the wire for max_min, 4 for the others.
         rounding: "nearest" (biased, least error) or "stochastic" (unbiased).
 
-    >>> quantize(bits=4, block=256).row_bytes(1000)
-    532
+    >>> quantize(bits=4, block=256).row_bytes(1000), quantize("e3m0", block=256).row_bytes(1000)
+    (532, 516)
 
-    Raises ``ValueError`` for values outside these ranges. Source: see the module's docstring.
+    Raises ``ValueError`` for values outside these ranges. Source: `quantize` and `grids`, the modules' docstrings.
     """
+    if grid not in GRIDS:
+        raise ValueError(f"grid is {grid!r}; choose one of {', '.join(GRIDS)}")
+    if grid in FIXED_BITS:
+        if bits not in (None, FIXED_BITS[grid]):
+            raise ValueError(f"bits is {bits!r}; {grid} has {FIXED_BITS[grid]} bits, so leave it out")
+        bits = FIXED_BITS[grid]
+    bits = 8 if bits is None else bits
     if not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"bits is {bits!r}; a code has 2 to 8 bits (for 1 bit use a sign compressor)")
+        raise ValueError(f"bits is {bits!r}; a code has 2 to 8 bits (for 1 bit use sign())")
     if not isinstance(block, int) or block < 1:
         raise ValueError(f"block is {block!r}; give a positive number of elements, for example 512")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-    return Quantize(bits, block, rounding)
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """``codes`` [m, width] uint8 below 2^bits as [m, ceil(width * bits / 8)] bytes, the first code lowest."""
-    if bits == 8:
-        return codes
-    width = codes.shape[1]
-    groups = F.pad(codes, (0, -width % 8)).view(codes.shape[0], -(-width // 8), 8)  # 8 codes fill `bits` bytes
-    shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
-    words = (groups.to(torch.int64) << shifts).sum(-1)
-    octets: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 0xFF
-    return octets.to(torch.uint8).flatten(1)[:, : -(-width * bits // 8)]
-
-
-def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
-    """Undo `pack_bits`: ``codes`` [m, width] uint8."""
-    if bits == 8:
-        return packed
-    groups = -(-width // 8)
-    octets = F.pad(packed, (0, groups * bits - packed.shape[1])).view(packed.shape[0], groups, bits)
-    shifts = torch.arange(0, 8 * bits, 8, device=packed.device)
-    words = (octets.to(torch.int64) << shifts).sum(-1)
-    codes: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, bits, device=packed.device)) & (2**bits - 1)
-    return codes.to(torch.uint8).flatten(1)[:, :width]
+    if grid == "max_min":
+        return Quantize(bits, block, rounding)
+    if grid in FIXED_BITS:
+        return Powers(bits, block, rounding)
+    return Even(bits, block, rounding, norm=grid == "qsgd")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 BYTES_AT_ONCE = 1 << 30  # of one MPI call, all its rows together
 TIMEOUT_SECONDS = 1800.0  # that of torch.distributed's groups
+
+Watch = Callable[[str, int, int, str], Callable[[], None]]
+"""Is told of each op that sets out (its name, its number on this axis, its elements, their dtypes), and returns what to
+call once the op is over. `dtrain.launchers.probe.note_collective` is one, for a group."""
 
 _NATIVE = {
     torch.float32: "FLOAT",
@@ -46,10 +51,13 @@ _under_way: set[_Message] = set()
 """MPI writes into their memory whether or not anybody still waits for them: after an error in a flow nobody does."""
 
 
-def replicate_transport(replicas: int, shards: int, rank: int) -> MpiTransport:
+def replicate_transport(
+    replicas: int, shards: int, rank: int, *, timeout_seconds: float = TIMEOUT_SECONDS, watch: Watch | None = None
+) -> MpiTransport:
     """The replicate axis of the mesh over MPI: the ``replicas`` ranks that hold the same shard. Collective over all.
 
-    ``rank`` = replica * shards + shard is this process's, as the launcher counts. Raises ``RuntimeError`` if there is
+    ``rank`` = replica * shards + shard is this process's, as the launcher counts. ``timeout_seconds``: no op is waited
+    for any longer. Raises ``RuntimeError`` if there is
     no usable MPI, or if MPI counts the processes in another way.
     """
     world = _begin()
@@ -60,7 +68,7 @@ def replicate_transport(replicas: int, shards: int, rank: int) -> MpiTransport:
             "process is alone) and without options that reorder ranks, or name mpirun's library in MPI4PY_LIBMPI"
         )
     with _calls:
-        return MpiTransport(world.Split(color=rank % shards, key=rank // shards))
+        return MpiTransport(world.Split(color=rank % shards, key=rank // shards), timeout_seconds, watch)
 
 
 def finalize() -> None:
@@ -81,9 +89,11 @@ def finalize() -> None:
 class MpiTransport:
     """A communicator that is used by nothing else. ``timeout_seconds``: how long `wait` waits before it fails."""
 
-    def __init__(self, comm: MPI.Comm, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, comm: MPI.Comm, timeout_seconds: float = TIMEOUT_SECONDS, watch: Watch | None = None) -> None:
         self._comm = comm
         self._timeout_seconds = timeout_seconds
+        self._watch: Watch = watch or (lambda *_: lambda: None)
+        self._issued = 0
         self.rank: int = comm.rank
         self.size: int = comm.size
 
@@ -96,7 +106,12 @@ class MpiTransport:
             one_dtype(op)
             if any(tensor.dtype not in _NATIVE for tensor in op.payload):
                 return _Chain(self, _sum_in_rank_order(op, self.size))
-        message = _Message(op, self._comm, self._timeout_seconds)
+        self._issued += 1
+        size = sum(tensor.numel() for tensor in op.payload)
+        dtypes = " ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in op.payload}))
+        what = f"{type(op).__name__} #{self._issued} ({size} {dtypes})"
+        message = _Message(op, self._comm, self._timeout_seconds, what)
+        message.over = self._watch(type(op).__name__, self._issued, size, dtypes)
         _under_way.add(message)
         return message
 
@@ -104,8 +119,10 @@ class MpiTransport:
 class _Message:
     """An op under way in MPI's non-blocking calls, cut by columns where it is larger than MPI takes at once."""
 
-    def __init__(self, op: Op, comm: MPI.Comm, timeout_seconds: float) -> None:
-        self._op, self._world, self._timeout_seconds = op, comm.size, timeout_seconds
+    over: Callable[[], None]
+
+    def __init__(self, op: Op, comm: MPI.Comm, timeout_seconds: float, what: str) -> None:
+        self._op, self._world, self._timeout_seconds, self._what = op, comm.size, timeout_seconds, what
         sent = outgoing(op, comm.size)
         self._device = sent.device
         self._requests: list[MPI.Request] = []
@@ -125,7 +142,10 @@ class _Message:
             else:
                 if done:
                     self._requests = []
-        return not self._requests or self._failure is not None
+        if self._requests and self._failure is None:
+            return False
+        self.over()
+        return True
 
     def wait(self) -> Payload:
         """Block until the reply is there. Raises ``RuntimeError`` after ``timeout_seconds``, or when MPI fails."""
@@ -133,7 +153,7 @@ class _Message:
         while not self.poll():
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"MPI has not finished {type(self._op).__name__} within {self._timeout_seconds:g} s: a rank has "
+                    f"MPI has not finished {self._what} within {self._timeout_seconds:g} s: a rank has "
                     "ended, hangs or has taken another branch"
                 )
             time.sleep(pauses.next())

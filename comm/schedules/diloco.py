@@ -10,8 +10,7 @@ Keeps: the anchor and the outer momentum.
 
 from __future__ import annotations
 
-from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.feedback import Compression
+from dtrain.comm.plans.base import Compress
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
 
@@ -20,7 +19,7 @@ def diloco(
     *,
     every_steps: int = 100,
     outer: OuterOptimizer | None = None,
-    compress: Compressor | Compression | None = None,
+    compress: Compress = None,
 ) -> LocalUpdate:
     """DiLoCo.
 

@@ -10,30 +10,29 @@ Bytes: `routes.two_phase_bytes` of each group. Keeps: what the feedback keeps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator, mean, rank_order_mean
-from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.feedback import Compression, NoFeedback, as_compression
+from dtrain.comm.combine import Route, combine, require_mean_for_low_rank
+from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.routes import Combined, native_mean, two_phase
+from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of
+from dtrain.comm.routes import Combined
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
-
-Route = Literal["two_phase", "all_reduce"]
 
 
 @dataclass(frozen=True)
 class EveryStep:
     """See `every_step`."""
 
-    compression: Compression
-    combine: Aggregator
+    plan: Plan
+    rule: Aggregator
     route: Route
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
@@ -44,7 +43,7 @@ class _AttachedEveryStep(Attached):
     parameters_kind: Kind = "replicated"
 
     def __init__(self, spec: EveryStep, pieces: Pieces, seed: int) -> None:
-        super().__init__(pieces, State(spec.compression.feedback.kinds))
+        super().__init__(pieces, State(kinds_of(spec.plan)))
         self.spec = spec
         self.seed = seed
         self._all_finite = True
@@ -57,11 +56,10 @@ class _AttachedEveryStep(Attached):
 
     def _combine(self, gradients: Named) -> Flow[Combined]:
         key = Key(self.seed, self.steps, self.pieces.place.rank)
-        if self.spec.route == "all_reduce":
-            return (yield from native_mean(gradients, self.spec.compression.compressor, key))
+        spec, place = self.spec, self.pieces.place
         return (
-            yield from two_phase(
-                gradients, self.spec.compression, self.spec.combine, self.pieces.place, key, self.state
+            yield from combine(
+                gradients, spec.plan, spec.rule, place, key, self.state, matrices=self.matrices, route=spec.route
             )
         )
 
@@ -75,14 +73,14 @@ class _AttachedEveryStep(Attached):
 
 def every_step(
     *,
-    compress: Compressor | Compression | None = None,
+    compress: Compress = None,
     combine: Aggregator | None = None,
     route: Route = "two_phase",
 ) -> EveryStep:
     """Combine the gradients of all replicas before every optimizer step.
 
     Args:
-        compress: a compressor, ``error_feedback(...)`` of one, or None for full fp32.
+        compress: a compressor, ``error_feedback(...)`` of one, a plan, or None for full fp32.
         combine: the rule; the mean by default.
         route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own; linear ones only).
 
@@ -92,18 +90,23 @@ def every_step(
 
     Raises ``ValueError`` for choices that exclude each other, ``TypeError`` for something that is no compressor.
     """
-    compression = as_compression(compress)
-    rule = mean() if combine is None else combine
+    plan, rule = as_plan(compress), mean() if combine is None else combine
     if route not in ("two_phase", "all_reduce"):
         raise ValueError(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")
+    require_mean_for_low_rank(plan, rule)
     if route == "all_reduce":
-        if not compression.compressor.linear:
-            raise ValueError(
-                f"{compression.compressor} is not linear, so an all-reduce cannot sum its payloads; use "
-                "route='two_phase'"
-            )
-        if not isinstance(compression.feedback, NoFeedback):
-            raise ValueError("route='all_reduce' keeps no error feedback; use route='two_phase'")
+        for compression in plan.compressions:
+            _require_summable(compression)
         if rule is not rank_order_mean:
             raise ValueError("an all-reduce has only the mean to offer; use route='two_phase' with another rule")
-    return EveryStep(compression, rule, route)
+    return EveryStep(plan, rule, route)
+
+
+def _require_summable(compression: Compression) -> None:
+    compressor = compression.compressor
+    if isinstance(compressor, LowRank):
+        return
+    if not compressor.linear:
+        raise ValueError(f"{compressor} is not linear, so an all-reduce cannot sum its payloads; use route='two_phase'")
+    if not isinstance(compression.feedback, NoFeedback) and compressor.row_bytes(1) != 4:
+        raise ValueError(f"an all-reduce of {compressor} rounds sums where no feedback sees it; use route='two_phase'")

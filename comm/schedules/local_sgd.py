@@ -6,13 +6,12 @@ Communication: one round every H steps. Bytes: of one parameter exchange per rou
 
 from __future__ import annotations
 
-from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.feedback import Compression
+from dtrain.comm.plans.base import Compress
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update
 from dtrain.comm.schedules.outer import sgd
 
 
-def local_sgd(*, every_steps: int, compress: Compressor | Compression | None = None) -> LocalUpdate:
+def local_sgd(*, every_steps: int, compress: Compress = None) -> LocalUpdate:
     """Average the replicas' parameters every ``every_steps`` inner steps.
 
     >>> local_sgd(every_steps=16).every_steps

@@ -14,18 +14,19 @@ Keeps: the anchor, the outer optimizer's state, the feedback's; twice the latter
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
-from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.feedback import Compression, as_compression
+from dtrain.comm.combine import NO_MATRICES, combine, require_mean_for_low_rank
+from dtrain.comm.compressors.lowrank import Matrix
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.routes import Combined, two_phase
+from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of
+from dtrain.comm.routes import Combined
 from dtrain.comm.schedules.outer import OuterOptimizer
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
@@ -38,23 +39,29 @@ class LocalUpdate:
 
     every_steps: int
     outer: OuterOptimizer
-    compression: Compression
-    combine: Aggregator
+    plan: Plan
+    rule: Aggregator
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         return _AttachedLocalUpdate(self, pieces, seed)
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        return {"anchor": "replicated", **self.outer.kinds, **self.compression.feedback.kinds}
+        return {"anchor": "replicated", **self.outer.kinds, **kinds_of(self.plan)}
 
 
 def local_update_round(
-    spec: LocalUpdate, parameters: dict[str, Tensor], place: Place, key: Key, state: State
+    spec: LocalUpdate,
+    parameters: dict[str, Tensor],
+    place: Place,
+    key: Key,
+    state: State,
+    *,
+    matrices: Mapping[str, Matrix] = NO_MATRICES,
 ) -> Flow[Combined]:
     """One round on this rank's flat fp32 ``parameters``; stages the next anchor and the rest. Returns the deltas."""
     deltas = {fqn: state.get(fqn, "anchor", now) - now for fqn, now in parameters.items()}
-    combined = yield from two_phase(deltas, spec.compression, spec.combine, place, key, state)
+    combined = yield from combine(deltas, spec.plan, spec.rule, place, key, state, matrices=matrices)
     for fqn, delta in combined.values.items():
         state.stage(fqn, "anchor", spec.outer.step(fqn, state.get(fqn, "anchor", delta), delta, state))
     return combined
@@ -90,7 +97,8 @@ class _AttachedLocalUpdate(Attached):
 
     def _round(self) -> None:
         key = Key(self.seed, self.steps, self.pieces.place.rank)
-        flow = local_update_round(self.spec, self.pieces.read(), self.pieces.place, key, self.state)
+        parameters, place = self.pieces.read(), self.pieces.place
+        flow = local_update_round(self.spec, parameters, place, key, self.state, matrices=self.matrices)
         combined = self.pieces.channel.run(flow, "round")
         self.rounds += 1
         self.last_round = self.steps
@@ -114,14 +122,15 @@ class _AttachedLocalUpdate(Attached):
             self.pieces.write(live)
 
     def integers(self) -> dict[str, int]:
-        return {**super().integers(), "rounds": self.rounds, "failed_rounds": self.failed_rounds, "last_round": self.last_round}
+        own = {"rounds": self.rounds, "failed_rounds": self.failed_rounds, "last_round": self.last_round}
+        return {**super().integers(), **own}
 
 
 def local_update(
     *,
     every_steps: int,
     outer: OuterOptimizer,
-    compress: Compressor | Compression | None = None,
+    compress: Compress = None,
     combine: Aggregator | None = None,
 ) -> LocalUpdate:
     """The general loop, for combinations that have no name of their own.
@@ -138,4 +147,6 @@ def local_update(
         raise ValueError(f"every_steps is {every_steps!r}; a round has a positive whole number of inner steps")
     if not callable(getattr(outer, "step", None)) or not hasattr(outer, "kinds"):
         raise TypeError(f"outer is {outer!r}; give an outer optimizer such as nesterov(lr=0.7, momentum=0.9)")
-    return LocalUpdate(every_steps, outer, as_compression(compress), mean() if combine is None else combine)
+    plan, rule = as_plan(compress), mean() if combine is None else combine
+    require_mean_for_low_rank(plan, rule)
+    return LocalUpdate(every_steps, outer, plan, rule)

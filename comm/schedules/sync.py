@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dtrain.comm.compressors.lowrank import matrices
 from dtrain.comm.drivers.meter import Meter
 from dtrain.comm.ops import AllReduce, Broadcast, Flow
 from dtrain.comm.pieces import Pieces
@@ -36,6 +37,7 @@ class Attached(ABC):
         self.steps = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.matrices = matrices(pieces.segments, pieces.shapes)
         start = pieces.channel.run(_broadcast(pieces.read()), "set-up")
         pieces.write(start)
 

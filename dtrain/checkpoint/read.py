@@ -11,6 +11,7 @@ What comes back exactly, and what by translation:
     integers                exact, replica r's own              replica 0's
     rng                     exact if the number of shards is    empty: seed anew
                             the same too, else empty
+    opaque                  the same                            empty: begun anew
 
 The mean keeps what error feedback needs kept: the sum that the residuals add to the next average.
 How the parameters are cut may differ freely: pieces are put together from whichever files hold their elements.
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from dtrain.checkpoint import folders
 from dtrain.checkpoint.manifest import Holder, Manifest, RankFile, check_files, covered_from, holders_of, read_manifest
-from dtrain.checkpoint.state import BUFFERS, RNG, SEPARATOR, Kind, Placement, RankState, check_segments
+from dtrain.checkpoint.state import BUFFERS, OPAQUE, RNG, SEPARATOR, Kind, Placement, RankState, check_segments
 from dtrain.comm.layout import Segment
 from dtrain.errors import CheckpointError, ResumeError
 
@@ -114,13 +115,16 @@ def load(
             else:
                 sections[section] = _mean_section(files, section, segments, translated)
         buffers = _buffers(files, own if same_replicas else None, translated)
-        rng = _rng(files, place, translated)
+        rng = _of_this_mesh(files, RNG, place, translated, "seed anew")
+        opaque = _of_this_mesh(files, OPAQUE, place, translated, "begun anew")
     integers = manifest.replica(own)[0].integers
     for name in integers:
         if not same_replicas and len({file.integers.get(name) for file in manifest.files}) > 1:
             translated[f"integers.{name}"] = "replica 0's"
     kinds: dict[str, Kind] = dict(manifest.kinds)
-    return RankState(dict(segments), sections, kinds, dict(integers), rng, buffers, translated)
+    state = RankState(dict(segments), sections, kinds, dict(integers), rng, buffers, opaque)
+    state.translated = translated
+    return state
 
 
 class Files:
@@ -256,11 +260,14 @@ def _buffers(files: Files, replica: int | None, translated: dict[str, str]) -> d
     return buffers
 
 
-def _rng(files: Files, place: Placement, translated: dict[str, str]) -> dict[str, Tensor]:
+def _of_this_mesh(
+    files: Files, section: str, place: Placement, translated: dict[str, str], instead: str
+) -> dict[str, Tensor]:
     if files.manifest.mesh == (place.replicas, place.shards):
-        return {name: files.whole(place.rank, RNG, name) for name in _names(files.manifest.files[place.rank], RNG)}
-    if any(_names(file, RNG) for file in files.manifest.files):
-        translated[RNG] = "dropped: seed anew"
+        names = _names(files.manifest.files[place.rank], section)
+        return {name: files.whole(place.rank, section, name) for name in names}
+    if any(_names(file, section) for file in files.manifest.files):
+        translated[section] = f"dropped: {instead}"
     return {}
 
 

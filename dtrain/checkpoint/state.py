@@ -21,6 +21,8 @@ Kind = Literal["replicated", "per_worker"]
 
 RNG = "rng"
 BUFFERS = "buffers"
+OPAQUE = "opaque"
+RESERVED = ("", RNG, BUFFERS, OPAQUE)
 SEPARATOR = "|"
 
 
@@ -61,7 +63,8 @@ class RankState:
       A section may leave out parameters. Both "parameters" and what belongs to a method ("sync.residual") are sections.
     - ``kinds``: one `Kind` per section, equal on all ranks.
     - ``integers``: equal on all ranks of a replica. ``rng``: this rank's own, any shape. ``buffers``: whole tensors,
-      equal on all ranks of a replica (BatchNorm statistics).
+      equal on all ranks of a replica (BatchNorm statistics). ``opaque``: this rank's own, any shape, good for this way
+      of cutting the model only (the factors of a low-rank method).
     - ``translated``: filled by `load` only: what did not come back exactly, and how it was made instead. Empty after
       a resume on a mesh with the same number of replicas and shards. `write` ignores it.
 
@@ -74,7 +77,8 @@ class RankState:
     integers: dict[str, int] = field(default_factory=dict)
     rng: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    translated: dict[str, str] = field(default_factory=dict)
+    opaque: dict[str, Tensor] = field(default_factory=dict)
+    translated: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -88,7 +92,7 @@ class RankState:
             odd = sorted(self.kinds.keys() ^ self.sections.keys())
             raise CheckpointError(f"every section needs a kind and every kind a section; these have one only: {odd}")
         for section, tensors in self.sections.items():
-            if section in ("", RNG, BUFFERS) or SEPARATOR in section:
+            if section in RESERVED or SEPARATOR in section:
                 raise CheckpointError(f"a section cannot be called {section!r}: reserved, empty, or with {SEPARATOR!r}")
             if self.kinds[section] not in get_args(Kind):
                 raise CheckpointError(

@@ -35,7 +35,7 @@ from dtrain.checkpoint.manifest import (
     read_done,
     read_manifest,
 )
-from dtrain.checkpoint.state import BUFFERS, RNG, SEPARATOR, Placement, RankState, check_segments
+from dtrain.checkpoint.state import BUFFERS, OPAQUE, RNG, SEPARATOR, Placement, RankState, check_segments
 from dtrain.errors import CheckpointError, ResumeError
 
 STAGES = (
@@ -227,6 +227,7 @@ def _pieces(state: RankState, place: Placement) -> dict[tuple[str, str], Tensor]
         if state.kinds[section] == "per_worker" or place.replica == 0:
             pieces |= {(section, fqn): tensor for fqn, tensor in tensors.items()}
     pieces |= {(RNG, name): tensor for name, tensor in state.rng.items()}
+    pieces |= {(OPAQUE, name): tensor for name, tensor in state.opaque.items()}
     if place.shard == 0:
         pieces |= {(BUFFERS, name): tensor for name, tensor in state.buffers.items()}
     return pieces

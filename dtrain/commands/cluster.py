@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dtrain.commands import add_verb
@@ -61,27 +63,41 @@ def add(verbs: Verbs) -> None:
             verb.add_argument("--all", action="store_true", help="every cluster on this machine")
 
 
-def _cluster(chosen: argparse.Namespace) -> Facts:
-    from dtrain.slurm.devcluster import ClusterError, named
+@contextlib.contextmanager
+def cluster_errors() -> Iterator[None]:
+    """A cluster's errors as ours: what cannot be had is a `ConfigError` (exit code 2), what failed is not (1)."""
+    from dtrain.slurm.devcluster import BadRequest, ClusterError
 
+    try:
+        yield
+    except BadRequest as error:
+        raise ConfigError(str(error)) from error
+    except ClusterError as error:
+        raise DtrainError(str(error)) from error
+
+
+def _cluster(chosen: argparse.Namespace) -> Facts:
+    from dtrain.slurm.devcluster import named
+
+    _no_words(chosen)
+    with cluster_errors():
+        return named(chosen.name)
+
+
+def _no_words(chosen: argparse.Namespace) -> None:
     if chosen.words:
         raise ConfigError(f"{' '.join(chosen.words)}: not understood; see dtrain cluster --help")
-    try:
-        return named(chosen.name)
-    except ClusterError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _up(chosen: argparse.Namespace) -> int:
-    from dtrain.slurm.devcluster import ClusterError, up
+    from dtrain.slurm.devcluster import up
 
-    try:
+    _no_words(chosen)
+    with cluster_errors():
         facts = up(
             nodes=chosen.nodes, bandwidth=chosen.bandwidth, latency=chosen.latency, name=chosen.name,
             cpus_per_node=chosen.cpus_per_node, kill_wait=chosen.kill_wait,
         )  # fmt: skip
-    except ClusterError as error:
-        raise ConfigError(str(error)) from error
     delay = f", latency {chosen.latency} one way" if facts.latency_seconds else ""
     print(f"cluster {facts.name} is up: {len(facts.hosts)} hosts, {chosen.bandwidth} each{delay}")
     print("  dtrain cluster exec -- srun -N2 hostname     dtrain train launcher=slurm launcher.nodes=4 ...")
@@ -89,15 +105,13 @@ def _up(chosen: argparse.Namespace) -> int:
 
 
 def _exec(chosen: argparse.Namespace) -> int:
-    from dtrain.slurm.devcluster import ClusterError, host_command
+    from dtrain.slurm.devcluster import host_command
 
     facts = _cluster(chosen)
     if not chosen.program:
         raise ConfigError("say what to run, after --: dtrain cluster exec -- sinfo")
-    try:
+    with cluster_errors():
         command, variables = host_command(facts, chosen.program, chosen.host or "login")
-    except ClusterError as error:
-        raise ConfigError(str(error)) from error
     os.execvpe(command[0], command, {**os.environ, **variables})
 
 
@@ -120,13 +134,11 @@ def _status(chosen: argparse.Namespace) -> int:
 
 
 def _shape(chosen: argparse.Namespace) -> int:
-    from dtrain.slurm.devcluster import ClusterError, shape
+    from dtrain.slurm.devcluster import shape
 
     facts = _cluster(chosen)
-    try:
+    with cluster_errors():
         shape(facts, chosen.bandwidth, [chosen.host] if chosen.host else [])
-    except ClusterError as error:
-        raise ConfigError(str(error)) from error
     print(f"{chosen.host or 'every host'}: {chosen.bandwidth}")
     return 0
 
@@ -140,22 +152,22 @@ def _heal(chosen: argparse.Namespace) -> int:
 
 
 def _links(chosen: argparse.Namespace, *, heal: bool) -> int:
-    from dtrain.slurm.devcluster import ClusterError, cut
+    from dtrain.slurm.devcluster import cut
 
     facts = _cluster(chosen)
-    try:
+    with cluster_errors():
         cut(facts, chosen.hosts, heal=heal)
-    except ClusterError as error:
-        raise ConfigError(str(error)) from error
     print(f"{', '.join(chosen.hosts)}: {'joined again' if heal else 'cut off'}")
     return 0
 
 
 def _down(chosen: argparse.Namespace) -> int:
-    from dtrain.slurm.devcluster import ClusterError, down
+    from dtrain.slurm.devcluster import down
     from dtrain.slurm.devcluster.cluster import left_behind
 
-    there = left_behind()
+    _no_words(chosen)
+    with cluster_errors():
+        there = left_behind()
     if chosen.name is None and len(there) > 1 and not chosen.all:
         raise ConfigError(f"several clusters are here ({', '.join(there)}): say which, with --name NAME, or --all")
     names = there if chosen.all or chosen.name is None else [chosen.name]
@@ -165,9 +177,7 @@ def _down(chosen: argparse.Namespace) -> int:
             f"there is no cluster {' '.join(unknown)}".rstrip() + f" (there are {', '.join(there) or 'none'})"
         )
     for name in names:
-        try:
+        with cluster_errors():
             down(name)
-        except ClusterError as error:
-            raise DtrainError(str(error)) from error
         print(f"cluster {name} is down; nothing of it is left")
     return 0

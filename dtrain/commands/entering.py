@@ -26,11 +26,13 @@ def enter_login_host(arguments: Sequence[str]) -> None:
         return
     if "SLURM_JOB_ID" in os.environ or not os.path.isdir("/run/dtrain"):
         return
+    from dtrain.commands.cluster import cluster_errors
     from dtrain.slurm.devcluster import login_command, running
 
     if not running():
         return
-    command, environment = login_command([sys.executable, "-m", "dtrain", *arguments], os.environ.get(CLUSTER))
+    with cluster_errors():
+        command, environment = login_command([sys.executable, "-m", "dtrain", *arguments], os.environ.get(CLUSTER))
     sys.stdout.flush()
     os.execvpe(command[0], command, {**os.environ, **environment})
 

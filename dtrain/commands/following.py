@@ -30,6 +30,7 @@ def follow(job: Job) -> int:
         if job.facts.launcher == "slurm":
             print(f"\njob {job.id} goes on; dtrain jobs cancel {job.id} ends it", file=sys.stderr)
         else:
+            print(f"\nstopping job {job.id}; Ctrl-C again leaves it to end by itself", file=sys.stderr)
             job.cancel()
             job.wait()
         return INTERRUPTED

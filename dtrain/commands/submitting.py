@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,11 @@ def program(folder: str | Path) -> list[str]:
     return ["python", "-u", "-m", "dtrain.worker", f"{folder}/config.yaml"]
 
 
-def submit(config: Config, description: Mapping[str, object], launcher: Launcher) -> int:
-    """Hand the run over to a launcher; its job id is all that is printed, unless it is to be followed."""
+def submit(config: Config, description: Mapping[str, object], launcher: Launcher, words: Sequence[str]) -> int:
+    """Hand the run over to a launcher; its job id is all that is printed, unless it is to be followed.
+
+    ``words``: the overrides that ``config`` was made of.
+    """
     from dtrain.config import run_folder
     from dtrain.launchers.job import ENDED, Facts
     from dtrain.launchers.registry import open_job
@@ -53,12 +57,16 @@ def submit(config: Config, description: Mapping[str, object], launcher: Launcher
     if config.launcher.name == "slurm" and not config.launcher.wait:
         print(f"  dtrain jobs status {job.id}     dtrain jobs logs {job.id} -f     dtrain jobs why {job.id}")
         return 0
-    return follow(config, job)
+    return follow(config, job, words)
 
 
-def follow(config: Config, job: Job) -> int:
-    """Show the progress of a job until it has ended, then its summary or what went wrong."""
+def follow(config: Config, job: Job, words: Sequence[str]) -> int:
+    """Show the progress of a job until it has ended, then its summary or what went wrong.
+
+    Ctrl-C leaves a job of Slurm's as it is and ends any other.
+    """
     from dtrain.commands.following import exit_code
+    from dtrain.commands.interrupting import STOPPING
     from dtrain.commands.train import finish
     from dtrain.launchers.failure import Ending
     from dtrain.launchers.job import ENDED
@@ -73,8 +81,10 @@ def follow(config: Config, job: Job) -> int:
         if job.facts.launcher == "slurm":
             print(f"job {job.id} goes on; dtrain jobs cancel {job.id} ends it", file=sys.stderr)
             return INTERRUPTED
+        print(f"job {job.id}: {STOPPING}; Ctrl-C again leaves it to end by itself", flush=True)
         job.cancel()
         job.wait()
+        return finish(config, Ending("signalled", signal.SIGINT, 0, ()), words)
     if job.state() != "finished":
         return exit_code(job)
-    return finish(config, Ending("finished", None, 0, ()))
+    return finish(config, Ending("finished", None, 0, ()), words)

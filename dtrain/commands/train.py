@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.commands import add_verb
+from dtrain.commands.again import STOP_AFTER, command, nothing_left
 from dtrain.commands.entering import enter_launcher
+from dtrain.commands.interrupting import Stopping, goes_on, interruption
 from dtrain.commands.submitting import program, submit
 from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError
 
@@ -37,8 +39,8 @@ examples:
   dtrain train -m sync=dense,diloco train.seed=1,2,3 launcher=slurm        a job array, a run for each combination
 
 exit codes:
-  0 finished, or stopped as asked; 2 bad configuration, nothing was launched; 75 checkpointed after a signal, to be run
-  again; 130 ended by the user after a checkpoint; 1 failed
+  0 finished, or stopped as asked; 2 bad configuration (nothing was launched), or an error before the first step was
+  done, which would come again; 75 checkpointed after a signal, to be run again; 130 ended by the user; 1 failed
 """
 
 
@@ -68,11 +70,14 @@ def train(words: Sequence[str], *, dry_run: bool = False) -> int:
     config = run_folder.absolute(compose(words))
     enter_launcher(config.launcher, sys.argv[1:], dry_run=dry_run)
     here = Path(config.run.dir)
-    command = [sys.executable, "-u", "-m", "dtrain.worker", str(here / run_folder.CONFIG)]
+    worker = [sys.executable, "-u", "-m", "dtrain.worker", str(here / run_folder.CONFIG)]
     description = validate(config)
     folder = run_folder.previous(config)
     if folder:
         run_folder.check(config, description, folder)
+    if left := nothing_left(config, folder):
+        print(left)
+        return 0
     for warning in warnings(config):
         print(f"dtrain: warning: {warning}", file=sys.stderr)
     launcher = None
@@ -83,19 +88,20 @@ def train(words: Sequence[str], *, dry_run: bool = False) -> int:
         return 0
     if dry_run:
         start = f"goes on from {folder}" if folder else "starts from step 0"
-        print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(command)}")
+        print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(worker)}")
         return 0
     if launcher is not None:
-        return submit(config, description, launcher)
+        return submit(config, description, launcher, words)
     with run_folder.locked(here):
         run_folder.write(config, description)
-        return _launch(config, command, goes_on_from=folder)
+        return _launch(config, worker, words, goes_on_from=folder)
 
 
-def _launch(config: Config, command: list[str], *, goes_on_from: Path | None) -> int:
+def _launch(config: Config, worker: list[str], words: Sequence[str], *, goes_on_from: Path | None) -> int:
     from dtrain.launchers.failure import Failure
     from dtrain.launchers.local import launch
     from dtrain.report.progress import Progress
+    from dtrain.signals import overheard
 
     here = Path(config.run.dir)
     start = f"goes on from {goes_on_from}" if goes_on_from else "starts"
@@ -108,20 +114,21 @@ def _launch(config: Config, command: list[str], *, goes_on_from: Path | None) ->
             progress.say(f"rank {cause.rank} failed: {cause.message} (log: {cause.log})")
             progress.say(f"{count}, from the last checkpoint")
 
-        ending = launch(
-            command,
-            workers=config.launcher.workers,
-            log_folder=here / "logs",
-            max_restarts=config.launcher.max_restarts,
-            grace_seconds=config.launcher.grace_seconds,
-            threads_per_worker=config.launcher.threads_per_worker,
-            on_restart=tell,
-        )
-    return finish(config, ending)
+        with overheard(Stopping(config, words, progress)):
+            ending = launch(
+                worker,
+                workers=config.launcher.workers,
+                log_folder=here / "logs",
+                max_restarts=config.launcher.max_restarts,
+                grace_seconds=config.launcher.grace_seconds,
+                threads_per_worker=config.launcher.threads_per_worker,
+                on_restart=tell,
+            )
+    return finish(config, ending, words)
 
 
-def finish(config: Config, ending: Ending) -> int:
-    """Say how the run ended, and the exit code for it.
+def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
+    """Say how the run ended, and the exit code for it. ``words``: the overrides that ``config`` was made of.
 
     Workers cannot tell by their own exit code (any but 0 means restart to the elastic agent), so rank 0 leaves
     outcome.json.
@@ -132,6 +139,12 @@ def finish(config: Config, ending: Ending) -> int:
 
     here = Path(config.run.dir)
     outcome = run_folder.outcome(here)
+    interrupted = ending.kind == "signalled" and ending.signal == signal.SIGINT
+    if outcome is None and interrupted:
+        if any(not (failure.consequence or interruption(failure)) for failure in ending.failures):
+            print(f"dtrain: error: {root_cause(ending)}", file=sys.stderr)
+        print(f"SIGINT: ended before it could checkpoint; {goes_on(config, words)}")
+        return INTERRUPTED
     if outcome is None or ending.kind == "failed":
         if ending.failures:
             print(f"dtrain: error: {root_cause(ending)}", file=sys.stderr)
@@ -143,10 +156,13 @@ def finish(config: Config, ending: Ending) -> int:
     if outcome["reason"] == "signal":
         number = outcome.get("signal")
         name = signal.Signals(number).name if isinstance(number, int) else "a signal"
-        print(f"{name}: checkpointed at step {outcome['step']}; the same command goes on: run.dir={here}")
-        return INTERRUPTED if number == signal.SIGINT else CHECKPOINTED
+        print(f"{name}: checkpointed at step {outcome['step']}; the same command goes on:\n  {command(words, config)}")
+        return INTERRUPTED if interrupted or number == signal.SIGINT else CHECKPOINTED
     if outcome["reason"] == "stopped":
-        print(f"stopped at step {outcome['step']} as asked; the same command goes on: run.dir={here}")
+        print(
+            f"stopped at step {outcome['step']} as asked; it goes on with a larger {STOP_AFTER}, or without it:\n"
+            f"  {command(words, config, to_the_end=True)}"
+        )
     if (here / "summary.json").is_file():
         print(summary.render(summary.read(here / "summary.json")))
     return 0

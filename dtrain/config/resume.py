@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dtrain.config.schema import Config
@@ -39,7 +39,7 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         """``key: old -> new``."""
-        return f"{self.key}: {self.old} -> {self.new}"
+        return f"{self.key}: {_value(self.old)} -> {_value(self.new)}"
 
 
 def differences(old: Config, new: Config) -> list[Difference]:
@@ -54,15 +54,64 @@ def check_resume(old: Config, new: Config) -> None:
     """Refuse to go on from a run of ``old`` under ``new`` if anything differs that would change what is computed.
 
     Raises:
-        ResumeError: listing each such key with its old and its new value.
+        ResumeError: listing each such key with its old and its new value, and what to do.
     """
-    refused = [d for d in differences(old, new) if not any(fnmatch.fnmatchcase(d.key, p) for p in MAY_CHANGE_AT_RESUME)]
-    if refused:
-        lines = "".join(f"\n    {difference}" for difference in refused)
-        raise ResumeError(
-            f"the stored run cannot go on with another configuration; stored -> asked for:{lines}\n"
-            "give these keys their stored values, or start a new run in another run.dir"
-        )
+    changed = [d for d in differences(old, new) if not any(fnmatch.fnmatchcase(d.key, p) for p in MAY_CHANGE_AT_RESUME)]
+    if not changed:
+        return
+    refused = _without_the_insides(changed, dataclasses.asdict(old), dataclasses.asdict(new))
+    lines = "".join(f"\n    {difference}" for difference in refused)
+    plain = [f"{d.key}={_value(d.old)}" for d in refused if not d.key.endswith("_target_") and d.old != ABSENT]
+    folder = old.run.dir or "the stored run"
+    rest = len(plain) < len(refused)
+    back = [*([" ".join(plain)] if plain else []), *([f"the choices of {folder}/config.yaml"] if rest else [])]
+    raise ResumeError(
+        f"{folder} cannot go on like this: what these keys say may not change at a resume (then -> now):{lines}\n"
+        f"go on with what was: {', and '.join(back)}\n"
+        "or start from step 0: a run.dir that has no run yet, without run.resume"
+    )
+
+
+def _without_the_insides(
+    changed: Sequence[Difference], old: Mapping[str, object], new: Mapping[str, object]
+) -> list[Difference]:
+    """One difference, that of its ``_target_``, for a mapping that is made by something else now.
+
+    Its keywords belong to the one target or to the other: nobody can give them back one by one.
+    """
+    others = {d.key.removesuffix("._target_") for d in changed if d.key.endswith("._target_")}
+    kept: list[Difference] = []
+    for difference in changed:
+        above = [place for place in others if difference.key == place or difference.key.startswith(place + ".")]
+        if not above:
+            kept.append(difference)
+        elif difference.key == f"{min(above, key=len)}._target_":
+            place = min(above, key=len)
+            then, now = _made_by(old, place), _made_by(new, place)
+            whole = isinstance(then, _Target) and isinstance(now, _Target)
+            kept.append(Difference(f"{place}._target_" if whole else place, then, now))
+    return kept
+
+
+class _Target(str):
+    """The ``_target_`` of a mapping."""
+
+
+def _made_by(values: Mapping[str, object], place: str) -> object:
+    """What a key holds: the ``_target_`` of a mapping that has one."""
+    found: object = values
+    for part in place.split("."):
+        found = found.get(part, ABSENT) if isinstance(found, Mapping) else ABSENT
+    return _Target(found["_target_"]) if isinstance(found, Mapping) and "_target_" in found else found
+
+
+def _value(value: object) -> str:
+    """A value as an override writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_value, value))}]"
+    return f"{value}"
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

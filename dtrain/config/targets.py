@@ -51,9 +51,17 @@ def expected(annotation: object) -> str | None:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
+        words = [expected(argument) for argument in arguments if not _of_torch(argument)]
+        return None if None in words or not words else " or ".join(cast(list[str], words))
+    if origin is tuple and arguments and Ellipsis not in arguments:
         words = [expected(argument) for argument in arguments]
-        return None if None in words else " or ".join(cast(list[str], words))
+        return None if None in words else f"a list [{', '.join(cast(list[str], words))}]"
     return None
+
+
+def _of_torch(annotation: object) -> bool:
+    """Whether it is a class of torch's, as in AdamW's ``lr: float | Tensor``: no configuration holds such an object."""
+    return isinstance(annotation, type) and annotation.__module__.partition(".")[0] == "torch"
 
 
 def admits(annotation: object, value: object) -> bool:
@@ -65,7 +73,12 @@ def admits(annotation: object, value: object) -> bool:
     if origin is Literal:
         return value in arguments
     if origin in (Union, types.UnionType):
-        return any(admits(argument, value) for argument in arguments)
+        return any(admits(argument, value) for argument in arguments if not _of_torch(argument)) or not expected(
+            annotation
+        )
+    if expected(annotation) is not None:  # a tuple of so many; YAML has lists only
+        fits = isinstance(value, list | tuple) and len(value) == len(arguments)
+        return fits and all(map(admits, arguments, cast("list[object]", value)))
     return True
 
 
@@ -182,4 +195,26 @@ def instantiate(settings: Mapping[str, object], where: str = "settings", /, **ke
             raise cause from None
         raise ConfigError(f"{where}: {cause}") from error
     except (TypeError, ValueError, LookupError) as error:  # LookupError: AdamW(betas=[0.9])
-        raise ConfigError(f"{where}: {settings['_target_']} refused its settings: {error}") from error
+        raise ConfigError(
+            f"{where}: {settings['_target_']} refused its settings: {error}{_unlike_their_defaults(settings, where)}"
+        ) from error
+
+
+def _unlike_their_defaults(settings: Mapping[str, object], where: str) -> str:
+    """The settings of another kind than the default of their keyword: what a target without annotations stumbles over.
+
+    Only told beside an error of the target's own: such a value may be meant, as text for a number may be.
+    """
+    with contextlib.suppress(ValueError, TypeError):  # some callables of C extensions show no signature
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(locate(settings["_target_"], where)).parameters.items()
+            if type(parameter.default) in _KINDS
+        }
+        odd = [
+            f"{where}.{key} is {shown(settings[key])}, its default is {shown(default)}"
+            for key, default in defaults.items()
+            if key in settings and not admits(type(default), settings[key])
+        ]
+        return f" ({'; '.join(odd)})" if odd else ""
+    return ""

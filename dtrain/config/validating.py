@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 from dtrain.config.building import build_model
+from dtrain.config.data_contract import check_data
 from dtrain.config.schema import (
     CONTAINER_RUNTIMES,
     ENGINES,
@@ -23,7 +23,7 @@ from dtrain.config.schema import (
     Config,
 )
 from dtrain.config.targets import closest, hint, instantiate
-from dtrain.errors import ConfigError, DataError
+from dtrain.errors import ConfigError
 
 AT_LEAST_ONE = (
     "mesh.replicate", "mesh.shard", "launcher.workers", "launcher.threads_per_worker", "launcher.nodes",
@@ -49,17 +49,6 @@ NAMES = {
 }
 
 
-@runtime_checkable
-class _DataSet(Protocol):
-    """What the trainer needs of a data set."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> object: ...
-
-    def describe(self) -> dict[str, object]: ...
-
-
 def validate(config: Config) -> dict[str, object]:
     """Check all that can be checked before anything is launched. Writes nothing.
 
@@ -75,9 +64,9 @@ def validate(config: Config) -> dict[str, object]:
         raise ConfigError("\n".join(problems))
     _sync(config)
     _optimizer(config)
-    data = _data(config)
+    data, description = check_data(config)
     _model(config, data)
-    return data.describe()
+    return description
 
 
 def _value(config: Config, key: str) -> object:
@@ -184,25 +173,7 @@ def _optimizer(config: Config) -> None:
         raise ConfigError(f"optim.inner: {target} makes a {type(optimizer).__name__}, no torch.optim.Optimizer")
 
 
-def _data(config: Config) -> _DataSet:
-    dataset = instantiate(config.data, "data", split="train")
-    if not isinstance(dataset, _DataSet):
-        raise ConfigError(f"data: {config.data['_target_']} makes no data set: it needs len(), [i] and describe()")
-    for split, examples in (("train", dataset), ("validation", instantiate(config.data, "data", split="validation"))):
-        if split == "validation" and not config.train.evaluation_examples:
-            continue
-        if not len(cast("list[object]", examples)):
-            raise DataError(f"data: {config.data['_target_']} has no example in its {split} split; give it more data")
-    try:
-        json.dumps(dataset.describe())
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"data: describe() of {config.data['_target_']} returns what JSON cannot hold: {error}"
-        ) from error
-    return dataset
-
-
-def _model(config: Config, data: _DataSet) -> None:
+def _model(config: Config, data: object) -> None:
     """Its own checks, on the meta device: nothing is allocated, however large the model."""
     import torch
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dtrain.doctor.checks import local_findings, versions
 from dtrain.doctor.finding import Finding
+from dtrain.doctor.names import names
 from dtrain.doctor.pairs import Exchange, Server, exchange, rounds
 
 SECONDS = timedelta(seconds=15)
@@ -64,7 +65,7 @@ def _meet(here: Path, host: str, rank: int, world: int) -> tuple[list[Finding], 
         except Exception:
             what = f"rank {other} has not come within {SECONDS.total_seconds():g} s"
             findings.append(Finding(host, "meeting point", "problem", what, "look at its log, and at its host"))
-    findings += _names(host, others)
+    findings += names(host, [name for name, _ in others.values()])
     if not (here / TOKEN).exists():
         way_out = "choose run.dir on a file system that all nodes share"
         findings.append(
@@ -78,19 +79,6 @@ def _meet(here: Path, host: str, rank: int, world: int) -> tuple[list[Finding], 
         _round_over(store, number, rank, [r for r in range(world) if r in others])
     server.close()
     return findings, exchanges
-
-
-def _names(host: str, others: dict[int, tuple[str, int]]) -> list[Finding]:
-    missing = []
-    for name, _ in others.values():
-        try:
-            socket.getaddrinfo(name, None)
-        except OSError:
-            missing.append(name)
-    if missing:
-        way_out = "name all nodes in /etc/hosts or in DNS"
-        return [Finding(host, "other names", "problem", f"{', '.join(sorted(missing))} do not resolve", way_out)]
-    return [Finding(host, "other names", "ok", f"{len(others)} resolve")]
 
 
 def _round_over(store: object, number: int, rank: int, present: list[int]) -> None:

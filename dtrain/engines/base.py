@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.comm.pieces import Pieces
+from dtrain.engines.contract import loss_of
 from dtrain.mesh import Mesh
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -84,7 +85,7 @@ class TorchEngine(Engine):
     def evaluate(self, batch: Batch) -> Tensor:
         self.model.eval()
         with torch.no_grad(), self._autocast():
-            loss: Tensor = self.model(batch)
+            loss = loss_of(self.model, batch)
         self.model.train()
         return loss.float()
 

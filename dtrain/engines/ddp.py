@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.attach import pieces_of
 from dtrain.engines.base import Batch, EngineOptions, OptimizerFactory, TorchEngine, checkpoint_activations
+from dtrain.engines.contract import loss_of
 from dtrain.mesh import Mesh
 
 
@@ -35,7 +36,7 @@ class DDPEngine(TorchEngine):
             last = index == len(microbatches) - 1
             with nullcontext() if last else self.ddp.no_sync():
                 with self._autocast():
-                    loss: Tensor = self.ddp(batch)
+                    loss = loss_of(self.ddp, batch)
                 (loss / len(microbatches)).backward()
             total += loss.detach().float() / len(microbatches)
         return total
@@ -43,7 +44,7 @@ class DDPEngine(TorchEngine):
     def evaluate(self, batch: Batch) -> Tensor:
         self.ddp.eval()
         with torch.no_grad(), self._autocast():
-            loss: Tensor = self.ddp.module(batch)  # not through DDP: it may broadcast buffers
+            loss = loss_of(self.ddp.module, batch)  # not through DDP: it may broadcast buffers
         self.ddp.train()
         return loss.float()
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dtrain.comm.attach import pieces_of
 from dtrain.engines.base import Batch, EngineOptions, OptimizerFactory, TorchEngine, blocks_of, checkpoint_activations
+from dtrain.engines.contract import loss_of
 from dtrain.mesh import Mesh
 
 
@@ -38,7 +39,7 @@ class FSDPEngine(TorchEngine):
         total = torch.zeros((), device=self.mesh.device)
         for index, batch in enumerate(microbatches):
             self.root.set_requires_gradient_sync(index == len(microbatches) - 1)
-            loss: Tensor = self.model(batch)
+            loss = loss_of(self.model, batch)
             (loss / len(microbatches)).backward()
             total += loss.detach().float() / len(microbatches)
         return total

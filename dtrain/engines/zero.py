@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dtrain.comm.attach import pieces_of
 from dtrain.engines.base import Batch, Engine, EngineOptions, OptimizerFactory, checkpoint_activations
+from dtrain.engines.contract import loss_of
 from dtrain.mesh import Mesh
 
 
@@ -71,7 +72,7 @@ class ZeroEngine(Engine):
     def forward_backward(self, microbatches: Sequence[Batch]) -> Tensor:
         total = torch.zeros((), device=self.mesh.device)
         for index, batch in enumerate(microbatches):
-            loss = self.deepspeed(batch)
+            loss = loss_of(self.deepspeed, batch)
             self.deepspeed.backward(loss)
             if index < len(microbatches) - 1:
                 self.deepspeed.step()  # not a boundary: only counts the microbatch
@@ -84,7 +85,7 @@ class ZeroEngine(Engine):
     def evaluate(self, batch: Batch) -> Tensor:
         self.deepspeed.eval()
         with torch.no_grad():
-            loss: Tensor = self.deepspeed(batch)
+            loss = loss_of(self.deepspeed, batch)
         self.deepspeed.train()
         return loss.float()
 

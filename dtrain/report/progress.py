@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -27,16 +26,17 @@ class Progress:
     """Context manager: while it is open, a thread follows ``path`` and shows the progress towards ``steps``.
 
     On a terminal it is one line that rich keeps up to date, with validation results printed above it. Otherwise
-    (a file, a pipe) a plain line is printed at most every ``every_seconds`` and at the end, without control characters.
+    (a file, a pipe) every row is a plain line of its own, without control characters: how many there are is up to
+    ``train.log_every_steps``.
     """
 
-    def __init__(self, path: Path, *, steps: int, stream: TextIO | None = None, every_seconds: float = 10.0) -> None:
+    def __init__(self, path: Path, *, steps: int, stream: TextIO | None = None) -> None:
         self._tail = Tail(path)
         self._state = _State(steps)
         for row in self._tail.past:
-            self._state.note_validation(row)
+            self._state.note(row)
         stream = stream or sys.stdout
-        self._view: _View = _Live(stream, steps) if stream.isatty() else _Plain(stream, every_seconds)
+        self._view: _View = _Live(stream, steps) if stream.isatty() else _Plain(stream)
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dtrain-progress", daemon=True)
 
@@ -46,6 +46,12 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Show the last rows and give the terminal back. Closing twice is fine."""
+        if self._leave.is_set():
+            return
         self._leave.set()
         self._thread.join()
         self._look()
@@ -60,14 +66,14 @@ class Progress:
             self._look()
 
     def _look(self) -> None:
-        moved = False
         for row in self._tail.rows():
-            news = self._state.take(row)
-            if news:
-                self._view.say(news)
-            moved = True
-        if moved and self._state.step is not None:
-            self._view.show(self._state.step, self._state.line())
+            new = self._state.note(row)
+            if "validation_loss" in row:
+                if new:
+                    self._view.say(f"step {row.get('step')}: validation loss {_figure(row, 'validation_loss')}")
+                continue
+            self._state.take(row)
+            self._view.show(self._state.step, self._state.line(), new=new)
 
 
 class _State:
@@ -76,25 +82,21 @@ class _State:
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._rows: deque[Row] = deque(maxlen=RATE_ROWS)
-        self._told: set[tuple[object, object]] = set()
+        self._told: set[tuple[object, ...]] = set()
 
     @property
-    def step(self) -> int | None:
-        return int(_number(self._rows[-1], "step") or 0) if self._rows else None
+    def step(self) -> int:
+        return int(_number(self._rows[-1], "step") or 0) if self._rows else 0
 
-    def take(self, row: Row) -> str:
-        """Add a row; returns a line to print above if it is a validation result that was not printed before."""
-        if "validation_loss" in row:
-            new = self.note_validation(row)
-            return f"step {row.get('step')}: validation loss {_figure(row, 'validation_loss')}" if new else ""
+    def take(self, row: Row) -> None:
+        """Add a row of a training step."""
         if self._rows and (_number(row, "step") or 0) <= (_number(self._rows[-1], "step") or 0):
             self._rows.clear()
         self._rows.append(row)
-        return ""
 
-    def note_validation(self, row: Row) -> bool:
-        """Whether this result has not been told yet: a cut file is read again from its start."""
-        result = (row.get("step"), row.get("validation_loss"))
+    def note(self, row: Row) -> bool:
+        """Whether this row has not been seen yet: a cut file is read again from its start."""
+        result = tuple(row.get(name) for name in ("step", "validation_loss", "loss", "seconds"))
         known = result in self._told
         self._told.add(result)
         return not known
@@ -136,7 +138,7 @@ def _difference(first: Row, last: Row, name: str) -> float | None:
 
 class _View(Protocol):
     def open(self) -> None: ...
-    def show(self, step: int, line: str) -> None: ...
+    def show(self, step: int, line: str, *, new: bool) -> None: ...
     def say(self, text: str) -> None: ...
     def close(self, line: str) -> None: ...
 
@@ -144,19 +146,16 @@ class _View(Protocol):
 class _Plain:
     """Lines for files and pipes."""
 
-    def __init__(self, stream: TextIO, every_seconds: float) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._every_seconds = every_seconds
-        self._printed_at = -float("inf")
         self._printed = ""
 
     def open(self) -> None:
         self.say(STARTING)
         self._printed = STARTING
 
-    def show(self, step: int, line: str) -> None:
-        if time.monotonic() - self._printed_at >= self._every_seconds:
-            self._printed_at = time.monotonic()
+    def show(self, step: int, line: str, *, new: bool) -> None:
+        if new:
             self._printed = line
             self.say(line)
 
@@ -189,7 +188,7 @@ class _Live:
         self._task = self._bar.add_task(STARTING, total=self._steps)
         self._bar.start()
 
-    def show(self, step: int, line: str) -> None:
+    def show(self, step: int, line: str, *, new: bool) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=line)
 

@@ -157,10 +157,9 @@ def _steps(work: Work, settings: SlurmSettings) -> list[_Step]:
         shards = settings.workers // settings.replicas
         steps = []
         for replica in range(settings.replicas):
-            where = [f"--ntasks={shards}", "--exact"]
-            if settings.nodes % settings.replicas == 0:
-                nodes = settings.nodes // settings.replicas
-                where += [f"--nodes={nodes}", f"--relative={replica * nodes}"]
+            # By name of node, as Slurm would spread the steps in an order of its own, and ranks follow the nodes.
+            nodes, first = max(1, settings.nodes // settings.replicas), replica * settings.nodes // settings.replicas
+            where = [f"--ntasks={shards}", "--exact", f"--nodes={nodes}", f"--relative={first}"]
             steps.append(step(replica * shards, *where, alone=False))
         return steps
     if settings.per_node == "torchrun":

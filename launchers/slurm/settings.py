@@ -105,6 +105,17 @@ class SlurmSettings:
             found.append(f"{self.workers} workers cannot form {self.replicas} job steps of equal size")
         if self.replicas > 1 and (self.per_node == "torchrun" or self.groups):
             found.append("launcher.isolate=replica needs launcher.per_node=srun and no launcher.groups")
+        elif self.replicas > 1 and self.nodes % self.replicas and self.replicas % self.nodes:
+            found.append(
+                f"launcher.isolate=replica: {self.replicas} replicas on launcher.nodes={self.nodes} would share nodes "
+                f"unevenly; take {self.replicas} nodes, or a multiple or a divisor of that"
+            )
+        elif self.replicas > self.nodes and self.gpus_per_node:
+            # A step counts its tasks on a node from 0, and so would two ranks take the same GPU.
+            found.append(
+                f"launcher.isolate=replica: {self.replicas // self.nodes} replicas on each node would take the same "
+                f"GPUs; take launcher.nodes={self.replicas} or a multiple, or launcher.isolate=none"
+            )
         if not 0 <= self.port < 65536:
             found.append(f"launcher.port={self.port} is no port; choose 1024 to 65535, or 0 for a free one")
         for directive in self.sbatch:

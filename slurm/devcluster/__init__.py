@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dtrain.slurm.devcluster.cluster import Cluster, cut, devcluster, down, host_command, login_command, shape, up
-from dtrain.slurm.devcluster.state import ClusterError, Facts, named, running
+from dtrain.slurm.devcluster.state import BadRequest, ClusterError, Facts, named, running
 
 __all__ = [
+    "BadRequest",
     "Cluster",
     "ClusterError",
     "Facts",

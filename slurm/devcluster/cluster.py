@@ -14,14 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtrain.slurm.devcluster import daemons, hosts, links, state
-from dtrain.slurm.devcluster.state import ClusterError, Facts, Rate
+from dtrain.slurm.devcluster.state import BadRequest, ClusterError, Facts, Rate, explained
 
 __all__ = ["cut", "devcluster", "down", "host_command", "login_command", "shape", "up"]
 
 NETWORK = "10.66.0"
 LOGIN_NUMBER = 254
 MOST_HOSTS = 64
-CUBIC = state.ROOT / "allowed-congestion-control"
+MOST_KILL_WAIT = 65533
+CUBIC = "allowed-congestion-control"
 ENDING_SECONDS = 5.0
 
 
@@ -38,45 +39,67 @@ def up(
         kill_wait: seconds between SIGTERM and SIGKILL, as Slurm's KillWait.
 
     Raises:
-        ClusterError: the machine lacks something, the name is taken, or a daemon did not start.
+        BadRequest: the machine lacks something, the name is taken, or a value makes no sense. Nothing was made.
+        ClusterError: something failed, a daemon did not start. What was made is gone again, or the message says what
+            is left.
     """
     rate, seconds = state.parse_rate(bandwidth), state.parse_latency(latency)
     if not state.NAME.fullmatch(name):
-        raise ClusterError(f"{name!r} is no name for a cluster: at most 8 letters and digits, a letter first")
+        raise BadRequest(f"{name!r} is no name for a cluster: at most 8 letters and digits, a letter first")
     if not 1 <= nodes <= MOST_HOSTS:
-        raise ClusterError(f"--nodes {nodes}: a cluster has 1 to {MOST_HOSTS} hosts")
-    daemons.check_machine()
-    folder = state.ROOT / name
-    state.ROOT.mkdir(exist_ok=True)
-    try:
-        if links.namespaces(name):
-            raise FileExistsError
-        folder.mkdir()  # whoever makes the folder owns the name: two at once must not take each other down
-    except FileExistsError as error:
-        raise ClusterError(
-            f"cluster {name} is up, or left something behind: dtrain cluster down --name {name}"
-        ) from error
+        raise BadRequest(f"--nodes {nodes}: a cluster has 1 to {MOST_HOSTS} hosts")
+    if cpus_per_node < 1:
+        raise BadRequest(f"--cpus-per-node {cpus_per_node}: a host has 1 at least")
+    if not 0 <= kill_wait <= MOST_KILL_WAIT:
+        raise BadRequest(f"--kill-wait {kill_wait}: Slurm takes 0 to {MOST_KILL_WAIT} seconds")
+    daemons.check_machine(tun=seconds > 0)
+    _take(name)
     computing = tuple(f"c{number}" for number in range(1, nodes + 1))
     addresses = {host: f"{NETWORK}.{number}" for number, host in enumerate(computing, 1)}
     addresses["login"] = f"{NETWORK}.{LOGIN_NUMBER}"
     rates: dict[str, int | None] = {**dict.fromkeys(computing, rate.bits), "login": None}
+    facts = Facts(name, computing, addresses, {}, rates, latency_seconds=seconds)
     try:
-        _prepare(folder, addresses)
-        (folder / "slurm.conf").write_text(
-            daemons.slurm_conf(name, folder, addresses, cpus=cpus_per_node, kill_wait=kill_wait)
-        )
-        links.create([links.namespace(name, host) for host in (*addresses, "switch")])
-        facts = Facts(name, computing, addresses, {}, rates, latency_seconds=seconds)
-        facts.write()
-        facts = _switch(facts) if seconds else _bridge(facts)
-        pids = {host: hosts.hold(links.namespace(name, host), host, folder) for host in addresses}
-        facts = dataclasses.replace(facts, pids=pids)
-        facts.write()
-        daemons.start(folder, pids, computing)
-        daemons.wait_until_idle(folder, pids["login"], nodes)
-    except BaseException:
-        down(name)
+        with explained(f"cluster {name} did not start"):
+            return _start(facts, cpus=cpus_per_node, kill_wait=kill_wait)
+    except BaseException as error:
+        try:
+            down(name)
+        except ClusterError as second:
+            raise ClusterError(
+                f"{error or type(error).__name__}. What it had made is not all gone: {second}"
+            ) from error
         raise
+
+
+def _take(name: str) -> None:
+    """Make the cluster's folder. Whoever makes it owns the name: two at once must not take each other down."""
+    folder = state.ROOT / name
+    # Under the lock, as a cluster that goes away at the same time would put the old value of the kernel's setting back.
+    with explained(f"cannot begin cluster {name}"), state.locked():
+        if links.namespaces(name) or folder.exists():
+            raise BadRequest(f"cluster {name} is up, or left something behind: dtrain cluster down --name {name}")
+        folder.mkdir()
+        try:
+            links.allow_cubic(state.ROOT / CUBIC)
+        except BaseException:
+            folder.rmdir()
+            raise
+
+
+def _start(facts: Facts, *, cpus: int, kill_wait: int) -> Facts:
+    name, folder, addresses = facts.name, facts.folder, facts.addresses
+    _prepare(folder, addresses)
+    conf = daemons.slurm_conf(name, folder, addresses, cpus=cpus, kill_wait=kill_wait)
+    facts.slurm_conf.write_text(conf)
+    links.create([links.namespace(name, host) for host in (*addresses, "switch")])
+    facts.write()
+    facts = _switch(facts) if facts.latency_seconds else _bridge(facts)
+    pids = {host: hosts.hold(links.namespace(name, host), host, folder) for host in addresses}
+    facts = dataclasses.replace(facts, pids=pids)
+    facts.write()
+    daemons.start(folder, pids, facts.hosts)
+    daemons.wait_until_idle(folder, pids["login"], len(facts.hosts))
     return facts
 
 
@@ -87,7 +110,6 @@ def _prepare(folder: Path, addresses: dict[str, str]) -> None:
     (folder / "hosts").write_text(hosts.hosts_file(addresses))
     (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
     (folder / "resolv.conf").write_text("")
-    links.allow_cubic(CUBIC)
 
 
 def _bridge(facts: Facts) -> Facts:
@@ -117,7 +139,7 @@ def _switch(facts: Facts) -> Facts:
 def host_command(facts: Facts, argv: Sequence[str], host: str = "login") -> tuple[list[str], dict[str, str]]:
     """The command line that runs ``argv`` on a host, and the variables to set for it."""
     if host not in facts.pids:
-        raise ClusterError(f"cluster {facts.name} has no host {host} (there are {', '.join(facts.pids)})")
+        raise BadRequest(f"cluster {facts.name} has no host {host} (there are {', '.join(facts.pids)})")
     variables = {"SLURM_CONF": str(facts.slurm_conf), "DTRAIN_CLUSTER": facts.name}
     return hosts.enter(facts.pids[host], argv), variables
 
@@ -136,8 +158,9 @@ def shape(facts: Facts, bandwidth: str, only: Sequence[str] = ()) -> Facts:
     if facts.switch_pid:
         _tell_switch(facts)
         return facts
-    for host in chosen:
-        links.shape(links.namespace(facts.name, "switch"), links.namespace(facts.name, host), host, rate)
+    with explained(f"cannot shape the links of cluster {facts.name}"):
+        for host in chosen:
+            links.shape(links.namespace(facts.name, "switch"), links.namespace(facts.name, host), host, rate)
     return facts
 
 
@@ -150,8 +173,9 @@ def cut(facts: Facts, only: Sequence[str], *, heal: bool = False) -> Facts:
     if facts.switch_pid:
         _tell_switch(facts)
         return facts
-    for host in chosen:
-        links.cut(links.namespace(facts.name, "switch"), host, up=heal)
+    with explained(f"cannot {'heal' if heal else 'cut'} the links of cluster {facts.name}"):
+        for host in chosen:
+            links.cut(links.namespace(facts.name, "switch"), host, up=heal)
     return facts
 
 
@@ -172,12 +196,20 @@ def _known(facts: Facts, chosen: Sequence[str]) -> tuple[str, ...]:
     for host in chosen:
         if host not in facts.addresses:
             there = ", ".join(facts.addresses)
-            raise ClusterError(f"cluster {facts.name} has no host {host} (there are {there})")
+            raise BadRequest(f"cluster {facts.name} has no host {host} (there are {there})")
     return tuple(chosen)
 
 
 def down(name: str) -> None:
-    """End a cluster and leave nothing of it behind, whatever state it is in; nothing happens if there is none."""
+    """End a cluster and leave nothing of it behind, whatever state it is in; nothing happens if there is none.
+
+    Raises ``ClusterError`` with what could not be ended or removed.
+    """
+    with explained(f"cannot take cluster {name} down"):
+        _end(name)
+
+
+def _end(name: str) -> None:
     names = links.namespaces(name)
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + ENDING_SECONDS
@@ -190,12 +222,14 @@ def down(name: str) -> None:
     if left:
         raise ClusterError(f"processes {left} of cluster {name} cannot be ended; look at them, then run this again")
     links.remove(name)
-    shutil.rmtree(state.ROOT / name, ignore_errors=True)
     if not state.ROOT.is_dir():
         return
-    if not any(path.is_dir() for path in state.ROOT.iterdir()):
-        links.restore_cubic(CUBIC)
-        state.ROOT.rmdir()
+    with state.locked():
+        if (state.ROOT / name).is_dir():
+            shutil.rmtree(state.ROOT / name)
+        if not any(path.is_dir() for path in state.ROOT.iterdir()):
+            links.restore_cubic(state.ROOT / CUBIC)
+            state.ROOT.rmdir()
 
 
 def _alive(names: Sequence[str]) -> list[int]:
@@ -210,6 +244,7 @@ def _alive(names: Sequence[str]) -> list[int]:
 
 def left_behind() -> list[str]:
     """Names of clusters that are up, and of those that left a folder or a namespace."""
+    daemons.check_library()
     from pyroute2 import netns
 
     folders = [path.name for path in state.ROOT.iterdir() if path.is_dir()] if state.ROOT.is_dir() else []

@@ -11,30 +11,44 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dtrain.slurm.devcluster.hosts import enter
-from dtrain.slurm.devcluster.state import ClusterError
+from dtrain.slurm.devcluster.state import BadRequest, ClusterError
 
-__all__ = ["check_machine", "slurm_conf", "start", "wait_until_idle"]
+__all__ = ["check_library", "check_machine", "slurm_conf", "start", "wait_until_idle"]
 
 TEMPLATES = Path(__file__).resolve().parents[1]
 NEEDED = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge", "nsenter": "util-linux"}
 SECONDS = 30.0
+TUN = Path("/dev/net/tun")
 
 
-def check_machine() -> None:
-    """Raise ``ClusterError`` naming what a cluster needs and this machine lacks."""
+def check_machine(*, tun: bool = False) -> None:
+    """Raise ``BadRequest`` naming what a cluster needs and this machine lacks. ``tun``: it is to have a latency."""
     if os.geteuid() != 0:
-        raise ClusterError(
+        raise BadRequest(
             "a cluster needs root: it makes network namespaces, and Slurm's daemons insist on setgroups; run "
             "`sudo .venv/bin/dtrain cluster up`. Without root, `dtrain train` and `dtrain bench` work on this machine "
             "as it is"
         )
     missing = {package for command, package in NEEDED.items() if shutil.which(command) is None}
     if missing:
-        raise ClusterError(f"a cluster needs {', '.join(NEEDED)}; run: apt-get install -y {' '.join(sorted(missing))}")
+        raise BadRequest(f"a cluster needs {', '.join(NEEDED)}; run: apt-get install -y {' '.join(sorted(missing))}")
+    check_library()
+    if tun:
+        try:
+            TUN.open("rb").close()
+        except OSError as error:
+            raise BadRequest(
+                f"links with latency need {TUN}, which cannot be opened ({error.strerror}); run: modprobe tun (in a "
+                f"container: --device {TUN}), or leave out --latency"
+            ) from error
+
+
+def check_library() -> None:
+    """Raise ``BadRequest`` if what makes links is not installed."""
     try:
         import pyroute2  # noqa: F401
     except ImportError as error:
-        raise ClusterError("a cluster needs pyroute2; run: pip install 'dtrain[cluster]'") from error
+        raise BadRequest("a cluster needs pyroute2; run: pip install 'dtrain[cluster]'") from error
 
 
 def slurm_conf(
@@ -73,10 +87,13 @@ def start(folder: Path, pids: Mapping[str, int], nodes: Sequence[str]) -> None:
 
 
 def _daemon(pid: int, folder: Path, name: str, argv: Sequence[str]) -> None:
-    done = subprocess.run(
-        enter(pid, argv, directory="/"), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS,
-        check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            enter(pid, argv, directory="/"), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(f"{name} was not ready after {SECONDS:g} s {_last(folder, name)}".rstrip()) from error
     if done.returncode:
         raise ClusterError(f"{name} did not start: {done.stderr.strip() or done.stdout.strip()} {_last(folder, name)}")
 
@@ -88,8 +105,9 @@ def wait_until_idle(folder: Path, login: int, nodes: int) -> None:
     command = enter(login, ["sinfo", "--noheader", "--partition=main", "--Node", "--format=%N %t"], directory="/")
     while True:
         said = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            timeout=SECONDS,
+        )  # fmt: skip
         states = [line.split()[1] for line in said.stdout.splitlines() if line.count(" ") == 1]
         if len(states) == nodes and all(state == "idle" for state in states):
             return

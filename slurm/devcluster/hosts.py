@@ -20,7 +20,6 @@ echo cubic > /proc/sys/net/ipv4/tcp_congestion_control
 mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
 [ -e /etc/resolv.conf ] && mount --bind "$2/resolv.conf" "$(readlink -f /etc/resolv.conf)"
-mkdir -p /run/munge && mount --bind "$2/munge" /run/munge
 echo $$ > "$2/$1.pid.new" && mv "$2/$1.pid.new" "$2/$1.pid"
 exec sleep infinity
 """

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.slurm.devcluster.state import Rate
+from dtrain.slurm.devcluster.state import ClusterError, Rate
 
 __all__ = ["PREFIX", "allow_cubic", "connect", "cut", "namespace", "namespaces", "remove", "restore_cubic", "shape"]
 
@@ -60,44 +60,52 @@ def remove(cluster: str) -> None:
 
 def bridge(switch: str) -> None:
     """The bridge within the namespace ``switch``."""
-    from pyroute2 import NetNS
-
-    with NetNS(switch) as inside:
+    with _inside(switch) as inside:
         inside.link("add", ifname="bridge", kind="bridge")
-        inside.link("set", index=inside.link_lookup(ifname="bridge")[0], state="up")
+        inside.link("set", index=_index(inside, "bridge"), state="up")
 
 
 def connect(switch: str, host_namespace: str, host: str, address: str) -> None:
     """Join a host to the bridge: its end is called eth0, the port at the bridge as the host."""
-    from pyroute2 import NetNS
-
-    with NetNS(switch) as inside:
+    with _inside(switch) as inside:
         inside.link("add", ifname=host, kind="veth", peer={"ifname": "eth0", "net_ns_fd": host_namespace})
-        port = inside.link_lookup(ifname=host)[0]
-        inside.link("set", index=port, master=inside.link_lookup(ifname="bridge")[0], state="up")
-    with NetNS(host_namespace) as inside:
-        eth0 = inside.link_lookup(ifname="eth0")[0]
+        port = _index(inside, host)
+        inside.link("set", index=port, master=_index(inside, "bridge"), state="up")
+    with _inside(host_namespace) as inside:
+        eth0 = _index(inside, "eth0")
         inside.addr("add", index=eth0, address=address, prefixlen=24)
         inside.link("set", index=eth0, state="up")
 
 
 def address(host_namespace: str, address: str) -> None:
     """Give a host's eth0, which is there already, its address."""
-    from pyroute2 import NetNS
-
-    with NetNS(host_namespace) as inside:
-        eth0 = inside.link_lookup(ifname="eth0")[0]
+    with _inside(host_namespace) as inside:
+        eth0 = _index(inside, "eth0")
         inside.addr("add", index=eth0, address=address, prefixlen=24)
         inside.link("set", index=eth0, mtu=1500, state="up")
 
 
 def shape(switch: str, host_namespace: str, host: str, rate: Rate) -> None:
     """Give a host's link a rate, in both directions; it may carry traffic meanwhile."""
-    from pyroute2 import NetNS
-
     for where, name in ((host_namespace, "eth0"), (switch, host)):
-        with NetNS(where) as inside:
-            _tbf(inside, inside.link_lookup(ifname=name)[0], rate)
+        with _inside(where) as inside:
+            _tbf(inside, _index(inside, name), rate)
+
+
+def _inside(namespace: str) -> Any:
+    """A namespace that there is: without flags, pyroute2 would make one of a name that it does not find."""
+    from pyroute2 import NetNS, netns
+
+    if namespace not in netns.listnetns():
+        raise ClusterError(f"the network namespace {namespace} is gone; take the cluster down")
+    return NetNS(namespace, flags=0)
+
+
+def _index(inside: Any, name: str) -> int:
+    found: list[int] = inside.link_lookup(ifname=name)
+    if not found:
+        raise ClusterError(f"the link {name} is gone; take the cluster down")
+    return found[0]
 
 
 def _tbf(inside: Any, index: int, rate: Rate) -> None:
@@ -114,10 +122,8 @@ def _tbf(inside: Any, index: int, rate: Rate) -> None:
 
 def cut(switch: str, host: str, *, up: bool) -> None:
     """Take a host's port at the bridge down, or up again."""
-    from pyroute2 import NetNS
-
-    with NetNS(switch) as inside:
-        inside.link("set", index=inside.link_lookup(ifname=host)[0], state="up" if up else "down")
+    with _inside(switch) as inside:
+        inside.link("set", index=_index(inside, host), state="up" if up else "down")
 
 
 def allow_cubic(keep: Path) -> None:

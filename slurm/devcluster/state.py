@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import re
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ClusterError", "Facts", "Rate", "named", "parse_latency", "parse_rate", "running"]
+__all__ = [
+    "BadRequest", "ClusterError", "Facts", "Rate", "explained", "locked", "named", "parse_latency", "parse_rate",
+    "running",
+]  # fmt: skip
 
 ROOT = Path("/run/dtrain")
 NAME = re.compile(r"[a-z][a-z0-9]{0,7}")
@@ -18,6 +26,56 @@ FASTEST_BITS = 2_000_000_000
 
 class ClusterError(RuntimeError):
     """A cluster that cannot be made, found or changed; the message says what to do."""
+
+
+class BadRequest(ClusterError):
+    """What was asked for cannot be had: nothing was begun and nothing changed."""
+
+
+@contextlib.contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """Turn whatever the system refuses within the block into a `ClusterError` that says what was being done."""
+    try:
+        yield
+    except subprocess.TimeoutExpired as error:
+        command = error.cmd if isinstance(error.cmd, str) else " ".join(map(str, error.cmd))
+        raise ClusterError(f"{doing}: no end within {error.timeout:g} s of: {command}") from error
+    except Exception as error:
+        # Errors of netlink are no OSError. pyroute2 may be missing, and where it raised it has been imported.
+        if not isinstance(error, OSError | subprocess.SubprocessError) and "pyroute2" not in type(error).__module__:
+            raise
+        forbidden = getattr(error, "errno", getattr(error, "code", 0)) in (errno.EPERM, errno.EACCES)
+        way_out = (
+            "run it in a container with --privileged, or in none" if os.geteuid() == 0 else "run it as root (sudo)"
+        )
+        hint = f"; {way_out}" if forbidden else ""
+        raise ClusterError(f"{doing}: {error}{hint}") from error
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Hold ROOT, which the first cluster makes and the last one removes: one process at a time."""
+    while True:
+        with contextlib.suppress(FileExistsError):  # `exist_ok` would raise it if the folder goes away meanwhile
+            ROOT.mkdir()
+        try:
+            handle = os.open(ROOT, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # removed just now
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            # Whoever held it may have removed the folder, and then this one is nobody's.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(ROOT)):
+                    break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -38,7 +96,7 @@ class Rate:
 def parse_rate(text: str) -> Rate:
     """From "1gbit", "2.5mbit" or "none".
 
-    Raises ``ClusterError`` for anything else, and for what these links cannot keep: above 2 gbit the processor is the
+    Raises ``BadRequest`` for anything else, and for what these links cannot keep: above 2 gbit the processor is the
     limit, and a figure measured there says nothing about a network.
 
     >>> parse_rate("100mbit").bits
@@ -48,10 +106,10 @@ def parse_rate(text: str) -> Rate:
         return Rate(None)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(k|m|g)bit", text)
     if found is None:
-        raise ClusterError(f"{text!r} is no bandwidth; write 50mbit, 1gbit, or none for no limit")
+        raise BadRequest(f"{text!r} is no bandwidth; write 50mbit, 1gbit, or none for no limit")
     bits = round(float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]])
     if not 64_000 <= bits <= FASTEST_BITS:
-        raise ClusterError(
+        raise BadRequest(
             f"a bandwidth of {text} cannot be had on one machine: below 64kbit Slurm itself times out, above 2gbit the "
             "processor is the limit and not the link; choose one in between, or none for no limit"
         )
@@ -59,7 +117,7 @@ def parse_rate(text: str) -> Rate:
 
 
 def parse_latency(text: str) -> float:
-    """Seconds one way, from "10ms" or "0.5s"; "none" is 0. Raises ``ClusterError``.
+    """Seconds one way, from "10ms" or "0.5s"; "none" is 0. Raises ``BadRequest``.
 
     >>> parse_latency("10ms")
     0.01
@@ -68,10 +126,10 @@ def parse_latency(text: str) -> float:
         return 0.0
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)", text)
     if found is None:
-        raise ClusterError(f"{text!r} is no latency; write 10ms or 0.1s, or none")
+        raise BadRequest(f"{text!r} is no latency; write 10ms or 0.1s, or none")
     seconds = float(found[1]) / (1000 if found[2] == "ms" else 1)
     if seconds > 2:
-        raise ClusterError(f"a latency of {text} is more than 2s one way, with which Slurm itself does not work")
+        raise BadRequest(f"a latency of {text} is more than 2s one way, with which Slurm itself does not work")
     return seconds
 
 
@@ -134,15 +192,15 @@ def running() -> list[Facts]:
 
 
 def named(name: str | None) -> Facts:
-    """The cluster of that name; without a name, the only one that is up. Raises ``ClusterError``."""
+    """The cluster of that name; without a name, the only one that is up. Raises ``BadRequest``."""
     up = running()
     names = ", ".join(facts.name for facts in up) or "none"
     if name is None and len(up) == 1:
         return up[0]
     if name is None and up:
-        raise ClusterError(f"several clusters are up ({names}): say which, with --name NAME or DTRAIN_CLUSTER=NAME")
+        raise BadRequest(f"several clusters are up ({names}): say which, with --name NAME or DTRAIN_CLUSTER=NAME")
     for facts in up:
         if facts.name == name:
             return facts
     what = f"no cluster {name} is up" if name else "no cluster is up"
-    raise ClusterError(f"{what} (up: {names}); start one with: dtrain cluster up")
+    raise BadRequest(f"{what} (up: {names}); start one with: dtrain cluster up")

@@ -226,7 +226,7 @@ def test_a_compressor_just_inside_is_accepted() -> None:
 
 
 def test_error_feedback_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="around error_feedback would send every error twice; use it once"):
+    with pytest.raises(ValueError, match="would feed every error back twice; give it the compressor alone"):
         error_feedback(error_feedback(quantize(bits=8)))  # type: ignore[arg-type]
 
 

@@ -48,7 +48,8 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def natively(values: list[dict[str, Tensor]], compressor: Compressor) -> list[Combined]:
-    return simulate([native_mean(mine, compressor, Key(0, 0, rank)) for rank, mine in enumerate(values)])
+    plan = plain(compressor)
+    return simulate([native_mean(mine, plan, Key(0, 0, rank), State({})) for rank, mine in enumerate(values)])
 
 
 # --- the mean -------------------------------------------------------------------------------------------------------

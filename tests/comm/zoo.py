@@ -9,13 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.combine import combine
 from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.lowrank import Matrix
 from dtrain.comm.compressors.quantize import quantize
+from dtrain.comm.compressors.sign import sign
+from dtrain.comm.compressors.sparse import randk, topk
+from dtrain.comm.compressors.ternary import compeft, terngrad
 from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.ops import Flow, Op, Payload, Place
-from dtrain.comm.routes import Combined, two_phase
+from dtrain.comm.plans.base import Plan, kinds_of
+from dtrain.comm.routes import Combined
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 
@@ -44,6 +50,18 @@ COMPRESSORS: dict[str, Compressor] = {
     "int4": quantize(bits=4, block=16),
     "int3 stochastic": quantize(bits=3, block=7, rounding="stochastic"),
     "int5, prime block": quantize(bits=5, block=13),
+    "e4m3": cast("fp8_e4m3", block=64),
+    "e5m2": cast("fp8_e5m2", block=7),
+    "symmetric": quantize("symmetric", bits=5, block=16),
+    "qsgd": quantize("qsgd", bits=4, block=13, rounding="stochastic"),
+    "e3m0": quantize("e3m0", block=16),
+    "natural": quantize("natural", block=31, rounding="stochastic"),
+    "top-k": topk(0.2),
+    "random-k": randk(0.3),
+    "random-k, unbiased": randk(0.6, scaled=True),
+    "sign": sign(block=16),
+    "terngrad": terngrad(block=16),
+    "compeft": compeft(block=16, density=0.3),
 }
 
 worlds = st.integers(1, 5)
@@ -89,24 +107,31 @@ def plain(compressor: Compressor) -> Compression:
     return Compression(compressor, NoFeedback())
 
 
-def fresh_states(compression: Compression, world: int) -> list[State]:
-    return [State(compression.feedback.kinds) for _ in range(world)]
+def fresh_states(plan: Plan, world: int) -> list[State]:
+    return [State(kinds_of(plan)) for _ in range(world)]
+
+
+def square(values: dict[str, Tensor]) -> dict[str, Matrix]:
+    """Pieces as matrices that are about square, whose first row a shard boundary has cut."""
+    columns = {fqn: max(1, int(value.numel() ** 0.5)) for fqn, value in values.items()}
+    return {fqn: Matrix(value.numel(), columns[fqn], columns[fqn] // 2) for fqn, value in values.items()}
 
 
 def exchange(
     values: Sequence[dict[str, Tensor]],
-    compression: Compression,
+    plan: Plan,
     states: Sequence[State] | None = None,
     *,
     step: int = 0,
     seed: int = 0,
 ) -> list[Combined]:
-    """One `two_phase` message between all ranks; nothing is committed."""
+    """One exchange between all ranks on the two-phase route; nothing is committed."""
     world = len(values)
-    states = fresh_states(compression, world) if states is None else states
+    states = fresh_states(plan, world) if states is None else states
+    lies = square(values[0])
     return simulate(
         [
-            two_phase(values[r], compression, rank_order_mean, Place(r, world), Key(seed, step, r), states[r])
+            combine(values[r], plan, rank_order_mean, Place(r, world), Key(seed, step, r), states[r], matrices=lies)
             for r in range(world)
         ]
     )

@@ -62,7 +62,7 @@ def test_what_has_no_part_in_what_is_computed_may_change(override: str, make: Ma
         ("optim.inner.lr=0.5", "optim.inner.lr: 0.003 -> 0.5"),
         ("optim.schedule=linear", "optim.schedule: cosine -> linear"),
         ("sync.every_steps=3", "sync.every_steps: 20 -> 3"),
-        ("sync.compress=null", "sync.compress.bits: 8 -> (absent)"),
+        ("sync.compress=null", "sync.compress: dtrain.quantize -> null"),
         ("model.layers=2", "model.layers: 4 -> 2"),
         ("data.block=8", "data.block: 16 -> 8"),
     ],
@@ -71,6 +71,21 @@ def test_anything_else_is_refused_with_the_difference(override: str, line: str, 
     with pytest.raises(ResumeError, match=re.escape(f"\n    {line}\n")) as refused:
         check_resume(make(), make(override, "train.steps=7"))
     assert "train.steps" not in str(refused.value) and refused.value.exit_code == 2
+
+
+def test_the_advice_can_be_followed(make: Make) -> None:
+    old = make("run.dir=runs/x")
+    with pytest.raises(ResumeError) as refused:
+        check_resume(old, make("run.dir=runs/y", "run.resume=runs/x", "train.seed=2", "data.block=8", "sync=dense"))
+    assert str(refused.value) == (
+        "runs/x cannot go on like this: what these keys say may not change at a resume (then -> now):\n"
+        "    data.block: 16 -> 8\n"
+        "    sync._target_: dtrain.diloco -> dtrain.every_step\n"
+        "    train.seed: 1 -> 2\n"
+        "go on with what was: data.block=16 train.seed=1, and the choices of runs/x/config.yaml\n"
+        "or start from step 0: a run.dir that has no run yet, without run.resume"
+    )
+    check_resume(old, make("run.dir=runs/y", "run.resume=runs/x", "data.block=16", "train.seed=1"))
 
 
 def test_every_pattern_of_what_may_change_is_of_keys_that_exist() -> None:

@@ -31,6 +31,10 @@ def takes_all(**keywords: object) -> dict[str, object]:
     return keywords
 
 
+def without_annotations(width=4, name="x", rate=0.5):  # type: ignore[no-untyped-def]  # as a user may write it
+    raise TypeError("unpacking failed")
+
+
 def refuses(what: str) -> None:
     errors: dict[str, Exception] = {
         "value": ValueError("no good"),
@@ -89,6 +93,13 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, object], messa
         instantiate(settings, "place")
 
 
+def test_a_keyword_without_annotation_is_judged_by_its_default_once_the_target_has_failed() -> None:
+    settings = {"_target_": f"{__name__}.without_annotations", "width": "abc", "rate": 1}
+    message = "refused its settings: unpacking failed (place.width is 'abc' (text), its default is 4 (an integer))"
+    with pytest.raises(ConfigError, match=re.escape(message) + "$"):
+        instantiate(settings, "place")
+
+
 def test_errors_of_ours_pass_through_and_bugs_keep_their_type() -> None:
     with pytest.raises(DataError, match=r"^empty$"):
         instantiate({"_target_": REFUSES, "what": "data"}, "place")
@@ -130,6 +141,15 @@ def test_a_hint_is_one_of_the_candidates_or_nothing(name: str, candidates: list[
         (str | None, ["a", None], [1], "text or null"),
         (Literal["a", 2], ["a", 2], ["b", 3], "one of a, 2"),
         (int | Literal["all"], [3, "all"], ["x", 1.5], "an integer or one of all"),
+        (float | torch.Tensor, [1, 0.5], ["abc", None], "a number"),  # AdamW's lr; no configuration holds a tensor
+        (torch.Tensor | datetime.date, ["anything"], [], None),
+        (
+            tuple[float, int | torch.Tensor],
+            [[0.5, 1]],
+            ["ab", [1], [1, 2, 3], [1, "x"]],
+            "a list [a number, an integer]",
+        ),
+        (tuple[int, ...], ["anything", 3], [], None),
         (list[int], ["anything", 3], [], None),  # not simple: left to the target
         (datetime.date, ["anything"], [], None),
     ],

@@ -29,25 +29,84 @@ class Shapeless(nn.Module):
 
 
 class NoData:
-    """Has no describe()."""
+    """Has neither describe() nor tokens_per_example."""
 
     def __init__(self, split: str = "train"): ...
 
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, index: int, /) -> int:
-        return 0
+    def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
+        return {"x": torch.zeros(2)}
 
 
-class Unspeakable(NoData):
+def made_without_describe(split: str = "train") -> list[int]:
+    """A builder of what is no data set."""
+    return [1, 2]
+
+
+class NoTokens(NoData):
+    """Does not say how many tokens an example has."""
+
+    def describe(self) -> dict[str, object]:
+        return {"root": "here"}
+
+
+class Data(NoTokens):
+    """A data set as it should be."""
+
+    tokens_per_example: object = 2
+
+
+class TokensInWords(Data):
+    """Says it in words."""
+
+    tokens_per_example = "two"
+
+
+class Raises(Data):
+    """Its describe() is left to whoever comes next."""
+
+    def describe(self) -> dict[str, object]:
+        raise NotImplementedError("later")
+
+
+class RaisesAtOnce(Data):
+    """Cannot even be made."""
+
+    def __init__(self, split: str = "train"):
+        raise RuntimeError("the disk is gone")
+
+
+class DescribesInWords(Data):
+    """Says of itself what nobody can compare."""
+
+    def describe(self) -> dict[str, object]:
+        return "some data"  # type: ignore[return-value]  # the user's error
+
+
+class Numbers(Data):
+    """Its examples have no names."""
+
+    def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
+        return torch.zeros(3)  # type: ignore[return-value]  # the user's error
+
+
+class Words(Data):
+    """Its examples are no tensors."""
+
+    def __getitem__(self, index: int, /) -> dict[str, torch.Tensor]:
+        return {"text": "no tensor"}  # type: ignore[dict-item]  # the user's error
+
+
+class Unspeakable(Data):
     """Says of itself what JSON cannot hold."""
 
     def describe(self) -> dict[str, object]:
         return {"root": Path()}
 
 
-class OneSplit(NoData):
+class OneSplit(Data):
     """Has no example for validation."""
 
     def __init__(self, split: str = "train"):
@@ -118,8 +177,6 @@ def changed(key: str, value: object) -> Config:
         ("sync.compress.bits=9", "bits is 9"),
         ("sync._target_=dtrain.mean", "sync"),
         ("optim.inner.lr=-1", "optim.inner: torch.optim.AdamW refused its settings: Invalid learning rate: -1"),
-        ("optim.inner.lr=abc", "optim.inner: torch.optim.AdamW refused its settings"),
-        ("optim.inner.betas=[0.9]", "optim.inner: torch.optim.AdamW refused its settings"),
         ("model.dim=0", "model: dtrain.models.transformer.Transformer refused its settings: dim is 0"),
         ("model.heads=3", "refused its settings"),
         ("~model.heads", "missing 1 required keyword-only argument: 'heads'"),
@@ -194,7 +251,22 @@ def test_an_empty_data_folder_is_refused(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data=custom", f"data._target_={__name__}.NoData"], "it needs len(), [i] and describe()"),
+        (
+            ["data=custom", f"data._target_={__name__}.NoData"],
+            "makes a NoData without tokens_per_example and describe()",
+        ),
+        (["data=custom", f"data._target_={__name__}.made_without_describe"], "makes a list without tokens_per_example"),
+        (["data=custom", f"data._target_={__name__}.NoTokens"], "makes a NoTokens without tokens_per_example; a data"),
+        (
+            ["data=custom", f"data._target_={__name__}.TokensInWords"],
+            "at least 1, but is 'two' (text); give the number",
+        ),
+        (["data=custom", f"data._target_={__name__}.Raises"], "describe() failed for"),
+        (["data=custom", f"data._target_={__name__}.Raises"], "NotImplementedError: later\n  at "),
+        (["data=custom", f"data._target_={__name__}.RaisesAtOnce"], "RuntimeError: the disk is gone\n  at "),
+        (["data=custom", f"data._target_={__name__}.DescribesInWords"], "must return a dict, but returned 'some data'"),
+        (["data=custom", f"data._target_={__name__}.Numbers"], "is a Tensor; return a dict of tensors by name"),
+        (["data=custom", f"data._target_={__name__}.Words"], "'text' in [0] of"),
         (["data=custom", f"data._target_={__name__}.Unspeakable"], "returns what JSON cannot hold"),
         (["data=custom", f"data._target_={__name__}.OneSplit"], "has no example in its validation split"),
         (["optim.inner._target_=torch.optim.lr_scheduler.LambdaLR"], "optim.inner"),

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.doctor import names as names_module
 from dtrain.doctor.checks import disk, own_name
 from dtrain.doctor.finding import Finding
+from dtrain.doctor.names import names
 from dtrain.doctor.pairs import Exchange, Server, exchange, rounds
 from dtrain.doctor.verdict import Report, findings, render
 
@@ -92,6 +94,77 @@ def test_a_folder_that_cannot_be_written_to_is_a_problem(tmp_path: Path) -> None
     assert found[-1].level == "problem" and "choose another run.dir" in found[-1].way_out
     assert [finding.level for finding in disk("here", tmp_path)][1] in ("ok", "warning")
     assert list(tmp_path.iterdir()) == []
+
+
+class NameService:
+    """Two tables: name -> address, and address -> names. Told to `socket` in place of the machine's own."""
+
+    def __init__(self, forward: dict[str, str], back: dict[str, list[str]]) -> None:
+        self._forward, self._back = forward, back
+
+    def getaddrinfo(self, name: str, *_: object) -> list[tuple[object, ...]]:
+        if name not in self._forward:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(None, None, None, "", (self._forward[name], 0))]
+
+    def gethostbyaddr(self, address: str) -> tuple[str, list[str], list[str]]:
+        if address not in self._back:
+            raise socket.herror(1, "Unknown host")
+        official, *aliases = self._back[address]
+        return official, aliases, [address]
+
+
+HOSTS = {"n0": "10.0.0.1", "n1": "10.0.0.2"}
+
+
+@pytest.mark.parametrize(
+    ("back", "more", "level", "said"),
+    [
+        ({"10.0.0.1": ["n0"], "10.0.0.2": ["n1.site.example"]}, {}, "ok", "2 lead back"),
+        ({"10.0.0.1": ["node0", "n0"], "10.0.0.2": ["n1"]}, {}, "ok", "2 lead back"),
+        # A second name of the same host, as sites have for another network.
+        ({"10.0.0.1": ["n0"], "10.0.0.2": ["n1i"]}, {"n1i": "10.0.0.2"}, "ok", "2 lead back"),
+        ({"10.0.0.1": ["n0"]}, {}, "warning", "no name for 10.0.0.2 (n1)"),
+        ({"10.0.0.1": ["n0"], "10.0.0.2": ["n0"]}, {}, "problem", "n1 is 10.0.0.2, but 10.0.0.2 is n0"),
+        (
+            {"10.0.0.1": ["n0"], "10.0.0.2": ["old"]}, {"old": "10.0.0.9"}, "problem",
+            "n1 is 10.0.0.2, but 10.0.0.2 is old",
+        ),
+        ({"10.0.0.1": ["n0"], "10.0.0.2": ["nowhere"]}, {}, "ok", "2 lead back"),
+    ],
+)  # fmt: skip
+def test_an_address_that_leads_back_to_another_host_is_a_problem_and_one_without_a_name_a_warning(
+    back: dict[str, list[str]], more: dict[str, str], level: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = NameService({**HOSTS, **more}, back)
+    monkeypatch.setattr(socket, "getaddrinfo", service.getaddrinfo)
+    monkeypatch.setattr(socket, "gethostbyaddr", service.gethostbyaddr)
+    forward, reverse = names("n0", ["n0", "n1"])
+    assert forward.level == "ok" and (reverse.check, reverse.level, reverse.what) == ("reverse names", level, said)
+    assert bool(reverse.way_out) == (level != "ok")
+
+
+def test_the_loopback_leads_back_to_nobody_in_particular(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = NameService({"n0": "127.0.1.1"}, {"127.0.1.1": ["localhost"]})
+    monkeypatch.setattr(socket, "getaddrinfo", service.getaddrinfo)
+    monkeypatch.setattr(socket, "gethostbyaddr", service.gethostbyaddr)
+    assert [finding.level for finding in names("n0", ["n0"])] == ["ok", "ok"]
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for_at_every_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names_module, "PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(socket, "getaddrinfo", NameService(HOSTS, {}).getaddrinfo)
+    found = names("n0", ["n0", "n1"])[-1]
+    assert (found.level, found.what) == ("warning", "look-ups take so long that 2 of 2 were left out")
+
+
+def test_names_that_do_not_resolve_are_a_problem_and_the_others_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = NameService(HOSTS, {"10.0.0.1": ["n1"]})
+    monkeypatch.setattr(socket, "getaddrinfo", service.getaddrinfo)
+    monkeypatch.setattr(socket, "gethostbyaddr", service.gethostbyaddr)
+    assert [finding.what for finding in names("n0", ["n0", "n1", "n2"]) if finding.level == "problem"] == [
+        "n2 do not resolve", "n0 is 10.0.0.1, but 10.0.0.1 is n1",
+    ]  # fmt: skip
 
 
 @pytest.mark.processes

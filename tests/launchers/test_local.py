@@ -299,6 +299,34 @@ def test_ranks_that_fail_while_they_are_stopped_are_told_and_not_restarted(tmp_p
     assert (tmp_path / "saved-1").exists()
 
 
+@pytest.mark.parametrize("dies", ["fail('no luck')", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_pain_12_no_process_that_a_rank_has_started_outlives_a_failure(dies: str, tmp_path: Path) -> None:
+    # The helper of the rank that fails, and that of the other one, which does not end by itself either.
+    body = f"""
+    import subprocess
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    helper = subprocess.Popen(["sleep", "300"])
+    (folder / f"helper-{{rank}}.new").write_text(str(helper.pid))
+    os.rename(folder / f"helper-{{rank}}.new", folder / f"helper-{{rank}}")
+    while not ((folder / "helper-0").exists() and (folder / "helper-1").exists()):
+        time.sleep(0.01)
+    if rank == 1:
+        {dies}
+    time.sleep(300)
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dtrain.launchers.local.ROOT_SECONDS", 0.2)
+        patch.setattr("dtrain.launchers.local.PEER_SECONDS", 0.5)
+        assert run(tmp_path, body).kind == "failed"
+    helpers = [int((tmp_path / f"helper-{rank}").read_text()) for rank in range(2)]
+    deadline = time.monotonic() + 5
+    wait_for(lambda: all(gone(helper) for helper in helpers) or time.monotonic() > deadline)
+    left = [helper for helper in helpers if not gone(helper)]
+    for helper in left:
+        os.kill(helper, signal.SIGKILL)
+    assert left == []
+
+
 def test_no_worker_outlives_a_killed_launcher(tmp_path: Path) -> None:
     body = """
     from dtrain.launchers.local import die_with_parent

@@ -51,7 +51,7 @@ def test_a_function_runs_once_per_rank(tmp_path: Path) -> None:
     assert job.result(50) == [("0", "2", "0"), ("1", "2", "1")]
 
 
-def test_pain_12_a_name_that_does_not_resolve_is_replaced_by_the_nodes_address(tmp_path: Path) -> None:
+def test_pain_2_a_name_that_does_not_resolve_is_replaced_by_the_nodes_address(tmp_path: Path) -> None:
     job = launcher().submit(program(tmp_path, "import os; print(os.environ['MASTER_ADDR'])"), folder=tmp_path / "job")
     assert job.wait(50) == "finished" and "127.0.0.1" in log(job, 1)
 

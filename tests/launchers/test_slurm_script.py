@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Work, SlurmSettings]] = {
         SlurmSettings(python=PYTHON, nodes=1, workers=2, array_parallel=2),
     ),
     "replicas": (work(), SlurmSettings(python=PYTHON, nodes=4, workers=8, replicas=2)),
+    "replicas_on_two_nodes": (work(), SlurmSettings(python=PYTHON, nodes=2, workers=8, replicas=4)),
     "replicas_on_one_node": (work(), SlurmSettings(python=PYTHON, nodes=1, workers=4, replicas=2)),
     "heterogeneous": (
         work(),
@@ -99,6 +100,8 @@ def test_the_script_is_a_pure_function() -> None:
         (SlurmSettings(minutes=2, signal_seconds=120), "leaves nothing of a time limit of 2 minutes"),
         (SlurmSettings(workers=4, replicas=3), "cannot form 3 job steps"),
         (SlurmSettings(workers=4, replicas=2, per_node="torchrun"), "needs launcher.per_node=srun"),
+        (SlurmSettings(nodes=3, workers=6, replicas=2), "2 replicas on launcher.nodes=3 would share nodes unevenly"),
+        (SlurmSettings(nodes=2, workers=8, replicas=4, gpus_per_node=4), "2 replicas on each node would take the same"),
         (SlurmSettings(port=70000), "is no port"),
         (SlurmSettings(sbatch=("--time=5",)), "set launcher.minutes instead"),
         (SlurmSettings(sbatch=("open-mode=truncate",)), "it must be append"),

@@ -85,6 +85,17 @@ def test_the_rank_that_never_entered_a_collective_is_named_with_its_stack(tmp_pa
     assert "line 21, in load" in text and "wait_for_data()" in text and "line 20" not in text
 
 
+def test_who_waits_in_another_group_is_not_the_one_who_is_missing(tmp_path: Path) -> None:
+    # Replicas (0, 1) and (2, 3). Rank 1 has not come to its shard group; rank 3 waits for it in the replicate axis.
+    beats = {0: beat(0), 1: beat(1, waits=False), 2: beat(2, since=20.0), 3: beat(3, since=20.0)}
+    for rank in (2, 3):
+        beats[rank]["waiting"] = {"what": "AllReduce #2 of group replicas", "group": "replicas", "number": 2}
+        beats[rank]["entered"] = {"replicas": 2}
+    text = told(tmp_path, [], beats, state="failed")
+    assert text.splitlines()[0].startswith("rank 1 on n1 has not entered all_reduce #4 of group 0")
+    assert "rank 2" not in text and "rank 3" not in text
+
+
 def test_a_hang_of_a_job_that_still_runs_is_told_as_it_goes_on(tmp_path: Path) -> None:
     running = [ended(rank, ended=None, exit_code=None, message="") for rank in range(2)]
     text = told(tmp_path, running, {0: beat(0), 1: beat(1, waits=False)}, state="running")

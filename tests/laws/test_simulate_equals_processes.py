@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, diloco, error_feedback, every_step, quantize
+from dtrain.comm.combine import combine
+from dtrain.comm.compressors.lowrank import matrices
 from dtrain.comm.drivers.simulate import simulate
+from dtrain.comm.layout import Segment
 from dtrain.comm.ops import Place
-from dtrain.comm.routes import native_mean, two_phase
+from dtrain.comm.plans.base import kinds_of
 from dtrain.comm.schedules.every_step import EveryStep
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update_round
 from dtrain.comm.schedules.sync import Sync
@@ -69,8 +72,8 @@ def simulated(name: str) -> list[Tensor]:
     spec = SYNCS[name]()
     replicas = [model() for _ in range(WORLD)]
     optimizers = [torch.optim.AdamW(replica.parameters(), lr=0.01) for replica in replicas]
-    kinds = spec.kinds if isinstance(spec, LocalUpdate) else {"residual": "per_worker"}
-    states = [State(kinds) for _ in range(WORLD)]  # type: ignore[arg-type]
+    kinds = spec.kinds if isinstance(spec, LocalUpdate) else kinds_of(spec.plan)  # type: ignore[attr-defined]
+    states = [State(kinds) for _ in range(WORLD)]
     if isinstance(spec, LocalUpdate):
         for replica, state in zip(replicas, states, strict=True):
             for fqn, value in pieces(replica).items():
@@ -102,10 +105,9 @@ def exchange_gradients(spec: EveryStep, replicas: list[nn.Module], states: list[
     for rank, (replica, state) in enumerate(zip(replicas, states, strict=True)):
         gradients = {n: p.grad.reshape(-1) for n, p in replica.named_parameters() if p.grad is not None}
         key, place = Key(5, step, rank), Place(rank, WORLD)
-        if spec.route == "all_reduce":
-            flows.append(native_mean(gradients, spec.compression.compressor, key))
-        else:
-            flows.append(two_phase(gradients, spec.compression, spec.combine, place, key, state))
+        segments = {fqn: Segment(fqn, 0, gradient.numel()) for fqn, gradient in gradients.items()}
+        lies = matrices(segments, {fqn: tuple(p.shape) for fqn, p in replica.named_parameters()})
+        flows.append(combine(gradients, spec.plan, spec.rule, place, key, state, matrices=lies, route=spec.route))
     for replica, state, combined in zip(replicas, states, simulate(flows), strict=True):
         state.commit()
         for fqn, parameter in replica.named_parameters():

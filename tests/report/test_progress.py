@@ -39,7 +39,7 @@ def wait_for(stream: io.StringIO, text: str) -> None:
 
 def test_plain_lines(tmp_path: Path) -> None:
     stream, path = io.StringIO(), tmp_path / "metrics.jsonl"
-    with Progress(path, steps=1000, stream=stream, every_seconds=0) as progress:
+    with Progress(path, steps=1000, stream=stream) as progress:
         wait_for(stream, "starting workers\n")
         append(path, row(1), row(2, loss=None))
         wait_for(stream, "step 2/")
@@ -51,36 +51,36 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert stream.getvalue().replace("\n", "").isprintable()
 
 
-def test_plain_lines_are_few_and_the_last_is_shown(tmp_path: Path) -> None:
+def test_every_row_is_a_plain_line_however_fast_they_come(tmp_path: Path) -> None:
     stream, path = io.StringIO(), tmp_path / "metrics.jsonl"
-    with Progress(path, steps=5, stream=stream, every_seconds=3600):
-        append(path, row(1))
-        wait_for(stream, "step 1/5")
-        append(path, row(2))
-        time.sleep(0.5)
+    with Progress(path, steps=25, stream=stream):
         append(path, row(5))
-    steps = [line.split()[1] for line in stream.getvalue().splitlines() if line.startswith("step")]
-    assert steps == ["1/5", "5/5"]
+        wait_for(stream, "step 5/25")
+        append(path, row(10), row(15), {"step": 15, "validation_loss": 1.5}, row(20))
+        wait_for(stream, "step 20/25")
+        append(path, row(25))
+    steps = [line.split()[1] for line in stream.getvalue().splitlines() if line.startswith("step ") and "/" in line]
+    assert steps == ["5/25", "10/25", "15/25", "20/25", "25/25"]
 
 
 def test_a_cut_file_takes_the_step_back_and_repeats_no_validation(tmp_path: Path) -> None:
     stream, path = io.StringIO(), tmp_path / "metrics.jsonl"
     append(path, row(1), {"step": 1, "validation_loss": 9.0})  # of an earlier launch
-    with Progress(path, steps=10, stream=stream, every_seconds=0):
+    with Progress(path, steps=10, stream=stream):
         append(path, row(2), {"step": 2, "validation_loss": 8.0}, row(6))
         wait_for(stream, "step 6/10")
         cut(path, 2)
-        wait_for(stream, "step 2/10")
         append(path, row(3))
         wait_for(stream, "step 3/10")
         assert "2,000 tokens/s" in stream.getvalue().splitlines()[-1]
     assert stream.getvalue().count("validation") == 1
+    assert stream.getvalue().count("step 1/") == 0 and stream.getvalue().count("step 2/") == 1  # told once
 
 
 def test_a_torn_line_waits_until_it_is_whole(tmp_path: Path) -> None:
     stream, path = io.StringIO(), tmp_path / "metrics.jsonl"
     text = json.dumps(row(4)) + "\n"
-    with Progress(path, steps=10, stream=stream, every_seconds=0):
+    with Progress(path, steps=10, stream=stream):
         path.write_text(text[:20])
         time.sleep(0.5)
         with path.open("a") as file:

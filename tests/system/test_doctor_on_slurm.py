@@ -23,4 +23,5 @@ def test_the_host_with_the_slow_link_is_named(
         cluster.shape("1gbit", "c3")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "PROBLEM  c3           bandwidth" in done.stdout and "launcher.exclude=c3" in done.stdout
+    assert "4 lead back" in done.stdout
     assert "6 pairs: one way" in done.stdout and done.stdout.count("PROBLEM") == 1

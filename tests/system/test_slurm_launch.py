@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.slurm.devcluster import Cluster
-from tests.system.conftest import TINY, digest, job_of, logs, wait_for_end, wait_for_step
+from tests.system.conftest import TINY, digest, job_of, logs, rows, wait_for_end, wait_for_step
 
 pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -110,6 +112,21 @@ def test_a_replica_that_dies_does_not_take_the_others_with_it(dtrain: Command, t
     assert done.returncode == 1 and "rank 0 on c1 failed: exit code 1" in done.stderr
     for rank in (1, 2, 3):
         assert f"rank {rank} of 4 has ended" in (run / "logs" / f"rank-{rank}.log").read_text()
+
+
+def test_training_in_a_job_step_per_replica_goes_on_together_after_a_rank_was_killed(
+    dtrain: Command, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = ("launcher.nodes=4", "launcher.workers=4", "mesh.replicate=2", "mesh.shard=2", "train.steps=150")
+    every = ("train.checkpoint_every_steps=20", "launcher.wait=false", f"run.dir={run}")
+    assert dtrain("train", *TINY, *settings, *every, "launcher.isolate=replica").returncode == 0
+    assert (run / "job.sbatch").read_text().count("srun --kill-on-bad-exit=1") == 2
+    wait_for_step(run, 40)
+    os.kill(json.loads((run / "ranks" / "rank-0.beat").read_text())["pid"], signal.SIGKILL)
+    assert wait_for_end(run)["code"] == 0, logs(run)
+    assert len((run / "attempts").read_text().splitlines()) == 2
+    assert max(row["step"] for row in rows(run)) == 150
 
 
 @pytest.mark.parametrize(

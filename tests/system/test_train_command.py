@@ -108,6 +108,24 @@ def test_a_signal_checkpoints_and_the_same_command_goes_on(
     assert summary(tmp_path)["parameters_digest"] == undisturbed["parameters_digest"]
 
 
+def test_a_second_ctrl_c_ends_at_once_and_leaves_nobody_behind(text: Path, tmp_path: Path) -> None:
+    # Nobody agrees on anything before the end, so one Ctrl-C alone would wait for it.
+    never = ["train.agree_every_steps=1000000", "train.log_every_steps=1000000", "train.steps=1000000"]
+    process = Command(tmp_path, text, *never, "train.checkpoint_every_steps=100000")
+    while len(workers := process.workers()) < 4 or not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    process.process.send_signal(signal.SIGINT)
+    while "stopping: " not in process.output():
+        time.sleep(0.05)
+    time.sleep(0.6)
+    process.process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130, process.output()
+    assert "Ctrl-C again ends at once (there is no checkpoint yet)" in process.output()
+    assert "ended at once; there is no checkpoint, so the same command starts from step 0:" in process.output()
+    psutil.wait_procs([psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)], timeout=10)
+    assert not any(psutil.pid_exists(pid) for pid in workers)
+
+
 def test_stop_after_damage_and_a_finished_run(text: Path, tmp_path: Path, undisturbed: dict[str, object]) -> None:
     first = Command(tmp_path, text, "train.stop_after_steps=35")
     assert first.wait(200) == 0, first.output()
@@ -121,14 +139,15 @@ def test_stop_after_damage_and_a_finished_run(text: Path, tmp_path: Path, undist
     assert list((tmp_path / "checkpoints").glob("step-0000000035.corrupt-*"))
     assert "corrupt" in (tmp_path / "logs" / "rank-0.log").read_text()
     assert summary(tmp_path)["parameters_digest"] == undisturbed["parameters_digest"]
-    third = Command(tmp_path, text)
+    third = Command(tmp_path, text, "mesh.replicate=1", "mesh.shard=4")
     assert third.wait(100) == 0, third.output()
+    assert f"already finished: {tmp_path}, step {STEPS} of {STEPS}" in third.output()
     assert summary(tmp_path)["parameters_digest"] == undisturbed["parameters_digest"]
     assert summary(tmp_path)["loss"] == undisturbed["loss"]
 
 
 def test_the_cause_of_a_failure_comes_first(text: Path, tmp_path: Path) -> None:
-    model = ["model._target_=tests.system.test_train_command.FailsOnRank2", "launcher.max_restarts=0"]
+    model = ["model._target_=tests.system.test_train_command.FailsOnRank2"]
     removed = ["~model.dim", "~model.layers", "~model.heads", "~model.tied_embeddings"]
     folders = [f"run.dir={tmp_path}", f"data.path={text}"]
     arguments = [argument for argument in RUN if not argument.startswith("model.")]
@@ -137,10 +156,13 @@ def test_the_cause_of_a_failure_comes_first(text: Path, tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 1
+    assert process.returncode == 2  # nobody has taken a step: it would happen again
     first = next(line for line in errors.splitlines() if line.strip())
     assert "rank 2" in first
     assert "the cat sat on the cable" in first
+    assert "the batch has input: Tensor[2, 32] of int64" in first and "test_train_command.py" in errors
+    log = (tmp_path / "logs" / "rank-2.log").read_text()
+    assert "attempt 1" in log and "attempt 2" not in log and 'raise RuntimeError("the cat sat on the cable")' in log
 
 
 def __getattr__(name: str) -> object:

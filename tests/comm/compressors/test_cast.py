@@ -26,7 +26,7 @@ def test_bytes_and_shapes(name: str, m: int, width: int, seed: int) -> None:
     encoded = compressor.encode(rows, KEY)
     assert payload_bytes(encoded) == m * compressor.row_bytes(width)
     assert [(t.shape, t.dtype) for t in encoded] == [((m, width), DTYPES[name])]
-    decoded = compressor.decode(encoded, width)
+    decoded = compressor.decode(encoded, width, KEY)
     assert decoded.shape == (m, width) and decoded.dtype == torch.float32
 
 
@@ -34,32 +34,32 @@ def test_bytes_and_shapes(name: str, m: int, width: int, seed: int) -> None:
 def test_fp32_is_the_identity(values: list[float]) -> None:
     rows = torch.tensor([values])
     (sent,) = cast("fp32").encode(rows, KEY)
-    assert torch.equal(bits(cast("fp32").decode((sent,), len(values))), bits(rows))
+    assert torch.equal(bits(cast("fp32").decode((sent,), len(values), KEY)), bits(rows))
 
 
 @given(st.sampled_from(["bf16", "fp16"]), st.lists(st.floats(-60000, 60000, width=32), min_size=1, max_size=50))
 def test_the_relative_error_is_the_types(name: str, values: list[float]) -> None:
     rows = torch.tensor([values])
     compressor = cast(name)
-    decoded = compressor.decode(compressor.encode(rows, KEY), len(values)).double()
+    decoded = compressor.decode(compressor.encode(rows, KEY), len(values), KEY).double()
     smallest = torch.finfo(DTYPES[name]).smallest_normal  # below it the spacing no longer shrinks
     allowed = RELATIVE_ERROR[name] * rows.double().abs().clamp(min=smallest)
     assert bool(((decoded - rows.double()).abs() <= allowed).all())
-    once_more = compressor.decode(compressor.encode(decoded.float(), KEY), len(values))
+    once_more = compressor.decode(compressor.encode(decoded.float(), KEY), len(values), KEY)
     assert torch.equal(once_more.double(), decoded)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_the_relative_error_is_reached(name: str) -> None:
     half_way = torch.tensor([[1.0 + RELATIVE_ERROR[name]]])
-    decoded = cast(name).decode(cast(name).encode(half_way, KEY), 1)
+    decoded = cast(name).decode(cast(name).encode(half_way, KEY), 1, KEY)
     assert float((decoded - half_way).abs()) == RELATIVE_ERROR[name]
 
 
 @given(st.sampled_from(["fp32", "bf16"]), st.sampled_from(NUMELS), kinds_of_values, seeds, st.integers(-30, 30))
 def test_the_declared_contraction_holds(name: str, numel: int, kind: str, seed: int, exponent: int) -> None:
     x = draw(seed, numel, kind).unsqueeze(0) * 10.0**exponent
-    decoded = cast(name).decode(cast(name).encode(x, KEY), numel).double()
+    decoded = cast(name).decode(cast(name).encode(x, KEY), numel, KEY).double()
     allowed = (1 - cast(name).delta) * x.double().square().sum()
     assert float((decoded - x.double()).square().sum()) <= float(allowed)
 
@@ -84,5 +84,7 @@ def test_overflow_of_fp16_on_one_rank_is_seen_by_all(world: int, bad: int) -> No
 
 @pytest.mark.parametrize("dtype", ["float16", "fp8", "", "FP32"])
 def test_an_unknown_type_is_refused(dtype: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"dtype is {dtype!r}; cast knows fp32, fp16, bf16")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"dtype is {dtype!r}; cast knows fp32, fp16, bf16, fp8_e4m3, fp8_e5m2")
+    ):
         cast(dtype)

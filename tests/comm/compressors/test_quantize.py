@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.compressors.quantize import Quantize, pack_bits, quantize, unpack_bits
+from dtrain.comm.compressors.blocks import pack_bits, unpack_bits
+from dtrain.comm.compressors.quantize import Quantize, quantize
 from dtrain.comm.ops import payload_bytes
 from dtrain.comm.seeds import Key
 from tests.comm.zoo import NUMELS, VALUES, draw, kinds_of_values, same, seeds
@@ -30,7 +31,7 @@ def rows_of(seed: int, m: int, width: int, kind: str = "normal") -> Tensor:
 
 
 def round_trip(compressor: Compressor, rows: Tensor, key: Key = KEY) -> Tensor:
-    return compressor.decode(compressor.encode(rows, key), rows.shape[1])
+    return compressor.decode(compressor.encode(rows, key), rows.shape[1], key.shared)
 
 
 def ranges(rows: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def test_the_declared_bytes_are_those_of_the_payload(
     assert all(tensor.shape[0] == m for tensor in encoded)
     other = compressor.encode(rows_of(seed + 1, m, width, "zeros"), KEY)
     assert [(t.shape, t.dtype) for t in encoded] == [(t.shape, t.dtype) for t in other]
-    decoded = compressor.decode(encoded, width)
+    decoded = compressor.decode(encoded, width, KEY)
     assert decoded.shape == (m, width) and decoded.dtype == torch.float32
 
 
@@ -272,9 +273,9 @@ def test_a_row_is_decoded_from_its_own_part_of_the_payload(
 ) -> None:
     compressor, rows = quantize(bits=bits, block=16, rounding=rounding), rows_of(seed, m, width)
     encoded = compressor.encode(rows, KEY)
-    decoded = compressor.decode(encoded, width)
+    decoded = compressor.decode(encoded, width, KEY)
     for row in range(m):
-        alone = compressor.decode(tuple(tensor[row : row + 1] for tensor in encoded), width)
+        alone = compressor.decode(tuple(tensor[row : row + 1] for tensor in encoded), width, KEY)
         assert torch.equal(alone[0], decoded[row])
 
 
@@ -293,7 +294,7 @@ def test_what_it_declares() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 1}, "bits is 1; a code has 2 to 8 bits (for 1 bit use a sign compressor)"),
+        ({"bits": 1}, "bits is 1; a code has 2 to 8 bits (for 1 bit use sign())"),
         ({"bits": 9}, "bits is 9; a code has 2 to 8 bits"),
         ({"bits": 4.0}, "bits is 4.0; a code has 2 to 8 bits"),
         ({"bits": "8"}, "bits is '8'; a code has 2 to 8 bits"),

@@ -104,7 +104,12 @@ def test_a_native_mean_sends_a_ring(name: str, world: int, sizes: list[int]) -> 
     meters = [Meter() for _ in range(world)]
     simulate(
         [
-            metered(native_mean(named(r, sizes), COMPRESSORS[name], Key(0, 0, r)), meters[r], places(r, world), "g")
+            metered(
+                native_mean(named(r, sizes), plain(COMPRESSORS[name]), Key(0, 0, r), State({})),
+                meters[r],
+                places(r, world),
+                "g",
+            )
             for r in range(world)
         ]
     )

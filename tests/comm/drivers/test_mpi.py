@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dtrain import mesh
 from dtrain.comm.drivers import mpi
 from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.drivers.transport import Pauses
-from dtrain.comm.ops import AllReduce
+from dtrain.comm.ops import AllGather, AllReduce
+from dtrain.launchers import probe
 from tests.comm.zoo import once, same, seeds
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -118,3 +122,64 @@ def test_finalize_does_nothing_where_mpi_was_never_begun(monkeypatch: pytest.Mon
     monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
     mpi.finalize()
     assert "mpi4py.MPI" not in sys.modules
+
+
+class Request:
+    """A message of which the fake library says at once whether it has arrived."""
+
+    arrived = False
+
+    @classmethod
+    def Testall(cls, requests: list[Request]) -> bool:
+        return cls.arrived
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, noted: list[tuple[object, ...]]) -> mpi.MpiTransport:
+    """A transport over the fake library whose ops are noted when they set out and when they are over."""
+    library(monkeypatch)
+    sys.modules["mpi4py.MPI"].__dict__.update(BYTE="byte", buffer=SimpleNamespace(fromaddress=lambda *_: None))
+    monkeypatch.setattr(Request, "arrived", False)
+    comm = SimpleNamespace(rank=0, size=2, Iallgather=lambda *_: Request())
+
+    def watch(*what: object) -> Callable[[], None]:
+        noted.append(what)
+        return lambda: noted.append(("over", what[1]))
+
+    return mpi.MpiTransport(comm, 0.01, watch)  # type: ignore[arg-type]  # all of a communicator that is used
+
+
+def test_what_is_under_way_is_told_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[tuple[object, ...]] = []
+    transport = watched(monkeypatch, noted)
+    op = AllGather((torch.zeros(3), torch.zeros(2, 2, dtype=torch.int8)))
+    one, two = transport.issue(op), transport.issue(op)
+    assert noted == [("AllGather", 1, 7, "float32 int8"), ("AllGather", 2, 7, "float32 int8")]
+    assert not one.poll() and len(noted) == 2
+    Request.arrived = True
+    assert one.poll() and two.poll() and noted[2:] == [("over", 1), ("over", 2)]
+
+
+def test_what_takes_too_long_is_named_with_its_number_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = watched(monkeypatch, [])
+    transport.issue(AllGather((torch.zeros(1),)))
+    late = transport.issue(AllGather((torch.zeros(3),)))
+    with pytest.raises(RuntimeError, match=r"has not finished AllGather #2 \(3 float32\) within 0\.01 s: a rank"):
+        late.wait()
+    mpi._under_way.clear()
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("3600", 3630.0), ("0", mpi.TIMEOUT_SECONDS), (None, mpi.TIMEOUT_SECONDS)]
+)
+def test_the_launchers_limit_is_that_of_the_replicate_axis(
+    said: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(mesh, "replicate_transport", lambda *place, **how: given.update(how, place=place))
+    monkeypatch.delenv("DTRAIN_HANG_SECONDS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("DTRAIN_HANG_SECONDS", said)
+    mesh._over_mpi(2, 4, 7)
+    assert given["place"] == (2, 4, 7) and given["timeout_seconds"] == seconds
+    given["watch"]("AllReduce", 4, 10, "float32")()
+    assert probe._noted[-1]["process_group"] == ["replicate-3 over MPI"] and probe._noted[-1]["retired"]

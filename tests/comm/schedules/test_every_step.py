@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import error_feedback, every_step, quantize
+from dtrain import error_feedback, every_step, powersgd, quantize, randk
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import cast
@@ -25,10 +25,10 @@ def median(rows: Tensor) -> Tensor:
 def test_what_it_is_made_of() -> None:
     assert every_step() == EveryStep(IDENTITY, rank_order_mean, "two_phase")
     compressed = every_step(compress=quantize(bits=4, block=64))
-    assert compressed.compression == Compression(quantize(bits=4, block=64), NoFeedback())
+    assert compressed.plan == Compression(quantize(bits=4, block=64), NoFeedback())
     wrapped = error_feedback(quantize(bits=8))
-    assert every_step(compress=wrapped).compression is wrapped
-    assert every_step(combine=median).combine is median
+    assert every_step(compress=wrapped).plan is wrapped
+    assert every_step(combine=median).rule is median
     assert every_step(compress=cast("bf16"), route="all_reduce").route == "all_reduce"
     assert every_step() == every_step() and hash(every_step()) == hash(every_step())
 
@@ -40,9 +40,11 @@ def test_an_all_reduce_cannot_sum_codes(compressor: Compressor) -> None:
         every_step(compress=compressor, route="all_reduce")
 
 
-def test_an_all_reduce_keeps_no_residual() -> None:
-    with pytest.raises(ValueError, match="route='all_reduce' keeps no error feedback; use route='two_phase'"):
+def test_an_all_reduce_feeds_back_only_what_it_sums_exactly() -> None:
+    with pytest.raises(ValueError, match="rounds sums where no feedback sees it; use route='two_phase'"):
         every_step(compress=error_feedback(cast("bf16")), route="all_reduce")
+    for compressor in (randk(0.1), powersgd(4)):
+        assert every_step(compress=error_feedback(compressor), route="all_reduce").route == "all_reduce"
 
 
 def test_an_all_reduce_has_only_the_mean() -> None:
@@ -50,7 +52,7 @@ def test_an_all_reduce_has_only_the_mean() -> None:
         ValueError, match="an all-reduce has only the mean to offer; use route='two_phase' with another"
     ):
         every_step(combine=median, route="all_reduce")
-    assert every_step(combine=rank_order_mean, route="all_reduce").combine is rank_order_mean
+    assert every_step(combine=rank_order_mean, route="all_reduce").rule is rank_order_mean
 
 
 @pytest.mark.parametrize("route", ["ring", "", "TWO_PHASE", None])

@@ -295,7 +295,7 @@ def test_what_methods_are_made_of() -> None:
     def largest(rows: Tensor) -> Tensor:
         return rows.amax(0)
 
-    assert local_update(every_steps=1, outer=sgd(), combine=largest).combine is largest
+    assert local_update(every_steps=1, outer=sgd(), combine=largest).rule is largest
 
 
 MAKERS: dict[str, Callable[..., LocalUpdate]] = {

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyroute2 import NetNS, netns
 
-from dtrain.slurm.devcluster import Cluster, ClusterError, devcluster, down, up
-from dtrain.slurm.devcluster.links import ALLOWED, namespace
+from dtrain.slurm.devcluster import Cluster, ClusterError, devcluster, down, links, state, up
+from dtrain.slurm.devcluster.cluster import CUBIC
+from dtrain.slurm.devcluster.links import ALLOWED, namespace, namespaces
 
 pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -38,18 +40,42 @@ else:
 """
 
 
-def traces() -> dict[str, object]:
-    """What a cluster could leave on a machine, of which there must be as much afterwards as before."""
-    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout.splitlines()
+def traces(*names: str) -> dict[str, Any]:
+    """What clusters of these names could leave on a machine, of which there must be nothing. Others may be up."""
+    folders = [f"{state.ROOT}/{name}" for name in names]
+    # In a process's mounts, /run may be a file system of its own.
+    within = [f"{state.ROOT.name}/{name}/" for name in names]
     return {
-        "namespaces": sorted(netns.listnetns()),
-        "links": sorted(line.split(":")[1] for line in links),
-        "mounts": sorted(line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()),
-        "daemons": sorted(line for line in processes if line.split()[0].endswith(("slurmd", "slurmctld", "munged"))),
-        "files": sorted(str(path) for path in Path("/run/dtrain").rglob("*")) if Path("/run/dtrain").exists() else [],
-        "congestion control": ALLOWED.read_text() if not Path("/run/dtrain").exists() else "",
+        "namespaces": [space for name in names for space in namespaces(name)],
+        "mounts": [line for line in Path("/proc/mounts").read_text().splitlines() if _mentions(line, names)],
+        "processes": [pid for pid in os.listdir("/proc") if pid.isdigit() and _belongs(pid, folders, within)],
+        "files": [folder for folder in folders if Path(folder).exists()],
+        "/run/munge": Path("/run/munge").exists() and not MUNGE,
+        # What it was before the first of all clusters that are up now.
+        "congestion control": (KEPT if KEPT.exists() else ALLOWED).read_text().split() != SETTING,
     }
+
+
+KEPT = state.ROOT / CUBIC
+SETTING = (KEPT if KEPT.exists() else ALLOWED).read_text().split()
+MUNGE = Path("/run/munge").exists()
+NOTHING = {
+    "namespaces": [], "mounts": [], "processes": [], "files": [], "/run/munge": False, "congestion control": False,
+}  # fmt: skip
+
+
+def _mentions(line: str, names: tuple[str, ...]) -> bool:
+    return any(f"/{links.PREFIX}-{name}-" in line or f"{state.ROOT}/{name}/" in line for name in names)
+
+
+def _belongs(pid: str, folders: list[str], within: list[str]) -> bool:
+    """Whether a process was given a cluster's files, or sees its /etc/hosts: daemons, jobs, whoever holds a host."""
+    try:
+        arguments, mounts = Path(f"/proc/{pid}/cmdline").read_text(), Path(f"/proc/{pid}/mountinfo").read_text()
+    except OSError:  # it has just ended
+        return False
+    daemon = any(f"{folder}/" in arguments or f"{folder}\0" in arguments for folder in folders)
+    return daemon or any(part in mounts for part in within)
 
 
 def round_trip(cluster: Cluster, one: str, other: str) -> float:
@@ -80,7 +106,6 @@ def rate(cluster: Cluster, host: str) -> int:
 
 
 def test_two_clusters_side_by_side_with_slurm_names_and_links_of_their_own() -> None:
-    before = traces()
     with devcluster(nodes=2, bandwidth="100mbit", name="one") as one, devcluster(nodes=3, name="two") as two:
         assert sorted(one.run(["srun", "-N2", "hostname"]).stdout.split()) == ["c1", "c2"]
         assert sorted(two.run(["srun", "-N3", "hostname"]).stdout.split()) == ["c1", "c2", "c3"]
@@ -101,11 +126,10 @@ def test_two_clusters_side_by_side_with_slurm_names_and_links_of_their_own() -> 
             one.cut("c9")
         with pytest.raises(ClusterError, match="cluster one is up"):
             up(name="one")
-    assert traces() == before
+    assert traces("one", "two") == NOTHING
 
 
 def test_latency_is_one_way_and_rates_change_while_it_is_up() -> None:
-    before = traces()
     with devcluster(nodes=2, bandwidth="50mbit", latency="10ms", name="late") as cluster:
         # There and back is twice the latency; how much more is the machine's own time, which is not asserted on.
         assert round_trip(cluster, "c1", "c2") >= 20
@@ -113,27 +137,27 @@ def test_latency_is_one_way_and_rates_change_while_it_is_up() -> None:
         assert sorted(cluster.run(["srun", "-N2", "hostname"]).stdout.split()) == ["c1", "c2"]
         cluster.cut("c1")
         assert cluster.run(["timeout", "1", "bash", "-c", "echo > /dev/tcp/c1/6818"], check=False).returncode
-    assert traces() == before
+    assert traces("late") == NOTHING
 
 
 def test_eight_hosts_come_and_go_without_a_trace() -> None:
-    before = traces()
     with devcluster(nodes=8, bandwidth="100mbit", name="eight") as cluster:
         assert len(cluster.run(["srun", "-N8", "hostname"]).stdout.split()) == 8
-    assert traces() == before
+        there = traces("eight")
+        assert len(there["namespaces"]) == 10 and len(there["processes"]) >= 9 + 9 + 1 and there["files"]
+        assert not any(traces("eigh").values())
+    assert traces("eight") == NOTHING
 
 
 def test_a_killed_cluster_is_taken_down_to_the_last_trace() -> None:
-    before = traces()
     facts = up(nodes=2, name="killed")
     for number in (int((facts.folder / name).read_text()) for name in ("slurmctld.pid", "munged.pid", "c1.pid")):
         os.kill(number, signal.SIGKILL)
     down("killed")
-    assert traces() == before
+    assert traces("killed") == NOTHING
 
 
 def test_an_up_that_is_killed_half_way_is_taken_down_to_the_last_trace() -> None:
-    before = traces()
     starting = subprocess.Popen([sys.executable, "-m", "dtrain", "cluster", "up", "--nodes", "6", "--name", "half"])
     with starting:
         deadline = time.monotonic() + 30
@@ -144,15 +168,14 @@ def test_an_up_that_is_killed_half_way_is_taken_down_to_the_last_trace() -> None
     with pytest.raises(ClusterError, match="left something behind: dtrain cluster down --name half"):
         up(name="half")
     down("half")
-    assert traces() == before
+    assert traces("half") == NOTHING
 
 
 def test_an_up_that_fails_takes_down_what_it_made_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = traces()
     monkeypatch.setattr(
         "dtrain.slurm.devcluster.daemons.slurm_conf",
         lambda *_, **__: "ClusterName=x\nNoSuchKey=1\nSlurmctldHost=login\n",
     )
     with pytest.raises(ClusterError, match=r"slurmctld did not start: .*NoSuchKey"):
         up(nodes=1, name="wrong")
-    assert traces() == before
+    assert traces("wrong") == NOTHING

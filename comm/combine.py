@@ -1,0 +1,159 @@
+"""Combine values over the peers, each as its plan says: the one flow that every sync calls.
+
+Pieces that are coded row by row go through a route (`routes`), low-rank ones through two rounds of factors. What goes
+out at the same time goes out as one message (`together`): PowerSGD's first factors with all that is not a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Literal, TypeAlias, TypeVar, cast
+
+from torch import Tensor
+
+from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
+from dtrain.comm.compressors.lowrank import LowRank, Matrix, orthonormal
+from dtrain.comm.feedback import Compression, as_compression
+from dtrain.comm.layout import Named
+from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Op, Payload, Place
+from dtrain.comm.plans.base import Plan
+from dtrain.comm.routes import Combined, native_mean, two_phase
+from dtrain.comm.seeds import Key
+from dtrain.comm.state import State
+
+R = TypeVar("R")
+Route: TypeAlias = Literal["two_phase", "all_reduce"]
+NO_MATRICES: Mapping[str, Matrix] = MappingProxyType({})
+Dense: TypeAlias = Callable[[Named], Flow[Combined]]
+
+
+def combine(
+    values: Named,
+    plan: Plan,
+    rule: Aggregator,
+    place: Place,
+    key: Key,
+    state: State,
+    *,
+    matrices: Mapping[str, Matrix] = NO_MATRICES,
+    route: Route = "two_phase",
+) -> Flow[Combined]:
+    """Combine flat fp32 ``values`` over the peers by ``rule``. New state is staged in ``state``.
+
+    ``matrices`` says how each piece lies in its parameter; low rank needs it. The rule of the route "all_reduce" is the
+    mean.
+    """
+    chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
+    low = {fqn: values[fqn] for fqn in values if _low_rank(chosen[fqn], matrices[fqn])}
+    rest = {fqn: value for fqn, value in values.items() if fqn not in low}
+    rows = _Rows(plan)
+
+    def send(part: Named, using: Plan) -> Flow[Combined]:
+        if route == "all_reduce":
+            return native_mean(part, using, key, state)
+        return two_phase(part, using, rule, place, key, state)
+
+    def dense(part: Named) -> Flow[Combined]:
+        return send(part, as_compression(None))
+
+    if not low:
+        return (yield from send(rest, rows))
+    flows = [_power_iteration(low, chosen, key, state, matrices, dense)]
+    if rest:
+        flows.append(send(rest, rows))
+    parts = yield from together(flows)
+    found = {fqn: tensor for part in parts for fqn, tensor in part.values.items()}
+    return Combined({fqn: found[fqn] for fqn in values}, all(part.finite for part in parts))
+
+
+def require_mean_for_low_rank(plan: Plan, rule: Aggregator) -> None:
+    """Raise ``ValueError`` for a rule over factors that mean nothing one by one."""
+    low = next((c.compressor for c in plan.compressions if isinstance(c.compressor, LowRank)), None)
+    if low is not None and rule is not rank_order_mean:
+        raise ValueError(
+            f"{low} combines factors, of which only a mean makes sense; leave combine out, or choose another compressor"
+        )
+
+
+class _Rows:
+    """A plan of row-wise compressions: those of another, and fp32 for what low rank does not pay for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.compressions = plan.compressions
+
+    def of(self, fqn: str, step: int) -> Compression:
+        compression = self.plan.of(fqn, step)
+        return as_compression(None) if isinstance(compression.compressor, LowRank) else compression
+
+
+def _low_rank(compression: Compression, matrix: Matrix) -> bool:
+    return isinstance(compression.compressor, LowRank) and compression.compressor.pays(matrix)
+
+
+def _power_iteration(
+    values: Named,
+    chosen: Mapping[str, Compression],
+    key: Key,
+    state: State,
+    matrices: Mapping[str, Matrix],
+    dense: Dense,
+) -> Flow[Combined]:
+    """PowerSGD of all ``values`` at once: two dense means, of P and of Q."""
+    meant = {fqn: chosen[fqn].feedback.correct(fqn, value, state) for fqn, value in values.items()}
+    whole = {fqn: matrices[fqn].view(value) for fqn, value in meant.items()}
+    starts, shapes = {}, {}
+    for fqn, matrix in whole.items():
+        compressor = cast(LowRank, chosen[fqn].compressor)
+        starts[fqn] = compressor.start(matrices[fqn], replace(key, fqn=fqn), state, matrix)
+        shapes[fqn] = (matrix.shape[0], compressor.rank)
+    means = yield from dense({fqn: (matrix @ starts[fqn]).reshape(-1) for fqn, matrix in whole.items()})
+    bases = {fqn: orthonormal(mean.view(shapes[fqn])) for fqn, mean in means.values.items()}
+    own = {fqn: matrix.T @ bases[fqn] for fqn, matrix in whole.items()}  # Q_i [columns, rank]
+    factors = yield from dense({fqn: factor.reshape(-1) for fqn, factor in own.items()})
+    results: dict[str, Tensor] = {}
+    for fqn, value in values.items():
+        feedback, factor, lies = chosen[fqn].feedback, factors.values[fqn].view(own[fqn].shape), matrices[fqn]
+        if feedback.kinds:
+            feedback.retain(fqn, value, meant[fqn], lies.flat(bases[fqn] @ own[fqn].T), state)
+        # From zeros no iteration would ever start again.
+        state.stage(fqn, "q", factor.clone() if bool(factor.any()) else starts[fqn])
+        results[fqn] = feedback.result(fqn, lies.flat(bases[fqn] @ factor.T), state)
+    return Combined(results, means.finite and factors.finite)
+
+
+def together(flows: Sequence[Flow[R]]) -> Flow[list[R]]:
+    """Several flows as one: what they send at the same time is one message. Returns their results, in order.
+
+    They may have different numbers of ops, but those at the same place must be of one kind.
+    """
+    results: list[R | None] = [None] * len(flows)
+    replies: dict[int, Payload | None] = dict.fromkeys(range(len(flows)))
+    while replies:
+        ops: dict[int, Op] = {}
+        for number, reply in replies.items():
+            try:
+                ops[number] = next(flows[number]) if reply is None else flows[number].send(reply)
+            except StopIteration as done:
+                results[number] = done.value
+        if not ops:
+            break
+        joint = yield _joined(list(ops.values()))
+        replies, start = {}, 0
+        for number, op in ops.items():
+            replies[number] = joint[start : start + len(op.payload)]
+            start += len(op.payload)
+    return cast(list[R], results)
+
+
+def _joined(ops: Sequence[Op]) -> Op:
+    first = ops[0]
+    if len(ops) == 1:
+        return first
+    if any(type(op) is not type(first) or op.axis != first.axis for op in ops):
+        raise TypeError(f"flows that go together must send alike, these send {[type(op).__name__ for op in ops]}")
+    if not isinstance(first, AllToAll | AllGather | AllReduce):
+        raise TypeError(f"{type(first).__name__} cannot be joined with others")
+    return replace(first, payload=tuple(tensor for op in ops for tensor in op.payload))

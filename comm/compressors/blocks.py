@@ -1,0 +1,43 @@
+"""What block-wise compressors share: rows cut into blocks, scales that may be zero, codes packed into bytes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_blocks(rows: Tensor, block: int) -> Tensor:
+    """``rows`` [m, width] as [m, blocks, block]; the last block is filled up with zeros. A view where it fits."""
+    missing = -rows.shape[1] % block
+    padded = F.pad(rows, (0, missing)) if missing else rows
+    return padded.reshape(rows.shape[0], padded.shape[1] // block, block)
+
+
+def scaled(blocks: Tensor, scale: Tensor) -> Tensor:
+    """``blocks / scale``; a block of scale zero stays zero instead of becoming NaN, and NaN stays NaN."""
+    return blocks / torch.where(scale == 0, 1.0, scale)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """``codes`` [m, width] uint8 below 2^bits as [m, ceil(width * bits / 8)] bytes, the first code lowest."""
+    if bits == 8:
+        return codes
+    width = codes.shape[1]
+    groups = F.pad(codes, (0, -width % 8)).view(codes.shape[0], -(-width // 8), 8)  # 8 codes fill `bits` bytes
+    shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
+    words = (groups.to(torch.int64) << shifts).sum(-1)
+    octets: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 0xFF
+    return octets.to(torch.uint8).flatten(1)[:, : -(-width * bits // 8)]
+
+
+def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
+    """Undo `pack_bits`: ``codes`` [m, width] uint8."""
+    if bits == 8:
+        return packed
+    groups = -(-width // 8)
+    octets = F.pad(packed, (0, groups * bits - packed.shape[1])).view(packed.shape[0], groups, bits)
+    shifts = torch.arange(0, 8 * bits, 8, device=packed.device)
+    words = (octets.to(torch.int64) << shifts).sum(-1)
+    codes: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, bits, device=packed.device)) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten(1)[:, :width]

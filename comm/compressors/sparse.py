@@ -1,0 +1,182 @@
+"""Sparse: send a few elements of each row, the largest (top-k) or some that a shared seed draws (random-k).
+
+    top-k      k = ceil(density * width) of the largest magnitudes, with their indices        arXiv:1809.07599
+    random-k   k elements drawn from (seed, step, FQN), the same on all ranks, so without indices; unscaled it is a
+               contraction, scaled by width / k it is unbiased
+
+On the two-phase route each row is what goes to one rank, so k counts there: every rank's chunk gets its share. For
+random-k all rows keep the same places, and the answer too, so that its second phase loses nothing.
+Communication: the two-phase route; random-k any. Keeps: nothing.
+Bytes for k elements: top-k 4 + 2 (rows up to 65536 elements) or 4 + 4, random-k 4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.ops import Payload
+from dtrain.comm.seeds import Key
+
+SAMPLED_FROM = 1 << 16
+"""Rows at least this long are searched above a threshold that a sample of them suggests; the result is the same set."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """See `topk`."""
+
+    density: float
+
+    @property
+    def unbiased(self) -> bool:
+        return False
+
+    @property
+    def delta(self) -> float:
+        return self.density
+
+    @property
+    def homogeneous(self) -> bool:
+        return True
+
+    @property
+    def linear(self) -> bool:
+        return False
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        width = rows.shape[1]
+        k = kept(self.density, width)
+        if width < SAMPLED_FROM:
+            places = rows.abs().nan_to_num_(nan=torch.inf).topk(k, dim=1, sorted=False).indices
+        else:
+            places = torch.stack([largest(row, k) for row in rows]) if len(rows) else rows.new_zeros((0, k)).long()
+        places = places.sort(dim=1).values  # neighbours stay neighbours, and the order says nothing
+        return rows.gather(1, places), _narrow(places, width)
+
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
+        values, places = payload
+        rows = torch.zeros(values.shape[0], width, device=values.device)
+        return rows.scatter_(1, _wide(places), values)
+
+    def row_bytes(self, width: int) -> int:
+        return kept(self.density, width) * (4 + _index_dtype(width).itemsize)
+
+
+@dataclass(frozen=True)
+class RandomK:
+    """See `randk`."""
+
+    density: float
+    scaled: bool
+
+    @property
+    def unbiased(self) -> bool:
+        return self.scaled
+
+    @property
+    def delta(self) -> float:
+        return 2.0 - 1.0 / self.density if self.scaled else self.density  # 1 - (width / k - 1), or k / width
+
+    @property
+    def homogeneous(self) -> bool:
+        return True
+
+    @property
+    def linear(self) -> bool:
+        return True
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        values = rows.index_select(1, self._places(rows.shape[1], key, rows.device))
+        return (values * self._factor(rows.shape[1]) if self.scaled and key.phase != "answer" else values,)
+
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
+        (values,) = payload
+        rows = torch.zeros(values.shape[0], width, device=values.device)
+        return rows.index_copy_(1, self._places(width, key, values.device), values)
+
+    def row_bytes(self, width: int) -> int:
+        return 4 * kept(self.density, width)
+
+    def _places(self, width: int, key: Key, device: torch.device) -> Tensor:
+        generator = replace(key.shared, phase="places").generator(torch.device("cpu"))
+        chosen = torch.randperm(width, generator=generator)[: kept(self.density, width)]
+        return chosen.sort().values.to(device)
+
+    def _factor(self, width: int) -> float:
+        return width / max(1, kept(self.density, width))
+
+
+def topk(density: float = 0.01) -> TopK:
+    """Send the largest magnitudes.
+
+    Args:
+        density: the part of the elements that is sent, in (0, 1]; at least one element of each row is.
+
+    >>> topk(0.01).row_bytes(1000)
+    60
+
+    Raises ``ValueError`` for another density. Source: the module's docstring.
+    """
+    return TopK(_checked(density))
+
+
+def randk(density: float = 0.01, *, scaled: bool = False) -> RandomK:
+    """Send elements that a shared seed draws anew in each step, without indices.
+
+    Args:
+        density: the part of the elements that is sent, in (0, 1]; at least one element of each row is.
+        scaled: multiply by 1 / density: unbiased, of large variance. Under error feedback it must not be.
+
+    >>> randk(0.01).row_bytes(1000)
+    40
+
+    Raises ``ValueError`` for another density.
+    """
+    return RandomK(_checked(density), scaled)
+
+
+def kept(density: float, width: int) -> int:
+    """How many elements of a row of ``width`` are sent.
+
+    >>> [kept(0.01, width) for width in (0, 1, 99, 101)]
+    [0, 1, 1, 2]
+    """
+    return min(width, max(1, math.ceil(density * width)))
+
+
+def largest(row: Tensor, k: int) -> Tensor:
+    """Indices of the ``k`` largest magnitudes of ``row`` [width], in any order.
+
+    A sample suggests a threshold that somewhat more than k elements should reach; those are searched. If fewer than k
+    do, all are searched, so a misleading sample costs time and nothing else.
+    """
+    size = row.abs().nan_to_num_(nan=torch.inf)
+    sample = size[:: max(1, row.numel() // 8192)]
+    above = min(sample.numel(), math.ceil(1.25 * k / row.numel() * sample.numel()) + 8)
+    candidates = (size >= sample.topk(above).values[-1]).nonzero().squeeze(1)
+    if candidates.numel() < k:
+        return size.topk(k, sorted=False).indices
+    return candidates[size[candidates].topk(k, sorted=False).indices]
+
+
+def _checked(density: float) -> float:
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ValueError(f"density is {density!r}; give the part of the elements that is sent, in (0, 1]")
+    return float(density)
+
+
+def _index_dtype(width: int) -> torch.dtype:
+    return torch.int16 if width <= 1 << 16 else torch.int32
+
+
+def _narrow(places: Tensor, width: int) -> Tensor:
+    """Indices in as few bytes as ``width`` allows; 16 bits hold them unsigned."""
+    return places.to(torch.int32).to(_index_dtype(width))
+
+
+def _wide(places: Tensor) -> Tensor:
+    return places.long() & 0xFFFF if places.dtype == torch.int16 else places.long()

@@ -1,0 +1,114 @@
+"""What a plan is, and the plans that are written down beforehand: by name, and by step."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.feedback import Compression, as_compression
+from dtrain.comm.state import Kind
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """Which compression each parameter gets. The same answers on every rank."""
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        """Every compression that it may ever choose."""
+
+    def of(self, fqn: str, step: int) -> Compression:
+        """The compression of parameter ``fqn`` in step ``step``."""
+
+
+Compress: TypeAlias = Compressor | LowRank | Compression | Plan | None
+"""What users may pass as ``compress``."""
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """See `by_layer`."""
+
+    rules: tuple[tuple[str, Plan], ...]
+    default: Plan
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        plans = (*(plan for _, plan in self.rules), self.default)
+        return tuple(compression for plan in plans for compression in plan.compressions)
+
+    def of(self, fqn: str, step: int) -> Compression:
+        for pattern, plan in self.rules:
+            if fnmatch.fnmatchcase(fqn, pattern):
+                return plan.of(fqn, step)
+        return self.default.of(fqn, step)
+
+
+@dataclass(frozen=True)
+class After:
+    """See `after`."""
+
+    step: int
+    then: Plan
+    before: Plan
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        return (*self.before.compressions, *self.then.compressions)
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return (self.then if step >= self.step else self.before).of(fqn, step)
+
+
+def kinds_of(plan: Plan) -> dict[str, Kind]:
+    """The names that any compression of ``plan`` keeps."""
+    return {name: kind for compression in plan.compressions for name, kind in compression.kinds.items()}
+
+
+def as_plan(compress: Compress) -> Plan:
+    """A plan is one already; anything else is the same for every parameter.
+
+    Raises ``TypeError`` for what is neither a plan nor a compressor.
+    """
+    if isinstance(compress, Plan):
+        return compress
+    return as_compression(compress)
+
+
+def by_layer(rules: Mapping[str, Compress], *, default: Compress = None) -> ByLayer:
+    """Another compression for some parameters.
+
+    Args:
+        rules: shell pattern over fully qualified names -> what to use; the first that matches counts.
+        default: for names that match none; None sends fp32.
+
+    >>> from dtrain import by_layer, quantize
+    >>> by_layer({"*norm*": None, "embedding.*": quantize(bits=8)}, default=quantize(bits=4)).of("head.weight", 0)
+    Compression(compressor=Quantize(bits=4, block=512, rounding='nearest'), feedback=NoFeedback())
+
+    Raises ``TypeError`` for what is no compressor.
+    """
+    return ByLayer(tuple((pattern, as_plan(compress)) for pattern, compress in rules.items()), as_plan(default))
+
+
+def after(step: int, then: Compress, *, before: Compress = None) -> After:
+    """Another compression in the first steps: warm-up in fp32, for example. All ranks count the same steps.
+
+    Args:
+        step: the first step, counted from 0, in which ``then`` is used.
+        then: what is used from there on.
+        before: until then; None sends fp32. If both have a feedback of one kind, what it holds is carried over.
+
+    >>> from dtrain import after, error_feedback, topk
+    >>> after(100, error_feedback(topk(0.01))).of("w", 99).compressor
+    Cast(dtype='fp32')
+
+    Raises ``ValueError`` for a step below 1, ``TypeError`` for what is no compressor.
+    """
+    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        raise ValueError(f"step is {step!r}; give the number of the first step, at least 1")
+    return After(step, as_plan(then), as_plan(before))

@@ -1,0 +1,89 @@
+"""Names of hosts, both ways: every host's name leads to an address, and the address back to that host.
+
+torch and ssh look names up both ways. An address that leads back to another host sends ranks to the wrong place; one
+that leads nowhere makes each of these look-ups wait for a name server.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+
+from dtrain.doctor.finding import Finding
+
+__all__ = ["names"]
+
+PATIENCE_SECONDS = 8.0  # for all addresses together: the other hosts wait for this one
+WAY_OUT = "name all nodes in /etc/hosts or in DNS"
+
+
+def names(host: str, others: Sequence[str]) -> list[Finding]:
+    """What ``host`` finds about the names of all hosts of the job."""
+    addresses: dict[str, str] = {}
+    missing = []
+    for name in others:
+        try:
+            found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)}
+        except OSError:
+            missing.append(name)
+            continue
+        addresses |= dict.fromkeys(sorted(found), name)
+    if missing:
+        what = f"{', '.join(sorted(missing))} do not resolve"
+        return [Finding(host, "other names", "problem", what, WAY_OUT), *_back(host, addresses)]
+    return [Finding(host, "other names", "ok", f"{len(others)} resolve"), *_back(host, addresses)]
+
+
+def _back(host: str, addresses: dict[str, str]) -> list[Finding]:
+    """The way back, from address to name. The loopback's is localhost, and no other host's."""
+    wrong, nameless, late = [], [], []
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    checked = {address: name for address, name in addresses.items() if not address.startswith("127.")}
+    for address, name in checked.items():
+        if time.monotonic() > deadline:
+            late.append(address)
+            continue
+        told = _told(address)
+        if not told:
+            nameless.append(f"{address} ({name})")
+        elif (other := _anothers(told, address, name, set(addresses.values()))) is not None:
+            wrong.append(f"{name} is {address}, but {address} is {other}")
+    found = []
+    if wrong:
+        way_out = "one of the two is out of date in /etc/hosts or in DNS: mend it, or name hosts by address"
+        found.append(Finding(host, "reverse names", "problem", "; ".join(wrong), way_out))
+    if nameless:
+        what = f"no name for {', '.join(nameless)}"
+        found.append(Finding(host, "reverse names", "warning", what, f"connections may be slow to begin: {WAY_OUT}"))
+    if late:
+        what = f"look-ups take so long that {len(late)} of {len(checked)} were left out"
+        found.append(Finding(host, "reverse names", "warning", what, f"the name server does not answer: {WAY_OUT}"))
+    return found or [Finding(host, "reverse names", "ok", f"{len(checked)} lead back")]
+
+
+def _told(address: str) -> list[str]:
+    """All names that an address has, the official one first; none if it has none."""
+    try:
+        official, aliases, _ = socket.gethostbyaddr(address)
+    except OSError:
+        return []
+    return [official, *aliases]
+
+
+def _anothers(told: Sequence[str], address: str, name: str, everybody: set[str]) -> str | None:
+    """The name that an address leads back to, if it is another host's; a second name of the same host is none."""
+    if _short(name) in map(_short, told):
+        return None
+    official = told[0]
+    if _short(official) in map(_short, everybody):
+        return official
+    try:
+        leads_to = {str(entry[4][0]) for entry in socket.getaddrinfo(official, None, socket.AF_INET)}
+    except OSError:
+        return None  # nobody's, as it leads nowhere
+    return official if address not in leads_to else None
+
+
+def _short(name: str) -> str:
+    return name.partition(".")[0].lower()

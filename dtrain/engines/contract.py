@@ -1,0 +1,64 @@
+"""The contract of a model, ``model(batch) -> scalar loss tensor``, held wherever an engine calls one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from dtrain.errors import ModelError
+
+__all__ = ["loss_of"]
+
+CONTRACT = "model(batch) -> Tensor: the scalar mean loss"
+
+
+def loss_of(model: Callable[[Mapping[str, Tensor]], object], batch: Mapping[str, Tensor]) -> Tensor:
+    """``model(batch)``, which must be a scalar floating-point tensor with a gradient (where gradients are enabled).
+
+    What the model raises passes through, with a note that says what the batch was: most of these errors are a key or a
+    shape that the model did not expect.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    try:
+        loss = model(batch)
+    except Exception as error:
+        error.add_note(f"the batch has {described(batch)}")
+        raise
+    wrong = _wrong(loss)
+    if wrong:
+        raise ModelError(f"the model must be {CONTRACT}, but it returned {wrong}; the batch has {described(batch)}")
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _wrong(loss: object) -> str:
+    """What came back instead of a loss, and what to do about it; empty for a loss."""
+    if not isinstance(loss, Tensor):
+        return f"{described(loss)}: return the loss alone"
+    if loss.dim():
+        return f"{described(loss)}: take its mean(), or squeeze() it"
+    if not loss.is_floating_point():
+        return f"{described(loss)}: a loss is a floating-point number"
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        return f"{described(loss)} without a gradient: no parameter has a part in it (detach(), item() or no_grad()?)"
+    return ""
+
+
+def described(value: object) -> str:
+    """Type and shape of a value, of what a tuple, list or mapping holds too.
+
+    >>> described({"input": torch.zeros(2, 3), "weight": torch.tensor(1.0)})
+    'input: Tensor[2, 3] of float32, weight: scalar Tensor of float32'
+    """
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"Tensor{list(value.shape)} of {kind}" if value.dim() else f"scalar Tensor of {kind}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {described(inner)}" for name, inner in value.items()) or "nothing"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} ({', '.join(map(described, value))})"
+    return f"a {type(value).__name__}"

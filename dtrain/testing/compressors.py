@@ -1,0 +1,156 @@
+"""A conformance test for compressors: what a compressor declares is tried on inputs that are meant to break it.
+
+    from dtrain.testing import check_compressor
+
+    def test_mine():
+        check_compressor(Mine())
+
+It needs neither processes nor pytest. Everything is seeded: a compressor passes always or never.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.ops import Payload, payload_bytes
+from dtrain.comm.seeds import Key
+
+WIDTHS = (0, 1, 2, 3, 7, 16, 61, 128, 513, 2049)
+DRAWS = 1500  # of a random compressor, for its mean
+KEY = Key(seed=1, step=2, rank=3, fqn="w", phase="send")
+
+
+def check_compressor(compressor: Compressor) -> None:
+    """Raise ``AssertionError``, saying what is wrong, unless ``compressor`` keeps the contract of `Compressor`.
+
+    Checked: declared bytes and shapes, which must not depend on values; rows that are coded for themselves; the same
+    bytes for the same key, and no global random generator touched; inputs left alone; zeros stay zeros; what is not
+    finite does not come back finite and wrong; the contraction, the mean, the homogeneity and the linearity that it
+    declares.
+    """
+    assert isinstance(compressor, Compressor), f"{compressor!r} lacks a member of dtrain.comm.compressors.base"
+    for width in WIDTHS:
+        for name, rows in _inputs(width):
+            _check_coding(compressor, rows, f"{name}, {width} wide")
+            _check_contraction(compressor, rows, f"{name}, {width} wide")
+    _check_not_finite(compressor)
+    if compressor.homogeneous:
+        _check_homogeneous(compressor)
+    if compressor.linear:
+        _check_linear(compressor)
+    if compressor.unbiased:
+        _check_unbiased(compressor)
+
+
+def _inputs(width: int) -> Iterator[tuple[str, Tensor]]:
+    """Rows [3, width] of kinds that compressors fail on."""
+    generator = torch.Generator().manual_seed(width)
+    normal = torch.randn(3, width, generator=generator)
+    yield "normal values", normal
+    yield "a constant", torch.full((3, width), 0.1)
+    yield "zeros", torch.zeros(3, width)
+    one = torch.zeros(3, width)
+    one[:, width // 2 : width // 2 + 1] = -3.0
+    yield "one element that is not zero", one
+    yield "a heavy tail", normal / torch.rand(3, width, generator=generator).clamp(min=1e-6)
+    ends = 1e-4 * normal.sign()
+    ends[:, :1], ends[:, -1:] = 1.0, -1.0
+    yield "small values between two large ones", ends
+    yield "large values", normal * 1e15
+    yield "small values", normal * 1e-15
+
+
+def _round_trip(compressor: Compressor, rows: Tensor, key: Key = KEY) -> Tensor:
+    return compressor.decode(compressor.encode(rows, key), rows.shape[1], key.shared)
+
+
+def _check_coding(compressor: Compressor, rows: Tensor, what: str) -> None:
+    width, before, generators = rows.shape[1], rows.clone(), torch.get_rng_state()
+    payload = compressor.encode(rows, KEY)
+    assert torch.equal(rows, before), f"{what}: encode wrote into its input"
+    sent, declared = payload_bytes(payload), rows.shape[0] * compressor.row_bytes(width)
+    assert sent == declared, f"{what}: {sent} bytes were sent, row_bytes declares {declared} for these rows"
+    assert all(part.shape[:1] == rows.shape[:1] for part in payload), f"{what}: a payload tensor has no row per row"
+    kept = tuple(part.clone() for part in payload)
+    decoded = compressor.decode(payload, width, KEY.shared)
+    assert decoded.shape == rows.shape, f"{what}: decoded to {tuple(decoded.shape)}, encoded from {tuple(rows.shape)}"
+    assert decoded.dtype == torch.float32, f"{what}: decoded to {decoded.dtype}; fp32 is the contract"
+    assert _same(payload, kept), f"{what}: decode wrote into the payload"
+    assert _same(payload, compressor.encode(rows, KEY)), f"{what}: the same key gave other bytes"
+    last = compressor.decode(tuple(part[-1:] for part in payload), width, KEY.shared)
+    assert torch.equal(last[0], _round_trip(compressor, rows)[-1]), f"{what}: a row alone decodes to something else"
+    assert torch.equal(torch.get_rng_state(), generators), f"{what}: the global generator moved; use key.generator()"
+    if not bool(rows.any()):
+        assert not bool(_round_trip(compressor, rows).any()), f"{what}: zeros did not stay zeros"
+
+
+def _check_contraction(compressor: Compressor, rows: Tensor, what: str) -> None:
+    size = float(rows.double().square().sum())
+    if compressor.delta <= 0 or size == 0 or size > 1e30 or size < 1e-25:
+        return
+    keys = [Key(seed, 2, 3, "w", "send") for seed in range(200)] if _random(compressor) else [KEY]
+    if len(keys) > 1 and rows.shape[1] > 128:
+        keys = keys[:40]
+    errors = torch.tensor([float((_round_trip(compressor, rows, key) - rows).double().square().sum()) for key in keys])
+    spread = float(errors.std()) / math.sqrt(len(keys)) if len(keys) > 1 else 0.0
+    found, allowed = float(errors.mean()) / size, 1 - compressor.delta
+    assert found <= allowed * (1 + 1e-5) + 4 * spread / size + 1e-12, (
+        f"{what}: the error is {found:.4g} of |x|^2, delta = {compressor.delta:.4g} allows {allowed:.4g}"
+    )
+
+
+def _check_not_finite(compressor: Compressor) -> None:
+    for bad in (math.nan, math.inf, -math.inf):
+        rows = torch.linspace(-1, 1, 61).repeat(2, 1)
+        rows[0, 40] = bad
+        decoded = _round_trip(compressor, rows)
+        wrong = bool(torch.isfinite(decoded[0]).all()) and compressor.delta > 0 and not _random(compressor)
+        assert not wrong, f"{bad} came back as {float(decoded[0, 40]):g}: nobody would see that the step is broken"
+        assert bool(torch.isfinite(decoded[1]).all()), f"{bad} in one row broke another"
+
+
+def _check_homogeneous(compressor: Compressor) -> None:
+    rows = torch.randn(2, 61, generator=torch.Generator().manual_seed(5))
+    for factor in (2.0**-20, 4.0, 2.0**30):  # powers of two: nothing is rounded another way
+        scaled, plain = _round_trip(compressor, rows * factor), _round_trip(compressor, rows)
+        assert torch.allclose(scaled, plain * factor, rtol=1e-5, atol=0), f"not homogeneous: factor {factor:g}"
+
+
+def _check_linear(compressor: Compressor) -> None:
+    first, second = torch.randn(2, 3, 61, generator=torch.Generator().manual_seed(6))
+    keys = [Key(1, 2, rank, "w", "send") for rank in (0, 1)]
+    payloads = [compressor.encode(rows, key) for rows, key in zip((first, second), keys, strict=True)]
+    total = tuple(a.float() + b.float() for a, b in zip(*payloads, strict=True))
+    apart = sum(_round_trip(compressor, rows, key) for rows, key in zip((first, second), keys, strict=True))
+    summed = tuple(t.to(p.dtype) for t, p in zip(total, payloads[0], strict=True))
+    together = compressor.decode(summed, 61, keys[0].shared)
+    assert torch.allclose(together, torch.as_tensor(apart), rtol=0.02, atol=0.02), "not linear: the sum decodes wrong"
+
+
+def _check_unbiased(compressor: Compressor) -> None:
+    rows = torch.randn(1, 61, generator=torch.Generator().manual_seed(7))
+    draws = torch.cat([_round_trip(compressor, rows, Key(seed, 0, 0, "w", "send")) for seed in range(DRAWS)]).double()
+    off = (draws.mean(0) - rows[0].double()).abs()
+    allowed = 5.5 * draws.std(0) / math.sqrt(DRAWS) + 1e-6
+    worst = int((off - allowed).argmax())
+    assert bool((off <= allowed).all()), (
+        f"not unbiased: element {worst} is {float(rows[0, worst]):.4g}, its mean over {DRAWS} draws "
+        f"{float(draws[:, worst].mean()):.4g}"
+    )
+
+
+def _random(compressor: Compressor) -> bool:
+    rows = torch.randn(1, 61, generator=torch.Generator().manual_seed(8))
+    return not torch.equal(_round_trip(compressor, rows), _round_trip(compressor, rows, Key(99, 98, 3, "w", "send")))
+
+
+def _same(one: Payload, other: Payload) -> bool:
+    return len(one) == len(other) and all(
+        a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip((p.contiguous() for p in one), (p.contiguous() for p in other), strict=True)
+    )
