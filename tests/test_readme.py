@@ -80,7 +80,7 @@ def test_the_compressor_of_the_docs_is_one() -> None:
     space: dict[str, Any] = {}
     exec(block, space)
     halves = space["Halves"]()
-    assert every_step(compress=halves).plan.compressions[0].compressor is halves
     rows = torch.tensor([[0.5, -3.0, 1.2]])
     check_compressor(halves)
     assert halves.decode(halves.encode(rows, Key(0, 0)), 3, Key(0, 0)).tolist() == [[0.5, -3.0, 1.0]]
+    assert every_step(compress=halves).plan.compressions[0].compressor is halves
