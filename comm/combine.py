@@ -124,6 +124,17 @@ def _power_iteration(
     return Combined(results, means.finite and factors.finite)
 
 
+def consolidate(state: State, place: Place, key: Key) -> Flow[None]:
+    """Replace what each worker keeps for itself by the mean over the workers."""
+    names = {name for name, kind in state.kinds.items() if kind == "per_worker"}
+    kept = {f"{name} of {f}": t for f, named in state.tensors.items() for name, t in named.items() if name in names}
+    means = yield from two_phase(kept, as_compression(None), rank_order_mean, place, key, state)
+    for which, value in means.values.items():
+        name, _, fqn = which.partition(" of ")
+        state.stage(fqn, name, value.clone())
+    state.commit()
+
+
 def together(flows: Sequence[Flow[R]]) -> Flow[list[R]]:
     """Several flows as one: what they send at the same time is one message. Returns their results, in order.
 

@@ -60,6 +60,9 @@ class Pieces(Protocol):
     def gradients_finite(self) -> bool:
         """Whether this rank's gradients hold no NaN and no infinity. After `finish`."""
 
+    def unused(self) -> set[str]:
+        """Parameters that no rank has a gradient for, so that the optimizer leaves them as they are. After `finish`."""
+
     def step(self) -> None:
         """The inner optimizer's step, then empty gradients."""
 

@@ -6,7 +6,7 @@ ranks agree to `commit` it everywhere or to `rollback` it everywhere. The price 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, TypeAlias
 
 import torch
@@ -49,6 +49,16 @@ class State:
 
     def staged(self, fqn: str, name: str) -> Tensor:
         return self._staged[fqn][name]
+
+    def unstage(self, fqn: str) -> None:
+        """Forget what is staged for ``fqn``: its step was not made."""
+        self._staged.pop(fqn, None)
+
+    def scale(self, names: Collection[str], factor: float) -> None:
+        """Multiply what is committed under ``names``."""
+        for named in self.tensors.values():
+            for name in named.keys() & set(names):
+                named[name] = named[name] * factor
 
     def commit(self) -> None:
         for fqn, named in self._staged.items():

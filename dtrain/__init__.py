@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dtrain.comm.drivers.simulate import simulate
     from dtrain.comm.feedback import econtrol, ef21, error_feedback
     from dtrain.comm.plans.base import after, by_layer
+    from dtrain.comm.plans.lgreco import lgreco
     from dtrain.comm.schedules.diloco import diloco
     from dtrain.comm.schedules.every_step import every_step
     from dtrain.comm.schedules.local_sgd import local_sgd
@@ -40,6 +41,7 @@ __all__ = [
     "ef21",
     "error_feedback",
     "every_step",
+    "lgreco",
     "local_sgd",
     "mean",
     "nesterov",
@@ -64,6 +66,7 @@ _HOME = {
     "ef21": "dtrain.comm.feedback",
     "error_feedback": "dtrain.comm.feedback",
     "every_step": "dtrain.comm.schedules.every_step",
+    "lgreco": "dtrain.comm.plans.lgreco",
     "local_sgd": "dtrain.comm.schedules.local_sgd",
     "mean": "dtrain.comm.aggregators.mean",
     "nesterov": "dtrain.comm.schedules.outer",

@@ -122,6 +122,7 @@ class _Run:
         self.saved = self.resumed_from if own_checkpoint(self.resumed_from, self.folder) else None
         self.metrics = self._metrics()
         self.first_step, self.started = self.attached.steps, time.monotonic()
+        self.plan_changes = self.attached.plan.changes
         self.validation_loss: float | None = None
         self.last_loss: float | None = None
 
@@ -202,6 +203,7 @@ class _Run:
             if settings.checkpoint_every_steps and step % settings.checkpoint_every_steps == 0 and step != end:
                 stop = self._collect() or stop
                 self._checkpoint()
+            self._tell_plan()
             on_step(step)
         self._collect()
         return self._finish(end, stop)
@@ -229,6 +231,15 @@ class _Run:
             )
         self.account.tokens += settings.batch_size * self.tokens_per_example
         return Report(self._asked(), float(loss), len(indices) * self.tokens_per_example)
+
+    def _tell_plan(self) -> None:
+        """A plan that has decided anew goes into rank 0's log, and into the run folder for who looks later."""
+        if self.attached.plan.changes != self.plan_changes:
+            self.plan_changes = self.attached.plan.changes
+            if self.mesh.rank == 0:
+                text = f"step {self.attached.steps}: {self.attached.plan.table()}"
+                print(text, flush=True)
+                write_text_durably(self.folder / "plan.txt", text + "\n")
 
     def _asked(self) -> int:
         """The signal that asks this rank to stop, ``TIME_LIMIT`` where the limit is near, or 0."""

@@ -25,6 +25,7 @@ NAMES = [
     "ef21",
     "error_feedback",
     "every_step",
+    "lgreco",
     "local_sgd",
     "mean",
     "nesterov",

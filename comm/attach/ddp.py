@@ -77,6 +77,9 @@ class DDPPieces:
     def gradients_finite(self) -> bool:
         return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.parameters.values())
 
+    def unused(self) -> set[str]:
+        return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}
+
     def step(self) -> None:
         with self._guard.opened():
             self.optimizer.step()

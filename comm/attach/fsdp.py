@@ -82,6 +82,9 @@ class FSDPPieces:
         grads = [p.grad for p in self.parameters.values()]
         return all(g is None or bool(torch.isfinite(_local(g)).all()) for g in grads)
 
+    def unused(self) -> set[str]:
+        return set()  # whatever was exchanged is stepped with
+
     def step(self) -> None:
         with self._guard.opened():
             self.optimizer.step()

@@ -87,6 +87,9 @@ class ZeroPieces(ABC):
     def gradients_finite(self) -> bool:
         return all(bool(torch.isfinite(self._gradient(home)).all()) for home in self.homes.values())
 
+    def unused(self) -> set[str]:
+        return set()  # whatever was exchanged is stepped with
+
     def step(self) -> None:
         with self._guard.opened():
             self.engine.step()

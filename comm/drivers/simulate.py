@@ -15,10 +15,11 @@ from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Flow, Op,
 R = TypeVar("R")
 
 
-def simulate(flows: Sequence[Flow[R]]) -> list[R]:
+def simulate(flows: Sequence[Flow[R]], *, shards: int = 1) -> list[R]:
     """Run one flow per rank to its end and return their results, in rank order.
 
-    Raises ``RuntimeError`` where the ranks diverge. `AllReduce` sums in rank order (real transports use their own).
+    ``shards``: the size of the shard axis; rank = replica * shards + shard. `AllReduce` sums in rank order (real
+    transports use their own). Raises ``RuntimeError`` where the ranks diverge.
 
     >>> from dtrain.comm.ops import AllGather
     >>> import torch
@@ -36,8 +37,7 @@ def simulate(flows: Sequence[Flow[R]]) -> list[R]:
         if len(pending) < len(flows):
             finished = [rank for rank, op in enumerate(ops) if op is None]
             raise RuntimeError(f"ranks {finished} have finished while others still yield {pending[0]!r}")
-        _check_agreement(pending, round_number)
-        replies = _replies(pending)
+        replies = _exchange(pending, shards, round_number)
         ops = [_advance(flow, replies[rank], results, rank) for rank, flow in enumerate(flows)]
         round_number += 1
     return cast(list[R], results)
@@ -57,6 +57,24 @@ def _signature(op: Op) -> tuple[object, ...]:
     return type(op).__name__, op.axis, shapes, getattr(op, "combine", None), root
 
 
+def _exchange(ops: Sequence[Op], shards: int, round_number: int) -> list[Payload]:
+    """Everybody's reply, group by group of the axis that they all go across."""
+    axis = ops[0].axis
+    for rank, op in enumerate(ops):
+        if op.axis != axis:
+            raise RuntimeError(f"op {round_number} differs: rank 0 goes across the {axis} axis, rank {rank} does not")
+    ranks = range(len(ops))
+    groups = [[r for r in ranks if r % shards == shard] for shard in range(shards)]
+    if axis == "shard":
+        groups = [list(ranks[start : start + shards]) for start in range(0, len(ops), shards)]
+    replies: dict[int, Payload] = {}
+    for group in groups:
+        members = [ops[rank] for rank in group]
+        _check_agreement(members, round_number)
+        replies.update(zip(group, _replies(members), strict=True))
+    return [replies[rank] for rank in ranks]
+
+
 def _check_agreement(ops: Sequence[Op], round_number: int) -> None:
     wanted = _signature(ops[0])
     world = len(ops)
@@ -64,8 +82,6 @@ def _check_agreement(ops: Sequence[Op], round_number: int) -> None:
         if _signature(op) != wanted:
             other = _signature(op)
             raise RuntimeError(f"op {round_number} differs: rank 0 yields {wanted}, rank {rank} yields {other}")
-        if op.axis != "replicate":
-            raise RuntimeError(f"op {round_number} goes across the {op.axis} axis; simulate knows replicate only")
         if isinstance(op, AllReduce):
             one_dtype(op)
         if isinstance(op, AllToAll) and any(tensor.shape[:1] != (world,) for tensor in op.payload):

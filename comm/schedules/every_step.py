@@ -43,9 +43,8 @@ class _AttachedEveryStep(Attached):
     parameters_kind: Kind = "replicated"
 
     def __init__(self, spec: EveryStep, pieces: Pieces, seed: int) -> None:
-        super().__init__(pieces, State(kinds_of(spec.plan)))
+        super().__init__(pieces, State(kinds_of(spec.plan)), spec.plan, seed)
         self.spec = spec
-        self.seed = seed
         self._all_finite = True
         pieces.hand_over(self._exchange)
 
@@ -57,9 +56,10 @@ class _AttachedEveryStep(Attached):
     def _combine(self, gradients: Named) -> Flow[Combined]:
         key = Key(self.seed, self.steps, self.pieces.place.rank)
         spec, place = self.spec, self.pieces.place
+        self._measure(gradients, key)
         return (
             yield from combine(
-                gradients, spec.plan, spec.rule, place, key, self.state, matrices=self.matrices, route=spec.route
+                gradients, self.plan, spec.rule, place, key, self.state, matrices=self.matrices, route=spec.route
             )
         )
 
@@ -68,7 +68,7 @@ class _AttachedEveryStep(Attached):
         return ok
 
     def _after_step(self) -> None:
-        """Nothing: all replicas have made the same step."""
+        self._review()
 
 
 def every_step(

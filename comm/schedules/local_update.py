@@ -50,6 +50,11 @@ class LocalUpdate:
         return {"anchor": "replicated", **self.outer.kinds, **kinds_of(self.plan)}
 
 
+def deltas_of(parameters: Mapping[str, Tensor], state: State) -> dict[str, Tensor]:
+    """How far this rank has come from the anchor, in the direction of a gradient."""
+    return {fqn: state.get(fqn, "anchor", now) - now for fqn, now in parameters.items()}
+
+
 def local_update_round(
     spec: LocalUpdate,
     parameters: dict[str, Tensor],
@@ -58,10 +63,14 @@ def local_update_round(
     state: State,
     *,
     matrices: Mapping[str, Matrix] = NO_MATRICES,
+    plan: Plan | None = None,
 ) -> Flow[Combined]:
-    """One round on this rank's flat fp32 ``parameters``; stages the next anchor and the rest. Returns the deltas."""
-    deltas = {fqn: state.get(fqn, "anchor", now) - now for fqn, now in parameters.items()}
-    combined = yield from combine(deltas, spec.plan, spec.rule, place, key, state, matrices=matrices)
+    """One round on this rank's flat fp32 ``parameters``; stages the next anchor and the rest. Returns the deltas.
+
+    ``plan``: the spec's at work; without it, the spec's own.
+    """
+    deltas = deltas_of(parameters, state)
+    combined = yield from combine(deltas, plan or spec.plan, spec.rule, place, key, state, matrices=matrices)
     for fqn, delta in combined.values.items():
         state.stage(fqn, "anchor", spec.outer.step(fqn, state.get(fqn, "anchor", delta), delta, state))
     return combined
@@ -71,9 +80,8 @@ class _AttachedLocalUpdate(Attached):
     parameters_kind: Kind = "per_worker"
 
     def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
-        super().__init__(pieces, State(spec.kinds))
+        super().__init__(pieces, State(spec.kinds), spec.plan, seed)
         self.spec = spec
-        self.seed = seed
         self.rounds = 0
         self.failed_rounds = 0
         self.last_round = 0  # the step after which it was made
@@ -98,7 +106,10 @@ class _AttachedLocalUpdate(Attached):
     def _round(self) -> None:
         key = Key(self.seed, self.steps, self.pieces.place.rank)
         parameters, place = self.pieces.read(), self.pieces.place
-        flow = local_update_round(self.spec, parameters, place, key, self.state, matrices=self.matrices)
+        if self.plan.due():
+            self._measure(deltas_of(parameters, self.state), key)
+        lies, plan = self.matrices, self.plan
+        flow = local_update_round(self.spec, parameters, place, key, self.state, matrices=lies, plan=plan)
         combined = self.pieces.channel.run(flow, "round")
         self.rounds += 1
         self.last_round = self.steps
@@ -108,6 +119,7 @@ class _AttachedLocalUpdate(Attached):
             self.state.rollback()
             self.failed_rounds += 1
         self.pieces.write(self._anchor())
+        self._review()
 
     def _anchor(self) -> dict[str, Tensor]:
         return {fqn: named["anchor"] for fqn, named in self.state.tensors.items()}

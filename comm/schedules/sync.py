@@ -6,15 +6,20 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dtrain.comm.combine import consolidate
 from dtrain.comm.compressors.lowrank import matrices
 from dtrain.comm.drivers.meter import Meter
 from dtrain.comm.ops import AllReduce, Broadcast, Flow
 from dtrain.comm.pieces import Pieces
+from dtrain.comm.plans.adaptive import Settled, begun
+from dtrain.comm.plans.base import Plan, kinds_of
+from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
 
 
@@ -31,9 +36,11 @@ class Attached(ABC):
     parameters_kind: Kind
     """Whether the live parameters and the inner optimizer's state are equal on all replicas."""
 
-    def __init__(self, pieces: Pieces, state: State) -> None:
+    def __init__(self, pieces: Pieces, state: State, plan: Plan, seed: int) -> None:
         self.pieces = pieces
+        self.seed = seed
         self.state = state
+        self.plan = begun(plan, list(pieces.shapes))
         self.steps = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -59,6 +66,8 @@ class Attached(ABC):
         self.finish()
         ok = self._agree(self._gradients_ok() and self.pieces.gradients_finite())
         if ok:
+            for fqn in self.pieces.unused():
+                self.state.unstage(fqn)  # what feedback sent for it was not applied
             self.state.commit()
             self.pieces.step()
             self.skipped_in_a_row = 0
@@ -86,6 +95,23 @@ class Attached(ABC):
         rank must call it. A method that communicates at every step has nothing to close.
         """
         return False
+
+    def consolidate(self) -> None:
+        """Give every replica the mean of what feedback keeps: nothing that is applied changes but for round-off.
+
+        It bounds what low rank leaves in each replica where their data differ. Costs one exchange in full precision.
+        Every rank must call it, between two steps.
+        """
+        key = Key(self.seed, self.steps, self.pieces.place.rank)
+        self.pieces.channel.run(consolidate(self.state, self.pieces.place, key), "consolidate")
+
+    def rescale(self, factor: float) -> None:
+        """Multiply what feedback keeps, when the scale of the gradients changes by ``factor``.
+
+        Call it on every rank where a loss scale changes, with new / old; with error_feedback also where the learning
+        rate does, with old / new, if what is left from before shall count as much as it would have then.
+        """
+        self.state.scale(set(kinds_of(self.plan)) - {"q"}, factor)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -119,11 +145,14 @@ class Attached(ABC):
         self.load_integers({name: int(value) for name, value in integers.items()})
 
     def integers(self) -> dict[str, int]:
-        return {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        own = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {**own, **self.plan.integers()}
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
-        for name in self.integers():
+        planned = self.plan.integers().keys()
+        for name in self.integers().keys() - planned:
             setattr(self, name, integers[name])
+        self.plan.load_integers({name: integers[name] for name in planned})
 
     def report(self) -> str:
         """One line for people: what was sent and what it cost."""
@@ -137,6 +166,20 @@ class Attached(ABC):
         """Stop syncing and leave the model as it was found."""
         self.pieces.detach()
         self.pieces.channel.close()
+
+    def _measure(self, values: Mapping[str, Tensor], key: Key) -> None:
+        """Let the plan see what is about to be compressed, if it is due."""
+        if not self.plan.due():
+            return
+        for fqn, value in values.items():
+            meant = self.plan.of(fqn, key.step).feedback.correct(fqn, value, self.state)
+            own = replace(key, fqn=fqn, phase="plan")
+            self.plan.measure(fqn, meant, self.matrices[fqn], self.pieces.place.size, own)
+
+    def _review(self) -> None:
+        """Let the plan decide what to use from now on. Every rank must call it, once for each exchange."""
+        if not isinstance(self.plan, Settled):
+            self.pieces.channel.run(self.plan.review(), "plan")
 
     def _agree(self, ok: bool) -> bool:
         """Whether ``ok`` holds on every rank of this replica."""

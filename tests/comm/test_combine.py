@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtrain import after, by_layer, cast, compeft, econtrol, ef21, error_feedback, powersgd, quantize, randk, sign, topk
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.combine import combine, together
+from dtrain.comm.combine import combine, consolidate, together
 from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.lowrank import LowRank, Matrix, matrices, orthonormal
 from dtrain.comm.drivers.meter import Meter, metered
@@ -130,6 +130,41 @@ def test_the_shares_of_feedback_lie_within_their_ranges() -> None:
         ef21(topk(0.1), eta=0)
     with pytest.raises(ValueError, match=r"eta is 2; the part of the residual that is fed back lies in \[0, 1\]"):
         econtrol(topk(0.1), eta=2)
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("compressor", ["top-k", "int4", "PowerSGD"])
+def test_consolidation_keeps_every_mean(compressor: str, feedback: str) -> None:
+    plan, world = FEEDBACKS[feedback](BIASED[compressor]), 3
+    states = fresh_states(plan, world)
+    for step in range(3):
+        exchange(doubles(step, world), plan, states, step=step)
+        for state in states:
+            state.commit()
+    names = [name for name, kind in plan.kinds.items() if kind == "per_worker"]
+    like = torch.zeros(64 * 48, dtype=torch.float64)
+    before = {name: mean_of(states, "layers.0.weight", name, like) for name in names}
+    simulate([consolidate(state, Place(r, world), Key(0, 3, r)) for r, state in enumerate(states)])
+    for name in names:
+        rows = [state.get("layers.0.weight", name, like) for state in states]
+        assert all(torch.equal(row, rows[0]) for row in rows)
+        assert torch.allclose(rows[0], before[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_constant_loss_scale_and_one_that_changes_in_between_are_the_same() -> None:
+    plan = error_feedback(topk(0.1))
+    one, other = fresh_states(plan, 2), fresh_states(plan, 2)
+    for step in range(4):
+        scale = 1.0 if step < 2 else 0.25
+        values = per_rank(step, SIZES, 2)
+        scaled = [{fqn: scale * value for fqn, value in mine.items()} for mine in values]
+        if step == 2:
+            for state in other:
+                state.scale(plan.kinds, 0.25)
+        first, second = exchange(values, plan, one, step=step)[0], exchange(scaled, plan, other, step=step)[0]
+        for state in (*one, *other):
+            state.commit()
+        assert all(torch.equal(scale * first.values[fqn], second.values[fqn]) for fqn in first.values)
 
 
 # --- low rank -------------------------------------------------------------------------------------------------------

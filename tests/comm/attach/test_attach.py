@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import attach, diloco, error_feedback, every_step, local_sgd, quantize
+from dtrain import attach, diloco, error_feedback, every_step, local_sgd, quantize, topk
 from dtrain.comm.attach import pieces_of
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.mesh import build_mesh
@@ -276,6 +276,39 @@ def loaded_in_the_wrong_order(order: str) -> str:
     return ""
 
 
+class TwoHeads(nn.Module):
+    """Uses one of its heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(7, 3), nn.Linear(7, 3)
+        self.chosen = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.chosen(x)
+        return found
+
+
+def residual_of_an_unused_head() -> tuple[Tensor, Tensor, bool]:
+    """The second head's residual before and after steps without it, and whether its weights stood still."""
+    net = TwoHeads()
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    sync = every_step(compress=error_feedback(topk(0.1)))
+    attached = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), sync)
+
+    def step(number: int, head: nn.Linear) -> None:
+        net.chosen = head
+        backward(model, dist.get_rank(), number)
+        attached.step()
+
+    step(0, net.second)
+    before, weight = attached.state.tensors["second.weight"]["residual"].clone(), net.second.weight.detach().clone()
+    for number in range(1, 4):
+        step(number, net.first)
+    return before, attached.state.tensors["second.weight"]["residual"], torch.equal(weight, net.second.weight)
+
+
 def closed_rounds() -> tuple[list[bool], Tensor, Tensor]:
     """What closing says in turn, and the model after it beside the anchor."""
     model = DistributedDataParallel(small())
@@ -336,6 +369,11 @@ def test_the_last_round_of_a_run_can_be_closed_early_and_once(pool: WorkerPool) 
     for said, live, anchor in answers:
         assert said == [False, False, True, False]
         assert torch.equal(live, anchor)
+
+
+def test_a_parameter_that_nobody_used_keeps_its_residual(pool: WorkerPool) -> None:
+    for before, after, stood in pool.run(residual_of_an_unused_head, world=2):
+        assert bool(before.any()) and torch.equal(before, after) and stood
 
 
 def test_detach_gives_ddp_back(pool: WorkerPool) -> None:

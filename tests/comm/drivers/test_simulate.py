@@ -154,9 +154,20 @@ def test_a_rank_that_ends_early_is_an_error() -> None:
         simulate([flow(3), flow(2), flow(3)])
 
 
-def test_only_the_replicate_axis_is_known() -> None:
-    with pytest.raises(RuntimeError, match="shard axis; simulate knows replicate only"):
-        simulate([once(AllReduce((a,), axis="shard"))])
+def test_each_axis_has_its_groups() -> None:
+    def flow(rank: int) -> Flow[tuple[list[int], list[int]]]:
+        (shards,) = yield AllGather((torch.tensor(rank),), axis="shard")
+        (replicas,) = yield AllGather((torch.tensor(rank),))
+        return shards.tolist(), replicas.tolist()
+
+    found = simulate([flow(rank) for rank in range(6)], shards=2)
+    assert found[3] == ([2, 3], [1, 3, 5]) and found[4] == ([4, 5], [0, 2, 4])
+    assert simulate([flow(rank) for rank in range(2)]) == [([0], [0, 1]), ([1], [0, 1])]
+
+
+def test_ranks_that_go_across_other_axes_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="rank 0 goes across the shard axis, rank 1 does not"):
+        simulate([once(AllReduce((a,), axis="shard")), once(AllReduce((a,)))])
 
 
 def test_a_shift_that_its_peer_does_not_receive_is_an_error() -> None:

@@ -1,0 +1,275 @@
+"""L-GreCo (Alimohammadi et al., arXiv:2210.17357): each layer as small as the whole can afford.
+
+    min over choices c of  sum_l bytes_l(c_l)   such that   sum_l error_l(c_l) <= alpha sum_l error_l(uniform)
+
+The errors are squares, |C(x) - x|^2 of what is really compressed (feedback included), summed over all ranks: squares of
+parts add up to the square of the whole, plain norms do not. A dynamic program over ``GRID`` steps of the budget finds
+the best choice up to rounding; errors are rounded up, so the true constraint holds. Uniform is always affordable.
+
+Every rank solves the same problem from the same sums, and the choices are compared by a digest. Residuals stay, and
+PowerSGD keeps the columns of its basis that the new rank has.
+Communication: in a review two small gathers, over the shards and over the replicas. Keeps: one integer per parameter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.grids import Even
+from dtrain.comm.compressors.lowrank import LowRank, Matrix
+from dtrain.comm.compressors.quantize import Quantize
+from dtrain.comm.compressors.sparse import RandomK, TopK
+from dtrain.comm.feedback import Compression, as_compression
+from dtrain.comm.layout import chunk_width, to_rows
+from dtrain.comm.ops import AllGather, Axis, Flow
+from dtrain.comm.routes import two_phase_bytes
+from dtrain.comm.seeds import Key
+
+GRID = 10_000  # steps into which the budget is divided
+DENSITIES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # times the uniform one
+FIRST = 10  # exchanges before the first review
+
+
+@dataclass(frozen=True)
+class LGreCo:
+    """See `lgreco`."""
+
+    uniform: int
+    options: tuple[Compression, ...]
+    every: int
+    alpha: float
+    hysteresis: float
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        return self.options
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return self.options[self.uniform]
+
+    def begin(self, fqns: Sequence[str]) -> ChoosingLGreCo:
+        return ChoosingLGreCo(self, fqns)
+
+
+class ChoosingLGreCo:
+    """L-GreCo at work on one rank: the present choice, and what the next one will be made from."""
+
+    def __init__(self, spec: LGreCo, fqns: Sequence[str]) -> None:
+        self.spec, self.fqns = spec, list(fqns)
+        self.compressions = spec.options
+        self.chosen = dict.fromkeys(self.fqns, spec.uniform)
+        self.exchanges = 0
+        self.changes = 0
+        self._costs: dict[str, Tensor] = {}  # fqn -> [2, options] fp64: squared errors, bytes
+        self._last: Tensor | None = None
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return self.spec.options[self.chosen[fqn]]
+
+    def due(self) -> bool:
+        number = self.exchanges + 1
+        return number == FIRST or number % self.spec.every == 0
+
+    def measure(self, fqn: str, value: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+        self._costs[fqn] = costs(value, [option.compressor for option in self.spec.options], matrix, world, key)
+
+    def review(self) -> Flow[None]:
+        due, self.exchanges = self.due(), self.exchanges + 1
+        if not due:
+            return
+        empty = torch.zeros(2, len(self.spec.options), dtype=torch.float64)
+        total = torch.stack([self._costs.get(fqn, empty) for fqn in self.fqns])
+        self._costs = {}
+        axes: tuple[Axis, ...] = ("shard", "replicate")
+        for axis in axes:
+            (rows,) = yield AllGather((total,), axis=axis)
+            total = rows.sum(0)
+        if not bool(torch.isfinite(total).all()):
+            return  # the step that was measured is skipped, too
+        errors, sizes = total[:, 0], total[:, 1]
+        now = [self.chosen[fqn] for fqn in self.fqns]
+        better = solve(errors, sizes, self.spec.uniform, self.spec.alpha)
+        if self._pays(errors, sizes, now, better):
+            self.chosen = dict(zip(self.fqns, better, strict=True))
+            self.changes += 1
+        self._last = total
+        yield from self._compare()
+
+    def integers(self) -> dict[str, int]:
+        counters = {"plan.exchanges": self.exchanges, "plan.changes": self.changes}
+        return {**counters, **{f"plan.of.{fqn}": index for fqn, index in self.chosen.items()}}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        self.exchanges, self.changes = integers["plan.exchanges"], integers["plan.changes"]
+        self.chosen = {fqn: integers[f"plan.of.{fqn}"] for fqn in self.fqns}
+
+    def table(self) -> str:
+        lines = []
+        for number, fqn in enumerate(self.fqns):
+            line = f"{fqn:40} {told(self.spec.options[self.chosen[fqn]])}"
+            if self._last is not None:
+                error, size = self._last[number, :, self.chosen[fqn]].tolist()
+                line += f"   {size / 1e3:10.1f} kB   squared error {error:.3g}"
+            lines.append(line)
+        return "\n".join([f"L-GreCo, change {self.changes}:", *lines])
+
+    def _pays(self, errors: Tensor, sizes: Tensor, now: list[int], better: list[int]) -> bool:
+        """A change costs warm starts: not for less than ``hysteresis``, unless the old choice breaks the budget."""
+        rows = torch.arange(len(now))
+        budget = self.spec.alpha * float(errors[:, self.spec.uniform].sum())
+        broken = float(errors[rows, now].sum()) > budget * (1 + 1e-9)
+        saved = 1 - float(sizes[rows, better].sum()) / max(float(sizes[rows, now].sum()), 1.0)
+        return broken or saved > self.spec.hysteresis
+
+    def _compare(self) -> Flow[None]:
+        text = repr(sorted(self.chosen.items())).encode()
+        mine = torch.tensor(list(hashlib.blake2b(text, digest_size=8).digest()), dtype=torch.uint8)
+        for axis in ("shard", "replicate"):
+            (digests,) = yield AllGather((mine,), axis=axis)
+            if not bool((digests == mine).all()):
+                raise RuntimeError(
+                    f"ranks disagree about the plan (digests {digests.tolist()} over the {axis} axis); they must run "
+                    "the same version of torch on the same kind of machine"
+                )
+
+
+def costs(value: Tensor, compressors: Sequence[Compressor | LowRank], matrix: Matrix, world: int, key: Key) -> Tensor:
+    """Squared error and bytes sent of each choice for ``value`` [n]: [2, choices] fp64, on the CPU."""
+    rows = to_rows(value.float(), world)
+    tails: Tensor | None = None
+    found = []
+    for compressor in compressors:
+        if isinstance(compressor, LowRank):
+            if not compressor.pays(matrix):
+                found.append((0.0, two_phase_bytes([value.numel()], cast("fp32"), world)))
+                continue
+            tails = _tails(matrix.view(value)) if tails is None else tails
+            size = sum(
+                two_phase_bytes([compressor.rank * n], cast("fp32"), world) for n in (matrix.rows, matrix.columns)
+            )
+            found.append((float(tails[compressor.rank]), size))
+        else:
+            decoded = compressor.decode(compressor.encode(rows, key), rows.shape[1], key.shared)
+            error = float((decoded - rows).double().square().sum())
+            found.append((error, 2 * (world - 1) * compressor.row_bytes(chunk_width(value.numel(), world))))
+    return torch.tensor(found, dtype=torch.float64).T.contiguous()
+
+
+def _tails(matrix: Tensor) -> Tensor:
+    """tails[r]: the squared error of the best approximation of rank r, by eigenvalues of the smaller Gram matrix."""
+    matrix = matrix.double()
+    gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+    if not bool(torch.isfinite(gram).all()):
+        return torch.full((gram.shape[0] + 1,), torch.nan, dtype=torch.float64)
+    squares = torch.linalg.eigvalsh(gram).clamp_(min=0.0)  # ascending
+    return torch.cat([squares.new_zeros(1), squares.cumsum(0)]).flip(0)
+
+
+def solve(errors: Tensor, sizes: Tensor, uniform: int, alpha: float = 1.0, grid: int = GRID) -> list[int]:
+    """The cheapest choice for each layer whose errors add up to at most ``alpha`` times those of the uniform choice.
+
+    Args:
+        errors: [layers, choices], squares, not negative.
+        sizes: [layers, choices].
+        uniform: the choice that sets the budget; it is the answer where nothing cheaper can be afforded.
+        grid: steps into which the budget is divided; finer costs time in proportion.
+
+    >>> solve(torch.tensor([[0.0, 9.0], [0.0, 2.0]]), torch.tensor([[8.0, 1.0], [8.0, 1.0]]), uniform=1, alpha=0.5)
+    [0, 1]
+
+    Raises ``ValueError`` if even the least errors are more than the budget: possible only for ``alpha`` below 1.
+    """
+    layers = errors.shape[0]
+    budget = alpha * float(errors[:, uniform].sum())
+    if float(errors.amin(1).sum()) > budget * (1 + 1e-9):
+        raise ValueError(f"no choice keeps the error within alpha = {alpha:g} of the uniform one's; raise alpha")
+    if budget <= 0:
+        return [int((sizes[row] + torch.where(errors[row] > 0, torch.inf, 0.0)).argmin()) for row in range(layers)]
+    steps = (errors / (budget / grid)).ceil().clamp_(max=grid + 1).long()
+    best = torch.zeros(grid + 1, dtype=torch.float64)  # best[j]: least bytes of the layers so far with j steps of error
+    taken = torch.empty(layers, grid + 1, dtype=torch.int8 if errors.shape[1] < 128 else torch.int64)
+    for row in range(layers):
+        ways = torch.full((errors.shape[1], grid + 1), torch.inf, dtype=torch.float64)
+        for choice in range(errors.shape[1]):
+            width = int(steps[row, choice])
+            if width <= grid:
+                ways[choice, width:] = best[: grid + 1 - width] + float(sizes[row, choice])
+        best, which = ways.min(0)
+        taken[row] = which
+    place = int(best.argmin())
+    if not bool(torch.isfinite(best[place])):
+        return [uniform] * layers  # rounding up alone has made all others too dear
+    answer = []
+    for row in reversed(range(layers)):
+        answer.append(int(taken[row, place]))
+        place -= int(steps[row, answer[-1]])
+    answer.reverse()
+    cost = float(sizes[torch.arange(layers), answer].sum())
+    return answer if cost <= float(sizes[:, uniform].sum()) or alpha < 1 else [uniform] * layers
+
+
+def lgreco(
+    compress: Compressor | LowRank | Compression, *, every: int = 100, alpha: float = 1.0, hysteresis: float = 0.02
+) -> LGreCo:
+    """L-GreCo around ``compress``: what it spends on error as a whole, each layer may spend as it pays.
+
+    Args:
+        compress: PowerSGD (choices: ranks from half of its own to twice), a quantizer (2 to 8 bits), top-k or random-k
+            (densities from a quarter of its own to four times), or one of them under feedback.
+        every: exchanges between two reviews; the first comes after 10.
+        alpha: the error allowed, in units of the uniform choice's.
+        hysteresis: the part of the bytes that a change must save.
+
+    >>> from dtrain import error_feedback, lgreco, powersgd
+    >>> [option.compressor.rank for option in lgreco(error_feedback(powersgd(4))).options]
+    [2, 3, 4, 5, 6, 7, 8]
+
+    Raises ``TypeError`` for a compressor without a parameter to choose, ``ValueError`` for values outside their range.
+    """
+    base = as_compression(compress)
+    choices = _choices(base.compressor)
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"every is {every!r}; give a positive number of exchanges, for example 100")
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha!r}; give the error allowed in units of the uniform choice's, for example 1")
+    if not 0 <= hysteresis < 1:
+        raise ValueError(f"hysteresis is {hysteresis!r}; give a part of the bytes, in [0, 1)")
+    options = tuple(replace(base, compressor=choice) for choice in choices)
+    return LGreCo(choices.index(base.compressor), options, every, float(alpha), float(hysteresis))
+
+
+def _choices(base: Compressor | LowRank) -> list[Compressor | LowRank]:
+    match base:
+        case LowRank():
+            return [replace(base, rank=rank) for rank in range(max(1, base.rank // 2), 2 * base.rank + 1)]
+        case Quantize() | Even():
+            return [replace(base, bits=bits) for bits in range(2, 9)]
+        case TopK() | RandomK():
+            return [replace(base, density=min(1.0, base.density * factor)) for factor in DENSITIES]
+        case _:
+            raise TypeError(f"{base} has nothing to choose by layer; lgreco takes powersgd, quantize, topk and randk")
+
+
+def told(compression: Compression) -> str:
+    """A compression in a few words.
+
+    >>> from dtrain import powersgd
+    >>> told(as_compression(powersgd(3)))
+    'rank 3'
+    """
+    match compression.compressor:
+        case LowRank(rank=rank):
+            return f"rank {rank}"
+        case Quantize(bits=bits) | Even(bits=bits):
+            return f"{bits} bits"
+        case TopK(density=density) | RandomK(density=density):
+            return f"density {density:.3g}"
+        case other:
+            return str(other)
