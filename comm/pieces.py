@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dtrain.comm.drivers.run import Channel
@@ -30,6 +31,8 @@ class Pieces(Protocol):
     """
 
     channel: Channel
+    optimizer: torch.optim.Optimizer
+    """The inner one, to be read; only `step` steps it."""
 
     @property
     def segments(self) -> Mapping[str, Segment]: ...

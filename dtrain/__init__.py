@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from dtrain.comm.feedback import econtrol, ef21, error_feedback
     from dtrain.comm.plans.base import after, by_layer
     from dtrain.comm.plans.lgreco import lgreco
+    from dtrain.comm.schedules.dgc import dgc
     from dtrain.comm.schedules.diloco import diloco
     from dtrain.comm.schedules.every_step import every_step
     from dtrain.comm.schedules.local_sgd import local_sgd
+    from dtrain.comm.schedules.onebit_adam import onebit_adam
     from dtrain.comm.schedules.outer import nesterov, sgd
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "by_layer",
     "cast",
     "compeft",
+    "dgc",
     "diloco",
     "econtrol",
     "ef21",
@@ -45,6 +48,7 @@ __all__ = [
     "local_sgd",
     "mean",
     "nesterov",
+    "onebit_adam",
     "powersgd",
     "quantize",
     "randk",
@@ -61,6 +65,7 @@ _HOME = {
     "by_layer": "dtrain.comm.plans.base",
     "cast": "dtrain.comm.compressors.cast",
     "compeft": "dtrain.comm.compressors.ternary",
+    "dgc": "dtrain.comm.schedules.dgc",
     "diloco": "dtrain.comm.schedules.diloco",
     "econtrol": "dtrain.comm.feedback",
     "ef21": "dtrain.comm.feedback",
@@ -70,6 +75,7 @@ _HOME = {
     "local_sgd": "dtrain.comm.schedules.local_sgd",
     "mean": "dtrain.comm.aggregators.mean",
     "nesterov": "dtrain.comm.schedules.outer",
+    "onebit_adam": "dtrain.comm.schedules.onebit_adam",
     "powersgd": "dtrain.comm.compressors.lowrank",
     "quantize": "dtrain.comm.compressors.quantize",
     "randk": "dtrain.comm.compressors.sparse",

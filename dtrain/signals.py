@@ -9,6 +9,7 @@ all ranks agree.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import faulthandler
 import os
 import select
@@ -104,7 +105,8 @@ class StopRequest:
 
     def _tell(self, number: int) -> None:
         """At once, from this thread: the main one may sit in a collective for minutes."""
-        text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {signal.Signals(number).name}: stopping at the next agreed step\n"
+        now = datetime.datetime.now().isoformat(sep=" ", timespec="milliseconds")
+        text = f"{now} {signal.Signals(number).name}: stopping at the next agreed step\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
 

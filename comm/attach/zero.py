@@ -44,6 +44,7 @@ class ZeroPieces(ABC):
         self.engine, self.channel = engine, channel
         self.zero = engine.optimizer
         self.base = self.zero.optimizer
+        self.optimizer: torch.optim.Optimizer = self.base
         self.homes = {home.segment.fqn: home for home in self._homes()}
         self.segments = {fqn: home.segment for fqn, home in self.homes.items()}
         self.held = self.segments

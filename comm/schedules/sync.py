@@ -69,7 +69,7 @@ class Attached(ABC):
             for fqn in self.pieces.unused():
                 self.state.unstage(fqn)  # what feedback sent for it was not applied
             self.state.commit()
-            self.pieces.step()
+            self._advance()
             self.skipped_in_a_row = 0
         else:
             self.state.rollback()
@@ -79,6 +79,10 @@ class Attached(ABC):
         self.steps += 1
         self._after_step()
         return ok
+
+    def _advance(self) -> None:
+        """One step of the parameters along what the exchange has left in the gradients."""
+        self.pieces.step()
 
     @abstractmethod
     def _gradients_ok(self) -> bool:

@@ -16,11 +16,13 @@ from dtrain.checkpoint.folders import write_text_durably
 from dtrain.evidence.network import network
 from dtrain.evidence.page import Circumstances, Report, page
 from dtrain.evidence.runs import Session, say
+from dtrain.evidence.stopping import stopping
 from dtrain.evidence.training import default, fifteen, kill, quality, suite
 from dtrain.report import environment
 
 REPORTS: dict[str, Callable[[Session], Report]] = {
-    "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network, "suite": suite,
+    "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network,
+    "stopping": stopping, "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named
 

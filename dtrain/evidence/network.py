@@ -108,7 +108,10 @@ def round_trip(cluster: Cluster) -> float:
 def network_report(
     rates: dict[str, Row], change: tuple[float, float], trip: float, sweeps: Mapping[int, Sequence[Row]]
 ) -> Report:
-    """The lines of the issue on launchers that concern links."""
+    """The lines of the issue on launchers that concern links. Raises ``RuntimeError`` if a row is not to be trusted."""
+    every = [*rates.values(), *(row for rows in sweeps.values() for row in rows)]
+    if bad := [f"{row.bytes} bytes over {row.world}: {row.invalid}" for row in every if row.invalid]:
+        raise RuntimeError(f"not evidence, the machine was not idle or values were wrong: {'; '.join(bad)}")
     by_size = {world: {row.bytes: row.p50_ms / 1e3 for row in rows} for world, rows in sweeps.items()}
     found = fit("all_reduce", 2, by_size[2])
     off = [abs(error) for world in (3, 4) for error in errors(found, world, by_size[world])]

@@ -45,13 +45,23 @@ def test_stop_and_resume_is_never_stopped(
     assert again.digest == whole.digest
 
 
-@pytest.mark.parametrize("compress", ["powersgd_ef", "topk_ef21", "topk_econtrol", "lgreco_powersgd"])
+COMPRESSED = {
+    "powersgd_ef": ["compress@sync.compress=powersgd_ef"],
+    "topk_ef21": ["compress@sync.compress=topk_ef21"],
+    "topk_econtrol": ["compress@sync.compress=topk_econtrol"],
+    "lgreco_powersgd": ["compress@sync.compress=lgreco_powersgd"],
+    "onebit_adam": ["sync=onebit_adam", "sync.warmup_steps=6"],
+    "dgc": ["sync=dgc", "sync.density=0.05", "sync.warmup_steps=10", "optim=sgd", "optim.inner.momentum=0"],
+}
+
+
+@pytest.mark.parametrize("method", COMPRESSED)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_state_of_a_compression_comes_back(
-    pool: WorkerPool, text: Path, tmp_path: Path, engine: str, compress: str
+    pool: WorkerPool, text: Path, tmp_path: Path, engine: str, method: str
 ) -> None:
     """Factors, estimates, momenta and a plan made after 10 steps; another mesh goes on with what can be translated."""
-    chosen = [f"compress@sync.compress={compress}", "train.steps=14"]
+    chosen = [*COMPRESSED[method], "train.steps=14"]
     whole = run(pool, tmp_path / "whole", text, engine, "int8_ef", *chosen)
     run(pool, tmp_path / "half", text, engine, "int8_ef", *chosen, "train.stop_after_steps=11")
     shutil.copytree(tmp_path / "half", tmp_path / "other")

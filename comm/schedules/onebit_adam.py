@@ -1,0 +1,132 @@
+"""1-bit Adam (Tang et al., arXiv:2102.02888): after a warm-up the variance is frozen and momenta are sent in one bit.
+
+    warm-up    the inner optimizer's own Adam on the mean gradient, in fp32
+    then       m_i = b1 m + (1 - b1) g_i;   m = combined C(m_i), with error feedback
+               x -= lr (m / (sqrt(v) + eps) + decay x)                      v as the warm-up left it
+
+Feedback around a gradient would go through Adam's variance, which is not linear; through a momentum it may go. m and v
+are divided by Adam's bias corrections of the last warm-up step. From the freeze on the inner optimizer is not stepped
+any more; its learning rate is still read in each step.
+Communication: the two-phase route of `every_step`; clipping after the freeze has no effect.
+Keeps: m and v, equal on all replicas, and what the feedback keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.combine import combine
+from dtrain.comm.compressors.sign import sign
+from dtrain.comm.feedback import as_compression, error_feedback
+from dtrain.comm.layout import Named
+from dtrain.comm.ops import Flow
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.plans.base import After, Compress, Plan, as_plan, kinds_of
+from dtrain.comm.schedules.sync import Attached
+from dtrain.comm.seeds import Key
+from dtrain.comm.state import Kind, State
+
+READ = ("lr", "betas", "eps", "weight_decay")
+
+
+@dataclass(frozen=True)
+class OneBitAdam:
+    """See `onebit_adam`."""
+
+    warmup_steps: int
+    plan: Plan
+
+    def bind(self, pieces: Pieces, seed: int) -> Attached:
+        inner = pieces.optimizer
+        groups = inner.param_groups
+        if not all("betas" in group and "eps" in group for group in groups) or "Adam" not in type(inner).__name__:
+            raise ValueError(f"onebit_adam freezes Adam's variance; the inner optimizer is {type(inner).__name__}")
+        if any(group.get("amsgrad") or group.get("maximize") for group in groups):
+            raise ValueError("onebit_adam does not know amsgrad and maximize; leave them off")
+        if any(group[name] != groups[0][name] for group in groups for name in READ):
+            raise ValueError(f"the parameter groups differ in one of {', '.join(READ)}; onebit_adam has one of each")
+        return _AttachedOneBitAdam(self, pieces, seed)
+
+
+class _AttachedOneBitAdam(Attached):
+    parameters_kind: Kind = "replicated"
+
+    def __init__(self, spec: OneBitAdam, pieces: Pieces, seed: int) -> None:
+        plan = After(spec.warmup_steps, spec.plan, as_compression(None))
+        own: dict[str, Kind] = {"adam_m": "replicated", "adam_v": "replicated"}
+        super().__init__(pieces, State({**own, **kinds_of(plan)}), plan, seed)
+        self.warmup_steps = spec.warmup_steps
+        self._all_finite = True
+        pieces.hand_over(self._exchange)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the warm-up is over."""
+        return self.steps >= self.warmup_steps
+
+    def _exchange(self, gradients: Named) -> Flow[dict[str, Tensor]]:
+        key, place = Key(self.seed, self.steps, self.pieces.place.rank), self.pieces.place
+        values = dict(gradients)
+        if self.frozen:
+            b1 = self.pieces.optimizer.param_groups[0]["betas"][0]
+            for fqn, g in gradients.items():
+                values[fqn] = b1 * self.state.get(fqn, "adam_m", g) + (1 - b1) * g
+        lies = self.matrices
+        combined = yield from combine(values, self.plan, rank_order_mean, place, key, self.state, matrices=lies)
+        self._all_finite = self._all_finite and combined.finite
+        if self.frozen:
+            for fqn, momentum in combined.values.items():
+                self.state.stage(fqn, "adam_m", momentum.clone())
+        return combined.values
+
+    def _gradients_ok(self) -> bool:
+        ok, self._all_finite = self._all_finite, True
+        return ok
+
+    def _advance(self) -> None:
+        if not self.frozen:
+            super()._advance()
+            return
+        group = self.pieces.optimizer.param_groups[0]
+        decoupled = "AdamW" in type(self.pieces.optimizer).__name__ or group.get("decoupled_weight_decay", False)
+        if group["weight_decay"] and not decoupled:
+            raise ValueError("onebit_adam knows decoupled weight decay only; use AdamW, or weight_decay=0")
+        moved = {}
+        for fqn, now in self.pieces.read().items():
+            m, v = self.state.get(fqn, "adam_m", now), self.state.get(fqn, "adam_v", now)
+            step = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * now
+            moved[fqn] = now - float(group["lr"]) * step
+        self.pieces.skip()
+        self.pieces.write(moved)
+
+    def _after_step(self) -> None:
+        if self.steps == self.warmup_steps:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """Take over Adam's moments, bias corrections included."""
+        b1, b2 = self.pieces.optimizer.param_groups[0]["betas"]
+        kept = self.pieces.optimizer_state()
+        for fqn, m in kept.get("exp_avg", {}).items():
+            made = float(kept["step"][fqn]) if "step" in kept else float(self.steps)
+            self.state.stage(fqn, "adam_m", m.float() / (1 - b1**made))
+            self.state.stage(fqn, "adam_v", kept["exp_avg_sq"][fqn].float() / (1 - b2**made))
+        self.state.commit()
+
+
+def onebit_adam(warmup_steps: int, *, compress: Compress = None) -> OneBitAdam:
+    """1-bit Adam.
+
+    Args:
+        warmup_steps: of plain Adam in fp32; 15 to 25 % of a run, until the variance stands still.
+        compress: what momenta are sent as afterwards; ``error_feedback(sign())`` by default.
+
+    Raises ``ValueError`` for a warm-up of less than a step, and when attached to another optimizer than Adam or AdamW.
+    Source: arXiv:2102.02888, algorithm 1.
+    """
+    if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 1:
+        raise ValueError(f"warmup_steps is {warmup_steps!r}; the variance needs at least one step to be frozen")
+    return OneBitAdam(warmup_steps, as_plan(error_feedback(sign()) if compress is None else compress))
