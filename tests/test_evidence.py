@@ -14,6 +14,7 @@ import pytest
 from dtrain.evidence import __main__ as command
 from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
 from dtrain.evidence.runs import Run, Session, as_figures
+from dtrain.evidence.stopping import stopping_report
 from dtrain.evidence.training import (
     closing_text,
     default_report,
@@ -175,6 +176,17 @@ def test_a_missed_line_is_told_by_the_exit_code_and_the_file_is_there(
     assert figures["made"]["revision"] == "abc123" and not figures["checks"][0]["met"]
 
 
+def test_a_signal_is_seen_within_a_second_by_every_rank_or_the_line_is_missed() -> None:
+    good = stopping_report([[0.1, 0.2, 0.3, 0.4]] * 3, ["all_gather #9"] * 3)
+    late = stopping_report([[0.1, 0.2, 0.3, 1.4]] * 3, ["all_gather #9"] * 3)
+    deaf = stopping_report([[0.1, 0.2, 0.3], [0.1] * 4, [0.1] * 4], ["all_gather #9"] * 3)
+    assert [[check.met for check in report.checks] for report in (good, late, deaf)] == [
+        [True, True],
+        [True, False],
+        [False, True],
+    ]
+
+
 def test_what_is_long_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
@@ -188,7 +200,7 @@ def test_what_is_long_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(command, "REPORTS", {name: report(name) for name in command.REPORTS})
     monkeypatch.setattr(command, "circumstances", lambda: MADE)
     assert command.main(["--out", str(tmp_path)]) == 0
-    assert made == ["fifteen", "quality", "default", "kill", "network"]
+    assert made == ["fifteen", "quality", "default", "kill", "network", "stopping"]
     with pytest.raises(SystemExit) as refused:
         command.main(["fiften"])
     assert refused.value.code == 2
