@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dtrain.comm.compressors.ternary import compeft, terngrad
     from dtrain.comm.drivers.simulate import simulate
     from dtrain.comm.feedback import econtrol, ef21, error_feedback
+    from dtrain.comm.plans.accordion import accordion
     from dtrain.comm.plans.base import after, by_layer
     from dtrain.comm.plans.lgreco import lgreco
     from dtrain.comm.schedules.dgc import dgc
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "accordion",
     "after",
     "attach",
     "by_layer",
@@ -60,6 +62,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "accordion": "dtrain.comm.plans.accordion",
     "after": "dtrain.comm.plans.base",
     "attach": "dtrain.comm.attach",
     "by_layer": "dtrain.comm.plans.base",

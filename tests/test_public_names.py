@@ -15,6 +15,7 @@ import dtrain
 
 NAMES = [
     "__version__",
+    "accordion",
     "after",
     "attach",
     "by_layer",

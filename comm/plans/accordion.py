@@ -1,0 +1,157 @@
+"""Accordion (Agarwal et al., arXiv:2010.16248): compress less while gradients change fast, and more while they do not.
+
+    a layer is in a critical regime if  | |g_then| - |g_now| | / |g_then|  >= threshold        looked at every so often
+
+Norms are those of what is exchanged, summed over all ranks, so that all of them decide alike. It chooses between two
+plans; either may be one that learns, `lgreco` for example: what is more and what is less is then chosen by layer.
+Until it has looked twice, all layers count as critical.
+Communication: at each look a gather over the shards and one over the replicas. Keeps: a norm and a choice per layer.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.compressors.lowrank import Matrix
+from dtrain.comm.feedback import Compression
+from dtrain.comm.ops import AllGather, Axis, Flow
+from dtrain.comm.plans.adaptive import Choosing, begun
+from dtrain.comm.plans.base import Compress, Plan, as_plan
+from dtrain.comm.seeds import Key
+
+
+@dataclass(frozen=True)
+class Accordion:
+    """See `accordion`."""
+
+    critical: Plan
+    otherwise: Plan
+    every: int
+    threshold: float
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        return (*self.critical.compressions, *self.otherwise.compressions)
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return self.critical.of(fqn, step)
+
+    def begin(self, fqns: Sequence[str]) -> ChoosingAccordion:
+        return ChoosingAccordion(self, fqns)
+
+
+class ChoosingAccordion:
+    """Accordion at work on one rank."""
+
+    def __init__(self, spec: Accordion, fqns: Sequence[str]) -> None:
+        self.spec, self.fqns = spec, list(fqns)
+        self.compressions = spec.compressions
+        self.plans: tuple[Choosing, Choosing] = (begun(spec.critical, fqns), begun(spec.otherwise, fqns))
+        self.norms: dict[str, float] = {}
+        self.calm = dict.fromkeys(self.fqns, False)
+        self.exchanges = 0
+        self.own_changes = 0
+        self._squares: dict[str, float] = {}
+
+    @property
+    def changes(self) -> int:
+        return self.own_changes + sum(plan.changes for plan in self.plans)
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return self.plans[self.calm[fqn]].of(fqn, step)
+
+    def due(self) -> bool:
+        return self._looks() or any(plan.due() for plan in self.plans)
+
+    def measure(self, fqn: str, value: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+        self._squares[fqn] = float(value.double().square().sum())
+        for plan in self.plans:
+            if plan.due():
+                plan.measure(fqn, value, matrix, world, key)
+
+    def review(self) -> Flow[None]:
+        looks, self.exchanges = self._looks(), self.exchanges + 1
+        for plan in self.plans:
+            yield from plan.review()
+        if not looks:
+            self._squares = {}
+            return
+        total = torch.tensor([self._squares.get(fqn, 0.0) for fqn in self.fqns], dtype=torch.float64)
+        self._squares = {}
+        axes: tuple[Axis, ...] = ("shard", "replicate")
+        for axis in axes:
+            (rows,) = yield AllGather((total,), axis=axis)
+            total = rows.sum(0)
+        if bool(torch.isfinite(total).all()):  # otherwise the step that was looked at is skipped, too
+            self._decide(dict(zip(self.fqns, total.sqrt().tolist(), strict=True)))
+
+    def integers(self) -> dict[str, int]:
+        own = {"plan.exchanges": self.exchanges, "plan.changes": self.own_changes}
+        calm = {f"plan.calm.{fqn}": int(calm) for fqn, calm in self.calm.items()}
+        norms = {f"plan.norm.{fqn}": _bits(self.norms.get(fqn, -1.0)) for fqn in self.fqns}
+        return {**own, **calm, **norms, **dict(chain.from_iterable(self._inner()))}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        self.exchanges, self.own_changes = integers["plan.exchanges"], integers["plan.changes"]
+        self.calm = {fqn: bool(integers[f"plan.calm.{fqn}"]) for fqn in self.fqns}
+        known = {fqn: _number(integers[f"plan.norm.{fqn}"]) for fqn in self.fqns}
+        self.norms = {fqn: norm for fqn, norm in known.items() if norm >= 0}
+        for number, plan in enumerate(self.plans):
+            plan.load_integers({name: integers[f"plan.{number}.{name}"] for name in plan.integers()})
+
+    def table(self) -> str:
+        calm = sum(self.calm.values())
+        head = f"Accordion: {len(self.fqns) - calm} of {len(self.fqns)} parameters in a critical regime"
+        return "\n".join([head, "critical:", self.plans[0].table(), "otherwise:", self.plans[1].table()])
+
+    def _looks(self) -> bool:
+        return (self.exchanges + 1) % self.spec.every == 0
+
+    def _decide(self, norms: dict[str, float]) -> None:
+        before = dict(self.calm)
+        for fqn, norm in norms.items():
+            then = self.norms.get(fqn)
+            self.calm[fqn] = then is not None and abs(then - norm) < self.spec.threshold * then
+        self.norms = norms
+        self.own_changes += before != self.calm
+
+    def _inner(self) -> Iterator[list[tuple[str, int]]]:
+        for number, plan in enumerate(self.plans):
+            yield [(f"plan.{number}.{name}", value) for name, value in plan.integers().items()]
+
+
+def accordion(critical: Compress, otherwise: Compress, *, every: int = 100, threshold: float = 0.5) -> Accordion:
+    """Two plans, by how fast the gradient of each parameter changes.
+
+    Args:
+        critical: the one that loses less, for critical regimes.
+        otherwise: the one that sends less.
+        every: exchanges between two looks; an epoch in the paper.
+        threshold: relative change of the norm; 0.5 in the paper.
+
+    >>> from dtrain import error_feedback, lgreco, powersgd
+    >>> accordion(error_feedback(powersgd(8)), lgreco(error_feedback(powersgd(2)))).threshold
+    0.5
+
+    Raises ``ValueError`` for values outside their range, ``TypeError`` for what is no compressor. Source: algorithm 1.
+    """
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"every is {every!r}; give a positive number of exchanges, for example 100")
+    if not threshold > 0:
+        raise ValueError(f"threshold is {threshold!r}; give a positive relative change, for example 0.5")
+    return Accordion(as_plan(critical), as_plan(otherwise), every, float(threshold))
+
+
+def _bits(number: float) -> int:
+    """A float as the integer of its bits: checkpoints keep integers exactly."""
+    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
+
+
+def _number(bits: int) -> float:
+    return float(struct.unpack("<d", bits.to_bytes(8, "little", signed=True))[0])
