@@ -20,9 +20,20 @@ def scaled(blocks: Tensor, scale: Tensor) -> Tensor:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """``codes`` [m, width] uint8 below 2^bits as [m, ceil(width * bits / 8)] bytes, the first code lowest."""
+    """``codes`` [m, width] uint8 below 2^bits as [m, ceil(width * bits / 8)] bytes.
+
+    1, 2 and 4 bits: the row is cut into 8 / bits equal parts, the first part in the lowest bits of the bytes. That needs
+    no gather, so it is as fast as memory. Other widths: eight codes after the other, the first code lowest.
+    """
     if bits == 8:
         return codes
+    if 8 % bits == 0:
+        parts = 8 // bits
+        planes = F.pad(codes, (0, -codes.shape[1] % parts)).view(codes.shape[0], parts, -(-codes.shape[1] // parts))
+        packed = planes[:, 0].clone()
+        for part in range(1, parts):
+            packed |= planes[:, part] << (bits * part)
+        return packed
     width = codes.shape[1]
     groups = F.pad(codes, (0, -width % 8)).view(codes.shape[0], -(-width // 8), 8)  # 8 codes fill `bits` bytes
     shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
@@ -35,6 +46,9 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
     """Undo `pack_bits`: ``codes`` [m, width] uint8."""
     if bits == 8:
         return packed
+    if 8 % bits == 0:
+        planes = [(packed >> (bits * part)) & (2**bits - 1) for part in range(8 // bits)]
+        return torch.cat(planes, dim=1)[:, :width]
     groups = -(-width // 8)
     octets = F.pad(packed, (0, groups * bits - packed.shape[1])).view(packed.shape[0], groups, bits)
     shifts = torch.arange(0, 8 * bits, 8, device=packed.device)

@@ -7,8 +7,7 @@ fp16 and bf16 are plain casts. fp8 has so few exponents that each block is first
 Formats: e4m3 (3 bits of mantissa, finite only) and e5m2 (2 bits), Micikevicius et al., arXiv:2209.05433.
 Communication: any route for fp32, fp16 and bf16; the two-phase route for fp8. Keeps: nothing.
 Bytes: the type's size for each element, for fp8 also 4 for each block.
-``cast("fp32")`` is the identity: what "no compression" means on the two-phase route; ``cast("fp64")`` that of models
-in fp64, which alone are worth it.
+``cast("fp32")`` is the identity: what "no compression" means on the two-phase route.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from dtrain.comm.compressors.blocks import scaled, to_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-RELATIVE_ERROR = {"fp64": 0.0, "fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RELATIVE_ERROR = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
 FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 FP8_ERROR = {"fp8_e4m3": (2.0**-4, 2.0**-10), "fp8_e5m2": (2.0**-3, 2.0**-17)}
 """Half a unit in the last place: relative, for normal numbers, and absolute, below them."""
@@ -37,7 +36,7 @@ class Cast:
 
     @property
     def unbiased(self) -> bool:
-        return self.dtype in ("fp64", "fp32")
+        return self.dtype == "fp32"
 
     @property
     def delta(self) -> float:
@@ -46,7 +45,7 @@ class Cast:
 
     @property
     def homogeneous(self) -> bool:
-        return self.dtype in ("fp64", "fp32")
+        return self.dtype == "fp32"
 
     @property
     def linear(self) -> bool:
@@ -56,7 +55,7 @@ class Cast:
         return (rows.to(DTYPES[self.dtype]),)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
-        return payload[0] if self.dtype == "fp64" else payload[0].to(torch.float32)
+        return payload[0].to(torch.float32)
 
     def row_bytes(self, width: int) -> int:
         return width * DTYPES[self.dtype].itemsize

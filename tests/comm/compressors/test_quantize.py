@@ -47,7 +47,7 @@ def ranges(rows: Tensor, block: int) -> tuple[Tensor, Tensor]:
 # --- bytes ---------------------------------------------------------------------------------------------------------
 
 
-@given(bits_of_a_code, st.integers(1, 4), st.integers(0, 70), seeds)
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(0, 70), seeds)
 def test_packed_codes_come_back(bits: int, m: int, width: int, seed: int) -> None:
     codes = torch.randint(0, 2**bits, (m, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     packed = pack_bits(codes, bits)
@@ -55,7 +55,20 @@ def test_packed_codes_come_back(bits: int, m: int, width: int, seed: int) -> Non
     assert torch.equal(unpack_bits(packed, bits, width), codes)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("bits", "first"), [(1, [1, 0, 1, 0]), (2, [1, 2, 3, 0]), (4, [1, 2])])
+def test_parts_of_the_row_lie_over_one_another(bits: int, first: list[int]) -> None:
+    """The wire format of widths that divide 8: byte j holds the j-th code of each part, the first part lowest."""
+    codes = [(number + 1) % 2**bits for number in range(11)]
+    part = -(-11 * bits // 8)
+    places = range(0, 8, bits)
+    wanted = [
+        sum((codes[j + n * part] if j + n * part < 11 else 0) << at for n, at in enumerate(places)) for j in range(part)
+    ]
+    assert codes[: len(first)] == first
+    assert pack_bits(torch.tensor([codes], dtype=torch.uint8), bits).tolist() == [wanted]
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7, 8])
 def test_the_first_code_is_the_lowest(bits: int) -> None:
     """The wire format, once in full: codes 1, 2, 3, ... as one little-endian number."""
     codes = [(number + 1) % 2**bits for number in range(11)]
