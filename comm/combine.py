@@ -46,7 +46,7 @@ def combine(
     mean.
     """
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
-    low = {fqn: values[fqn] for fqn in values if _low_rank(chosen[fqn], matrices[fqn])}
+    low = {fqn: values[fqn] for fqn in values if _low_rank(chosen[fqn], fqn, matrices)}
     rest = {fqn: value for fqn, value in values.items() if fqn not in low}
     rows = _Rows(plan)
 
@@ -89,8 +89,8 @@ class _Rows:
         return as_compression(None) if isinstance(compression.compressor, LowRank) else compression
 
 
-def _low_rank(compression: Compression, matrix: Matrix) -> bool:
-    return isinstance(compression.compressor, LowRank) and compression.compressor.pays(matrix)
+def _low_rank(compression: Compression, fqn: str, matrices: Mapping[str, Matrix]) -> bool:
+    return isinstance(compression.compressor, LowRank) and compression.compressor.pays(matrices[fqn])
 
 
 def _power_iteration(

@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from dtrain.comm.layout import working
+
 Kind: TypeAlias = Literal["replicated", "per_worker", "partitioned", "opaque"]
 """``replicated``: bitwise equal on all peers. ``per_worker``: each its own. ``partitioned``: one owner per element.
 ``opaque``: of any shape, equal on all peers, and good for one way of cutting the model only; can be begun anew.
@@ -33,9 +35,9 @@ class State:
         self._staged: Tensors = {}
 
     def get(self, fqn: str, name: str, like: Tensor) -> Tensor:
-        """The committed tensor; zeros like ``like`` if there is none yet. Not to be written to."""
+        """The committed tensor; zeros like ``like``, in fp32 or fp64, if there is none yet. Not to be written to."""
         found = self.tensors.get(fqn, {}).get(name)
-        return found if found is not None else torch.zeros_like(like)
+        return found if found is not None else working(torch.zeros_like(like))
 
     def known(self, fqn: str, name: str) -> bool:
         """Whether a tensor of this name has been committed."""

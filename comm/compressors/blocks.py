@@ -22,7 +22,7 @@ def scaled(blocks: Tensor, scale: Tensor) -> Tensor:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """``codes`` [m, width] uint8 below 2^bits as [m, ceil(width * bits / 8)] bytes.
 
-    1, 2 and 4 bits: the row is cut into 8 / bits equal parts, the first part in the lowest bits of the bytes. That needs
+    1, 2 and 4 bits: the row is cut into 8 / bits equal parts, the first part in the lowest bits of a byte. That needs
     no gather, so it is as fast as memory. Other widths: eight codes after the other, the first code lowest.
     """
     if bits == 8:
