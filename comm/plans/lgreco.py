@@ -34,6 +34,8 @@ from dtrain.comm.seeds import Key
 
 GRID = 10_000  # steps into which the budget is divided
 DENSITIES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # times the uniform one
+SAFE = 0.5  # of |x|^2: under feedback, a choice that promises no contraction must show one
+UNUSABLE = 1e200
 FIRST = 10  # exchanges before the first review
 
 
@@ -78,7 +80,13 @@ class ChoosingLGreCo:
         return number == FIRST or number % self.spec.every == 0
 
     def measure(self, fqn: str, value: Tensor, matrix: Matrix, world: int, key: Key) -> None:
-        self._costs[fqn] = costs(value, [option.compressor for option in self.spec.options], matrix, world, key)
+        found = costs(value, [option.compressor for option in self.spec.options], matrix, world, key)
+        size = float(value.double().square().sum())
+        for number, option in enumerate(self.spec.options):
+            risky = isinstance(option.compressor, Compressor) and option.compressor.delta <= 0 and option.feedback.kinds
+            if risky and number != self.spec.uniform and float(found[0, number]) > SAFE * size:
+                found[0, number] = UNUSABLE
+        self._costs[fqn] = found
 
     def review(self) -> Flow[None]:
         due, self.exchanges = self.due(), self.exchanges + 1
@@ -116,6 +124,8 @@ class ChoosingLGreCo:
             line = f"{fqn:40} {told(self.spec.options[self.chosen[fqn]])}"
             if self._last is not None:
                 error, size = self._last[number, :, self.chosen[fqn]].tolist()
+                if error == 0 and isinstance(self.of(fqn, 0).compressor, LowRank):
+                    line = f"{fqn:40} fp32  "
                 line += f"   {size / 1e3:10.1f} kB   squared error {error:.3g}"
             lines.append(line)
         return "\n".join([f"L-GreCo, change {self.changes}:", *lines])

@@ -19,7 +19,7 @@ from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.ops import Place
 from dtrain.comm.plans.adaptive import begun
 from dtrain.comm.plans.base import kinds_of
-from dtrain.comm.plans.lgreco import FIRST, ChoosingLGreCo, LGreCo, costs, solve
+from dtrain.comm.plans.lgreco import FIRST, UNUSABLE, ChoosingLGreCo, LGreCo, costs, solve
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 from tests.comm.zoo import draw
@@ -90,6 +90,19 @@ def test_the_error_of_a_choice_is_what_it_loses(compressor: object) -> None:
     (error,), (size,) = costs(value, [compressor], Matrix(600, 30, 0), 3, Key(0, 0))  # type: ignore[list-item]
     assert 0 < float(error) < float(value.double().square().sum())
     assert float(size) == 4 * compressor.row_bytes(200)  # type: ignore[attr-defined]
+
+
+def test_under_feedback_a_choice_without_a_promise_must_show_a_contraction() -> None:
+    """Two bits for blocks of 512 are no contraction on what hides between two large elements."""
+    spec = lgreco(error_feedback(quantize(bits=8, block=512)))
+    plan = spec.begin(["easy", "hard"])
+    hard = torch.full((512,), 0.16)  # half-way between codes: as far off as can be
+    hard[0], hard[1] = 1.0, -1.0
+    for fqn, value in (("easy", draw(1, 512)), ("hard", hard)):
+        plan.measure(fqn, value, Matrix(512, 16, 0), 1, Key(0, 0))
+    two_bits = 0
+    assert plan._costs["easy"][0, two_bits] < 1e6 and plan._costs["hard"][0, two_bits] == UNUSABLE
+    assert bool(torch.isfinite(plan._costs["hard"]).all())
 
 
 # --- at work --------------------------------------------------------------------------------------------------------
