@@ -55,3 +55,30 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
     words = (octets.to(torch.int64) << shifts).sum(-1)
     codes: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, bits, device=packed.device)) & (2**bits - 1)
     return codes.to(torch.uint8).flatten(1)[:, :width]
+
+
+def pack_blocks(codes: Tensor, bits: int, block: int) -> Tensor:
+    """`pack_bits` block by block, then of what is left over: the same number of bytes, with all of a block's together.
+
+    Compiled code then goes over a block once, from its scale to its bytes.
+    """
+    whole = _whole(codes.shape[1], bits, block)
+    if not whole:
+        return pack_bits(codes, bits)
+    packed = pack_bits(codes[:, :whole].reshape(-1, block), bits).reshape(codes.shape[0], whole * bits // 8)
+    return packed if whole == codes.shape[1] else torch.cat([packed, pack_bits(codes[:, whole:], bits)], dim=1)
+
+
+def unpack_blocks(packed: Tensor, bits: int, block: int, width: int) -> Tensor:
+    """Undo `pack_blocks`: ``codes`` [m, width] uint8."""
+    whole = _whole(width, bits, block)
+    if not whole:
+        return unpack_bits(packed, bits, width)
+    bytes_ = whole * bits // 8
+    codes = unpack_bits(packed[:, :bytes_].reshape(-1, block * bits // 8), bits, block).reshape(packed.shape[0], whole)
+    return codes if whole == width else torch.cat([codes, unpack_bits(packed[:, bytes_:], bits, width - whole)], dim=1)
+
+
+def _whole(width: int, bits: int, block: int) -> int:
+    """Elements in whole blocks, if a block fills whole bytes; otherwise 0."""
+    return width // block * block if bits < 8 and block * bits % 8 == 0 else 0

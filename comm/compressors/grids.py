@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import pack_bits, scaled, to_blocks, unpack_bits
+from dtrain.comm.compressors.blocks import pack_blocks, scaled, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -58,11 +58,11 @@ class _Grid(ABC):
             noise = torch.rand(rows.shape, generator=key.generator(rows.device), device=rows.device)
             chance = to_blocks(noise, self.block)
         codes = self._codes(scaled(blocks, scale), chance).to(torch.uint8).flatten(1)[:, :width]
-        return pack_bits(codes.contiguous(), self.bits), scale.squeeze(-1)
+        return pack_blocks(codes.contiguous(), self.bits, self.block), scale.squeeze(-1)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         packed, scale = payload  # [m, bytes], [m, blocks]
-        codes = to_blocks(unpack_bits(packed, self.bits, width), self.block)
+        codes = to_blocks(unpack_blocks(packed, self.bits, self.block, width), self.block)
         return self._levels(codes).mul_(scale.unsqueeze(-1)).flatten(1)[:, :width]
 
     def row_bytes(self, width: int) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import pack_bits, unpack_bits
+from dtrain.comm.compressors.blocks import pack_blocks, unpack_blocks
 from dtrain.comm.compressors.grids import Even, Powers
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
@@ -69,11 +69,11 @@ class Quantize:
         else:
             grid += 0.5
         codes = grid.floor_().clamp_(0, self.levels).to(torch.uint8).flatten(1)[:, :width]
-        return pack_bits(codes, self.bits), torch.cat([low, unit], dim=-1)
+        return pack_blocks(codes, self.bits, self.block), torch.cat([low, unit], dim=-1)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         packed, scales = payload  # [m, bytes], [m, blocks, 2]
-        codes = F.pad(unpack_bits(packed, self.bits, width), (0, scales.shape[1] * self.block - width))
+        codes = F.pad(unpack_blocks(packed, self.bits, self.block, width), (0, scales.shape[1] * self.block - width))
         values = codes.view(*scales.shape[:2], self.block).to(torch.float32)
         # Two roundings, not one fused multiply-add: compiled and vectorized forms then give the same bits.
         return values.mul_(scales[..., 1:]).add_(scales[..., :1]).flatten(1)[:, :width]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import pack_bits, to_blocks, unpack_bits
+from dtrain.comm.compressors.blocks import pack_blocks, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -46,11 +46,11 @@ class Sign:
         width = rows.shape[1]
         # Sums of fp32 magnitudes overflow only where the mean times n would; then the step is skipped.
         scale = to_blocks(rows.abs(), self.block).sum(-1) / self._counts(width, rows.device)
-        return pack_bits((rows >= 0).to(torch.uint8), 1), scale
+        return pack_blocks((rows >= 0).to(torch.uint8), 1, self.block), scale
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         packed, scale = payload  # [m, bytes], [m, blocks]
-        signs = to_blocks(unpack_bits(packed, 1, width), self.block).to(torch.float32).mul_(2).sub_(1)
+        signs = to_blocks(unpack_blocks(packed, 1, self.block, width), self.block).to(torch.float32).mul_(2).sub_(1)
         return signs.mul_(scale.unsqueeze(-1)).flatten(1)[:, :width]
 
     def row_bytes(self, width: int) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import pack_bits, scaled, to_blocks, unpack_bits
+from dtrain.comm.compressors.blocks import pack_blocks, scaled, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -41,11 +41,11 @@ class _Ternary(ABC):
         blocks = to_blocks(rows, self.block)
         scale, keep = self._choose(blocks, counts, rows, key)
         codes = torch.where(keep, torch.where(blocks < 0, 2, 1), 0).to(torch.uint8).flatten(1)[:, :width]
-        return pack_bits(codes.contiguous(), 2), scale.squeeze(-1)
+        return pack_blocks(codes.contiguous(), 2, self.block), scale.squeeze(-1)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         packed, scale = payload  # [m, bytes], [m, blocks]
-        codes = to_blocks(unpack_bits(packed, 2, width), self.block)
+        codes = to_blocks(unpack_blocks(packed, 2, self.block, width), self.block)
         levels = torch.tensor([0.0, 1.0, -1.0, 0.0], device=codes.device)
         return levels[codes.long()].mul_(scale.unsqueeze(-1)).flatten(1)[:, :width]
 
