@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
 from dtrain.comm.compressors.lowrank import LowRank, Matrix, orthonormal
+from dtrain.comm.drivers.packing import packed
 from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Op, Payload, Place
@@ -39,11 +40,12 @@ def combine(
     *,
     matrices: Mapping[str, Matrix] = NO_MATRICES,
     route: Route = "two_phase",
+    lossless: int | None = None,
 ) -> Flow[Combined]:
     """Combine flat fp32 ``values`` over the peers by ``rule``. New state is staged in ``state``.
 
     ``matrices`` says how each piece lies in its parameter; low rank needs it. The rule of the route "all_reduce" is the
-    mean.
+    mean. ``lossless``: zstandard's level, for what is sent.
     """
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
     low = {fqn: values[fqn] for fqn in values if _low_rank(chosen[fqn], fqn, matrices)}
@@ -59,11 +61,13 @@ def combine(
         return send(part, as_compression(None))
 
     if not low:
-        return (yield from send(rest, rows))
+        flow = send(rest, rows)
+        return (yield from (flow if lossless is None else packed(flow, lossless)))
     flows = [_power_iteration(low, chosen, key, state, matrices, dense)]
     if rest:
         flows.append(send(rest, rows))
-    parts = yield from together(flows)
+    joint = together(flows)
+    parts = yield from (joint if lossless is None else packed(joint, lossless))
     found = {fqn: tensor for part in parts for fqn, tensor in part.values.items()}
     return Combined({fqn: found[fqn] for fqn in values}, all(part.finite for part in parts))
 

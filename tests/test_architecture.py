@@ -155,7 +155,11 @@ def test_comm_imports_torch_and_the_standard_library_only() -> None:
     import sys
 
     # One file each for what is neither; a user of anything else in comm needs none of them.
-    others = {"deepspeed": "comm/attach/zero.py", "mpi4py": "comm/drivers/mpi.py"}
+    others = {
+        "deepspeed": "comm/attach/zero.py",
+        "mpi4py": "comm/drivers/mpi.py",
+        "zstandard": "comm/drivers/packing.py",
+    }
     wrong = [
         f"{name} imports {imported}"
         for name in _in("comm")

@@ -16,6 +16,7 @@ from torch import Tensor
 from dtrain.comm.aggregators.mean import Aggregator, mean, rank_order_mean
 from dtrain.comm.combine import Route, combine, require_mean_for_low_rank
 from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.drivers.packing import require_zstandard
 from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import Flow
@@ -34,6 +35,7 @@ class EveryStep:
     plan: Plan
     rule: Aggregator
     route: Route
+    lossless: int | None = None
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         return _AttachedEveryStep(self, pieces, seed)
@@ -59,7 +61,15 @@ class _AttachedEveryStep(Attached):
         self._measure(gradients, key)
         return (
             yield from combine(
-                gradients, self.plan, spec.rule, place, key, self.state, matrices=self.matrices, route=spec.route
+                gradients,
+                self.plan,
+                spec.rule,
+                place,
+                key,
+                self.state,
+                matrices=self.matrices,
+                route=spec.route,
+                lossless=spec.lossless,
             )
         )
 
@@ -76,6 +86,7 @@ def every_step(
     compress: Compress = None,
     combine: Aggregator | None = None,
     route: Route = "two_phase",
+    lossless: int | None = None,
 ) -> EveryStep:
     """Combine the gradients of all replicas before every optimizer step.
 
@@ -83,6 +94,7 @@ def every_step(
         compress: a compressor, ``error_feedback(...)`` of one, a plan, or None for full fp32.
         combine: the rule; the mean by default.
         route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own; linear ones only).
+        lossless: zstandard's level for all that is sent, for slow links between CPUs; None sends it as it is.
 
     >>> from dtrain import error_feedback, every_step, quantize
     >>> every_step(compress=error_feedback(quantize(bits=8))).route
@@ -94,12 +106,16 @@ def every_step(
     if route not in ("two_phase", "all_reduce"):
         raise ValueError(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")
     require_mean_for_low_rank(plan, rule)
+    if lossless is not None:
+        require_zstandard(lossless)
     if route == "all_reduce":
+        if lossless is not None:
+            raise ValueError("lossless codes parts, which an all-reduce does not have; use route='two_phase'")
         for compression in plan.compressions:
             _require_summable(compression)
         if rule is not rank_order_mean:
             raise ValueError("an all-reduce has only the mean to offer; use route='two_phase' with another rule")
-    return EveryStep(plan, rule, route)
+    return EveryStep(plan, rule, route, lossless)
 
 
 def _require_summable(compression: Compression) -> None:

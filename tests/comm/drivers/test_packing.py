@@ -1,0 +1,73 @@
+"""Lossless coding changes no bit of what arrives, and sends less where there is something to save."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from dtrain import cast, every_step, quantize, topk
+from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.combine import combine
+from dtrain.comm.drivers.meter import Meter, metered
+from dtrain.comm.drivers.packing import packed
+from dtrain.comm.drivers.simulate import simulate
+from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Payload, Place
+from dtrain.comm.plans.base import Plan, as_plan
+from dtrain.comm.seeds import Key
+from dtrain.comm.state import State
+from tests.comm.zoo import bits, compressors, kinds_of_values, numels, per_rank, seeds, worlds
+
+
+def exchanged(values: list[dict[str, Tensor]], plan: Plan, level: int | None) -> tuple[list[dict[str, Tensor]], int]:
+    """What every rank gets, and the bytes that rank 0 sends."""
+    world = len(values)
+    meters = [Meter() for _ in range(world)]
+    flows = []
+    for rank, mine in enumerate(values):
+        flow = combine(mine, plan, rank_order_mean, Place(rank, world), Key(0, 0, rank), State({}), lossless=level)
+        places = {"replicate": Place(rank, world), "shard": Place(0, 1)}
+        flows.append(metered(flow, meters[rank], places, "x"))  # type: ignore[arg-type]
+    return [found.values for found in simulate(flows)], meters[0].sent_bytes
+
+
+@given(worlds, numels, kinds_of_values, compressors, seeds)
+@settings(max_examples=30)
+def test_no_bit_changes(world: int, sizes: list[int], kind: str, compressor: object, seed: int) -> None:
+    values, plan = per_rank(seed, sizes, world, kind), as_plan(compressor)  # type: ignore[arg-type]
+    plain, coded = exchanged(values, plan, None)[0], exchanged(values, plan, 1)[0]
+    for one, other in zip(plain, coded, strict=True):
+        assert all(torch.equal(bits(one[fqn]), bits(other[fqn])) for fqn in one)
+
+
+@pytest.mark.parametrize(("name", "saved"), [("zeros", 0.9), ("sparse", 0.9), ("normal", -0.1)])
+def test_what_is_far_from_random_gets_smaller(name: str, saved: float) -> None:
+    values = per_rank(1, [40_000], 2, name)
+    plain, coded = (exchanged(values, as_plan(cast("fp32")), level)[1] for level in (None, 1))
+    assert 1 - coded / plain > saved
+
+
+def test_every_op_and_every_dtype_comes_through() -> None:
+    payload = (torch.arange(6.0).view(2, 3).bfloat16(), torch.zeros(2, 0), torch.ones(2, 2, dtype=torch.int16))
+
+    def flow(rank: int) -> Flow[tuple[Payload, Payload, Payload]]:
+        mine = tuple(tensor + rank for tensor in payload)
+        return (yield AllToAll(mine)), (yield AllGather(mine)), (yield AllReduce((mine[0],), "sum"))
+
+    plain, coded = simulate([flow(r) for r in range(2)]), simulate([packed(flow(r), 3) for r in range(2)])
+    for one, other in zip(plain, coded, strict=True):
+        for part, like in zip(one, other, strict=True):
+            assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(part, like, strict=True))
+
+
+@pytest.mark.parametrize("level", [0, 23, 1.5, True])
+def test_levels_that_zstandard_does_not_know_are_refused(level: object) -> None:
+    with pytest.raises(ValueError, match="give zstandard's level, 1 to 22"):
+        every_step(compress=quantize(bits=4), lossless=level)  # type: ignore[arg-type]
+
+
+def test_an_all_reduce_has_nothing_to_code() -> None:
+    with pytest.raises(ValueError, match="lossless codes parts, which an all-reduce does not have"):
+        every_step(compress=cast("bf16"), route="all_reduce", lossless=1)
+    assert every_step(compress=topk(0.1), lossless=1).lossless == 1
