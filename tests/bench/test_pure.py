@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -17,7 +18,9 @@ from dtrain.bench.settings import DTYPES, FILE, Settings, link_mbit, parse
 from dtrain.bench.table import HEAD, compared, line, summary
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.ops import Place
+from dtrain.commands.bench import _show
 from dtrain.errors import ConfigError
+from dtrain.launchers.job import Job
 from tests.bench.samples import ROW, sample
 
 GOLDEN = Path(__file__).with_name("golden") / "table.txt"
@@ -211,7 +214,7 @@ SWEEP = (
     sample(bytes=100_000, p50_ms=72.0, busbw_mbit=16.7, sent_bytes=153_000, optimal_bytes=150_000),
     sample(p50_ms=180.0, busbw_mbit=66.7),
     sample(bytes=4_000_000, p50_ms=540.0, busbw_mbit=88.9, sent_bytes=6_030_000, optimal_bytes=6_000_000),
-    sample(op="reduce_scatter", sent_bytes=1_502_000, optimal_bytes=750_000),
+    sample(op="reduce_scatter", sent_bytes=1_502_000, optimal_bytes=750_000, slowest_by=0.31),
     sample(op="comm.shift", backend="mpi", wrong=3, invalid="other programs took 25 % of the processors"),
 )  # fmt: skip
 
@@ -224,9 +227,44 @@ def test_the_table_is_the_golden_one() -> None:
 
 
 def test_a_link_that_is_not_known_has_no_share_and_one_rank_no_optimum() -> None:
-    text = line(sample(link_mbit=0.0, optimal_bytes=0, sent_bytes=10, world=1))
-    assert "%" not in text.split("2 on c3")[0]
+    assert "%" not in line(sample(link_mbit=0.0, optimal_bytes=0, sent_bytes=10, world=1))
     assert "not known (bench.link=100mbit tells it)" in summary([sample(link_mbit=0.0)])[0]
+
+
+def test_a_host_is_named_only_where_it_stands_out_from_noise() -> None:
+    noise = [sample(op="broadcast", slowest_by=0.074)] * 6
+    assert "c3" not in "\n".join([*map(line, noise), *summary(noise)])
+    slow = [sample(op="broadcast", slowest_by=0.4)] * 6
+    assert "2 on c3, +40.0%" in line(slow[0]) and "rank 2 on c3 was the slowest in 6 of 6 rows" in summary(slow)
+
+
+def test_where_all_ranks_wait_for_each_other_the_doctor_is_sent_for() -> None:
+    told = "\n".join(summary([sample(), sample(op="comm.all_gather"), sample(op="comm.shift")]))
+    assert "in all_reduce, comm.all_gather all ranks wait" in told and "`dtrain doctor`" in told
+    assert "dtrain doctor" not in "\n".join(summary([sample(op="broadcast"), sample(op="comm.shift")]))
+
+
+def test_the_heads_of_bandwidths_tell_their_unit() -> None:
+    assert "algbw Mbit/s busbw Mbit/s" in HEAD and HEAD.index("slowest rank") == line(sample()).rindex("-")
+
+
+def test_a_sweep_that_is_terminated_cancels_its_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Watched:
+        """A job that runs while somebody ends the command that watches it."""
+
+        id = "7"
+        cancelled = False
+
+        def state(self) -> str:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return "running"
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    job = Watched()
+    assert _show(cast(Job, job), tmp_path, []) == 130 and job.cancelled
+    assert "interrupted" in capsys.readouterr().out
 
 
 def test_ranks_that_share_a_machine_are_said_to_measure_no_link() -> None:

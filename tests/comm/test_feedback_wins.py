@@ -21,7 +21,7 @@ from dtrain.comm.compressors.lowrank import LowRank
 from dtrain.comm.feedback import Compression, as_compression
 from tests.comm.zoo import exchange, fresh_states
 
-WORLD, ROWS, COLUMNS, STEPS = 4, 24, 16, 300
+WORLD, ROWS, COLUMNS, STEPS = 3, 24, 16, 250
 DIM = ROWS * COLUMNS
 
 BIASED: dict[str, Compressor | LowRank] = {
@@ -77,4 +77,4 @@ def test_feedback_gets_closer_to_the_optimum_than_none(name: str, feedback: str)
 
 
 def test_what_loses_nothing_needs_none() -> None:
-    assert distance(as_compression(cast("fp32"))) < 1e-3
+    assert distance(as_compression(cast("fp32"))) < 0.01

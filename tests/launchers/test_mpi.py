@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from dtrain.launchers import mpi
-from dtrain.launchers.mpi import Mpirun, NoMpirun, Ranks, carried, complete, identify, line, nodes_of_slurm, placed
+from dtrain.launchers.mpi import (
+    Mpirun,
+    NoMpirun,
+    Ranks,
+    carried,
+    complete,
+    find_mpirun,
+    identify,
+    line,
+    nodes_of_slurm,
+    placed,
+)
 
 OPENMPI = Mpirun("/opt/openmpi/bin/mpirun", "openmpi", "5.0.11")
 MPICH = Mpirun("/opt/mpich/bin/mpirun", "mpich", "5.0.2")
@@ -72,6 +83,18 @@ def test_the_line(name: str) -> None:
 )
 def test_an_mpirun_is_known_by_what_it_says_of_itself(told: str, kind: str, version: str) -> None:
     assert identify("/x/mpirun", told) == Mpirun("/x/mpirun", kind, version)  # type: ignore[arg-type]
+
+
+def test_without_an_mpirun_those_of_make_setup_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    there = tmp_path / "mpi" / "mpich" / "bin" / "mpirun"
+    for named in (False, True):
+        with pytest.raises(NoMpirun, match="there is no mpirun on this machine") as error:
+            find_mpirun()
+        assert (f"launcher.mpirun={there}." in str(error.value)) == named and "openmpi/bin" not in str(error.value)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.touch()
 
 
 def test_an_unknown_mpirun_is_refused_with_its_own_words() -> None:

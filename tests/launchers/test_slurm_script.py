@@ -88,6 +88,11 @@ def test_bash_can_read_the_script(name: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_srun_is_told_the_cpus_of_a_task_which_it_does_not_inherit() -> None:
+    assert "export SRUN_CPUS_PER_TASK=16\n" in render(*CASES["torchrun"])
+    assert "export SRUN_CPUS_PER_TASK=8\n" in render(*CASES["four_nodes"])
+
+
 def test_the_script_is_a_pure_function() -> None:
     assert render(*CASES["four_nodes"]) == render(*CASES["four_nodes"])
 
@@ -103,6 +108,7 @@ def test_the_script_is_a_pure_function() -> None:
         (SlurmSettings(nodes=3, workers=6, replicas=2), "2 replicas on launcher.nodes=3 would share nodes unevenly"),
         (SlurmSettings(nodes=2, workers=8, replicas=4, gpus_per_node=4), "2 replicas on each node would take the same"),
         (SlurmSettings(port=70000), "is no port"),
+        (SlurmSettings(minutes=999_999_999), "is more than Slurm can count, which is 35791394"),
         (SlurmSettings(sbatch=("--time=5",)), "set launcher.minutes instead"),
         (SlurmSettings(sbatch=("open-mode=truncate",)), "it must be append"),
     ],

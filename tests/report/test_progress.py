@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from dtrain.metrics import cut
-from dtrain.report.progress import Progress
+from dtrain.report.progress import Progress, printer
 
 
 class Terminal(io.StringIO):
@@ -95,3 +95,15 @@ def test_a_terminal_shows_validation_above_one_line(tmp_path: Path) -> None:
         append(path, row(7), {"step": 7, "validation_loss": 1.5})
         wait_for(stream, "step 7: validation loss 1.5000")
     assert "step 7/10" in stream.getvalue()
+
+
+def test_the_rows_of_a_log_are_lines_at_once() -> None:
+    stream = io.StringIO()
+    show = printer(1000, stream)
+    for each in (row(1), {"step": 1, "validation_loss": 1.25}, row(2, loss=float("nan"))):
+        show(dict(each))
+    assert stream.getvalue().splitlines() == [
+        "step 1/1,000  loss 2.0000  2,000 tokens/s  sent 1.00 MB per rank  exposed communication 10.0 %",
+        "step 1: validation loss 1.2500",
+        "step 2/1,000  loss not finite  2,000 tokens/s  sent 2.00 MB per rank  exposed communication 10.0 %",
+    ]
