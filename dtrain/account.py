@@ -12,7 +12,8 @@ from dtrain.comm.drivers.meter import Meter
 class Account:
     """The figures of one rank. ``seconds``: within training steps; evaluation and checkpoints are not in them.
 
-    ``computing_seconds``: forward, backward and optimizer, less what was exposed communication.
+    ``exposed_seconds``: those of them in which this rank stood waiting for others. ``computing_seconds``: forward,
+    backward and optimizer, less what was exposed communication.
     """
 
     def __init__(self, sync: Meter, control: Meter) -> None:
@@ -20,6 +21,7 @@ class Account:
         self.tokens = 0
         self.seconds = 0.0
         self.computing_seconds = 0.0
+        self.exposed_seconds = 0.0
         for meter in self.meters:
             meter.restart()  # what the set-up cost is no figure of training
 
@@ -29,7 +31,7 @@ class Account:
         return sum(meter.sent_bytes for meter in self.meters)
 
     @property
-    def exposed_seconds(self) -> float:
+    def _waited(self) -> float:
         return sum(meter.exposed_seconds for meter in self.meters)
 
     @property
@@ -43,16 +45,17 @@ class Account:
     @contextmanager
     def step(self) -> Iterator[None]:
         """A whole training step, the fetching of its batch included."""
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self._waited
         yield
+        self.exposed_seconds += self._waited - waited
         self.seconds += time.perf_counter() - started
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """The part of a step in which the model is computed on."""
-        started, exposed = time.perf_counter(), self.exposed_seconds
+        started, waited = time.perf_counter(), self._waited
         yield
-        self.computing_seconds += time.perf_counter() - started - (self.exposed_seconds - exposed)
+        self.computing_seconds += time.perf_counter() - started - (self._waited - waited)
 
     def record(self) -> dict[str, object]:
         """For a checkpoint."""
@@ -69,5 +72,6 @@ class Account:
         figures = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
         self.tokens = int(figures["tokens"])
         self.seconds, self.computing_seconds = figures["seconds"], figures["computing_seconds"]
-        self.meters[0].restart(sent_bytes=int(figures["sent_bytes"]), exposed_seconds=figures["exposed_seconds"])
+        self.exposed_seconds = figures["exposed_seconds"]
+        self.meters[0].restart(sent_bytes=int(figures["sent_bytes"]))
         self.meters[1].restart()

@@ -18,13 +18,18 @@ def build_launcher(config: LauncherConfig, *, replicas: int = 1) -> Launcher:
     """The launcher that ``config`` names; ``replicas`` is the mesh's, for ``isolate=replica``.
 
     Raises:
-        ConfigError: for what cannot be right wherever it runs.
+        ConfigError: for what cannot be right wherever it runs, and for MPI without an mpirun.
     """
     if config.name == "slurm":
         return slurm_launcher(config, replicas=replicas)
     if config.name == "mpi":
         from dtrain.launchers.background import MpiLauncher
+        from dtrain.launchers.mpi import NoMpirun, find_mpirun
 
+        try:
+            find_mpirun(config.mpirun or "mpirun")
+        except NoMpirun as error:
+            raise ConfigError(str(error)) from error
         return MpiLauncher(
             workers=config.workers, mpirun=config.mpirun, hosts=tuple(config.hosts), arguments=tuple(config.mpi_args),
             address=config.address, port=config.port, max_restarts=config.max_restarts,

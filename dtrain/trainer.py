@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
 
 from dtrain import rng, snapshot
 from dtrain.account import Account
@@ -26,6 +25,7 @@ from dtrain.checkpoint.folders import step_of, write_text_durably
 from dtrain.clock import TIME_LIMIT, Clock
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.config import Config, instantiate
+from dtrain.config.building import build_model
 from dtrain.control import Control, Report
 from dtrain.data.batches import fetch, positions
 from dtrain.data.order import example_at
@@ -36,6 +36,7 @@ from dtrain.launchers.failure import CONSEQUENCE
 from dtrain.lr import learning_rate_factor
 from dtrain.mesh import build_mesh
 from dtrain.metrics import MetricsWriter, cut
+from dtrain.metrics.rows import Row
 from dtrain.report.summary import Summary
 from dtrain.resuming import find_checkpoint, own_checkpoint
 
@@ -58,6 +59,7 @@ def train(
     clock: Clock | None = None,
     attempt: str = "0",
     on_step: Callable[[int], None] = lambda step: None,
+    on_row: Callable[[Row], None] = lambda row: None,
 ) -> Outcome:
     """Train as ``config`` says, from the newest checkpoint if there is one. Collective over the default group.
 
@@ -67,6 +69,7 @@ def train(
         clock: the scheduler's time limit; none by default.
         attempt: differs between processes that may write into the same run folder one after the other.
         on_step: called after each step with its number (fault injection in tests).
+        on_row: called on rank 0 with each row that goes into metrics.jsonl.
 
     Raises ``TooManySkippedSteps``, and what data sets, models, engines and checkpoints raise; before the first step was
     done ``FailedAtTheStart`` instead of most of it.
@@ -74,6 +77,7 @@ def train(
     run: _Run | None = None
     try:
         run = _Run(config, requested, clock or Clock(None), attempt)
+        run.on_row = on_row
         return run.loop(on_step)
     except Exception as error:
         if (run and run.attached.steps) or _may_pass(error):
@@ -113,7 +117,7 @@ class _Run:
             self.held_out = instantiate(config.data, "data", split="validation")
         self.tokens_per_example = int(cast(Any, self.data).tokens_per_example)
         rng.seed_everything(config.train.seed)
-        self.model = self._model()
+        self.model = build_model(config.model, self.data)
         self.engine = self._engine()
         self.sync = cast(Sync, instantiate(config.sync, "sync"))
         self.attached: Attached = self.sync.bind(self.engine.pieces, config.train.seed)
@@ -125,17 +129,7 @@ class _Run:
         self.plan_changes = self.attached.plan.changes
         self.validation_loss: float | None = None
         self.last_loss: float | None = None
-
-    def _model(self) -> nn.Module:
-        extra: dict[str, object] = {}
-        settings = self.config.model
-        if settings.get("_target_") == "dtrain.models.transformer.Transformer":
-            extra = {"vocab_size": self.data.vocab_size, "max_length": self.data.tokens_per_example}
-            extra = {name: value for name, value in extra.items() if name not in settings}
-        model = instantiate(settings, "model", **extra)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: {settings['_target_']} makes a {type(model).__name__}, no torch.nn.Module")
-        return model
+        self.on_row: Callable[[Row], None] = lambda row: None
 
     def _engine(self) -> Engine:
         config = self.config
@@ -273,13 +267,14 @@ class _Run:
 
     def _collect(self) -> int:
         """Read what was started, write its row if it is one to be logged, and return the signal to stop for, or 0."""
-        total = self.control.collect()
+        with self.account.step():
+            total = self.control.collect()
         if total is None:
             return 0
         self.last_loss = total.loss
         step = self._row["step"]
         if step % self.config.train.log_every_steps == 0 or step == self.config.train.steps:
-            self.metrics.write({"step": int(step), "loss": total.loss, **self._row})
+            self._log({"step": int(step), "loss": total.loss, **self._row})
         return total.stop
 
     def _evaluate(self) -> None:
@@ -289,7 +284,12 @@ class _Run:
             self.validation_loss = evaluate(
                 self.engine, self.held_out, self.config.train.evaluation_examples, self.mesh, self.control
             )
-        self.metrics.write({"step": self.attached.steps, "validation_loss": self.validation_loss})
+        self._log({"step": self.attached.steps, "validation_loss": self.validation_loss})
+
+    def _log(self, row: Row) -> None:
+        self.metrics.write(row)
+        if self.mesh.rank == 0:
+            self.on_row(row)
 
     def _checkpoint(self) -> None:
         started = time.monotonic()

@@ -11,14 +11,22 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dtrain.errors import CHECKPOINTED, INTERRUPTED
+from dtrain.errors import CHECKPOINTED, INTERRUPTED, ConfigError
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.probe import settle
 from dtrain.launchers.record import ATTEMPT
+
+if TYPE_CHECKING:
+    from dtrain.trainer import Outcome
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def main(arguments: list[str]) -> int:
@@ -29,6 +37,7 @@ def main(arguments: list[str]) -> int:
     from dtrain.clock import Clock
     from dtrain.comm.drivers.mpi import finalize
     from dtrain.config import load
+    from dtrain.report.progress import printer
     from dtrain.signals import StopRequest
     from dtrain.trainer import train
 
@@ -36,6 +45,9 @@ def main(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")  # about torch's own internals
     (path,) = arguments
     config = load(Path(path))
+    check_interface(os.environ.get(INTERFACE, ""), (name for _, name in socket.if_nameindex()))
+    # `dtrain train` on one machine shows the rows of metrics.jsonl itself; elsewhere they are looked for in the log.
+    watched = "TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT not in os.environ
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -47,24 +59,56 @@ def main(arguments: list[str]) -> int:
             restart = os.environ.get(ATTEMPT, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
             attempt = f"{restart}-{os.environ.get('MASTER_PORT', '')}"
             clock = Clock.from_environment()
-            outcome = train(config, requested=lambda: stop.requested, clock=clock, attempt=attempt)
+            on_row = (lambda row: None) if watched else printer(config.train.steps)
+            outcome = train(
+                config, requested=lambda: stop.requested, clock=clock, attempt=attempt, on_row=on_row
+            )  # fmt: skip
+            if dist.get_rank() == 0 and not watched:
+                print(closing(outcome, Path(config.run.dir)), flush=True)
     finally:
         dist.destroy_process_group()
         settle()
     finalize()
-    if outcome.reason != "signal" or ("TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT not in os.environ):
+    if outcome.reason != "signal" or watched:
         return 0
     return INTERRUPTED if outcome.signal == signal.SIGINT else CHECKPOINTED
+
+
+def closing(outcome: Outcome, folder: Path) -> str:
+    """The last words of rank 0's log: the summary, or at which step a signal ended the run."""
+    from dtrain.clock import TIME_LIMIT
+    from dtrain.report import summary
+
+    if outcome.reason == "signal":
+        name = "time limit" if outcome.signal == TIME_LIMIT else signal.Signals(outcome.signal).name
+        return f"{name}: checkpointed at step {outcome.step}"
+    said = f"stopped at step {outcome.step} as asked\n" if outcome.reason == "stopped" else ""
+    path = folder / "summary.json"
+    return said + (summary.render(summary.read(path)) if path.is_file() else f"finished at step {outcome.step}")
+
+
+def check_interface(wanted: str, there: Iterable[str]) -> None:
+    """Whether this host has the network interfaces that gloo is told to use: gloo's own error names no key.
+
+    Raises:
+        ConfigError: it has not, so that starting again is of no use.
+    """
+    names = sorted(there)
+    missing = [name for name in wanted.split(",") if name and name not in names]
+    if missing:
+        raise ConfigError(
+            f"launcher.interface ({INTERFACE}): {socket.gethostname()} has no network interface {', '.join(missing)}, "
+            f"only {', '.join(names)}; name one that every node has, or leave launcher.interface out"
+        )
 
 
 if __name__ == "__main__":
     die_with_parent()
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from dtrain.errors import ConfigError
-
     try:
         code = record(main)(sys.argv[1:])
         sys.exit(code)
     except ConfigError as error:
+        print(f"dtrain: error: {error}", file=sys.stderr, flush=True)  # into the rank's log
         sys.exit(error.exit_code)

@@ -25,7 +25,7 @@ from dtrain.launchers import mpi, registry
 from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
-from dtrain.launchers.record import ATTEMPT, RankRecord, rank_files
+from dtrain.launchers.record import ATTEMPT, RankRecord, keep_attempt, rank_files
 
 __all__ = ["BackgroundJob", "LocalLauncher", "MpiLauncher", "rank_command"]
 
@@ -123,6 +123,7 @@ def start(launcher: str, settings: Mapping[str, object], program: Program, *, fo
         raise ValueError(f"{folder} holds job {running.id}, which still runs; cancel it, or choose another folder")
     for stale in ("end.json", "job.json"):
         (folder / stale).unlink(missing_ok=True)
+    shutil.rmtree(rank_files(folder), ignore_errors=True)  # another job's
     command = command_of(program, folder)
     (folder / "background.json").write_text(json.dumps({"settings": settings, "program": command}) + "\n")
     (folder / "logs").mkdir(exist_ok=True)
@@ -207,7 +208,8 @@ def _run_mpi(command: list[str], settings: Mapping[str, Any], folder: Path) -> b
     found = _found(settings["mpirun"])
     for attempt in range(settings["max_restarts"] + 1):
         os.environ[ATTEMPT] = str(attempt)
-        shutil.rmtree(rank_files(folder), ignore_errors=True)
+        keep_attempt(folder)
+        print(f"{time.strftime('%F %T')} dtrain: attempt {attempt + 1}", flush=True)  # into batch.log
         ended = mpi.run(
             found, command, _ranks(settings), log=folder / "logs" / "batch.log",
             grace_seconds=settings["grace_seconds"],

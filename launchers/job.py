@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 __all__ = ["ENDED", "Facts", "Job", "JobFailed", "Launcher", "Program", "State", "command_of"]
 
@@ -39,7 +39,11 @@ class JobFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a job since it was submitted. ``submitted``: seconds since 1970."""
+    """What is known of a job since it was submitted. ``submitted``: seconds since 1970.
+
+    ``cluster``: Slurm's name of its cluster. ``came_up``: since when there was one of that name, for those of `dtrain
+    cluster`, whose numbers of jobs begin again each time; else 0.
+    """
 
     id: str
     launcher: str
@@ -49,6 +53,7 @@ class Facts:
     workers: int
     submitted: float
     cluster: str = ""
+    came_up: float = 0.0
 
     def write(self) -> None:
         """Into FOLDER/job.json, whole or not at all."""
@@ -61,6 +66,11 @@ class Facts:
     def read(cls, folder: Path) -> Facts:
         """Raises ``FileNotFoundError`` where no job was submitted."""
         found = json.loads((folder / "job.json").read_text())
+        return cls.of(found)
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Facts:
+        """From what `write` has written, by this version or an older one."""
         return cls(**{**found, "program": tuple(found["program"])})
 
 
@@ -78,6 +88,14 @@ class Job(abc.ABC):
     @abc.abstractmethod
     def cancel(self) -> None:
         """End it, for good: it checkpoints if it is given the time, and is not started again."""
+
+    def nodes(self) -> str:
+        """Where it runs, as its scheduler writes it; empty where that is this machine, or nowhere yet."""
+        return ""
+
+    def waits_for(self) -> str:
+        """Why it has not started, in its scheduler's word; empty where it has, or nobody says."""
+        return ""
 
     def end(self) -> dict[str, object] | None:
         """How it ended: ``code`` (see `dtrain.errors`) and ``reason``; None while it goes on."""
@@ -139,7 +157,9 @@ class Job(abc.ABC):
         """Why it ended as it did, or what it is waiting for: the root cause first."""
         from dtrain.launchers.why import why
 
-        return why(self.folder, state=self.state(), end=self.end())
+        state = self.state()
+        waits_for = self.waits_for() if state == "pending" else ""
+        return why(self.folder, state=state, end=self.end(), waits_for=waits_for)
 
 
 class Launcher(Protocol):

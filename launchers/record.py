@@ -1,7 +1,8 @@
 """What every rank leaves in FOLDER/ranks for whoever asks why a job ended, or what it is waiting for.
 
-rank-K.json   how rank K ended, or that it runs; written by `dtrain.launchers.rank`
-rank-K.error  the exception that ended it           rank-K.beat  its heartbeat; both by `dtrain.launchers.probe`
+rank-K.json      how rank K ended, or that it runs; written by `dtrain.launchers.rank`
+rank-K.error     the exception that ended it           rank-K.beat  its heartbeat; both by `dtrain.launchers.probe`
+attempt-N.jsonl  the rank-K.json of attempt N, a line each, once another attempt has begun; the first has number 1
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from dtrain.launchers.failure import read_log_end, signal_name
 
-__all__ = ["ATTEMPT", "Beat", "RankRecord", "rank_files"]
+__all__ = ["ATTEMPT", "Beat", "RankRecord", "keep_attempt", "rank_files"]
 
 ATTEMPT = "DTRAIN_ATTEMPT"
 """Environment of the ranks: how often all of them were started before."""
@@ -24,6 +25,26 @@ ATTEMPT = "DTRAIN_ATTEMPT"
 def rank_files(folder: Path) -> Path:
     """The folder of the ranks' records within a job's folder."""
     return folder / "ranks"
+
+
+def keep_attempt(folder: Path) -> None:
+    """Put the records of all ranks together in the file of their attempt, before another one begins.
+
+    slurm/job.sbatch.j2 does the same in its own language.
+    """
+    ranks = rank_files(folder)
+    for path in sorted(ranks.glob("rank-*.json")):
+        _keep(path)
+    for path in (*ranks.glob("rank-*.beat"), *ranks.glob("rank-*.error")):
+        path.unlink(missing_ok=True)
+
+
+def _keep(path: Path) -> None:
+    record = _read(path)
+    if record is not None:
+        with (path.parent / f"attempt-{int(str(record['attempt'])) + 1}.jsonl").open("a") as kept:
+            kept.write(json.dumps(record) + "\n")
+    path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -49,8 +70,10 @@ class RankRecord:
 
     @classmethod
     def begin(cls, folder: Path, rank: int, *, host: str, attempt: int) -> RankRecord:
-        """Write down that the rank runs, over what it left at its last attempt."""
+        """Write down that the rank runs; what it left at its last attempt is kept with that."""
         record = cls(rank=rank, host=host, attempt=attempt, pid=os.getpid(), started=time.time())
+        if int(str((_read(folder / f"rank-{rank}.json") or {}).get("attempt", attempt))) != attempt:
+            _keep(folder / f"rank-{rank}.json")
         (folder / f"rank-{rank}.error").unlink(missing_ok=True)
         (folder / f"rank-{rank}.beat").unlink(missing_ok=True)
         record._write(folder)
@@ -75,11 +98,24 @@ class RankRecord:
 
     @classmethod
     def all(cls, folder: Path) -> list[RankRecord]:
-        """Every rank's record, in rank order."""
+        """Every rank's record of the last attempt, in rank order."""
         found = [_read(path) for path in rank_files(folder).glob("rank-*.json")]
+        return sorted((cls._of(values) for values in found if values), key=lambda record: record.rank)
+
+    @classmethod
+    def earlier(cls, folder: Path) -> dict[int, list[RankRecord]]:
+        """Number of each attempt before the last one, from 1 -> the records of its ranks, in rank order."""
+        attempts = {}
+        for path in rank_files(folder).glob("attempt-*.jsonl"):
+            found = [values for line in path.read_text().splitlines() if (values := _parsed(line)) is not None]
+            records = sorted((cls._of(values) for values in found), key=lambda record: record.rank)
+            attempts[int(path.stem.removeprefix("attempt-"))] = records
+        return dict(sorted(attempts.items()))
+
+    @classmethod
+    def _of(cls, values: dict[str, object]) -> RankRecord:
         names = {field.name for field in dataclasses.fields(cls)}
-        records = [cls(**{k: v for k, v in values.items() if k in names}) for values in found if values]  # type: ignore[arg-type]
-        return sorted(records, key=lambda record: record.rank)
+        return cls(**{key: value for key, value in values.items() if key in names})  # type: ignore[arg-type]
 
     @staticmethod
     def verdict(folder: Path, workers: int) -> int:
@@ -145,7 +181,14 @@ class Beat:
 def _read(path: Path) -> dict[str, object] | None:
     """The JSON object in a file; None if there is none, or it is torn by a crash."""
     try:
-        found = json.loads(path.read_text())
+        return _parsed(path.read_text())
     except (OSError, ValueError):
+        return None
+
+
+def _parsed(text: str) -> dict[str, object] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None

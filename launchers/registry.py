@@ -1,55 +1,154 @@
 """Which jobs this user has submitted from this machine, so that ``dtrain jobs`` finds them by their id.
 
-A small file for each job, in $XDG_STATE_HOME/dtrain/jobs (~/.local/state by default), points to its folder; all else
-that is known of it stands there. A folder that was deleted takes its job with it.
+A small file for each job, in $XDG_STATE_HOME/dtrain/jobs (~/.local/state by default), holds what was submitted; all
+else that is known of it stands in its folder. A folder that was deleted takes its job with it.
+
+A number names a job of one cluster only: where that went down, or is not the one that is asked from here, the job is
+found by its folder alone. Where several jobs have one number or name, the one that has not ended is meant.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from dtrain.launchers.job import Facts, Job
+from dtrain.launchers.job import ENDED, Facts, Job
 
-__all__ = ["add", "find", "jobs", "open_job"]
+__all__ = ["Replaced", "add", "every", "find", "holder", "is_here", "jobs", "open_job", "replaced_by", "resolve"]
+
+
+class Replaced(LookupError):
+    """The job has ended, and its folder went on as another one."""
 
 
 def folder() -> Path:
-    """Where the pointers lie."""
+    """Where the records lie."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "dtrain" / "jobs"
 
 
 def add(facts: Facts) -> None:
-    """Remember a job."""
+    """Remember a job, with the cluster that it was given to."""
+    if facts.launcher == "slurm":
+        from dtrain.launchers.slurm.client import cluster
+
+        here = cluster()
+        facts = dataclasses.replace(facts, cluster=here.name or facts.cluster, came_up=here.came_up)
+        facts.write()
     folder().mkdir(parents=True, exist_ok=True)
-    (folder() / f"{facts.launcher}-{facts.cluster or 'here'}-{facts.id}").write_text(facts.folder + "\n")
+    name = f"{facts.launcher}-{facts.cluster or 'here'}-{facts.submitted:.0f}-{facts.id}"
+    (folder() / name).write_text(json.dumps(dataclasses.asdict(facts)) + "\n")
+
+
+def every() -> list[Job]:
+    """All jobs whose folders are still there, newest first: those of other clusters, too, and those replaced."""
+    found = [facts for path in folder().glob("*") if (facts := _record(path)) is not None]
+    found = [facts for facts in found if (Path(facts.folder) / "job.json").is_file()]
+    return [open_job(facts) for facts in sorted(found, key=lambda facts: -facts.submitted)]
+
+
+def _record(path: Path) -> Facts | None:
+    try:
+        text = path.read_text().strip()
+        if text.startswith("{"):
+            return Facts.of(json.loads(text))
+        facts = Facts.read(Path(text))  # version 0.1 wrote the folder alone
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return facts if path.name.endswith(f"-{facts.id}") else None
 
 
 def jobs() -> list[Job]:
-    """All jobs whose folders are still there and hold this job, newest first."""
-    found = []
-    for pointer in folder().glob("*") if folder().is_dir() else ():
-        try:
-            facts = Facts.read(Path(pointer.read_text().strip()))
-        except (OSError, ValueError, TypeError):
-            continue
-        if pointer.name.endswith(f"-{facts.id}"):  # the folder may have gone on as another job since
-            found.append(open_job(facts))
-    return sorted(found, key=lambda job: -job.facts.submitted)
+    """The jobs of this machine and of the cluster that is asked from here, newest first."""
+    return [job for job in every() if is_here(job) and replaced_by(job) is None]
+
+
+def is_here(job: Job) -> bool:
+    """Whether its number means it here: it is of this machine, or of the cluster that is asked from here."""
+    if job.facts.launcher != "slurm":
+        return True
+    from dtrain.launchers.slurm.job import place_of
+
+    return place_of(job.facts) == "here"
+
+
+def replaced_by(job: Job) -> Facts | None:
+    """The job that its folder has gone on as; None where it is still its own."""
+    try:
+        now = Facts.read(job.folder)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    same = (now.id, now.launcher) == (job.id, job.facts.launcher) and now.submitted <= job.facts.submitted
+    return None if same else now
+
+
+def holder(path: Path) -> Job | None:
+    """The job of a folder that has not ended."""
+    try:
+        job = open_job(Facts.read(path.absolute()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return job if job.state() not in ENDED else None
 
 
 def find(name: str) -> Job:
-    """The newest job with this id, or of this folder. Raises ``LookupError`` naming the jobs that there are."""
+    """The job with this id or name, or of this folder. Raises ``LookupError`` as `resolve`, and for a job array."""
+    found = resolve(name)
+    if len(found) > 1:
+        ids = ", ".join(job.id for job in found)
+        raise LookupError(f"{name} is a job array: say which of its elements ({ids})")
+    return found[0]
+
+
+def resolve(name: str) -> list[Job]:
+    """The same; of the number of a job array all its elements, in order.
+
+    Raises ``Replaced``, and ``LookupError`` naming the jobs that there are, or those that ``name`` may mean.
+    """
     path = Path(name)
     if (path / "job.json").is_file():
-        return open_job(Facts.read(path.absolute()))
-    known = jobs()
-    for job in known:
-        if name in (job.id, job.facts.name):
-            return job
-    ids = ", ".join(job.id for job in known[:10]) or "none was submitted from this machine"
+        return [open_job(Facts.read(path.absolute()))]
+    known = every()
+    called = [job for job in known if name in (job.id, job.facts.name, job.id.partition("_")[0])]
+    here = [job for job in called if is_here(job)]
+    own = [job for job in here if replaced_by(job) is None]
+    if own:
+        return _meant(name, own)
+    for job in here:
+        now = replaced_by(job)
+        if now is not None:
+            raise Replaced(f"job {name} has ended: its folder {job.folder} went on as job {now.id}")
+    if called:
+        listed = "".join(f"\n  {_told(job)}" for job in called[:10])
+        raise LookupError(f"there is no job {name} here. Jobs of other clusters are named by their folders:{listed}")
+    ids = ", ".join(job.id for job in jobs()[:10]) or "none was submitted from this machine"
     raise LookupError(f"there is no job {name} (there are {ids}); give an id, or the folder of a job")
+
+
+def _meant(name: str, found: Sequence[Job]) -> list[Job]:
+    """Of several jobs with one number or name the one that is meant, where that is sure."""
+    units: dict[tuple[str, ...], list[Job]] = {}
+    for job in found:  # newest first; the elements of an array are one
+        number, array, _ = job.id.partition("_")
+        units.setdefault(
+            ("array", number) if array and name != job.id else ("job", job.id, job.facts.folder), []
+        ).append(job)
+    chosen = list(units.values())
+    if len(chosen) > 1:
+        live = [unit for unit in chosen if any(job.state() not in ENDED for job in unit)]
+        numbered = [unit for unit in chosen if name in (unit[0].id, unit[0].id.partition("_")[0])]
+        chosen = live or numbered or chosen[:1]  # of jobs of one name that have ended the newest
+    if len(chosen) > 1:
+        listed = "".join(f"\n  {_told(job)}" for unit in chosen for job in unit[:1])
+        raise LookupError(f"{name} names {len(chosen)} jobs; say which, by id or folder:{listed}")
+    return sorted(chosen[0], key=lambda job: int(job.id.partition("_")[2] or 0))
+
+
+def _told(job: Job) -> str:
+    return f"{job.id} ({job.facts.launcher}) {job.facts.name}, cluster {job.facts.cluster or '-'}: {job.folder}"
 
 
 def open_job(facts: Facts) -> Job:

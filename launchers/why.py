@@ -2,7 +2,10 @@
 
 a rank raised          its host, error and line; then who fell with it
 ranks hang             who has not entered the collective that the others wait in, and where that rank stands
+no rank has started    what srun or mpirun said
 the scheduler did it   time limit, node failure, memory, cancelled: in its own words
+
+The attempts before the last one are told in a line each.
 """
 
 from __future__ import annotations
@@ -19,32 +22,74 @@ __all__ = ["why"]
 
 STALE_SECONDS = 30.0
 HANGING_SECONDS = 5.0  # a collective takes its time
+KILLED_SECONDS = 2.0  # others notice that a rank was killed before that is written down; Slurm's own SIGKILL is later
+ENDED_WELL = (0, 75, 130, None)
 SCHEDULER = re.compile(
     r"slurmstepd[-\w]*: error: .*|srun: error: .*|CANCELLED AT .*|DUE TO .*|[Oo]ut.of.[Mm]emory.*|oom.kill.*"
 )
+ERROR = re.compile(
+    r"error|fatal|unrecognized|cannot|can't|could not|unable|failed|not found|no such|denied|refused|exit status",
+    re.IGNORECASE,
+)
 
 
-def why(folder: Path, *, state: str, end: Mapping[str, object] | None) -> str:
-    """The text for a person; see the module. ``state`` and ``end`` are the job's own."""
+def why(folder: Path, *, state: str, end: Mapping[str, object] | None, waits_for: str = "") -> str:
+    """The text for a person; see the module. ``state``, ``end`` and ``waits_for`` are the job's own."""
     records, beats = RankRecord.all(folder), Beat.all(folder)
+    earlier = RankRecord.earlier(folder)
+    last, log = max(_attempts(folder), len(earlier) + bool(records)), folder / "logs" / "batch.log"
+    if state == "pending":
+        waits = f" ({waits_for})" if waits_for else ""
+        if not last:
+            return f"the job is pending; nothing has failed{waits and '; it waits for ' + waits_for}"
+        told = {**earlier, last: records} if records else earlier
+        return "\n".join([*_ends(told, last=last), f"the job waits in the queue{waits}"])
     lines: list[str] = []
-    if state in ("pending", "running") and not _failures(records):
-        lines += _waiting(records, beats, now=time.time()) or [f"the job is {state}; nothing has failed"]
+    failures = _failures(records)
+    if state == "running" and not failures:
+        lines += _waiting(records, beats, now=time.time(), live=True) or ["the job is running; nothing has failed"]
     elif state == "finished":
         lines.append("the job has finished")
-    elif state == "cancelled" and not _failures(records):
-        lines.append("the job was cancelled; no rank had failed")
+    elif state == "cancelled" and not failures:
+        fell = any(_failures(ranks) for ranks in earlier.values())
+        lines.append(f"the job was cancelled{f' in attempt {last}' if fell else '; no rank had failed'}")
     else:
         lines += _failed(records, beats)
     if end is not None and end.get("code"):
         lines.append(f"the job ended with exit code {end['code']}: {end['reason']}")
     elif end is None and state in ("failed", "lost", "cancelled"):
         lines.append(f"Slurm says: {state}" if state != "lost" else "the scheduler does not know the job any longer")
-    lines += _said_by_the_scheduler(folder / "logs" / "batch.log")
-    attempts = _attempts(folder)
-    if attempts > 1:
-        lines.append(f"it was the {attempts}. attempt")
+    if not records and state in ("failed", "lost", "cancelled"):
+        lines += _said_by_the_starter(log)
+    lines += [line for line in _said_by_the_scheduler(log) if line not in lines]
+    lines += _ends(earlier, last=last)
+    if last > 1:
+        lines.append(f"it was the {last}. attempt" if state != "running" else f"this is attempt {last}")
     return "\n".join(lines)
+
+
+def _ends(attempts: Mapping[int, Sequence[RankRecord]], *, last: int) -> list[str]:
+    """A line for each attempt: how it ended, by its first cause, and what came then."""
+    went_on = {number: f"; the run went on as attempt {number + 1}" for number in attempts if number < last}
+    return [f"attempt {number}: {_how(records)}{went_on.get(number, '')}" for number, records in attempts.items()]
+
+
+def _how(records: Sequence[RankRecord]) -> str:
+    """How an attempt ended."""
+    failures = _failures(records)
+    silent = [record for record in records if record.ended is None]
+    if failures and not (silent and failures[0].signal == "SIGTERM"):
+        root = failures[0]
+        if root.signal:
+            return f"rank {root.rank} on {root.host} was killed by {root.signal}"
+        return f"rank {root.rank} on {root.host} failed: {root.message}"
+    if silent:
+        hosts = ", ".join(sorted({record.host for record in silent}))
+        numbers = ", ".join(str(record.rank) for record in silent[:8]) + (", ..." if len(silent) > 8 else "")
+        return f"rank{'s' * (len(silent) > 1)} {numbers} left no word of how it ended (did {hosts} fail?)"
+    if any(record.exit_code == 75 for record in records):
+        return "it was asked to stop, and checkpointed"
+    return "all ranks ended well" if records else "no rank left a record"
 
 
 def _failures(records: Sequence[RankRecord]) -> list[RankRecord]:
@@ -52,9 +97,15 @@ def _failures(records: Sequence[RankRecord]) -> list[RankRecord]:
     failed = [
         record
         for record in records
-        if record.ended is not None and (record.signal or record.exit_code not in (0, 75, 130, None))
+        if record.ended is not None and (record.signal or record.exit_code not in ENDED_WELL)
     ]
-    return sorted(failed, key=lambda record: (_consequence(record), record.ended or 0, record.rank))
+    first = min((record.ended or 0.0 for record in failed), default=0.0)
+
+    def order(record: RankRecord) -> tuple[bool, bool, float, int]:
+        killed = record.signal == "SIGKILL" and (record.ended or 0.0) <= first + KILLED_SECONDS
+        return _consequence(record), not killed, record.ended or 0.0, record.rank
+
+    return sorted(failed, key=order)
 
 
 def _consequence(record: RankRecord) -> bool:
@@ -105,14 +156,21 @@ def _ranks(records: Sequence[RankRecord]) -> str:
     return f"{len(records)} other rank{'s' * (len(records) > 1)} ({numbers})"
 
 
-def _waiting(records: Sequence[RankRecord], beats: Sequence[Beat], *, now: float) -> list[str]:
-    """Who waits for whom: the ranks that have not entered the collective in which others stand, and their stacks."""
-    hosts = {record.rank: record.host for record in records}
-    silent = [beat for beat in beats if now - beat.time > STALE_SECONDS]
+def _waiting(records: Sequence[RankRecord], beats: Sequence[Beat], *, now: float, live: bool = False) -> list[str]:
+    """Who waits for whom: the ranks that have not entered the collective in which others stand, and their stacks.
+
+    ``live``: the job goes on, so that a rank that has ended waits for nobody.
+    """
+    over = {
+        r.rank: r for r in records if r.ended is not None and (live or not (r.signal or r.exit_code not in ENDED_WELL))
+    }
+    running = [beat for beat in beats if beat.rank not in over]
     lines = [
-        f"rank {beat.rank} on {beat.host} has given no sign of life for {now - beat.time:.0f} s" for beat in silent
+        f"rank {beat.rank} on {beat.host} has given no sign of life for {now - beat.time:.0f} s"
+        for beat in running
+        if now - beat.time > STALE_SECONDS
     ]
-    waiting = [beat for beat in beats if beat.what]
+    waiting = [beat for beat in running if beat.what]
     if not waiting or now - min(beat.since for beat in waiting) < HANGING_SECONDS:
         return lines
     first = min(waiting, key=lambda beat: beat.since)
@@ -122,17 +180,44 @@ def _waiting(records: Sequence[RankRecord], beats: Sequence[Beat], *, now: float
     missing = [beat for beat in behind if not beat.what or first.group in beat.entered] or behind
     seconds = now - first.since
     if not missing:
-        unseen = sorted(set(hosts) - {beat.rank for beat in beats})
-        who = f"ranks {unseen} have never given a sign of life; " if unseen else ""
-        ranks = ", ".join(str(beat.rank) for beat in with_it)
-        return [*lines, f"{who}ranks {ranks} stand in {first.what} for {seconds:.0f} s; its last line:", *_place(first)]
+        return [*lines, *_all_inside(records, beats, with_it, seconds)]
     for beat in missing:
+        others = f"{len(with_it)} other rank{'s' * (len(with_it) != 1)} wait{'s' * (len(with_it) == 1)}"
+        end = over.get(beat.rank)
+        if end is not None:
+            how = end.signal or f"exit code {end.exit_code}"
+            lines.append(
+                f"rank {beat.rank} on {beat.host} has ended ({how}) without entering {first.what}, in which {others}"
+            )
+            continue
         lines.append(
-            f"rank {beat.rank} on {beat.host} has not entered {first.what}, in which {len(with_it)} "
-            f"other rank{'s' * (len(with_it) != 1)} wait{'s' * (len(with_it) == 1)} for {seconds:.0f} s; its stack:"
+            f"rank {beat.rank} on {beat.host} has not entered {first.what}, in which {others} for {seconds:.0f} s; "
+            "its stack:"
         )
         lines += _place(beat)
     return lines
+
+
+def _all_inside(
+    records: Sequence[RankRecord], beats: Sequence[Beat], inside: Sequence[Beat], seconds: float
+) -> list[str]:
+    """Nobody is missing in the collective: then its messages do not arrive."""
+    first = min(inside, key=lambda beat: beat.since)
+    unseen = [record for record in records if record.rank not in {beat.rank for beat in beats} and record.ended is None]
+    lines = [f"rank {record.rank} on {record.host} has never given a sign of life" for record in unseen]
+    ranks = ", ".join(str(beat.rank) for beat in inside[:8]) + (", ..." if len(inside) > 8 else "")
+    if unseen or len(inside) == 1:
+        stand = f"rank{'s' * (len(inside) > 1)} {ranks} stand{'s' * (len(inside) == 1)}"
+        return [*lines, f"{stand} in {first.what} for {seconds:.0f} s; its last line:", *_place(first)]
+    hosts = sorted({beat.host for beat in inside})
+    everybody = "all ranks" if len(inside) == len(records) else f"ranks {ranks}, all that are in it,"
+    lines.append(f"{everybody} have entered {first.what} and stand in it for {seconds:.0f} s: nobody is missing there")
+    if len(hosts) > 1:
+        lines.append(f"  so the network between {', '.join(hosts)} is the suspect: a link that is down, or drops data")
+        lines.append(
+            f"  next: dtrain doctor launcher=slurm launcher.nodes={len(hosts)}     measures every pair of nodes"
+        )
+    return [*lines, "  their last lines:", *_place(first)]
 
 
 def _place(beat: Beat) -> list[str]:
@@ -140,15 +225,33 @@ def _place(beat: Beat) -> list[str]:
     return [f"    {line}" for part in ours[-6:] for line in part.splitlines()]
 
 
+def _said_by_the_starter(log: Path) -> list[str]:
+    """What srun or mpirun said where no rank came to be: its errors, else its last lines, once each."""
+    said = [line.strip() for line in _last_attempt(log) if line.strip() and " dtrain: " not in line]
+    said = [line for line in said if line.strip("-=*# ")]  # frames around a message
+    errors = [line for line in dict.fromkeys(said) if ERROR.search(line)]
+    found = errors or list(dict.fromkeys(said))[-6:]
+    return (
+        ["no rank has started; the last words of what starts them:", *(f"  {line}" for line in found[:12])]
+        if found
+        else []
+    )
+
+
 def _said_by_the_scheduler(log: Path) -> list[str]:
     """Its last words, where it had any."""
+    found = [match.group(0) for line in _last_attempt(log) if (match := SCHEDULER.search(line))]
+    return [f"  {line}" for line in dict.fromkeys(found)][-6:]
+
+
+def _last_attempt(log: Path) -> list[str]:
+    """The lines of the script's log since its last attempt began."""
     try:
         text = log.read_text(errors="replace")[-20000:]
     except OSError:
         return []
-    last = text.rpartition(" dtrain: attempt ")[2]
-    found = [match.group(0) for line in last.splitlines() if (match := SCHEDULER.search(line))]
-    return [f"  {line}" for line in dict.fromkeys(found)][-6:]
+    _, begun, last = text.rpartition(" dtrain: attempt ")
+    return last.splitlines()[1 if begun else 0 :]
 
 
 def _attempts(folder: Path) -> int:

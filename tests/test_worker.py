@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -61,3 +63,14 @@ def test_the_log_closes_with_the_summary_or_with_what_ended_the_run(tmp_path: Pa
     SUMMARY.write(tmp_path / "summary.json")
     assert closing(Outcome("finished", 3, 0), tmp_path) == summary.render(SUMMARY)
     assert closing(Outcome("stopped", 3, 0), tmp_path).startswith("stopped at step 3 as asked\nrun runs/x")
+
+
+@pytest.mark.processes
+def test_an_error_of_the_configuration_is_in_the_log_and_is_code_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "dtrain.worker", "/nowhere/config.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=55,
+    )
+    assert done.returncode == 2 and "dtrain: error: cannot read the configuration /nowhere" in done.stderr

@@ -48,6 +48,11 @@ def attach(
     rank, and what the adapters raise for configurations that they cannot serve.
     """
     _require_wrapped(model)
+    if not callable(getattr(sync, "bind", None)):
+        raise TypeError(
+            f"sync is {sync!r}; give a sync such as every_step(...) or diloco(...). A compressor goes into one: "
+            "every_step(compress=...)"
+        )
     if replicate_group is None and isinstance(model, DistributedDataParallel):
         replicate_group = model.process_group
     if replicate_group is None:

@@ -65,7 +65,13 @@ class DDPPieces:
         def hook(state, bucket):  # type: ignore[no-untyped-def]
             return self._on_bucket(bucket)
 
-        self.model.register_comm_hook(None, hook)
+        try:
+            self.model.register_comm_hook(None, hook)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"this DistributedDataParallel has a communication hook already ({error}); DDP takes one for life, so "
+                "wrap the module in a new DistributedDataParallel to attach again"
+            ) from error
 
     def finish(self) -> None:
         ended = [handle.ended_at for handle in self._under_way]

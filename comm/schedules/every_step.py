@@ -48,9 +48,21 @@ class _AttachedEveryStep(Attached):
         super().__init__(pieces, State(kinds_of(spec.plan)), spec.plan, seed)
         self.spec = spec
         self._all_finite = True
+        self._handed = False
         pieces.hand_over(self._exchange)
 
+    def step(self) -> bool:
+        self.finish()
+        if not self._handed and self.pieces.segments:
+            raise RuntimeError(
+                "no gradient was exchanged since the last sync.step(): call backward() before it, the last one of a "
+                "step outside of no_sync() (FSDP2: with set_requires_gradient_sync(True))"
+            )
+        self._handed = False
+        return super().step()
+
     def _exchange(self, gradients: Named) -> Flow[dict[str, Tensor]]:
+        self._handed = True
         combined = yield from self._combine(gradients)
         self._all_finite = self._all_finite and combined.finite
         return combined.values

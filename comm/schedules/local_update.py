@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
@@ -91,7 +92,18 @@ class _AttachedLocalUpdate(Attached):
         pieces.hand_over(None)
 
     def _gradients_ok(self) -> bool:
+        if self.steps == 0:
+            self._require_anchor()
         return True
+
+    def _require_anchor(self) -> None:
+        """Raise ``RuntimeError`` if somebody has loaded other weights since the anchor was taken."""
+        anchor = self._anchor()
+        if any(not torch.equal(value, anchor[fqn]) for fqn, value in self.pieces.read().items()):
+            raise RuntimeError(
+                "the model was changed after attach, whose anchor is what it held then: load weights to start from "
+                "before attach; when resuming, load the sync's state too, last"
+            )
 
     def _after_step(self) -> None:
         if self.steps % self.spec.every_steps == 0:
@@ -132,6 +144,11 @@ class _AttachedLocalUpdate(Attached):
             yield
         finally:
             self.pieces.write(live)
+
+    def report(self) -> str:
+        open_steps = self.steps - self.last_round
+        line = super().report()
+        return f"{line}, {open_steps} steps since the last round" if open_steps else line
 
     def integers(self) -> dict[str, int]:
         own = {"rounds": self.rounds, "failed_rounds": self.failed_rounds, "last_round": self.last_round}

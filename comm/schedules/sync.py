@@ -128,7 +128,9 @@ class Attached(ABC):
         Each rank has its own. The last entry is a digest of this rank's parameters, which are saved apart.
         """
         digest = _digest(self.pieces.read())
-        return {"tensors": self.state.tensors, "integers": self.integers(), "parameters": digest}
+        return {
+            "tensors": self.state.tensors, "integers": self.integers(), "parameters": digest, "place": self._place(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from `state_dict`, after the model's and the optimizer's own states have been loaded.
@@ -139,13 +141,20 @@ class Attached(ABC):
         tensors, integers = state["tensors"], state["integers"]
         if not isinstance(tensors, Mapping) or not isinstance(integers, Mapping):
             raise TypeError("the state of a sync is {'tensors': {fqn: {name: tensor}}, 'integers': {name: int}}")
+        if state.get("place") not in (None, self._place()):
+            raise ValueError(
+                f"this state was taken by {state['place']}, and this is {self._place()}; every rank loads its own files"
+            )
         if state.get("parameters") not in (None, _digest(self.pieces.read())):
             raise ValueError(
                 "the model does not hold the parameters that this rank had when this state was taken; on every rank: "
                 "attach, then load the model's and the optimizer's states, then the sync's, each from this rank's own "
                 "files (in a round of a local update the replicas differ)"
             )
-        self.state.load(tensors)
+        try:
+            self.state.load(tensors)
+        except KeyError as error:
+            raise KeyError(f"this state was saved with another sync: {error.args[0]}") from error
         self.load_integers({name: int(value) for name, value in integers.items()})
 
     def integers(self) -> dict[str, int]:
@@ -170,6 +179,10 @@ class Attached(ABC):
         """Stop syncing and leave the model as it was found."""
         self.pieces.detach()
         self.pieces.channel.close()
+
+    def _place(self) -> str:
+        replicas, shards = self.pieces.channel.places["replicate"], self.pieces.channel.places["shard"]
+        return f"replica {replicas.rank} of {replicas.size}, shard {shards.rank} of {shards.size}"
 
     def _measure(self, values: Mapping[str, Tensor], key: Key) -> None:
         """Let the plan see what is about to be compressed, if it is due."""

@@ -12,8 +12,11 @@ __all__ = ["HEAD", "compared", "fits", "line", "summary"]
 
 HEAD = (
     f"{'op':<15} {'backend':<7} {'ranks':>5} {'bytes':>11} {'iter':>4} {'min ms':>9} {'p50 ms':>9} {'p95 ms':>9} "
-    f"{'p99 ms':>9} {'max ms':>9} {'algbw':>8} {'busbw':>8} {'of link':>7} {'sent/opt':>8} {'#wrong':>6}  slowest rank"
+    f"{'p99 ms':>9} {'max ms':>9} {'algbw Mbit/s':>12} {'busbw Mbit/s':>12} {'of link':>7} {'sent/opt':>8} "
+    f"{'#wrong':>6}  slowest rank"
 )
+ONE_SIDED = ("broadcast", "shift")
+"""Ops in which ranks do not all wait for each other, so that the slowest rank is where the time goes."""
 
 
 def line(row: Row) -> str:
@@ -23,10 +26,19 @@ def line(row: Row) -> str:
     invalid = f"  INVALID: {row.invalid}" if row.invalid else ""
     return (
         f"{row.op:<15} {row.backend:<7} {row.world:>5} {row.bytes:>11,} {row.iterations:>4} {row.min_ms:>9.3f} "
-        f"{row.p50_ms:>9.3f} {row.p95_ms:>9.3f} {row.p99_ms:>9.3f} {row.max_ms:>9.3f} {row.algbw_mbit:>8.1f} "
-        f"{row.busbw_mbit:>8.1f} {link:>7} {ratio:>8} {row.wrong:>6}  "
-        f"{row.slowest_rank} on {row.slowest_host}, {row.slowest_by:+.1%}{invalid}"
+        f"{row.p50_ms:>9.3f} {row.p95_ms:>9.3f} {row.p99_ms:>9.3f} {row.max_ms:>9.3f} {row.algbw_mbit:>12.1f} "
+        f"{row.busbw_mbit:>12.1f} {link:>7} {ratio:>8} {row.wrong:>6}  {_slowest(row)}{invalid}"
     )
+
+
+def _slowest(row: Row) -> str:
+    """The slowest rank and its host, or "-" where ranks differ by no more than noise."""
+    return f"{row.slowest_rank} on {row.slowest_host}, {row.slowest_by:+.1%}" if stands_out(row) else "-"
+
+
+def stands_out(row: Row) -> bool:
+    """Whether the slowest rank took longer than the median one by more than measurements of the same thing differ."""
+    return row.slowest_by > NOISE - 1
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
@@ -45,8 +57,14 @@ def summary(rows: Sequence[Row]) -> list[str]:
     invalid = [row for row in rows if row.invalid]
     if invalid:
         out.append(f"{len(invalid)} of {len(rows)} rows are INVALID and left out of fits; free the machine and repeat")
-    slow = [row.slowest_rank for row in rows]
-    if len(rows) >= 6 and slow.count(most := statistics.mode(slow)) > 0.8 * len(slow):
+    waiting = [op for op in dict.fromkeys(row.op for row in rows) if op.removeprefix("comm.") not in ONE_SIDED]
+    if waiting and rows[0].world > 1:
+        out.append(
+            f"in {', '.join(waiting)} all ranks wait for the slowest link, so no row tells whose it is: "
+            "`dtrain doctor` with the same launcher finds the slow node"
+        )
+    slow = [row.slowest_rank if stands_out(row) else -1 for row in rows]
+    if len(rows) >= 6 and statistics.mode(slow) >= 0 and slow.count(most := statistics.mode(slow)) > 0.8 * len(slow):
         host = next(row.slowest_host for row in rows if row.slowest_rank == most)
         out.append(f"rank {most} on {host} was the slowest in {slow.count(most)} of {len(slow)} rows")
     return out

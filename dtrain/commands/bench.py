@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dtrain.commands import add_verb
 from dtrain.commands.entering import enter_launcher
+from dtrain.commands.submitting import sigterm_interrupts
 from dtrain.errors import INTERRUPTED, ConfigError, DtrainError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _cluster_link() -> str:
 
 
 def _show(job: Job, folder: Path, baseline: Sequence[Row]) -> int:
-    """Print rows as they come; Ctrl-C ends the job and keeps those that there are."""
+    """Print rows as they come; Ctrl-C, or SIGTERM, ends the job and keeps those that there are."""
     from dtrain.bench import rows, table
     from dtrain.commands.following import exit_code
     from dtrain.launchers.job import ENDED
@@ -136,9 +137,10 @@ def _show(job: Job, folder: Path, baseline: Sequence[Row]) -> int:
             shown.append(row)
 
     try:
-        while job.state() not in ENDED:
-            show()
-            time.sleep(LOOK_SECONDS)
+        with sigterm_interrupts():
+            while job.state() not in ENDED:
+                show()
+                time.sleep(LOOK_SECONDS)
         code = exit_code(job)
     except KeyboardInterrupt:
         job.cancel()

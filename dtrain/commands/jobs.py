@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
     from dtrain.launchers.job import Job
 
 EPILOG = """\
-A job is named by its id, by the name it was given, or by its folder. What it was waiting for when it hung, and the
-error that made the others fail, comes first in `why`.
+A job is named by its id, by the name it was given, or by its folder; a job of another cluster, or of one that went
+down, by its folder only. What it was waiting for when it hung, and the error that made the others fail, comes first in
+`why`. The number of a job array stands for all its elements.
 
 examples:
   dtrain jobs list          dtrain jobs logs 1234 -f          dtrain jobs why runs/x
 """
 DOES = {
-    "list": "the jobs that were submitted from this machine",
+    "list": "the jobs that were submitted from this machine, here or to this cluster",
     "status": "where a job stands",
     "logs": "what a job has printed",
     "cancel": "end a job, for good",
@@ -42,7 +44,12 @@ def add(verbs: Verbs) -> None:
         verb = add_verb(below, name, does=does)
         verb.set_defaults(run=_run, verb=name)
         if name != "list":
-            verb.add_argument("job", metavar="ID", help="its id, its name, or its folder; for table the sweep's folder")
+            what = (
+                "id of the job array, or the sweep's folder" if name == "table" else "its id, its name, or its folder"
+            )
+            verb.add_argument("job", metavar="ID", help=what)
+        else:
+            verb.add_argument("--all", action="store_true", help="those of other clusters, too, and those replaced")
         if name == "logs":
             verb.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
             verb.add_argument("--rank", type=int, help="only this rank (default: all, with the script's own lines)")
@@ -57,28 +64,52 @@ def _run(chosen: argparse.Namespace) -> int:
     enter_login_host(sys.argv[1:])
     try:
         if chosen.verb == "list":
-            return _list(registry.jobs())
+            return _list(registry.every() if chosen.all else registry.jobs(), everywhere=chosen.all)
         if chosen.verb == "table":
             from dtrain.commands.sweeping import table
 
-            print(table(Path(chosen.job)))
+            print(table(_sweep(chosen.job)))
             return 0
-        return VERBS[chosen.verb](registry.find(chosen.job), chosen)
+        return VERBS[chosen.verb](registry.resolve(chosen.job), chosen)
+    except registry.Replaced as error:
+        if chosen.verb != "status":
+            raise ConfigError(str(error)) from error
+        print(error)
+        return 0
     except LookupError as error:
         raise ConfigError(str(error)) from error
     except SlurmError as error:
         raise DtrainError(str(error)) from error
 
 
-def _list(jobs: list[Job]) -> int:
-    rows = [("id", "launcher", "name", "state", "submitted", "folder")]
+def _list(jobs: Sequence[Job], *, everywhere: bool) -> int:
+    from dtrain.launchers import registry
+
+    rows = [("id", "launcher", "name", "state", "submitted", *(("cluster",) if everywhere else ()), "folder")]
     for job in jobs:
         when = time.strftime("%m-%d %H:%M", time.localtime(job.facts.submitted))
-        rows.append((job.id, job.facts.launcher, job.facts.name, _state(job), when, str(job.folder)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        now = registry.replaced_by(job)
+        state = _state(job) if now is None else f"now {now.id}"
+        cluster = (job.facts.cluster or "-",) if everywhere else ()
+        rows.append((job.id, job.facts.launcher, job.facts.name, state, when, *cluster, str(job.folder)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:5], widths, strict=True)), row[5]]))
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]))
     return 0
+
+
+def _sweep(name: str) -> Path:
+    """The folder of a sweep, by itself or by the number of its job array."""
+    from dtrain.commands.sweeping import FILE
+    from dtrain.launchers import registry
+
+    if Path(name).is_dir():
+        return Path(name)
+    folder = registry.resolve(name)[0].folder
+    found = next((parent for parent in folder.parents if (parent / FILE).is_file()), None)
+    if found is None:
+        raise ConfigError(f"job {name} is no sweep: its folder is {folder}")
+    return found
 
 
 def _state(job: Job) -> str:
@@ -90,26 +121,43 @@ def _state(job: Job) -> str:
         return "unknown"
 
 
-def _status(job: Job, _: argparse.Namespace) -> int:
+def _one(jobs: Sequence[Job], chosen: argparse.Namespace) -> Job:
+    """The only job. Raises ``ConfigError`` for the elements of an array."""
+    if len(jobs) > 1:
+        ids = " ".join(job.id for job in jobs)
+        raise ConfigError(f"{chosen.job} is a job array; `dtrain jobs {chosen.verb}` takes one element of it: {ids}")
+    return jobs[0]
+
+
+def _status(jobs: Sequence[Job], chosen: argparse.Namespace) -> int:
     from dtrain.launchers.record import Beat, RankRecord
 
-    print(f"job {job.id} ({job.facts.launcher}) {job.facts.name}: {job.state()}")
+    if len(jobs) > 1:
+        print(f"job array {chosen.job} ({jobs[0].facts.launcher}) {jobs[0].facts.name}: {len(jobs)} jobs")
+        return _list(jobs, everywhere=False)
+    job, state = jobs[0], jobs[0].state()
+    print(f"job {job.id} ({job.facts.launcher}) {job.facts.name}: {state}")
     print(f"  folder: {job.folder}")
-    nodes = getattr(job, "nodes", lambda: "")()
+    nodes, reason = job.nodes(), job.waits_for()
     if nodes:
         print(f"  nodes: {nodes}")
+    if reason:
+        print(f"  waits for: {reason}")
     beats = {beat.rank: beat for beat in Beat.all(job.folder)}
     for record in RankRecord.all(job.folder):
         how = "runs" if record.ended is None else f"ended with {record.signal or f'exit code {record.exit_code}'}"
+        if record.ended is None and state not in ("running", "lost"):
+            how = "left no word of how it ended"
         beat = beats.get(record.rank)
         seen = f", last sign of life {time.time() - beat.time:.0f} s ago" if beat and record.ended is None else ""
         print(f"  rank {record.rank} on {record.host}: attempt {record.attempt + 1} {how}{seen}")
     return 0
 
 
-def _logs(job: Job, chosen: argparse.Namespace) -> int:
+def _logs(jobs: Sequence[Job], chosen: argparse.Namespace) -> int:
     from dtrain.commands.following import follow
 
+    job = _one(jobs, chosen)
     if chosen.follow:
         return follow(job)
     wanted = None if chosen.rank is None else f"rank-{chosen.rank}.log"
@@ -125,14 +173,23 @@ def _logs(job: Job, chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _cancel(job: Job, _: argparse.Namespace) -> int:
-    job.cancel()
-    print(f"job {job.id}: asked to end; it is not started again")
+def _cancel(jobs: Sequence[Job], _: argparse.Namespace) -> int:
+    from dtrain.launchers.job import ENDED
+
+    for job in jobs:
+        if len(jobs) > 1 and job.state() in ENDED:
+            print(f"job {job.id} has ended already")
+            continue
+        job.cancel()
+        print(f"job {job.id} ({job.folder}): asked to end; it is not started again")
     return 0
 
 
-def _why(job: Job, _: argparse.Namespace) -> int:
-    print(job.why())
+def _why(jobs: Sequence[Job], _: argparse.Namespace) -> int:
+    for job in jobs:
+        if len(jobs) > 1:
+            print(f"==== job {job.id}: {job.folder} ====")
+        print(job.why())
     return 0
 
 

@@ -56,6 +56,7 @@ def _launch(chosen: argparse.Namespace) -> int:
     if chosen.dry_run:
         print(launcher.render(chosen.program, folder=folder, name=chosen.name), end="")
         return 0
+    _free(folder)
     try:
         job = launcher.submit(chosen.program, folder=folder, name=chosen.name)
     except ValueError as error:
@@ -69,3 +70,16 @@ def _launch(chosen: argparse.Namespace) -> int:
     from dtrain.commands.following import follow
 
     return follow(job)
+
+
+def _free(folder: Path) -> None:
+    """Raise ``ConfigError`` if the folder is that of a job which has not ended."""
+    from dtrain.launchers.registry import holder
+    from dtrain.launchers.slurm.client import SlurmError
+
+    try:
+        old = holder(folder)
+    except SlurmError as error:
+        raise ConfigError(f"run.dir={folder} holds a job, and nobody can say whether it has ended: {error}") from error
+    if old is not None:
+        raise ConfigError(f"run.dir={folder} holds job {old.id}, which is {old.state()}; cancel it or choose another")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from dtrain.errors import INTERRUPTED, ConfigError, DtrainError
@@ -46,7 +48,7 @@ def submit(config: Config, description: Mapping[str, object], launcher: Launcher
     try:
         if isinstance(launcher, Checked):
             launcher.check([here])
-        with run_folder.locked(here):
+        with run_folder.locked(here), run_folder.withdrawn_if_refused(here):
             run_folder.write(config, description)
             job = launcher.submit(program(here), folder=here, name=here.name)
     except ValueError as error:
@@ -60,10 +62,24 @@ def submit(config: Config, description: Mapping[str, object], launcher: Launcher
     return follow(config, job, words)
 
 
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Within the block SIGTERM does what Ctrl-C does, so that a command that is ended ends its job, too."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def follow(config: Config, job: Job, words: Sequence[str]) -> int:
     """Show the progress of a job until it has ended, then its summary or what went wrong.
 
-    Ctrl-C leaves a job of Slurm's as it is and ends any other.
+    Ctrl-C, or SIGTERM, leaves a job of Slurm's as it is and ends any other.
     """
     from dtrain.commands.following import exit_code
     from dtrain.commands.interrupting import STOPPING
@@ -74,7 +90,7 @@ def follow(config: Config, job: Job, words: Sequence[str]) -> int:
 
     here = Path(config.run.dir)
     try:
-        with Progress(here / "metrics.jsonl", steps=config.train.steps):
+        with sigterm_interrupts(), Progress(here / "metrics.jsonl", steps=config.train.steps):
             while job.state() not in ENDED:
                 time.sleep(0.5)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -101,6 +102,7 @@ def _array(
 ) -> int:
     """One job array: an element for each run."""
     from dtrain.config import run_folder
+    from dtrain.config.composing import commented
     from dtrain.launchers.job import ENDED
     from dtrain.launching import slurm_launcher
 
@@ -113,13 +115,17 @@ def _array(
     folders = [run.folder for run in runs]
     command = program("{folder}")
     if dry_run:
-        print(launcher.render_array(command, folders=folders, name=base.name), end="")
+        print(launcher.render_array(command, folders=folders, name=base.name))
+        for number, (run, config) in enumerate(zip(runs, configs, strict=True)):
+            print(f"# ---- element {number}: {run.values} ----\n{commented(config)}")
         return 0
     try:
         launcher.check(folders)
-        for config, description in zip(configs, descriptions, strict=True):
-            run_folder.write(config, description)
-        jobs = launcher.submit_array(command, folders=folders, name=base.name)
+        with contextlib.ExitStack() as refusal:
+            for config, description in zip(configs, descriptions, strict=True):
+                refusal.enter_context(run_folder.withdrawn_if_refused(Path(config.run.dir)))
+                run_folder.write(config, description)
+            jobs = launcher.submit_array(command, folders=folders, name=base.name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except (RuntimeError, OSError) as error:

@@ -64,6 +64,7 @@ def _train(chosen: argparse.Namespace) -> int:
 def train(words: Sequence[str], *, dry_run: bool = False) -> int:
     """Train as these overrides say; returns the exit code."""
     from dtrain.config import compose, run_folder, to_yaml, validate
+    from dtrain.config.composing import commented
     from dtrain.config.validating import warnings
     from dtrain.launching import build_launcher
 
@@ -80,14 +81,18 @@ def train(words: Sequence[str], *, dry_run: bool = False) -> int:
         return 0
     for warning in warnings(config):
         print(f"dtrain: warning: {warning}", file=sys.stderr)
+    start = f"goes on from {folder}" if folder else "starts from step 0"
     launcher = None
     if config.launcher.name != "local":
         launcher = build_launcher(config.launcher, replicas=config.mesh.replicate)
     if dry_run and launcher is not None:
-        print(launcher.render(program(config.run.dir), folder=here, name=here.name), end="")
+        try:
+            text = launcher.render(program(config.run.dir), folder=here, name=here.name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        print(f"{text}\n{commented(config)}# {start}")
         return 0
     if dry_run:
-        start = f"goes on from {folder}" if folder else "starts from step 0"
         print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(worker)}")
         return 0
     if launcher is not None:

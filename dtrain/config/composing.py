@@ -80,6 +80,11 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
+def commented(config: Config) -> str:
+    """The configuration as YAML in comments, to go with a script."""
+    return "".join(f"# {line}\n" for line in ["configuration:", *to_yaml(config).splitlines()])
+
+
 def load(path: str | Path) -> Config:
     """The configuration that ``to_yaml`` wrote.
 

@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from dtrain.config.schema import Config
 from dtrain.errors import ConfigError, DtrainError, ResumeError
 from dtrain.report.environment import record
 
-CONFIG, ENVIRONMENT, DATA, OUTCOME, CHECKPOINTS = (
-    "config.yaml", "environment.json", "data.json", "outcome.json", "checkpoints",
+CONFIG, ENVIRONMENT, DATA, OUTCOME, CHECKPOINTS, LOCK = (
+    "config.yaml", "environment.json", "data.json", "outcome.json", "checkpoints", ".lock",
 )  # fmt: skip
 
 
@@ -133,6 +134,34 @@ def write(config: Config, description: Mapping[str, object]) -> Path:
 
 
 @contextlib.contextmanager
+def withdrawn_if_refused(folder: Path) -> Iterator[None]:
+    """Around `write` and a submission: what either leaves in ``folder`` goes again if the job is refused.
+
+    A run that never was must not bind the one after it. A folder that was empty before is emptied; in any other one
+    the configuration and the records are put back as they were. Refused means ``ValueError``: after any other error
+    nobody knows whether there is a job by now, and it would need its files.
+    """
+    before = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
+    names = [name for name in before if name.startswith("config") or name in (ENVIRONMENT, DATA, OUTCOME)]
+    stored = {name: (folder / name).read_bytes() for name in names}
+    try:
+        yield
+    except ValueError:
+        for path in list(folder.iterdir()) if folder.is_dir() else []:
+            ours = path.name in (CONFIG, ENVIRONMENT, DATA) or path.match("config-*.yaml")
+            if path.name in before or path.name == LOCK or (before and not ours):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        for name, content in stored.items():
+            if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+                (folder / name).write_bytes(content)
+        raise
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a second command out of the run folder while this one trains in it. The lock ends with the process.
 
@@ -141,7 +170,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a")
+        handle = (folder / LOCK).open("a")
     except OSError as error:
         raise ConfigError(f"run.dir={folder} cannot be written to: {error}; choose another run.dir") from error
     with handle:

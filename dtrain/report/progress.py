@@ -1,10 +1,15 @@
-"""One line that says how a run is doing, shown by the launching process from what rank 0 writes to metrics.jsonl."""
+"""One line that says how a run is doing, shown by the launching process from what rank 0 writes to metrics.jsonl.
+
+Where nobody looks on, rank 0 prints the same lines into its log, by `printer`.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -15,7 +20,7 @@ from dtrain.report.tail import Tail
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "printer"]
 
 LOOK_SECONDS = 0.2
 RATE_ROWS = 20  # tokens per second over this many rows: one row alone jumps about
@@ -70,10 +75,31 @@ class Progress:
             new = self._state.note(row)
             if "validation_loss" in row:
                 if new:
-                    self._view.say(f"step {row.get('step')}: validation loss {_figure(row, 'validation_loss')}")
+                    self._view.say(_validation(row))
                 continue
             self._state.take(row)
             self._view.show(self._state.step, self._state.line(), new=new)
+
+
+def printer(steps: int, stream: TextIO | None = None) -> Callable[[Row], None]:
+    """Prints each row that it is called with as a plain line of ``stream`` (standard output), towards ``steps``.
+
+    >>> show = printer(300)
+    >>> show({"step": 10, "loss": 2.5, "tokens": 4000, "seconds": 2.0, "sent_bytes": 1000, "exposed_seconds": 0.5})
+    step 10/300  loss 2.5000  2,000 tokens/s  sent 1.00 kB per rank  exposed communication 25.0 %
+    >>> show({"step": 10, "validation_loss": 2.25})
+    step 10: validation loss 2.2500
+    """
+    state, view = _State(steps), _Plain(stream or sys.stdout)
+
+    def show(row: Row) -> None:
+        if "validation_loss" in row:
+            view.say(_validation(row))
+            return
+        state.take(row)
+        view.say(state.line())
+
+    return show
 
 
 class _State:
@@ -121,9 +147,13 @@ class _State:
         return "  ".join(parts)
 
 
+def _validation(row: Row) -> str:
+    return f"step {row.get('step')}: validation loss {_figure(row, 'validation_loss')}"
+
+
 def _number(row: Row, name: str) -> float | None:
     value = row.get(name)
-    return value if isinstance(value, int | float) else None
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _figure(row: Row, name: str) -> str:

@@ -33,7 +33,9 @@ def check_compressor(compressor: Compressor) -> None:
     finite does not come back finite and wrong; the contraction, the mean, the homogeneity and the linearity that it
     declares.
     """
-    assert isinstance(compressor, Compressor), f"{compressor!r} lacks a member of dtrain.comm.compressors.base"
+    members = ("unbiased", "delta", "homogeneous", "linear", "encode", "decode", "row_bytes")
+    missing = [name for name in members if not hasattr(compressor, name)]
+    assert not missing, f"{compressor!r} lacks {', '.join(missing)}: see dtrain.comm.compressors.base"
     for width in WIDTHS:
         for name, rows in _inputs(width):
             _check_coding(compressor, rows, f"{name}, {width} wide")

@@ -28,7 +28,8 @@ from typing import Any
 __all__ = ["FakeSlurm"]
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
-FOLDER = "DTRAIN_FAKE_SLURM"
+FOLDER, CLUSTER = "DTRAIN_FAKE_SLURM", "DTRAIN_CLUSTER"
+PROGRAM = (sys.executable, "-I", "-S", str(Path(__file__).resolve()))  # by its path: the package would import torch
 Job = dict[str, Any]
 
 
@@ -45,9 +46,11 @@ class FakeSlurm:
         (self.folder / "nodes").write_text(str(self.nodes))
         for name in COMMANDS:
             path = self.folder / "bin" / name
-            path.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m dtrain.testing.fake_slurm {name} "$@"\n')
+            path.write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} {name} "$@"\n')
             path.chmod(0o755)
-        self._old = {name: os.environ.get(name) for name in ("PATH", FOLDER)}
+        (self.folder / "slurm.conf").write_text("ClusterName=fake\n")
+        self._old = {name: os.environ.get(name) for name in ("PATH", FOLDER, "SLURM_CONF")}
+        os.environ["SLURM_CONF"] = str(self.folder / "slurm.conf")
         os.environ["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         os.environ[FOLDER] = str(self.folder)
         return self
@@ -119,10 +122,11 @@ def _sbatch(arguments: Sequence[str]) -> int:
             "nodes": [f"n{node}" for node in range(1, nodes + 1)], "per_node": int(options.get("ntasks-per-node", "1")),
             "output": options.get("output", "/dev/null").replace("%a", str(element)), "again": False,
             "started": time.time(), "minutes": int(options.get("time", "60")), "directory": os.getcwd(),
+            "name": options.get("job-name", "sbatch"),
         }  # fmt: skip
         (_folder() / "jobs" / f"{name}.json").write_text(json.dumps(job))
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "dtrain.testing.fake_slurm", "slurmd", name], start_new_session=True,
+            [*PROGRAM, "slurmd", name], start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
     print(f"Submitted batch job {number}")
@@ -190,7 +194,7 @@ def _srun(arguments: Sequence[str]) -> int:
             tasks.append(subprocess.Popen(words, env=environment, start_new_session=True))
         job["tasks"] += [task.pid for task in tasks]
     worst, failed = 0, False
-    while any(task.poll() is None for task in tasks):
+    while None in [task.poll() for task in tasks]:  # all of them: who has failed is read below
         if not failed and any(task.returncode for task in tasks):
             failed = True
             for task in tasks:
@@ -218,7 +222,13 @@ def _scontrol(arguments: Sequence[str]) -> int:
         case ["show", "job", "--oneliner", number]:
             with _job(_name(number)) as job:
                 nodes = ",".join(job["nodes"])
-                print(f"JobId={job['id']} JobState={job['state']} Restarts={job['restarts']} NodeList={nodes}")
+                reason = "Resources" if job["state"] == "PENDING" else "None"
+                print(
+                    f"JobId={job['id']} JobName={job['name']} JobState={job['state']} Reason={reason} "
+                    f"Restarts={job['restarts']} NodeList={nodes} StdOut={job['output']} "
+                )
+        case ["show", "config"]:
+            print(f"Configuration data as of now\nClusterName             = {os.environ.get(CLUSTER, 'fake')}")
         case ["show", "node", "--oneliner", node]:
             print(f"NodeName={node} NodeAddr=127.0.0.1 State=IDLE")
         case ["requeue", number]:

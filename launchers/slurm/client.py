@@ -5,15 +5,22 @@ Accounting is often off, `--json` differs between versions, and a controller tha
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from dtrain.launchers.job import State
 
-__all__ = ["SlurmError", "ask", "job_record", "job_state", "partitions"]
+__all__ = ["Cluster", "SlurmError", "ask", "cluster", "job_line", "job_record", "job_state", "partitions", "since"]
+
+CLUSTER = "DTRAIN_CLUSTER"
+CLUSTERS = Path("/run/dtrain")  # where those of `dtrain cluster` have their files
 
 SECONDS = 30.0
 STATES: dict[str, State] = {
@@ -75,16 +82,64 @@ def _word(job_id: str) -> str:
 
 
 def _unreachable(said: str) -> bool:
-    return "Unable to contact slurm controller" in said or "did not answer" in said or "no squeue" in said
+    return "Unable to contact slurm controller" in said or "did not answer" in said or "on PATH" in said
+
+
+def job_line(job_id: str) -> str:
+    """What ``scontrol show job`` says; empty once the controller has forgotten the job.
+
+    Raises ``SlurmError`` where the controller does not answer.
+    """
+    try:
+        return ask("scontrol", "show", "job", "--oneliner", job_id)
+    except SlurmError as error:
+        if _unreachable(str(error)):
+            raise
+        return ""
 
 
 def job_record(job_id: str) -> dict[str, str]:
-    """What ``scontrol show job`` knows, field by field; empty once the controller has forgotten the job."""
+    """The same, field by field; empty, too, where the controller does not answer."""
     try:
-        answer = ask("scontrol", "show", "job", "--oneliner", job_id)
+        answer = job_line(job_id)
     except SlurmError:
         return {}
     return {key: value for key, _, value in (word.partition("=") for word in answer.split())}
+
+
+class Cluster(NamedTuple):
+    """A cluster. ``came_up``: seconds since 1970 for one of `dtrain cluster`, whose numbers begin again; else 0."""
+
+    name: str
+    came_up: float
+
+
+def cluster() -> Cluster:
+    """The cluster that Slurm's commands talk to from here; its name is empty where there is none."""
+    name = os.environ.get(CLUSTER)
+    if name:
+        return Cluster(name, since(name, os.environ.get("SLURM_CONF")))
+    path = shutil.which("scontrol")
+    return Cluster(_configured(path, os.environ.get("SLURM_CONF")) if path else "", 0.0)
+
+
+def since(name: str, configuration: str | None = None) -> float:
+    """When the cluster of `dtrain cluster` with this name came up, in seconds since 1970; 0 if it is not up."""
+    try:
+        # Written once, before the daemons start.
+        return Path(configuration or CLUSTERS / name / "slurm.conf").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+@functools.cache
+def _configured(scontrol: str, configuration: str | None) -> str:
+    """ClusterName as the controller says it; empty if it does not answer."""
+    try:
+        found = re.search(r"^ClusterName\s*=\s*(\S+)", ask(scontrol, "show", "config"), re.MULTILINE)
+    except SlurmError:
+        return ""
+    return found[1] if found else ""
 
 
 @dataclass(frozen=True)

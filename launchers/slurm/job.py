@@ -1,30 +1,109 @@
-"""A Slurm job, watched from outside. The script's own files say how it ended, so no accounting is needed."""
+"""A Slurm job, watched from outside. The script's own files say how it ended, so no accounting is needed.
+
+Slurm's numbers begin again with every new cluster, and a controller forgets. So a number is believed only where the job
+that has it now writes the log that was asked for at its submission.
+"""
 
 from __future__ import annotations
 
-from dtrain.launchers.job import Job, State
-from dtrain.launchers.slurm.client import ask, job_record, job_state
+from typing import Literal, TypeAlias
 
-__all__ = ["SlurmJob"]
+from dtrain.launchers.job import Facts, Job, State
+from dtrain.launchers.slurm.client import SlurmError, ask, cluster, job_line, job_record, job_state, since
+
+__all__ = ["Place", "SlurmJob", "place_of"]
+
+Place: TypeAlias = Literal["here", "elsewhere", "gone"]
+"""Of a job's cluster: asked from here; another one; none, as it went down, though its name may be up again."""
+
+
+def place_of(facts: Facts) -> Place:
+    """Where a job's cluster is, seen from here."""
+    here = cluster()
+    if facts.cluster in ("", here.name):
+        # One of `dtrain cluster` may have come up again under its old name.
+        same = facts.came_up in (0.0, here.came_up) and here.came_up <= facts.submitted
+        return "here" if same else "gone"
+    if facts.came_up and since(facts.cluster) != facts.came_up:
+        return "gone"
+    return "elsewhere"
 
 
 class SlurmJob(Job):
     """A job, or an element of a job array (its id is then 12_3)."""
 
+    _ours = False  # Slurm has said so: a number is not given away again while its cluster is up
+
     def ask(self) -> State:
-        """The state as Slurm knows it."""
+        """The state as Slurm knows it; lost where its number is another job's now, or its cluster is gone."""
+        place = place_of(self.facts)
+        if place == "elsewhere" and cluster().name:
+            raise SlurmError(self._elsewhere())
+        if place == "gone" or not self._known():
+            return "lost"
         return job_state(self.id)
 
     def cancel(self) -> None:
-        """``scancel``: the ranks get SIGTERM, and SIGKILL after the site's KillWait. It is not requeued."""
+        """``scancel``: the ranks get SIGTERM, and SIGKILL after the site's KillWait. It is not requeued.
+
+        Raises ``SlurmError`` where the number is not, or is no longer, this job's.
+        """
+        self._must_be_ours()
         ask("scancel", self.id)
 
     def signal(self, name: str) -> None:
-        """Send a signal, such as "TERM" or "USR2", to every rank."""
+        """Send a signal, such as "TERM" or "USR2", to every rank. Raises as `cancel`."""
+        self._must_be_ours()
         ask("scancel", f"--signal={name}", self.id)
 
     def nodes(self) -> str:
-        """The nodes that it runs on, in Slurm's notation, or why it waits."""
-        record = job_record(self.id)
-        nodes = record.get("NodeList", "")
-        return nodes if nodes and nodes != "(null)" else record.get("Reason", "")
+        """The nodes that it runs on, in Slurm's notation; empty while it waits."""
+        nodes = self._record().get("NodeList", "")
+        return "" if nodes == "(null)" else nodes
+
+    def waits_for(self) -> str:
+        """Slurm's reason why it has not started; empty once it has."""
+        record = self._record()
+        reason = record.get("Reason", "") if record.get("JobState") == "PENDING" else ""
+        return "" if reason in ("None", "(null)") else reason
+
+    def _record(self) -> dict[str, str]:
+        return job_record(self.id) if place_of(self.facts) == "here" and self._known() else {}
+
+    def _known(self) -> bool:
+        """Whether Slurm's job of this number is this one, or Slurm has forgotten it."""
+        if self._ours:
+            return True
+        line = job_line(self.id)
+        self._ours = bool(line) and self._is_in(line)
+        return self._ours or not line
+
+    def _is_in(self, line: str) -> bool:
+        named = f" JobName={self.facts.name} " in line
+        if "%" in str(self.folder):  # which Slurm reads as its own
+            return named
+        logs = [f" StdOut={self.folder}/logs/batch.log"]
+        if "_" in self.id:
+            # An element that waits has no number of its own yet, so only the folder of an array's logs is its mark.
+            logs = [f" StdOut={parent / self.facts.name}-array/batch-" for parent in self.folder.parents]
+        return named and any(log in line for log in logs)
+
+    def _must_be_ours(self) -> None:
+        place = place_of(self.facts)
+        if place == "elsewhere":
+            raise SlurmError(self._elsewhere())
+        if place == "gone":
+            raise SlurmError(f"job {self.id} ({self.folder}) went with its cluster {self.facts.cluster}; nothing runs")
+        line = job_line(self.id)
+        if not line:
+            raise SlurmError(f"Slurm does not know job {self.id} ({self.folder}) any longer: it has ended")
+        if not self._is_in(line):
+            raise SlurmError(
+                f"Slurm's job {self.id} is another one now than that of {self.folder}, and is left alone; "
+                f"scontrol show job {self.id} says whose it is"
+            )
+
+    def _elsewhere(self) -> str:
+        other, here = self.facts.cluster, cluster().name or "no cluster"
+        how = f"set DTRAIN_CLUSTER={other}" if self.facts.came_up else "go to its login host"
+        return f"job {self.id} ({self.folder}) is of cluster {other}, and this is {here}: {how}"

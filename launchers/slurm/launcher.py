@@ -5,7 +5,9 @@ submitit's own wrapper requeues from a signal handler on rank 0; here the script
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import shutil
 import sys
@@ -19,6 +21,7 @@ from dtrain.launchers.job import Facts, Program, command_of
 from dtrain.launchers.slurm.client import SlurmError, ask
 from dtrain.launchers.slurm.job import SlurmJob
 from dtrain.launchers.slurm.preflight import problems
+from dtrain.launchers.slurm.refusal import told, unanswered
 from dtrain.launchers.slurm.script import Work, render
 from dtrain.launchers.slurm.settings import SlurmSettings
 from dtrain.launchers.snapshot import Snapshot
@@ -100,7 +103,7 @@ class SlurmLauncher:
         text = render(work, self.settings)
         for folder in folders:
             (folder / "job.sbatch").write_text(text)
-        number = _sbatch(text, work.lists.parent if work.array else folders[0] / "logs" / "sbatch")
+        number = _sbatch(text, work.lists.parent if work.array else folders[0] / "logs" / "sbatch", self.settings)
         jobs = []
         for index, folder in enumerate(folders):
             facts = Facts(
@@ -114,8 +117,11 @@ class SlurmLauncher:
         return jobs
 
 
-def _sbatch(text: str, folder: Path) -> str:
-    """Submit through submitit; returns the job's number. Raises ``SlurmError`` with what sbatch said."""
+def _sbatch(text: str, folder: Path, settings: SlurmSettings) -> str:
+    """Submit through submitit; returns the job's number.
+
+    Raises ``ValueError`` with what sbatch said against the job, ``SlurmError`` where it could not say.
+    """
     ask("sbatch", "--version")  # submitit's own words for a missing Slurm do not say what to do
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -129,8 +135,10 @@ def _sbatch(text: str, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     executor: Any = Executor(folder=folder)
     try:
-        job = executor._submit_command("")
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises, too
+            job = executor._submit_command("")
     except (FailedJobError, FailedSubmissionError) as error:
-        said = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
-        raise SlurmError(f"sbatch refused the job: {' '.join(said) or error}") from error
+        if unanswered(str(error)):
+            raise SlurmError(f"sbatch could not submit the job: {error}") from error
+        raise ValueError(told(str(error), settings)) from error
     return str(job.job_id)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dtrain.launchers.slurm.client import Partition, partitions
-from dtrain.launchers.slurm.settings import SlurmSettings
+from dtrain.launchers.slurm.client import Partition, SlurmError, ask, partitions
+from dtrain.launchers.slurm.settings import Group, SlurmSettings
 
-__all__ = ["problems"]
+__all__ = ["problems", "too_many_cpus"]
 
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+OVERCOMMITTED = ("overcommit", "O")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/scratch/local", "/local")
 
 
@@ -22,7 +23,11 @@ def problems(settings: SlurmSettings, folder: Path, *, one_machine: bool = False
     Raises ``SlurmError`` where Slurm is missing or silent.
     """
     known = partitions()
-    return [*settings.problems(), *_partition(settings, known), *([] if one_machine else _folder(folder))]
+    found = [*settings.problems(), *_partition(settings, known), *([] if one_machine else _folder(folder))]
+    alone = settings.workers <= settings.nodes and settings.cpus_per_worker == 1 and not settings.groups
+    if found or alone:  # every node has one CPU
+        return found
+    return list(too_many_cpus(settings, _cpus_of_nodes()))
 
 
 def _partition(settings: SlurmSettings, known: list[Partition]) -> Iterator[str]:
@@ -48,6 +53,49 @@ def _partition(settings: SlurmSettings, known: list[Partition]) -> Iterator[str]
                 f"launcher.minutes={settings.minutes} is more than partition {partition.name} allows, which is "
                 f"{partition.minutes}; the job goes on after each limit, so set launcher.minutes={partition.minutes}"
             )
+
+
+def _cpus_of_nodes() -> dict[str, list[int]]:
+    """Of each partition, the CPUs of each of its nodes; the default one is also called "". Empty if nobody says."""
+    try:
+        answer = ask("sinfo", "--noheader", "--exact", "--format", "%P|%D|%c")
+    except SlurmError:  # the check is a kindness: Slurm has the last word
+        return {}
+    found: dict[str, list[int]] = {}
+    for line in answer.splitlines():
+        name, _, rest = line.strip().partition("|")
+        nodes, _, cpus = rest.partition("|")
+        if nodes.strip().isdigit() and cpus.strip().isdigit():
+            for known in {name.strip().rstrip("*"), *([""] if name.strip().endswith("*") else [])}:
+                found.setdefault(known, []).extend([int(cpus)] * int(nodes))
+    return found
+
+
+def too_many_cpus(settings: SlurmSettings, known: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """Ranks whose CPUs no node has. ``known``: of each partition, the CPUs of each of its nodes; "": of the default.
+
+    >>> list(too_many_cpus(SlurmSettings(cpus_per_worker=64), {"": [8, 64]}))
+    []
+    """
+    if any(directive.lstrip("-").split("=")[0] in OVERCOMMITTED for directive in settings.sbatch):
+        return
+    whole = Group(nodes=settings.nodes, workers=settings.workers, partition=settings.partition)
+    for group in settings.groups or (whole,):
+        nodes = known.get(group.partition or settings.partition, ())
+        ranks = -(-group.workers // group.nodes)
+        wanted = ranks * settings.cpus_per_worker
+        if not nodes or sum(cpus >= wanted for cpus in nodes) >= group.nodes:
+            continue
+        most = sorted(nodes, reverse=True)[min(group.nodes, len(nodes)) - 1]
+        name = group.partition or settings.partition
+        where = f"of partition {name}" if name else "of the default partition"
+        fits = most // ranks
+        way = f"set launcher.threads_per_worker to at most {fits}, or " if fits else ""
+        yield (
+            f"launcher.threads_per_worker={settings.cpus_per_worker} with {ranks} workers on each node takes {wanted} "
+            f"CPUs there, but of the {len(nodes)} nodes {where} too few have more than {most}, so the job would wait "
+            f"for ever; {way}take more launcher.nodes, fewer launcher.workers, or another launcher.partition"
+        )
 
 
 def _folder(folder: Path) -> Iterator[str]:

@@ -125,8 +125,8 @@ def _variables(work: Work, settings: SlurmSettings) -> dict[str, str]:
     }
     if settings.interface:
         found |= {"GLOO_SOCKET_IFNAME": settings.interface, "NCCL_SOCKET_IFNAME": settings.interface}
-    if settings.per_node == "torchrun":
-        del found["SRUN_CPUS_PER_TASK"]
+    if settings.per_node == "torchrun":  # one task for all ranks of a node
+        found["SRUN_CPUS_PER_TASK"] = str(settings.cpus_per_worker * (settings.workers // settings.nodes))
     return {**found, **work.environment}
 
 

@@ -9,6 +9,9 @@ from typing import Literal
 __all__ = ["Group", "SlurmSettings"]
 
 
+MOST_MINUTES = (2**31 - 1) // 60  # Slurm reads a time limit into 32 bits of seconds, and more comes out as nonsense
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """One component of a heterogeneous job: ``workers`` ranks over ``nodes`` nodes of one sort."""
@@ -96,6 +99,11 @@ class SlurmSettings:
             )
         if self.minutes < 1:
             found.append(f"launcher.minutes={self.minutes}: a time limit is at least 1 minute")
+        if self.minutes > MOST_MINUTES:
+            found.append(
+                f"launcher.minutes={self.minutes} is more than Slurm can count, which is {MOST_MINUTES}; the job goes "
+                "on after each limit, so 1440, a day, serves as well"
+            )
         if self.signal_seconds and self.signal_seconds >= 60 * self.minutes:
             found.append(
                 f"launcher.signal_seconds={self.signal_seconds} leaves nothing of a time limit of {self.minutes} "
@@ -130,5 +138,5 @@ _OURS = {
     "time": "launcher.minutes", "partition": "launcher.partition", "account": "launcher.account",
     "qos": "launcher.qos", "array": "a sweep (dtrain train -m)", "output": "run.dir", "error": "run.dir",
     "open-mode": "nothing (it must be append)", "requeue": "nothing (it is always on)",
-    "cpus-per-task": "launcher.cpus_per_worker", "signal": "launcher.signal_seconds",
+    "cpus-per-task": "launcher.threads_per_worker", "signal": "launcher.signal_seconds",
 }  # fmt: skip

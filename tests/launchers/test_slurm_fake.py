@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,20 @@ def test_a_job_without_progress_gives_up(tmp_path: Path) -> None:
     job = launcher().submit(program(tmp_path, "raise ValueError('always')"), folder=tmp_path / "job")
     assert job.wait(50) == "failed"
     assert "attempts in a row without progress: 2" in job.why() and "ValueError: always" in job.why()
+
+
+def test_a_rank_that_was_killed_in_an_earlier_attempt_is_told(tmp_path: Path) -> None:
+    text = (
+        "import os, signal, sys, time\n"
+        "if os.environ['RANK'] == '1' and os.environ['DTRAIN_ATTEMPT'] == '0': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(50 if os.environ['DTRAIN_ATTEMPT'] == '0' else 0)\n"
+    )
+    job = launcher().submit(program(tmp_path, text), folder=tmp_path / "job")
+    assert job.wait(50) == "finished"
+    killed = re.compile(r"attempt 1: rank 1 on \S+ was killed by SIGKILL; the run went on as attempt 2")
+    assert killed.search(job.why()), job.why()
+    said = (job.folder / "logs" / "batch.log").read_text()
+    assert re.search(r"the ranks failed \(rank 1 on \S+ first: SIGKILL, exit code 137\); they start again", said), said
 
 
 def test_a_wrong_configuration_is_not_run_again(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ SINFO = 'case "$*" in *%c) echo "main*|2|8";; *) echo "main*|2|infinite|up";; es
 
 @pytest.fixture(autouse=True)
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of Slurm's commands, of which there is sinfo: two nodes of 8 CPUs. The shell is faster than FakeSlurm."""
+    """The folder of Slurm's commands, of which there is sinfo: two nodes of 8 CPUs. Faster than FakeSlurm."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("DTRAIN_CLUSTER", "fake")
     monkeypatch.setenv("SLURM_CONF", "fake")
@@ -99,13 +99,19 @@ def test_words_that_name_no_directive_lead_to_all_that_were_given() -> None:
 
 
 def test_a_refusal_puts_back_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("old")
-    with pytest.raises(ValueError, match="no"), withdrawn_if_refused(tmp_path):  # noqa: PT012
-        os.replace(tmp_path / "config.yaml", tmp_path / "config-1.yaml")
-        (tmp_path / "config.yaml").write_text("new")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("old")
+
+    def submit() -> None:
+        os.replace(run / "config.yaml", run / "config-1.yaml")
+        (run / "config.yaml").write_text("new")
         raise ValueError("no")
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
-    assert (tmp_path / "config.yaml").read_text() == "old"
+
+    with pytest.raises(ValueError, match="no"), withdrawn_if_refused(run):
+        submit()
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert (run / "config.yaml").read_text() == "old"
 
 
 # ---- before it is submitted ----------------------------------------------------------------------------------------

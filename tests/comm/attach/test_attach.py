@@ -309,6 +309,35 @@ def residual_of_an_unused_head() -> tuple[Tensor, Tensor, bool]:
     return before, attached.state.tensors["second.weight"]["residual"], torch.equal(weight, net.second.weight)
 
 
+def misused(case: str) -> str:
+    """What is said to somebody who has done one thing wrong."""
+    model = DistributedDataParallel(small())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        if case == "not a sync":
+            attach(model, optimizer, error_feedback(topk(0.1)))  # type: ignore[arg-type]
+        attached = attach(model, optimizer, diloco(every_steps=3) if case == "pretrained" else every_step())
+        if case == "pretrained":
+            model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()})
+        if case == "attached twice":
+            attach(model, optimizer, every_step())
+        if case == "all under no_sync":
+            with model.no_sync():
+                backward(model, dist.get_rank(), 0)
+        else:
+            backward(model, dist.get_rank(), 0)
+        if case == "another rank's state":
+            states: list[dict[str, object]] = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(states, attached.state_dict())
+            attached.load_state_dict(states[(dist.get_rank() + 1) % len(states)])
+        attached.step()
+        if case == "stepped twice":
+            attached.step()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def closed_rounds() -> tuple[list[bool], Tensor, Tensor]:
     """What closing says in turn, and the model after it beside the anchor."""
     model = DistributedDataParallel(small())
@@ -374,6 +403,22 @@ def test_the_last_round_of_a_run_can_be_closed_early_and_once(pool: WorkerPool) 
 def test_a_parameter_that_nobody_used_keeps_its_residual(pool: WorkerPool) -> None:
     for before, after, stood in pool.run(residual_of_an_unused_head, world=2):
         assert bool(before.any()) and torch.equal(before, after) and stood
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("not a sync", "every_step(compress=...)"),
+        ("pretrained", "load weights to start from before attach"),
+        ("attached twice", "wrap the module in a new DistributedDataParallel"),
+        ("all under no_sync", "outside of no_sync()"),
+        ("stepped twice", "no gradient was exchanged since the last sync.step()"),
+        ("another rank's state", "every rank loads its own files"),
+    ],
+)
+def test_misuse_is_told(pool: WorkerPool, case: str, words: str) -> None:
+    for message in pool.run(misused, case, world=2):
+        assert words in message
 
 
 def test_detach_gives_ddp_back(pool: WorkerPool) -> None:
