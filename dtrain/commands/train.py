@@ -22,12 +22,19 @@ if TYPE_CHECKING:
     from dtrain.config import Config
     from dtrain.launchers.failure import Ending
 
-EPILOG = """\
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def _choices(group: str) -> str:
+    return f"{{{','.join(sorted(path.stem for path in (CONFIGS / group).glob('*.yaml')))}}}"
+
+
+EPILOG = f"""\
 overrides:
-  group=choice  engine={ddp,fsdp,zero1,zero2,zero3}  launcher={local,slurm,mpi}
-                sync={dense,bf16,int8,int8_ef,int4_ef,local_sgd,diloco}
-                compress@sync.compress={none,bf16,fp16,int8,int4,int8_ef,int4_ef}  optim={adamw,sgd}
-                model={tiny,small,custom}  data={text,tokens,custom}
+  group=choice  engine={_choices("engine")}  launcher={_choices("launcher")}
+                sync={_choices("sync")}
+                compress@sync.compress={_choices("compress")}
+                optim={_choices("optim")}  model={_choices("model")}  data={_choices("data")}
   key=value     mesh.replicate=2 mesh.shard=2 launcher.workers=4 train.steps=300 optim.inner.lr=0.001 data.path=FOLDER
   run.resume    auto: go on where run.dir left off; never: refuse a run.dir that has a run; PATH: start from another run
 
