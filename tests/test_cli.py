@@ -129,7 +129,7 @@ def nothing_happens(launches: Launches, text: Path, tmp_path: Path) -> Iterator[
         (["train.batch_size=15"], "choose 12 or 16"),
         (["sync.every_steps=0"], "every_steps is 0"),
         (["model.heads=3"], "model: "),
-        (["model._target_=mine.Model"], "there is no mine to import here (is its folder in PYTHONPATH?)"),
+        (["model._target_=absent.Model"], "there is no absent to import here (is its folder in PYTHONPATH?)"),
         (["optim.inner.lr=-1"], "Invalid learning rate"),
         (["data.path=/nowhere"], "cannot open '/nowhere': No such file or directory"),
         (["data.block=100000"], "100001"),

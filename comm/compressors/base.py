@@ -41,3 +41,19 @@ class Compressor(Protocol):
 
     def row_bytes(self, width: int) -> int:
         """Bytes of one encoded row of ``width`` elements."""
+
+
+class RowWise:
+    """What most compressors declare: biased, homogeneous, not linear. Those that are otherwise say so."""
+
+    @property
+    def unbiased(self) -> bool:
+        return False
+
+    @property
+    def homogeneous(self) -> bool:
+        return True
+
+    @property
+    def linear(self) -> bool:
+        return False

@@ -7,6 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def checked_block(block: int) -> int:
+    """``block``, or ``ValueError`` where it is no positive number of elements."""
+    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
+        raise ValueError(f"block is {block!r}; give a positive number of elements, for example 512")
+    return block
+
+
 def to_blocks(rows: Tensor, block: int) -> Tensor:
     """``rows`` [m, width] as [m, blocks, block]; the last block is filled up with zeros. A view where it fits."""
     missing = -rows.shape[1] % block

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import scaled, to_blocks
+from dtrain.comm.compressors.base import RowWise
+from dtrain.comm.compressors.blocks import checked_block, scaled, to_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -62,28 +63,16 @@ class Cast:
 
 
 @dataclass(frozen=True)
-class Float8:
+class Float8(RowWise):
     """See `cast`."""
 
     dtype: str
     block: int
 
     @property
-    def unbiased(self) -> bool:
-        return False
-
-    @property
     def delta(self) -> float:
         relative, absolute = FP8_ERROR[self.dtype]
         return 1.0 - relative**2 - self.block * (absolute / torch.finfo(FP8[self.dtype]).max) ** 2
-
-    @property
-    def homogeneous(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
         blocks = to_blocks(rows, self.block)
@@ -116,7 +105,7 @@ def cast(dtype: str = "bf16", *, block: int = 512) -> Cast | Float8:
     if dtype in FP8:
         if not isinstance(block, int) or block < 1:
             raise ValueError(f"block is {block!r}; give a positive number of elements, for example 512")
-        return Float8(dtype, block)
+        return Float8(dtype, checked_block(block))
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; cast knows {', '.join([*DTYPES, *FP8])}")
     return Cast(dtype)

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtrain.comm.compressors.base import RowWise
 from dtrain.comm.compressors.blocks import pack_blocks, scaled, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
 
 @dataclass(frozen=True)
-class _Grid(ABC):
+class _Grid(RowWise, ABC):
     bits: int
     block: int
     rounding: str
@@ -39,14 +40,6 @@ class _Grid(ABC):
     @property
     @abstractmethod
     def delta(self) -> float: ...
-
-    @property
-    def homogeneous(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
         width = rows.shape[1]

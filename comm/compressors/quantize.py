@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import pack_blocks, unpack_blocks
+from dtrain.comm.compressors.base import RowWise
+from dtrain.comm.compressors.blocks import checked_block, pack_blocks, unpack_blocks
 from dtrain.comm.compressors.grids import Even, Powers
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
@@ -27,7 +28,7 @@ FIXED_BITS = {"e3m0": 4, "natural": 8}
 
 
 @dataclass(frozen=True)
-class Quantize:
+class Quantize(RowWise):
     """See `quantize`."""
 
     bits: int
@@ -47,14 +48,6 @@ class Quantize:
         # An element errs by at most unit / 2 (nearest), or by a variance of at most unit^2 / 4 (stochastic), and
         # (max - min)^2 <= 2 |x|^2 in every block. A block of small values between two large ones reaches the bound.
         return 1.0 - self.block / (2.0 * self.levels**2)
-
-    @property
-    def homogeneous(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
         width = rows.shape[1]
@@ -115,10 +108,9 @@ def quantize(
     bits = 8 if bits is None else bits
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ValueError(f"bits is {bits!r}; a code has 2 to 8 bits (for 1 bit use sign())")
-    if not isinstance(block, int) or block < 1:
-        raise ValueError(f"block is {block!r}; give a positive number of elements, for example 512")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+    checked_block(block)
     if grid == "max_min":
         return Quantize(bits, block, rounding)
     if grid in FIXED_BITS:

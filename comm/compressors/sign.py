@@ -15,32 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import pack_blocks, to_blocks, unpack_blocks
+from dtrain.comm.compressors.base import RowWise
+from dtrain.comm.compressors.blocks import checked_block, pack_blocks, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
 
 @dataclass(frozen=True)
-class Sign:
+class Sign(RowWise):
     """See `sign`."""
 
     block: int
 
     @property
-    def unbiased(self) -> bool:
-        return False
-
-    @property
     def delta(self) -> float:
         return 1.0 / self.block  # reached by an x with one element that is not zero
-
-    @property
-    def homogeneous(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
         width = rows.shape[1]
@@ -73,6 +62,4 @@ def sign(*, block: int = 1024) -> Sign:
 
     Raises ``ValueError`` for a block that is no positive number. Source: the module's docstring.
     """
-    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
-        raise ValueError(f"block is {block!r}; give a positive number of elements, for example 1024")
-    return Sign(block)
+    return Sign(checked_block(block))

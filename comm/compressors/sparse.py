@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dtrain.comm.compressors.base import RowWise
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -26,26 +27,14 @@ SAMPLED_FROM = 1 << 16
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(RowWise):
     """See `topk`."""
 
     density: float
 
     @property
-    def unbiased(self) -> bool:
-        return False
-
-    @property
     def delta(self) -> float:
         return self.density
-
-    @property
-    def homogeneous(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
         width = rows.shape[1]
@@ -67,7 +56,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class RandomK:
+class RandomK(RowWise):
     """See `randk`."""
 
     density: float
@@ -80,10 +69,6 @@ class RandomK:
     @property
     def delta(self) -> float:
         return 2.0 - 1.0 / self.density if self.scaled else self.density  # 1 - (width / k - 1), or k / width
-
-    @property
-    def homogeneous(self) -> bool:
-        return True
 
     @property
     def linear(self) -> bool:

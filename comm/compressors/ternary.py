@@ -17,22 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import pack_blocks, scaled, to_blocks, unpack_blocks
+from dtrain.comm.compressors.base import RowWise
+from dtrain.comm.compressors.blocks import checked_block, pack_blocks, scaled, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
 
 @dataclass(frozen=True)
-class _Ternary(ABC):
+class _Ternary(RowWise, ABC):
     block: int
-
-    @property
-    def homogeneous(self) -> bool:
-        return True
-
-    @property
-    def linear(self) -> bool:
-        return False
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
         width = rows.shape[1]
@@ -88,10 +81,6 @@ class Compeft(_Ternary):
     alpha: float | None
 
     @property
-    def unbiased(self) -> bool:
-        return False
-
-    @property
     def delta(self) -> float:
         # |x_S|_1^2 / k >= |x_S|_2^2 / k >= |x|^2 / n, for the k = density n largest of a block of n.
         return 1.0 / self.block if self.alpha is None else 0.0
@@ -121,7 +110,7 @@ def terngrad(*, block: int = 2048, clip: float = 2.5) -> TernGrad:
     """
     if not clip > 0:
         raise ValueError(f"clip is {clip!r}; give a positive number of standard deviations, or inf")
-    return TernGrad(_checked(block), float(clip))
+    return TernGrad(checked_block(block), float(clip))
 
 
 def compeft(*, density: float = 0.1, alpha: float | None = None, block: int = 2048) -> Compeft:
@@ -142,13 +131,7 @@ def compeft(*, density: float = 0.1, alpha: float | None = None, block: int = 20
         raise ValueError(f"density is {density!r}; give the part of the elements that is kept, in (0, 1]")
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha is {alpha!r}; give a positive number of standard deviations, or None")
-    return Compeft(_checked(block), float(density), alpha)
-
-
-def _checked(block: int) -> int:
-    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
-        raise ValueError(f"block is {block!r}; give a positive number of elements, for example 2048")
-    return block
+    return Compeft(checked_block(block), float(density), alpha)
 
 
 def _deviation(blocks: Tensor, counts: Tensor) -> Tensor:

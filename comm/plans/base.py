@@ -36,6 +36,9 @@ class ByLayer:
     rules: tuple[tuple[str, Plan], ...]
     default: Plan
 
+    def __post_init__(self) -> None:
+        _require_written_down(*(plan for _, plan in self.rules), self.default)
+
     @property
     def compressions(self) -> tuple[Compression, ...]:
         plans = (*(plan for _, plan in self.rules), self.default)
@@ -56,12 +59,25 @@ class After:
     then: Plan
     before: Plan
 
+    def __post_init__(self) -> None:
+        _require_written_down(self.then, self.before)
+
     @property
     def compressions(self) -> tuple[Compression, ...]:
         return (*self.before.compressions, *self.then.compressions)
 
     def of(self, fqn: str, step: int) -> Compression:
         return (self.then if step >= self.step else self.before).of(fqn, step)
+
+
+def _require_written_down(*plans: Plan) -> None:
+    """Raise ``ValueError`` for a plan that learns: within another one nobody would let it begin."""
+    for plan in plans:
+        if hasattr(plan, "begin"):
+            raise ValueError(
+                f"{type(plan).__name__} learns from what it compresses, which it cannot within by_layer, after or "
+                "onebit_adam; give it alone, or to accordion"
+            )
 
 
 def kinds_of(plan: Plan) -> dict[str, Kind]:
@@ -90,7 +106,7 @@ def by_layer(rules: Mapping[str, Compress], *, default: Compress = None) -> ByLa
     >>> by_layer({"*norm*": None, "embedding.*": quantize(bits=8)}, default=quantize(bits=4)).of("head.weight", 0)
     Compression(compressor=Quantize(bits=4, block=512, rounding='nearest'), feedback=NoFeedback())
 
-    Raises ``TypeError`` for what is no compressor.
+    Raises ``TypeError`` for what is no compressor, ``ValueError`` for a plan that learns.
     """
     return ByLayer(tuple((pattern, as_plan(compress)) for pattern, compress in rules.items()), as_plan(default))
 
@@ -107,7 +123,7 @@ def after(step: int, then: Compress, *, before: Compress = None) -> After:
     >>> after(100, error_feedback(topk(0.01))).of("w", 99).compressor
     Cast(dtype='fp32')
 
-    Raises ``ValueError`` for a step below 1, ``TypeError`` for what is no compressor.
+    Raises ``ValueError`` for a step below 1 and for a plan that learns, ``TypeError`` for what is no compressor.
     """
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
         raise ValueError(f"step is {step!r}; give the number of the first step, at least 1")

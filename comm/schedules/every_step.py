@@ -9,7 +9,9 @@ Bytes: `routes.two_phase_bytes` of each group. Keeps: what the feedback keeps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -38,14 +40,18 @@ class EveryStep:
     lossless: int | None = None
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
-        return _AttachedEveryStep(self, pieces, seed)
+        return AttachedEveryStep(self, pieces, seed)
 
 
-class _AttachedEveryStep(Attached):
+class AttachedEveryStep(Attached):
+    """An `EveryStep` at work. ``more``: what a method built on it keeps besides."""
+
     parameters_kind: Kind = "replicated"
 
-    def __init__(self, spec: EveryStep, pieces: Pieces, seed: int) -> None:
-        super().__init__(pieces, State(kinds_of(spec.plan)), spec.plan, seed)
+    def __init__(
+        self, spec: EveryStep, pieces: Pieces, seed: int, more: Mapping[str, Kind] = MappingProxyType({})
+    ) -> None:
+        super().__init__(pieces, State({**kinds_of(spec.plan), **more}), spec.plan, seed)
         self.spec = spec
         self._all_finite = True
         self._handed = False

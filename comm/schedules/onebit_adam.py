@@ -13,21 +13,18 @@ Keeps: m and v, equal on all replicas, and what the feedback keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor
-
-from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.combine import combine
 from dtrain.comm.compressors.sign import sign
-from dtrain.comm.feedback import as_compression, error_feedback
-from dtrain.comm.layout import Named
+from dtrain.comm.feedback import error_feedback
+from dtrain.comm.layout import Named, working
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.plans.base import After, Compress, Plan, as_plan, kinds_of
+from dtrain.comm.plans.base import Compress, after
+from dtrain.comm.routes import Combined
+from dtrain.comm.schedules.every_step import AttachedEveryStep, EveryStep, every_step
 from dtrain.comm.schedules.sync import Attached
-from dtrain.comm.seeds import Key
-from dtrain.comm.state import Kind, State
 
 READ = ("lr", "betas", "eps", "weight_decay")
 
@@ -37,7 +34,7 @@ class OneBitAdam:
     """See `onebit_adam`."""
 
     warmup_steps: int
-    plan: Plan
+    exchange: EveryStep
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         inner = pieces.optimizer
@@ -48,73 +45,69 @@ class OneBitAdam:
             raise ValueError("onebit_adam does not know amsgrad and maximize; leave them off")
         if any(group[name] != groups[0][name] for group in groups for name in READ):
             raise ValueError(f"the parameter groups differ in one of {', '.join(READ)}; onebit_adam has one of each")
+        decoupled = "AdamW" in type(inner).__name__ or groups[0].get("decoupled_weight_decay", False)
+        if groups[0]["weight_decay"] and not decoupled:
+            raise ValueError("onebit_adam knows decoupled weight decay only; use AdamW, or weight_decay=0")
         return _AttachedOneBitAdam(self, pieces, seed)
 
 
-class _AttachedOneBitAdam(Attached):
-    parameters_kind: Kind = "replicated"
-
+class _AttachedOneBitAdam(AttachedEveryStep):
     def __init__(self, spec: OneBitAdam, pieces: Pieces, seed: int) -> None:
-        plan = After(spec.warmup_steps, spec.plan, as_compression(None))
-        own: dict[str, Kind] = {"adam_m": "replicated", "adam_v": "replicated"}
-        super().__init__(pieces, State({**own, **kinds_of(plan)}), plan, seed)
+        super().__init__(spec.exchange, pieces, seed, {"adam_m": "replicated", "adam_v": "replicated"})
         self.warmup_steps = spec.warmup_steps
-        self._all_finite = True
-        pieces.hand_over(self._exchange)
 
     @property
     def frozen(self) -> bool:
         """Whether the warm-up is over."""
         return self.steps >= self.warmup_steps
 
-    def _exchange(self, gradients: Named) -> Flow[dict[str, Tensor]]:
-        key, place = Key(self.seed, self.steps, self.pieces.place.rank), self.pieces.place
-        values = dict(gradients)
-        if self.frozen:
-            b1 = self.pieces.optimizer.param_groups[0]["betas"][0]
-            for fqn, g in gradients.items():
-                values[fqn] = b1 * self.state.get(fqn, "adam_m", g) + (1 - b1) * g
-        lies = self.matrices
-        combined = yield from combine(values, self.plan, rank_order_mean, place, key, self.state, matrices=lies)
-        self._all_finite = self._all_finite and combined.finite
-        if self.frozen:
-            for fqn, momentum in combined.values.items():
-                self.state.stage(fqn, "adam_m", momentum.clone())
-        return combined.values
-
-    def _gradients_ok(self) -> bool:
-        ok, self._all_finite = self._all_finite, True
-        return ok
+    def _combine(self, gradients: Named) -> Flow[Combined]:
+        if not self.frozen:
+            return (yield from super()._combine(gradients))
+        b1 = self._group["betas"][0]
+        momenta = {fqn: b1 * self.state.get(fqn, "adam_m", g) + (1 - b1) * working(g) for fqn, g in gradients.items()}
+        combined = yield from super()._combine(momenta)
+        for fqn, momentum in combined.values.items():
+            self.state.stage(fqn, "adam_m", momentum.clone())
+        return replace(combined, values={fqn: m.to(gradients[fqn].dtype) for fqn, m in combined.values.items()})
 
     def _advance(self) -> None:
         if not self.frozen:
             super()._advance()
             return
-        group = self.pieces.optimizer.param_groups[0]
-        decoupled = "AdamW" in type(self.pieces.optimizer).__name__ or group.get("decoupled_weight_decay", False)
-        if group["weight_decay"] and not decoupled:
-            raise ValueError("onebit_adam knows decoupled weight decay only; use AdamW, or weight_decay=0")
+        group, unused = self._group, set(self.pieces.unused())
         moved = {}
         for fqn, now in self.pieces.read().items():
             m, v = self.state.get(fqn, "adam_m", now), self.state.get(fqn, "adam_v", now)
             step = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * now
-            moved[fqn] = now - float(group["lr"]) * step
+            moved[fqn] = now if fqn in unused else now - float(group["lr"]) * step
         self.pieces.skip()
         self.pieces.write(moved)
 
     def _after_step(self) -> None:
+        super()._after_step()
         if self.steps == self.warmup_steps:
             self._freeze()
 
     def _freeze(self) -> None:
         """Take over Adam's moments, bias corrections included."""
-        b1, b2 = self.pieces.optimizer.param_groups[0]["betas"]
+        b1, b2 = self._group["betas"]
         kept = self.pieces.optimizer_state()
-        for fqn, m in kept.get("exp_avg", {}).items():
+        moments = kept.get("exp_avg", {})
+        if without := self.pieces.shapes.keys() - moments.keys():
+            raise RuntimeError(
+                f"the inner optimizer has no variance of {', '.join(sorted(without)[:3])} after {self.steps} steps of "
+                "warm-up; onebit_adam needs every parameter in use, and at least one step that was not skipped"
+            )
+        for fqn, m in moments.items():
             made = float(kept["step"][fqn]) if "step" in kept else float(self.steps)
-            self.state.stage(fqn, "adam_m", m.float() / (1 - b1**made))
-            self.state.stage(fqn, "adam_v", kept["exp_avg_sq"][fqn].float() / (1 - b2**made))
+            self.state.stage(fqn, "adam_m", working(m) / (1 - b1**made))
+            self.state.stage(fqn, "adam_v", working(kept["exp_avg_sq"][fqn]) / (1 - b2**made))
         self.state.commit()
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return self.pieces.optimizer.param_groups[0]
 
 
 def onebit_adam(warmup_steps: int, *, compress: Compress = None) -> OneBitAdam:
@@ -129,4 +122,5 @@ def onebit_adam(warmup_steps: int, *, compress: Compress = None) -> OneBitAdam:
     """
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 1:
         raise ValueError(f"warmup_steps is {warmup_steps!r}; the variance needs at least one step to be frozen")
-    return OneBitAdam(warmup_steps, as_plan(error_feedback(sign()) if compress is None else compress))
+    then = error_feedback(sign()) if compress is None else compress
+    return OneBitAdam(warmup_steps, every_step(compress=after(warmup_steps, then)))

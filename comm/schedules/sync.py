@@ -115,7 +115,8 @@ class Attached(ABC):
         Call it on every rank where a loss scale changes, with new / old; with error_feedback also where the learning
         rate does, with old / new, if what is left from before shall count as much as it would have then.
         """
-        self.state.scale(set(kinds_of(self.plan)) - {"q"}, factor)
+        kept = {name for name, kind in kinds_of(self.plan).items() if kind != "opaque"}
+        self.state.scale(kept, factor)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

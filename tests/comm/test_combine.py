@@ -8,7 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import after, by_layer, cast, compeft, econtrol, ef21, error_feedback, powersgd, quantize, randk, sign, topk
+from dtrain import (
+    accordion,
+    after,
+    by_layer,
+    cast,
+    compeft,
+    econtrol,
+    ef21,
+    error_feedback,
+    lgreco,
+    onebit_adam,
+    powersgd,
+    quantize,
+    randk,
+    sign,
+    topk,
+)
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.combine import combine, consolidate, together
 from dtrain.comm.compressors.base import Compressor
@@ -288,6 +304,13 @@ def test_another_compression_from_a_step_on() -> None:
     for step in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="give the number of the first step, at least 1"):
             after(step, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("learns", [lgreco(topk(0.1)), accordion(topk(0.1), topk(0.01))])
+def test_a_plan_that_learns_is_not_put_where_it_could_not(learns: Plan) -> None:
+    for make in (lambda: by_layer({"a": learns}), lambda: after(3, learns), lambda: onebit_adam(3, compress=learns)):
+        with pytest.raises(ValueError, match="learns from what it compresses"):
+            make()
 
 
 def test_a_plan_of_many_compressors_is_each_of_them_alone() -> None:

@@ -155,7 +155,7 @@ def test_random_places_are_the_same_on_all_ranks_and_other_ones_in_each_step() -
         (lambda: topk(0), "density is 0; give the part of the elements that is sent, in (0, 1]"),
         (lambda: randk(1.5), "density is 1.5; give the part"),
         (lambda: topk(True), "density is True; give the part"),
-        (lambda: sign(block=0), "block is 0; give a positive number of elements, for example 1024"),
+        (lambda: sign(block=0), "block is 0; give a positive number of elements, for example 512"),
         (lambda: terngrad(clip=0), "clip is 0; give a positive number of standard deviations, or inf"),
         (lambda: compeft(density=2), "density is 2; give the part"),
         (lambda: compeft(alpha=-1), "alpha is -1; give a positive number"),
