@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.config import compose
 from dtrain.evidence import __main__ as command
+from dtrain.evidence.compression import cells, compressors_report, lgreco_report, loss_report
 from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
 from dtrain.evidence.runs import Run, Session, as_figures
 from dtrain.evidence.stopping import stopping_report
@@ -200,7 +202,7 @@ def test_what_is_long_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(command, "REPORTS", {name: report(name) for name in command.REPORTS})
     monkeypatch.setattr(command, "circumstances", lambda: MADE)
     assert command.main(["--out", str(tmp_path)]) == 0
-    assert made == ["fifteen", "quality", "default", "kill", "network", "stopping"]
+    assert made == [name for name in command.REPORTS if name != "suite"]
     with pytest.raises(SystemExit) as refused:
         command.main(["fiften"])
     assert refused.value.code == 2
@@ -209,3 +211,48 @@ def test_what_is_long_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: py
 def test_circumstances_are_found_out_on_any_machine() -> None:
     found = command.circumstances()
     assert all(dataclasses.asdict(found).values())
+
+
+def test_a_sweep_goes_on_with_what_it_has_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[str, ...]] = []
+
+    def train(session: Session, *words: str) -> Run:
+        trained.append(words)
+        return run(last=float(len(trained)))
+
+    monkeypatch.setattr(Session, "train", train)
+    for _ in range(2):
+        session = Session(tmp_path / "new", tmp_path / "kept")
+        assert session.cell("a", "b").validation == 1.0
+        assert session.cell("a").validation == 2.0
+    assert trained == [("a", "b"), ("a",)]
+
+
+def test_gaps_are_those_of_the_best_rates() -> None:
+    runs = {"dense": run(), "int8_ef": run(last=2.01), "int4_ef": run(last=2.1)}
+    swept = {
+        ("dense", 0.3): run(last=1.5),
+        ("dense", 1.0): run(),
+        ("topk_ef", 0.3): run(last=3.0),
+        ("topk_ef", 1.0): run(last=1.8),
+    }
+    report = loss_report(runs, swept)
+    assert missed(report) == ["validation loss of 4 bits, off dense"]
+    assert "| top-k 1 % | 3.0000 | 1.8000 | +20.0% |" in report.body
+
+
+@pytest.mark.parametrize(("sent", "loss", "lines"), [(100, 2.0, 0), (120, 2.0, 1), (100, 2.1, 1)])
+def test_lgreco_is_held_to_bytes_and_to_loss(sent: int, loss: float, lines: int) -> None:
+    good = (run(sent=300), run(sent=200))
+    report = lgreco_report({"PowerSGD": good, "quantization": (run(sent=140), run(sent=sent, last=loss))})
+    assert len(missed(report)) == lines
+
+
+def test_every_compressor_and_every_resume_is_in_the_report() -> None:
+    one = {key: run() for key in cells()}
+    five = {("sign_ef", "ddp"): (run(), run()), ("sign_ef", "zero3"): (run(), run(digest="d1"))}
+    report = compressors_report(one, five)
+    assert missed(report) == ["runs that ended with bitwise the same parameters after a resume"]
+    assert all(f"| {compressor} | {feedback} |" in report.body for compressor, feedback in one)
+    for words in cells().values():
+        compose(["run.dir=x", *words])

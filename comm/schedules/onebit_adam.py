@@ -94,7 +94,7 @@ class _AttachedOneBitAdam(AttachedEveryStep):
         b1, b2 = self._group["betas"]
         kept = self.pieces.optimizer_state()
         moments = kept.get("exp_avg", {})
-        if without := self.pieces.shapes.keys() - moments.keys():
+        if without := self.pieces.segments.keys() - moments.keys():
             raise RuntimeError(
                 f"the inner optimizer has no variance of {', '.join(sorted(without)[:3])} after {self.steps} steps of "
                 "warm-up; onebit_adam needs every parameter in use, and at least one step that was not skipped"

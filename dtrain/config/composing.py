@@ -57,7 +57,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         for of_targets in (True, False):
             plain = _plain(composed)
             checked = [_checked(v, plain) for v in values if v.key_or_group.endswith("_target_") is of_targets]
-            given = [*given, *checked]
+            given = [*given, *(word for words in checked for word in words)]
             composed = _run_hydra(given) if checked else composed
     sync = str(OmegaConf.select(composed, "hydra.runtime.choices.sync"))
     del composed.hydra
@@ -147,8 +147,8 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[Override]]:
     return choices, values
 
 
-def _checked(override: Override, chosen: Mapping[str, object]) -> str:
-    """The override for hydra, whose key is valid: it exists, or the target of the mapping around it takes it."""
+def _checked(override: Override, chosen: Mapping[str, object]) -> list[str]:
+    """The override as hydra takes it; its key is valid: it exists, or the target of the mapping around it takes it."""
     key = override.key_or_group
     *path, last = key.split(".")
     node: object = chosen
@@ -156,7 +156,7 @@ def _checked(override: Override, chosen: Mapping[str, object]) -> str:
         node = _child(node, part) if _has(node, part) else False
         place = ".".join(path[:depth])
         if node is None and _open(place) and last == "_target_" and depth == len(path):
-            return "++" + str(override.input_line).lstrip("+")
+            return ["++" + str(override.input_line).lstrip("+")]
         if node is None and _open(place):
             raise ConfigError(f"{key}: {place} is null, so it has no {last}; choose a {place} first")
         if not isinstance(node, dict | list):
@@ -170,14 +170,14 @@ def _checked(override: Override, chosen: Mapping[str, object]) -> str:
     if isinstance(node, dict) and "_target_" in node and not override.is_delete():
         named, others = targets.keywords_of(targets.locate(node["_target_"], ".".join(path)))
         if last in named or others:
-            return "++" + body
+            return ["++" + body]
         raise _unknown(key, chosen, [f"{'.'.join(path)}.{name}" for name in named])
     if isinstance(node, dict) and _open(key) and last == "_target_":
-        return "++" + body
+        return ["++" + body]
     raise _unknown(key, chosen)
 
 
-def _existing(override: Override, node: object, body: str) -> str:
+def _existing(override: Override, node: object, body: str) -> list[str]:
     key = override.key_or_group
     if isinstance(node, list):
         whole = key.rpartition(".")[0]
@@ -187,6 +187,11 @@ def _existing(override: Override, node: object, body: str) -> str:
     value = override.value()
     if key in OPEN and value is None:
         raise ConfigError(f"{key} must be a mapping with _target_, but is null; give it one: {key}._target_=VALUE")
+    if isinstance(value, Mapping) and "_target_" in value and _open(key) and key not in OPEN:
+        return [
+            f"~{key}",
+            f"++{body}",
+        ]  # hydra alone would merge the two
     if isinstance(value, Mapping) and not _open(key):
         # hydra merges a mapping into a section; its keys must be the section's.
         section = cast(Mapping[str, object], node)[key.rpartition(".")[2]]
@@ -194,7 +199,7 @@ def _existing(override: Override, node: object, body: str) -> str:
             if isinstance(section, dict) and str(inner) not in section:
                 near = targets.hint(targets.closest(str(inner), section))
                 raise ConfigError(f"there is no key {key}.{inner}{near} (there are {', '.join(section)})")
-    return body
+    return [body]
 
 
 def _open(key: str) -> bool:

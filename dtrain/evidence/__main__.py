@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dtrain.checkpoint.folders import write_text_durably
+from dtrain.evidence.compression import compressors, lgreco, loss
 from dtrain.evidence.network import network
 from dtrain.evidence.page import Circumstances, Report, page
 from dtrain.evidence.runs import Session, say
@@ -22,7 +23,7 @@ from dtrain.report import environment
 
 REPORTS: dict[str, Callable[[Session], Report]] = {
     "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network,
-    "stopping": stopping, "suite": suite,
+    "stopping": stopping, "compressors": compressors, "loss": loss, "lgreco": lgreco, "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named
 
@@ -62,13 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dtrain.evidence", description="Measure, into docs/evidence/.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(REPORTS)}; all but {LATER[0]} by default")
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"), help="the folder (default: %(default)s)")
+    parser.add_argument(
+        "--cells", type=Path, default=Path("runs/evidence-cells"),
+        help="what the sweeps have run is kept there and not run again (default: %(default)s)",
+    )  # fmt: skip
     chosen = parser.parse_args(arguments)
     unknown = [name for name in chosen.names if name not in REPORTS]
     if unknown:
         parser.error(f"there is no report {unknown[0]} (there are {', '.join(REPORTS)})")
     missed = False
     with tempfile.TemporaryDirectory(prefix="dtrain-evidence-") as folder:
-        session = Session(Path(folder))
+        session = Session(Path(folder), chosen.cells)
         for name in chosen.names or [name for name in REPORTS if name not in LATER]:
             made = circumstances()
             try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dtrain.checkpoint.folders import step_name, write_text_durably
 from dtrain.metrics import read as read_rows
 from dtrain.report import summary as summaries
 from dtrain.report.figures import in_time
@@ -39,14 +43,55 @@ class Run:
     def validation(self) -> float:
         return self.validations[-1]
 
+    def write(self, path: Path) -> None:
+        """As JSON; the whole file or none."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_durably(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Undo `write`."""
+        kept = json.loads(path.read_text())
+        return cls(**{**kept, "summary": Summary(**kept["summary"]), "validations": tuple(kept["validations"])})
+
 
 @dataclass
 class Session:
-    """Runs commands, each in a folder of its own below ``folder``; the same command is run once."""
+    """Runs commands, each in a folder of its own below ``folder``; the same command is run once.
+
+    ``kept``: where `cell` keeps what it has run, so that a sweep that was cut off goes on where it was.
+    """
 
     folder: Path
+    kept: Path
     done: dict[tuple[str, ...], Run] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def cell(self, *overrides: str) -> Run:
+        """`train`, unless ``kept`` has this run already."""
+        path = self._path(overrides)
+        if not path.exists():
+            self.train(*overrides).write(path)
+        return Run.read(path)
+
+    def resumed_cell(self, step: int, *overrides: str) -> tuple[Run, Run]:
+        """`cell`, and the same run gone on with from its checkpoint of ``step``."""
+        path = self._path((*overrides, f"resumed at {step}"))
+        if not path.exists() or not self._path(overrides).exists():
+            every = (f"train.checkpoint_every_steps={step}", "train.keep_checkpoints=100")
+            with self.training(*overrides, *every) as whole:
+                pass
+            whole.finished().write(self._path(overrides))
+            start = f"run.resume={whole.folder / 'checkpoints' / step_name(step)}"
+            with self.training(*overrides, *every, start) as resumed:
+                pass
+            resumed.finished().write(path)
+            shutil.rmtree(whole.folder)
+            shutil.rmtree(resumed.folder)
+        return Run.read(self._path(overrides)), Run.read(path)
+
+    def _path(self, key: Sequence[str]) -> Path:
+        return self.kept / f"{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:24]}.json"
 
     def train(self, *overrides: str) -> Run:
         """``dtrain train`` to its end. Raises ``RuntimeError`` with what it printed if it fails."""

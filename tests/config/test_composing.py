@@ -160,12 +160,17 @@ def test_every_sync_takes_every_compressor() -> None:
     def composed(override: str) -> dict[str, object]:
         return compose(["run.dir=x", override]).sync
 
-    # DGC is a compressor and its feedback already; 1-bit Adam sends momenta, for which any plan will do.
+    # DGC is a compressor and its feedback already; 1-bit Adam begins after a warm-up, which no plan that learns can.
     syncs = [composed(f"sync={choice}") for group, choice in CHOICES if group == "sync" and choice != "dgc"]
     compressors = [composed(f"compress@sync.compress={c}")["compress"] for group, c in CHOICES if group == "compress"]
     assert len(syncs) > 5 and compressors.count(None) == 1
     for sync in syncs:
         for compress in compressors:
+            learns = isinstance(compress, dict) and compress["_target_"] == "dtrain.lgreco"
+            if learns and sync["_target_"] == "dtrain.onebit_adam":
+                with pytest.raises(ConfigError, match="learns from what it compresses"):
+                    instantiate({**sync, "compress": compress}, "sync")
+                continue
             assert callable(cast(Sync, instantiate({**sync, "compress": compress}, "sync")).bind)
 
 
@@ -268,6 +273,17 @@ def test_what_is_composed_is_loaded_back(overrides: list[str], tmp_path: Path) -
     config = compose(["run.dir=x", *overrides])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "config.yaml") == config
+
+
+def test_a_mapping_with_a_target_replaces_what_was_there() -> None:
+    inner = {"_target_": "dtrain.sign", "block": 64}
+    for sync in ("dense", "topk_ef"):
+        for plus in ("", "+"):
+            words = [f"sync={sync}", f"{plus}sync.compress={{_target_:dtrain.sign,block:64}}"]
+            assert compose(words).sync["compress"] == inner
+    assert compose(["sync=topk_ef", "sync.compress.compressor={_target_:dtrain.sign,block:64}"]).sync["compress"] == {
+        "_target_": "dtrain.error_feedback", "compressor": inner,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

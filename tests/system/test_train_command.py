@@ -17,8 +17,12 @@ from tests.laws.jobs import SMALL
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
-STEPS = 160
-RUN = [*SMALL, f"train.steps={STEPS}", "train.checkpoint_every_steps=10", "launcher.grace_seconds=40"]
+STEPS = 80
+# Two workers: what four do differently is the laws' business, and they take twice as long to start.
+RUN = [
+    *SMALL, f"train.steps={STEPS}", "train.checkpoint_every_steps=10", "launcher.grace_seconds=40",
+    "mesh.replicate=2", "mesh.shard=1", "launcher.workers=2",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +82,8 @@ def test_kill_9_of_a_worker_leaves_no_trace(text: Path, tmp_path: Path, undistur
     process = Command(tmp_path, text)
     process.wait_for_step(25)
     workers = process.workers()
-    assert len(workers) == 4
-    os.kill(workers[2], signal.SIGKILL)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
     assert process.wait(200) == 0, process.output()
     assert "SIGKILL" in process.output()
     assert summary(tmp_path)["parameters_digest"] == undisturbed["parameters_digest"]
@@ -103,6 +107,8 @@ def test_a_signal_checkpoints_and_the_same_command_goes_on(
     assert outcome["signal"] == number
     assert f"checkpointed at step {outcome['step']}" in said
     assert (tmp_path / "checkpoints" / f"step-{outcome['step']:010d}").is_dir()
+    if number == signal.SIGINT:
+        return  # one of the two shows how it goes on
     again = Command(tmp_path, text)
     assert again.wait(200) == 0, again.output()
     assert summary(tmp_path)["parameters_digest"] == undisturbed["parameters_digest"]
@@ -112,7 +118,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nobody_behind(text: Path, tmp_p
     # Nobody agrees on anything before the end, so one Ctrl-C alone would wait for it.
     never = ["train.agree_every_steps=1000000", "train.log_every_steps=1000000", "train.steps=1000000"]
     process = Command(tmp_path, text, *never, "train.checkpoint_every_steps=100000")
-    while len(workers := process.workers()) < 4 or not (tmp_path / "metrics.jsonl").exists():
+    while len(workers := process.workers()) < 2 or not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.1)
     process.process.send_signal(signal.SIGINT)
     while "stopping: " not in process.output():
@@ -139,7 +145,7 @@ def test_stop_after_damage_and_a_finished_run(text: Path, tmp_path: Path, undist
     assert list((tmp_path / "checkpoints").glob("step-0000000035.corrupt-*"))
     assert "corrupt" in (tmp_path / "logs" / "rank-0.log").read_text()
     assert summary(tmp_path)["parameters_digest"] == undisturbed["parameters_digest"]
-    third = Command(tmp_path, text, "mesh.replicate=1", "mesh.shard=4")
+    third = Command(tmp_path, text, "mesh.replicate=1", "mesh.shard=2")
     assert third.wait(100) == 0, third.output()
     assert f"already finished: {tmp_path}, step {STEPS} of {STEPS}" in third.output()
     assert summary(tmp_path)["parameters_digest"] == undisturbed["parameters_digest"]
@@ -147,7 +153,7 @@ def test_stop_after_damage_and_a_finished_run(text: Path, tmp_path: Path, undist
 
 
 def test_the_cause_of_a_failure_comes_first(text: Path, tmp_path: Path) -> None:
-    model = ["model._target_=tests.system.test_train_command.FailsOnRank2"]
+    model = ["model._target_=tests.system.test_train_command.FailsOnRank1"]
     removed = ["~model.dim", "~model.layers", "~model.heads", "~model.tied_embeddings"]
     folders = [f"run.dir={tmp_path}", f"data.path={text}"]
     arguments = [argument for argument in RUN if not argument.startswith("model.")]
@@ -158,28 +164,28 @@ def test_the_cause_of_a_failure_comes_first(text: Path, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 2  # nobody has taken a step: it would happen again
     first = next(line for line in errors.splitlines() if line.strip())
-    assert "rank 2" in first
+    assert "rank 1" in first
     assert "the cat sat on the cable" in first
-    assert "the batch has input: Tensor[2, 32] of int64" in first and "test_train_command.py" in errors
-    log = (tmp_path / "logs" / "rank-2.log").read_text()
+    assert "the batch has input: Tensor[4, 32] of int64" in first and "test_train_command.py" in errors
+    log = (tmp_path / "logs" / "rank-1.log").read_text()
     assert "attempt 1" in log and "attempt 2" not in log and 'raise RuntimeError("the cat sat on the cable")' in log
 
 
 def __getattr__(name: str) -> object:
-    """`FailsOnRank2`, defined late: the test process itself need not import torch."""
-    if name != "FailsOnRank2":
+    """`FailsOnRank1`, defined late: the test process itself need not import torch."""
+    if name != "FailsOnRank1":
         raise AttributeError(name)
     import torch
     import torch.distributed as dist
 
-    class FailsOnRank2(torch.nn.Module):
+    class FailsOnRank1(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(4, 4))
 
         def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            if dist.get_rank() == 2:
+            if dist.get_rank() == 1:
                 raise RuntimeError("the cat sat on the cable")
             return self.weight.square().sum()
 
-    return FailsOnRank2
+    return FailsOnRank1
