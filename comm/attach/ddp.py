@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,17 @@ from dtrain.comm.pieces import Exchange
 
 
 class DDPPieces:
-    """Pieces of a model in DDP. ``channel`` has both axes; together they span what DDP would average over."""
+    """Pieces of a model in DDP. ``channel`` has both axes; together they span what DDP would average over.
+
+    Raises ``ValueError`` for DDP's mixed precision, which keeps the only slot for a hook to itself.
+    """
 
     def __init__(self, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
+        if model.mixed_precision is not None:
+            raise ValueError(
+                "this DistributedDataParallel was built with mixed_precision, which takes the only communication hook; "
+                "leave it out and run the forward pass in torch.autocast, or train a bf16 model"
+            )
         self.model, self.optimizer, self.channel = model, optimizer, channel
         self.shard = channel.places["shard"]
         named = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
@@ -42,7 +51,6 @@ class DDPPieces:
         self._exchange: Exchange | None = None
         self._under_way: list[Handle[None]] = []
         self._backward_ended = 0.0
-        self._detached = False
         self._guard = StepGuard(optimizer)
 
     @property
@@ -61,17 +69,10 @@ class DDPPieces:
     def hand_over(self, exchange: Exchange | None) -> None:
         self._exchange = exchange
 
-        # DDP inspects the hook's name and annotations, which `from __future__ import annotations` turns into strings.
-        def hook(state, bucket):  # type: ignore[no-untyped-def]
-            return self._on_bucket(bucket)
-
-        try:
-            self.model.register_comm_hook(None, hook)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"this DistributedDataParallel has a communication hook already ({error}); DDP takes one for life, so "
-                "wrap the module in a new DistributedDataParallel to attach again"
-            ) from error
+        slot = _SLOTS.get(self.model)
+        if slot is None:
+            slot = _SLOTS[self.model] = _Slot(self.model)
+        slot.pieces = self
 
     def finish(self) -> None:
         ended = [handle.ended_at for handle in self._under_way]
@@ -110,17 +111,13 @@ class DDPPieces:
 
     def detach(self) -> None:
         """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
-        self._detached = True
+        _SLOTS[self.model].pieces = None
         self._guard.remove()
 
-    def _on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Exchange one bucket's gradients in the background."""
         buffer = bucket.buffer()
         future: torch.futures.Future[Tensor] = torch.futures.Future()
-        if self._detached:
-            group = self.model.process_group
-            dist.all_reduce(buffer, group=group)
-            future.set_result(buffer.div_(group.size()))
-            return future
         names = [self.names[id(p)] for p in bucket.parameters()]
         gradients = dict(zip(names, bucket.gradients(), strict=True))
 
@@ -165,3 +162,35 @@ class DDPPieces:
     def _own_slice(self, fqn: str, tensor: Tensor) -> Tensor:
         segment = self.segments[fqn]
         return working(tensor.reshape(-1)[segment.offset : segment.stop])
+
+
+class _Slot:
+    """The one hook that a DDP model takes in its life, and who answers to it now: nobody while nothing is attached."""
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self.pieces: DDPPieces | None = None
+        group = model.process_group  # not the model itself: its hook must not keep it alive
+
+        # DDP inspects the hook's name and annotations, which `from __future__ import annotations` turns into strings.
+        def hook(state, bucket):  # type: ignore[no-untyped-def]
+            return _averaged(bucket, group) if self.pieces is None else self.pieces.on_bucket(bucket)
+
+        try:
+            model.register_comm_hook(None, hook)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"this DistributedDataParallel has a communication hook already ({error}); DDP takes one for life, so "
+                "wrap the module in a new DistributedDataParallel"
+            ) from error
+
+
+_SLOTS: WeakKeyDictionary[DistributedDataParallel, _Slot] = WeakKeyDictionary()
+
+
+def _averaged(bucket: GradBucket, group: dist.ProcessGroup) -> torch.futures.Future[Tensor]:
+    """What DDP does without a hook."""
+    buffer = bucket.buffer()
+    dist.all_reduce(buffer, group=group)
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(buffer.div_(group.size()))
+    return future

@@ -113,6 +113,8 @@ class FSDPPieces:
             start, late = 0, self.overlap
             for group in groups:
                 for held in group.fsdp_params:
+                    if not held.sharded_param.requires_grad:
+                        continue  # frozen: it has no gradient, and no place in the buffer
                     fqn = names[id(held.sharded_param)]
                     if fqn in self.segments:
                         gradients[fqn] = flat[start : start + self.segments[fqn].numel]

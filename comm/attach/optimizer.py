@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ class StepGuard:
     """Refuses a step of the optimizer that the sync did not make: it would communicate nothing, without a word."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer in _GUARDED:
+            raise RuntimeError("a sync is attached to this optimizer already; call its detach() first")
+        _GUARDED.add(optimizer)
+        self._optimizer = optimizer
         self._allowed = False
         self._hook = optimizer.register_step_pre_hook(self._check)
 
@@ -33,6 +38,7 @@ class StepGuard:
 
     def remove(self) -> None:
         """From now on anybody may step."""
+        _GUARDED.discard(self._optimizer)
         self._hook.remove()
 
     def _check(self, *_: object) -> None:
@@ -41,6 +47,9 @@ class StepGuard:
                 "this optimizer is stepped by its sync: call sync.step() where optimizer.step(), or engine.step() at "
                 "the last microbatch, was called; sync.detach() gives it back"
             )
+
+
+_GUARDED: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 def is_scalar(tensor: Tensor) -> bool:
