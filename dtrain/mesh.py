@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtrain.comm.drivers.mpi import TIMEOUT_SECONDS, MpiTransport, replicate_transport
 from dtrain.comm.drivers.run import Channel
+from dtrain.comm.drivers.transport import Alone
 from dtrain.launchers.probe import HANG_SECONDS, note_collective
 
 # The probe ends a rank that hangs, with its stacks, and looks every few seconds; it is to be the first to do so.
@@ -75,7 +76,7 @@ def build_mesh(replicas: int, shards: int, transport: Literal["torch", "mpi"] = 
         shard=rank % shards,
         device=device,
         engine_group=_group(rows),
-        channel=Channel({"replicate": peers, "shard": _group(rows)}),
+        channel=Channel({"replicate": peers, "shard": _group(rows) if shards > 1 else Alone()}),
         control=Channel({"replicate": _group(everybody, backend="gloo")}),
     )
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.drivers.run import Channel
+from dtrain.comm.drivers.transport import Alone, Transport
 from dtrain.comm.ops import Axis
 
 if TYPE_CHECKING:
@@ -92,13 +93,13 @@ def _require_wrapped(model: nn.Module) -> None:
         )
 
 
-def _own_groups(replicate_group: dist.ProcessGroup) -> dict[Axis, dist.ProcessGroup]:
+def _own_groups(replicate_group: dist.ProcessGroup) -> dict[Axis, dist.ProcessGroup | Transport]:
     """Groups that nobody else uses: the peers', and this replica's."""
     peers = sorted(_gathered(dist.get_process_group_ranks(replicate_group)))
     if sorted(rank for group in peers for rank in group) != list(range(dist.get_world_size())):
         raise ValueError(f"the replicate groups {peers} do not hold each of the {dist.get_world_size()} ranks once")
     shards = [list(members) for members in zip(*peers, strict=True)]
-    return {"replicate": _new_group(peers), "shard": _new_group(shards)}
+    return {"replicate": _new_group(peers), "shard": _new_group(shards) if len(peers) > 1 else Alone()}
 
 
 def _gathered(ranks: list[int]) -> set[tuple[int, ...]]:

@@ -60,12 +60,17 @@ class Bench:
 
     def measure(self, op: str, size: int) -> Row:
         """One row, the same on every rank."""
+        case = prepare(op, size, getattr(torch, self._settings.dtype), self._channel, self._device)
+        backend = self._backends[op.startswith("comm.")]
+        return self.measure_case(op, case, backend=backend, like=op, warmup=self._settings.warmup)
+
+    def measure_case(self, op: str, case: Case, *, backend: str, like: str, warmup: int) -> Row:
+        """One row of any case, the same on every rank. ``like``: the op whose optimum it is held to."""
         settings = self._settings
-        case = prepare(op, size, getattr(torch, settings.dtype), self._channel, self._device)
-        for _ in range(settings.warmup):
+        for _ in range(warmup):
             self._once(case)
         self._synchronise()
-        wrong = case.wrong() if settings.warmup else 0
+        wrong = case.wrong() if warmup else 0
         self._synchronise()
         before, began = wire.sent(), self._watch.look()
         times: list[float] = []
@@ -84,8 +89,7 @@ class Bench:
         told = Told(times, interface, sent // ranks_here, wrong + case.wrong(), load, socket.gethostname())
         everybody: list[Told | None] = [None] * self._channel.places["replicate"].size
         dist.all_gather_object(everybody, told, group=self._control)
-        backend = self._backends[op.startswith("comm.")]
-        return row(op, backend, settings, case.bytes, [one for one in everybody if one is not None])
+        return row(op, backend, settings, case.bytes, [one for one in everybody if one is not None], like=like)
 
     def _once(self, case: Case) -> float:
         """Seconds of one iteration on this rank."""
@@ -112,15 +116,16 @@ class Bench:
         return bool(told)
 
 
-def row(op: str, backend: str, settings: Settings, size: int, told: Sequence[Told]) -> Row:
-    """The row that all ranks' figures make; ``told`` is in rank order."""
+def row(op: str, backend: str, settings: Settings, size: int, told: Sequence[Told], *, like: str | None = None) -> Row:
+    """The row that all ranks' figures make; ``told`` is in rank order. ``like``: the op whose optimum counts."""
     world = len(told)
+    factor = bus_factor(like or op, world)
     together = sorted(max(of_ranks) for of_ranks in zip(*(one.seconds for one in told), strict=True))
     totals = [sum(one.seconds) for one in told]
     slowest = totals.index(max(totals))
     middle = statistics.median(together)
     link = link_mbit(settings.link)
-    busbw = 8 * bus_factor(op, world) * size / middle / 1e6
+    busbw = 8 * factor * size / middle / 1e6
     busy, foreign = of_machines(one.load for one in told)
     most = max(told, key=lambda one: one.sent_bytes)
     return Row(
@@ -128,7 +133,7 @@ def row(op: str, backend: str, settings: Settings, size: int, told: Sequence[Tol
         min_ms=1e3 * together[0], p50_ms=1e3 * middle, p95_ms=1e3 * percentile(together, 0.95),
         p99_ms=1e3 * percentile(together, 0.99), max_ms=1e3 * together[-1], algbw_mbit=8 * size / middle / 1e6,
         busbw_mbit=busbw, interface=most.interface, sent_bytes=most.sent_bytes,
-        optimal_bytes=round(bus_factor(op, world) * size), link_mbit=link, slowest_rank=slowest,
+        optimal_bytes=round(factor * size), link_mbit=link, slowest_rank=slowest,
         slowest_host=told[slowest].host, slowest_by=totals[slowest] / statistics.median(totals) - 1,
         wrong=sum(one.wrong for one in told), cpu_busy=busy, cpu_foreign=foreign,
         invalid=why_invalid(busy, foreign, busbw / link if link else 0.0),

@@ -6,7 +6,7 @@ bus bandwidth = factor x S / time is what the busiest link carries if the algori
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Flow, Op, Payload, Shift
 
-__all__ = ["COMM", "NATIVE", "OPS", "Case", "bus_factor", "prepare"]
+__all__ = ["COMM", "GROUPS", "NATIVE", "OPS", "Case", "bus_factor", "prepare"]
 
 FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
@@ -29,6 +29,7 @@ FACTORS: dict[str, Callable[[int], float]] = {
 NATIVE = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 COMM = ("comm.all_reduce", "comm.all_gather", "comm.all_to_all", "comm.broadcast", "comm.shift")
 OPS = (*NATIVE, *COMM)
+GROUPS: Mapping[str, tuple[str, ...]] = {"all": OPS, "native": NATIVE, "comm": COMM}
 
 SENTINEL = 101  # in a buffer before its op: no value that any op brings
 VALUES = 97

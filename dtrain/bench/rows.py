@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
-__all__ = ["NOISE", "Key", "Row", "append", "compare", "read", "slower"]
+__all__ = ["NOISE", "Key", "Row", "append", "compare", "read", "read_as", "slower"]
 
 Key: TypeAlias = tuple[str, str, str, int, int]
 
@@ -63,6 +63,9 @@ class Row:
         return self.op, self.backend, self.dtype, self.world, self.bytes
 
 
+R = TypeVar("R", bound=Row)
+
+
 def append(path: Path, row: Row) -> None:
     """Add a row to a JSONL file."""
     with path.open("a") as file:
@@ -70,6 +73,11 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
+    """`read_as` the rows of a sweep of collectives."""
+    return read_as(path, Row)
+
+
+def read_as(path: Path, kind: type[R]) -> list[R]:
     """The rows so far; none if there is no file. A last line without its end is being written, and is left out.
 
     Raises ``ValueError`` naming a line that is no row.
@@ -80,7 +88,7 @@ def read(path: Path) -> list[Row]:
         if number == len(lines) and not line.endswith("\n"):
             break
         try:
-            found.append(Row(**json.loads(line)))
+            found.append(kind(**json.loads(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} line {number} is no row of this version of `dtrain bench`: {error}") from error
     return found

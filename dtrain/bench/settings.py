@@ -1,4 +1,4 @@
-"""What `dtrain bench collectives` measures: a few numbers, given as bench.KEY=VALUE."""
+"""What `dtrain bench` measures: a few numbers, given as bench.KEY=VALUE."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ FILE = "bench.json"
 DTYPES = ("float32", "float64", "bfloat16", "float16", "int32", "uint8")
 TRANSPORTS = ("auto", "torch", "mpi")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-GROUPS = ("all", "native", "comm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +64,10 @@ class Settings:
         return cls(**{**found, "ops": tuple(found["ops"])})
 
 
-def parse(words: Sequence[str], known_ops: Sequence[str]) -> tuple[Settings, list[str]]:
+def parse(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[Settings, list[str]]:
     """The settings, with the names of groups of ops replaced by their ops, and the words that are not about them.
+
+    ``groups``: what there is to measure by the names of groups, everything under "all".
 
     Raises:
         ConfigError: an unknown key (with the nearest one), an unknown op, a value that cannot be.
@@ -85,8 +86,9 @@ def parse(words: Sequence[str], known_ops: Sequence[str]) -> tuple[Settings, lis
             raise ConfigError(f"{word} has no value; write bench.{key}={_shown(getattr(Settings(), key))}")
         values[key] = _value(key, value)
     settings = dataclasses.replace(Settings(), **values)  # type: ignore[arg-type]  # checked by _value
-    _check(settings, known_ops)
-    return dataclasses.replace(settings, ops=_named(settings.ops, known_ops)), others
+    _check(settings, groups)
+    ops = tuple(each for name in settings.ops for each in groups.get(name, (name,)))
+    return dataclasses.replace(settings, ops=ops), others
 
 
 def link_mbit(text: str) -> float:
@@ -119,10 +121,12 @@ def _value(key: str, text: str) -> object:
     return number if key == "seconds" else round(number)
 
 
-def _check(settings: Settings, known_ops: Sequence[str]) -> None:
+def _check(settings: Settings, groups: Mapping[str, Sequence[str]]) -> None:
     for op in settings.ops:
-        if op not in known_ops and op not in GROUPS:
-            raise ConfigError(f"there is no op {op}{_nearest(op, [*GROUPS, *known_ops], '')}")
+        if op not in groups["all"] and op not in groups:
+            raise ConfigError(
+                f"there is nothing called {op or repr(op)} to measure{_nearest(op, [*groups, *groups['all']], '')}"
+            )
     for key, choices in {"dtype": DTYPES, "transport": TRANSPORTS}.items():
         if getattr(settings, key) not in choices:
             raise ConfigError(f"bench.{key} is {getattr(settings, key)}; choose one of {', '.join(choices)}")
@@ -132,19 +136,6 @@ def _check(settings: Settings, known_ops: Sequence[str]) -> None:
         raise ConfigError(f"bench.min_bytes={settings.min_bytes} and bench.max_bytes={settings.max_bytes} are no range")
     if settings.factor < 2 or settings.iterations < 1 or settings.seconds <= 0:
         raise ConfigError("bench.factor is at least 2, bench.iterations at least 1, bench.seconds more than 0")
-
-
-def _named(ops: Sequence[str], known_ops: Sequence[str]) -> tuple[str, ...]:
-    found: list[str] = []
-    for op in ops:
-        match op:
-            case "all":
-                found += known_ops
-            case "native" | "comm":
-                found += [known for known in known_ops if known.startswith("comm.") == (op == "comm")]
-            case _:
-                found.append(op)
-    return tuple(found)
 
 
 def _nearest(word: str, choices: Sequence[str], prefix: str) -> str:

@@ -1,22 +1,26 @@
-"""One rank of `dtrain bench collectives`: ``python -m dtrain.bench.worker FOLDER/bench.json``.
+"""One rank of `dtrain bench`: ``python -m dtrain.bench.worker collectives|hooks FOLDER/bench.json``.
 
 Rank 0 appends to rows.jsonl beside it, and writes environment.json: where and with what the figures were made.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from dtrain.bench import hook_rows, table
+from dtrain.bench.hook_rows import NCCL_ONLY, HookRow
 from dtrain.bench.measure import Bench
-from dtrain.bench.rows import append
+from dtrain.bench.ops import Case
+from dtrain.bench.rows import Row, append
 from dtrain.bench.settings import Settings
-from dtrain.bench.table import HEAD, line
 from dtrain.comm.drivers.run import Channel
 from dtrain.launchers.environment import Environment
 from dtrain.report.environment import record
@@ -24,8 +28,8 @@ from dtrain.report.environment import record
 __all__ = ["main"]
 
 
-def main(path: Path) -> None:
-    """Sweep every op over every size."""
+def main(what: str, path: Path) -> None:
+    """Sweep everything that is to be measured over every size."""
     settings = Settings.read(path)
     device = _device()
     native = "nccl" if device.type == "cuda" else "gloo"
@@ -44,19 +48,74 @@ def main(path: Path) -> None:
     )  # fmt: skip
     if rank == 0:
         (path.parent / "environment.json").write_text(json.dumps(record(), indent=1) + "\n")
-        print(HEAD, flush=True)
-    for op in settings.ops:
-        for size in settings.sizes():
-            row = bench.measure(op, size)
-            if rank == 0:
-                append(path.parent / "rows.jsonl", row)
-                print(line(row), flush=True)
+        print(hook_rows.HEAD if what == "hooks" else table.HEAD, flush=True)
+    shown: list[Row] = []
+    for name, size in _cases(what, settings):
+        row = _hook(bench, settings, name, size, channel, device) if what == "hooks" else bench.measure(name, size)
+        shown.append(row)
+        if rank == 0:
+            append(path.parent / "rows.jsonl", row)
+            told = (
+                hook_rows.line(row, [one for one in shown if isinstance(one, HookRow)])
+                if isinstance(row, HookRow)
+                else table.line(row)
+            )
+            print(told, flush=True)
     channel.close()
     if settings.transport == "mpi":
         from dtrain.comm.drivers.mpi import finalize
 
         finalize()
     dist.destroy_process_group()
+
+
+def of_hooks(rows: Sequence[Row]) -> list[HookRow]:
+    """Those among ``rows``."""
+    return [row for row in rows if isinstance(row, HookRow)]
+
+
+def _cases(what: str, settings: Settings) -> Iterator[tuple[str, int]]:
+    """Collectives size by size, as a fit wants them; of hooks all at one size, as a person compares them."""
+    if what == "hooks":
+        there = [name for name in settings.ops if name not in NCCL_ONLY or dist.get_backend() == "nccl"]
+        yield from ((name, size) for size in settings.sizes() for name in there)
+    else:
+        yield from ((name, size) for name in settings.ops for size in settings.sizes())
+
+
+def _hook(bench: Bench, settings: Settings, name: str, size: int, channel: Channel, device: torch.device) -> HookRow:
+    """One row; the first exchange, which is checked, and those of the warm-up are not in its figures."""
+    from dtrain.bench import hooks
+
+    place = channel.places["replicate"]
+    hook = hooks.prepare(name, size // 4, channel, device)
+    hook.exchange()
+    first = hook.gradient().clone()
+    wrong, error = hook.wrong(first), hooks.error(first, place)
+    exchanges, warm = 1, False
+
+    def run() -> None:
+        nonlocal exchanges
+        exchanges += 1
+        hook.exchange()
+
+    def wrong_now() -> int:
+        nonlocal wrong, warm
+        found, wrong = wrong, 0
+        if not warm:  # it is called at the end of the warm-up, and of the measurement
+            hook.clock.restart()
+        warm = True
+        return found + hooks.disagreeing(hook.gradient())
+
+    case = Case(first.nbytes, hook.after, run, wrong_now)
+    warmup = max(settings.warmup, hooks.LEAST_WARMUP)
+    row = bench.measure_case(name, case, backend=dist.get_backend(), like="all_reduce", warmup=warmup)
+    encode, exchange, decode = hook.clock.shares()
+    sent = hook.sent_bytes() // exchanges
+    hook.close()
+    figures = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    wire = sent or row.sent_bytes
+    return HookRow(**figures, wire_bytes=wire, error=error, encode=encode, exchange=exchange, decode=decode)
 
 
 def _device() -> torch.device:
@@ -79,4 +138,4 @@ def _group(world: int, backend: str) -> dist.ProcessGroup:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

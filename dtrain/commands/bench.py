@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from dtrain.commands import add_verb
 from dtrain.commands.entering import enter_launcher
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from dtrain.commands import Verbs
     from dtrain.config.schema import LauncherConfig
     from dtrain.launchers.job import Job
+
+R = TypeVar("R", bound="Row")
 
 LOOK_SECONDS = 0.5
 
@@ -43,55 +47,102 @@ examples:
 """
 
 
+HOOKS_EPILOG = """\
+settings:
+  bench.ops=all     torch: torch.all_reduce,torch.fp16,torch.bf16,torch.powersgd; dtrain: every choice of the group
+                    compress on the two-phase route, and those that can on an all-reduce (bf16:all_reduce); or by name
+  bench.min_bytes=4M bench.max_bytes=4M bench.factor=4     sizes of the fp32 gradient, K is 1000
+  bench.iterations=20 bench.seconds=3 bench.warmup=4 bench.link=auto     as of `dtrain bench collectives`
+
+examples:
+  dtrain bench hooks launcher.workers=4
+  dtrain bench hooks launcher=slurm launcher.nodes=4 launcher.workers=4 bench.ops=torch,int8_ef,powersgd_ef
+"""
+
+
 def add(verbs: Verbs) -> None:
-    """Add ``bench collectives``."""
+    """Add ``bench collectives`` and ``bench hooks``."""
     below = add_verb(verbs, "bench", does="measure communication").add_subparsers(required=True, metavar="VERB")
-    collectives = add_verb(below, "collectives", does="sweep collectives over message sizes", epilog=EPILOG)
-    collectives.add_argument(
-        "--baseline", type=Path, metavar="ROWS", help="rows.jsonl of an older sweep to compare with, or its folder"
-    )
-    collectives.add_argument("words", nargs="*", metavar="OVERRIDE", help="bench.KEY=..., launcher=..., run.dir=FOLDER")
-    collectives.set_defaults(run=_collectives)
+    for name, does, epilog, run in (
+        ("collectives", "sweep collectives over message sizes", EPILOG, _collectives),
+        ("hooks", "compare what exchanges gradients: torch's hooks and every compressor", HOOKS_EPILOG, _hooks),
+    ):
+        verb = add_verb(below, name, does=does, epilog=epilog)
+        verb.add_argument(
+            "--baseline", type=Path, metavar="ROWS", help="rows.jsonl of an older sweep to compare with, or its folder"
+        )
+        verb.add_argument("words", nargs="*", metavar="OVERRIDE", help="bench.KEY=..., launcher=..., run.dir=FOLDER")
+        verb.set_defaults(run=run)
 
 
 def _collectives(chosen: argparse.Namespace) -> int:
-    from dtrain.bench.ops import OPS
-    from dtrain.bench.settings import FILE, parse
+    from dtrain.bench import table
+    from dtrain.bench.ops import GROUPS
+    from dtrain.bench.rows import Row
+    from dtrain.bench.settings import parse
+
+    settings, words = parse(chosen.words, GROUPS)
+    baseline = _baseline(chosen.baseline, Row)
+    job, folder = _submitted("collectives", settings, words)
+    return _show(job, folder, baseline, Shown(Row, table.HEAD, lambda row, _: table.line(row), table.summary))
+
+
+def _hooks(chosen: argparse.Namespace) -> int:
+    from dtrain.bench import hook_rows
+    from dtrain.bench.hook_rows import HookRow
+    from dtrain.bench.hooks import GROUPS
+    from dtrain.bench.settings import parse
+
+    sizes = [word for word in ("bench.min_bytes=4M", "bench.max_bytes=4M") if not _names(word, chosen.words)]
+    settings, words = parse([*sizes, *chosen.words], GROUPS)
+    if settings.transport == "mpi" or settings.dtype != "float32":
+        raise ConfigError("bench hooks exchanges gradients in fp32 over torch.distributed: leave both settings out")
+    baseline = _baseline(chosen.baseline, HookRow)
+    job, folder = _submitted("hooks", dataclasses.replace(settings, transport="torch"), words)
+    return _show(job, folder, baseline, Shown(HookRow, hook_rows.HEAD, hook_rows.line, hook_rows.summary))
+
+
+def _names(word: str, words: Sequence[str]) -> bool:
+    """Whether ``words`` set the same key."""
+    return any(other.partition("=")[0] == word.partition("=")[0] for other in words)
+
+
+def _submitted(what: str, settings: Settings, words: Sequence[str]) -> tuple[Job, Path]:
+    """The job that measures, and its folder."""
+    from dtrain.bench.settings import FILE
     from dtrain.config import compose
     from dtrain.launching import build_launcher
 
-    settings, words = parse(chosen.words, OPS)
     for word in words:
         if not word.lstrip("+").startswith(("launcher", "run.dir=")):
             raise ConfigError(f"{word}: bench takes bench.KEY=..., launcher=..., launcher.KEY=... and run.dir=FOLDER")
-    baseline = _baseline(chosen.baseline)
     config = compose(words)
     settings = _completed(settings, config.launcher)
     enter_launcher(config.launcher, sys.argv[1:])
     folder = Path(config.run.dir).absolute()
     if not any(word.startswith("run.dir=") for word in words):
         folder = folder.with_name(folder.name.rpartition("-")[0] + "-bench")
-    launcher = build_launcher(config.launcher)
+    # What fails would fail again, and its rows would be there twice.
+    launcher = build_launcher(dataclasses.replace(config.launcher, max_restarts=0))
     settings.write(folder)
     (folder / "rows.jsonl").unlink(missing_ok=True)
-    program = ["python", "-m", "dtrain.bench.worker", str(folder / FILE)]
+    program = ["python", "-m", "dtrain.bench.worker", what, str(folder / FILE)]
     try:
-        job = launcher.submit(program, folder=folder, name="bench")
+        return launcher.submit(program, folder=folder, name="bench"), folder
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except (RuntimeError, OSError) as error:
         raise DtrainError(str(error)) from error
-    return _show(job, folder, baseline)
 
 
-def _baseline(path: Path | None) -> Sequence[Row]:
+def _baseline(path: Path | None, kind: type[Row]) -> Sequence[Row]:
     """The rows of an older sweep; none if it is not asked for."""
     from dtrain.bench import rows
 
     if path is None:
         return []
     try:
-        found = rows.read(path / "rows.jsonl" if path.is_dir() else path)
+        found = rows.read_as(path / "rows.jsonl" if path.is_dir() else path, kind)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--baseline: {error}") from error
     if not found:
@@ -122,19 +173,29 @@ def _cluster_link() -> str:
     return f"{min(rates) / 1e3:f}kbit" if rates else "none"
 
 
-def _show(job: Job, folder: Path, baseline: Sequence[Row]) -> int:
+@dataclass(frozen=True)
+class Shown(Generic[R]):
+    """How rows of one kind look. ``line``: of a row, given those so far."""
+
+    kind: type[R]
+    head: str
+    line: Callable[[R, Sequence[R]], str]
+    summary: Callable[[Sequence[R]], list[str]]
+
+
+def _show(job: Job, folder: Path, baseline: Sequence[Row], how: Shown[R]) -> int:
     """Print rows as they come; Ctrl-C, or SIGTERM, ends the job and keeps those that there are."""
     from dtrain.bench import rows, table
     from dtrain.commands.following import exit_code
     from dtrain.launchers.job import ENDED
 
-    print(f"job {job.id}: {folder}\n{table.HEAD}", flush=True)
-    shown: list[Row] = []
+    print(f"job {job.id}: {folder}\n{how.head}", flush=True)
+    shown: list[R] = []
 
     def show() -> None:
-        for row in rows.read(folder / "rows.jsonl")[len(shown) :]:
-            print(table.line(row), flush=True)
+        for row in rows.read_as(folder / "rows.jsonl", how.kind)[len(shown) :]:
             shown.append(row)
+            print(how.line(row, shown), flush=True)
 
     try:
         with sigterm_interrupts():
@@ -148,6 +209,6 @@ def _show(job: Job, folder: Path, baseline: Sequence[Row]) -> int:
     show()
     if code == INTERRUPTED:
         print("interrupted: these rows are all that were finished")
-    print("\n".join([*table.summary(shown), *(table.compared(shown, baseline) if baseline else [])]))
+    print("\n".join([*how.summary(shown), *(table.compared(shown, baseline) if baseline else [])]))
     print(f"rows: {folder / 'rows.jsonl'}")
     return code or int(any(row.wrong for row in shown))

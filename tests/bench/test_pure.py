@@ -12,13 +12,13 @@ import torch
 
 from dtrain.bench.load import Load, Watch, of_machines, why_invalid
 from dtrain.bench.measure import Told, percentile, row
-from dtrain.bench.ops import COMM, NATIVE, OPS, SENTINEL, Values, bus_factor, prepare
-from dtrain.bench.rows import append, compare, read, slower
+from dtrain.bench.ops import COMM, GROUPS, NATIVE, OPS, SENTINEL, Values, bus_factor, prepare
+from dtrain.bench.rows import Row, append, compare, read, slower
 from dtrain.bench.settings import DTYPES, FILE, Settings, link_mbit, parse
 from dtrain.bench.table import HEAD, compared, line, summary
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.ops import Place
-from dtrain.commands.bench import _show
+from dtrain.commands.bench import Shown, _show
 from dtrain.errors import ConfigError
 from dtrain.launchers.job import Job
 from tests.bench.samples import ROW, sample
@@ -35,15 +35,15 @@ def test_a_sweep_has_the_largest_size_too() -> None:
 
 def test_settings_are_read_and_the_other_words_kept() -> None:
     words = ["bench.max_bytes=2M", "launcher=slurm", "bench.ops=[all_reduce,comm.shift]", "bench.seconds=0.5"]
-    settings, others = parse(words, OPS)
+    settings, others = parse(words, GROUPS)
     assert (settings.max_bytes, settings.ops, settings.seconds) == (2_000_000, ("all_reduce", "comm.shift"), 0.5)
     assert others == ["launcher=slurm"]
 
 
 def test_groups_of_ops_stand_for_their_ops() -> None:
-    assert parse([], OPS)[0].ops == parse(["bench.ops=all"], OPS)[0].ops == OPS == (*NATIVE, *COMM)
-    assert parse(["bench.ops=comm,all_reduce"], OPS)[0].ops == (*COMM, "all_reduce")
-    assert parse(["bench.ops=native"], OPS)[0].ops == NATIVE
+    assert parse([], GROUPS)[0].ops == parse(["bench.ops=all"], GROUPS)[0].ops == OPS == (*NATIVE, *COMM)
+    assert parse(["bench.ops=comm,all_reduce"], GROUPS)[0].ops == (*COMM, "all_reduce")
+    assert parse(["bench.ops=native"], GROUPS)[0].ops == NATIVE
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_groups_of_ops_stand_for_their_ops() -> None:
     [
         ("bench.max_byte=1", "did you mean bench.max_bytes?"),
         ("bench.ops=allreduce", "did you mean all_reduce?"),
-        ("bench.ops=", "there is no op"),
+        ("bench.ops=", "there is nothing called"),
         ("bench.max_bytes=big", "must be a number such as 4000 or 16M"),
         ("bench.max_bytes", "has no value; write bench.max_bytes=16000000"),
         ("bench.iterations=2.5", "must be a number such as 20"),
@@ -65,7 +65,7 @@ def test_groups_of_ops_stand_for_their_ops() -> None:
 )
 def test_bad_settings_are_refused_with_the_way_out(word: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
-        parse([word], OPS)
+        parse([word], GROUPS)
     assert words in str(error.value)
 
 
@@ -263,7 +263,8 @@ def test_a_sweep_that_is_terminated_cancels_its_job(tmp_path: Path, capsys: pyte
             self.cancelled = True
 
     job = Watched()
-    assert _show(cast(Job, job), tmp_path, []) == 130 and job.cancelled
+    how = Shown(Row, HEAD, lambda row, _: line(row), summary)
+    assert _show(cast(Job, job), tmp_path, [], how) == 130 and job.cancelled
     assert "interrupted" in capsys.readouterr().out
 
 

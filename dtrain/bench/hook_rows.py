@@ -1,0 +1,76 @@
+"""A row of `dtrain bench hooks`, and the table that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtrain.bench.rows import Row
+
+__all__ = ["HEAD", "NCCL_ONLY", "HookRow", "line", "summary"]
+
+BASELINE = "torch.all_reduce"
+NCCL_ONLY = ("torch.bf16",)
+"""Hooks that torch refuses to run over gloo."""
+HEAD = (
+    f"{'hook':<24} {'ranks':>5} {'bytes':>11} {'iter':>4} {'p50 ms':>9} {'p95 ms':>9} {'vs fp32':>8} "
+    f"{'algbw Mbit/s':>12} {'busbw Mbit/s':>12} {'of link':>7} {'wire bytes':>11} {'less':>7} {'error':>8} "
+    f"{'encode':>6} {'exch.':>6} {'decode':>6} {'#wrong':>6}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookRow(Row):
+    """``op``: the hook. ``bytes``: of the fp32 gradient. ``optimal_bytes``: of an all-reduce of it, per rank.
+
+    ``wire_bytes``: payload that a rank sends for one exchange, exactly; for torch's hooks what the interface counted.
+    ``error``: of the first exchange, off the mean, as a share of its norm. ``encode``, ``exchange``, ``decode``: shares
+    of the exchange's time, what is combined and coded again counted as decode; zeros where nobody clocks.
+    """
+
+    wire_bytes: int
+    error: float
+    encode: float
+    exchange: float
+    decode: float
+
+    @property
+    def less(self) -> float:
+        """How many times fewer bytes than an optimal all-reduce in fp32 sends."""
+        return self.optimal_bytes / self.wire_bytes if self.wire_bytes else 0.0
+
+
+def line(row: HookRow, others: Sequence[HookRow]) -> str:
+    """One row under ``HEAD``; ``others``: rows so far, among which that of torch's fp32 all-reduce is looked for."""
+    plain = next((other for other in others if other.op == BASELINE and other.bytes == row.bytes), None)
+    faster = f"{plain.p50_ms / row.p50_ms:.2f}x" if plain is not None else "-"
+    link = f"{row.of_link:.1%}" if row.link_mbit else "-"
+    shares = [f"{share:.0%}" if row.exchange else "-" for share in (row.encode, row.exchange, row.decode)]
+    invalid = f"  INVALID: {row.invalid}" if row.invalid else ""
+    return (
+        f"{row.op:<24} {row.world:>5} {row.bytes:>11,} {row.iterations:>4} {row.p50_ms:>9.3f} {row.p95_ms:>9.3f} "
+        f"{faster:>8} {row.algbw_mbit:>12.1f} {row.busbw_mbit:>12.1f} {link:>7} {row.wire_bytes:>11,} "
+        f"{row.less:>6.1f}x {row.error:>8.1e} {shares[0]:>6} {shares[1]:>6} {shares[2]:>6} {row.wrong:>6}{invalid}"
+    )
+
+
+def summary(rows: Sequence[HookRow]) -> list[str]:
+    """What follows the table: what its figures are, and what is wrong with the measurement."""
+    if not rows:
+        return ["no row was finished"]
+    link = f"{rows[0].link_mbit:g} Mbit/s" if rows[0].link_mbit else "not known (bench.link=100mbit tells it)"
+    out = [
+        "times are of a backward pass whose gradient is exchanged; algbw and busbw are those of the fp32 gradient, so "
+        f"that compression makes them larger than a link's rate: {link}",
+        "error: of the first exchange, before feedback has made up for anything; wire bytes of torch's hooks are what "
+        f"the interface {rows[0].interface} counted, headers included",
+    ]
+    if any(row.interface == "lo" for row in rows):
+        out.append("these ranks share a machine: its memory and processors were measured, and no link")
+    if rows[0].backend != "nccl":
+        out.append(f"{', '.join(NCCL_ONLY)} runs over NCCL only, and is left out here")
+    if wrong := sum(row.wrong for row in rows):
+        out.append(f"{wrong} values were WRONG: do not trust these hooks here")
+    if invalid := [row for row in rows if row.invalid]:
+        out.append(f"{len(invalid)} of {len(rows)} rows are INVALID; free the machine and repeat")
+    return out
