@@ -74,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missed = False
     with tempfile.TemporaryDirectory(prefix="dtrain-evidence-") as folder:
         session = Session(Path(folder), chosen.cells)
+        revision = circumstances().revision  # before this command itself changes files
         for name in chosen.names or [name for name in REPORTS if name not in LATER]:
-            made = circumstances()
+            made = dataclasses.replace(circumstances(), revision=revision)
             try:
                 report = REPORTS[name](session)
             except RuntimeError as error:
