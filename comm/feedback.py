@@ -20,13 +20,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.base import Compressor, OnePass
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.layout import chunk_width, from_rows, to_rows
+from dtrain.comm.ops import Payload
+from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
+
+
+class Coder(Protocol):
+    """Of a `Compressor`, what feedback goes around."""
+
+    def encode(self, rows: Tensor, key: Key) -> Payload: ...
+
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor: ...
 
 
 class Feedback(ABC):
@@ -51,6 +63,15 @@ class Feedback(ABC):
     @abstractmethod
     def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
         """The mean of the chunk that begins at element ``start`` lost ``error`` [m] in the second phase."""
+
+    def encode(self, fqn: str, value: Tensor, compressor: Coder, world: int, key: Key, state: State) -> Payload:
+        """What to send for ``value`` [n], in ``world`` rows; what the peers will not decode of it is retained."""
+        corrected = self.correct(fqn, value, state)
+        encoded = compressor.encode(to_rows(corrected, world), key)
+        if self.kinds:
+            decoded = compressor.decode(encoded, chunk_width(value.numel(), world), key.shared)
+            self.retain(fqn, value, corrected, from_rows(decoded, value.numel()), state)
+        return encoded
 
     def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
         """What the optimizer gets where the peers agreed on ``combined`` [n]; equal on all of them."""
@@ -82,6 +103,16 @@ class EF14(Feedback):
     @property
     def kinds(self) -> dict[str, Kind]:
         return {"residual": "per_worker"}
+
+    def encode(self, fqn: str, value: Tensor, compressor: Coder, world: int, key: Key, state: State) -> Payload:
+        if isinstance(compressor, OnePass):
+            residual = state.get(fqn, "residual", value)
+            found = compressor.encode_sum(to_rows(value, world), to_rows(residual, world))
+            if found is not None:
+                encoded, left = found
+                state.stage(fqn, "residual", from_rows(left, value.numel()))
+                return encoded
+        return super().encode(fqn, value, compressor, world, key, state)
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         return value + state.get(fqn, "residual", value)

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dtrain.comm.aggregators.mean import Aggregator
-from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
+from dtrain.comm.compressors.base import Compressor, OnePass
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.feedback import Compression, Feedback
-from dtrain.comm.layout import Named, chunk_width, from_rows, to_rows
+from dtrain.comm.layout import Named, chunk_width, from_rows
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Payload, Place
 from dtrain.comm.plans.base import Plan
 from dtrain.comm.seeds import Key
@@ -48,13 +48,8 @@ def two_phase(values: Named, plan: Plan, combine: Aggregator, place: Place, key:
     outgoing: list[Payload] = []
     for fqn, value in values.items():
         compressor, feedback = _in_rows(chosen[fqn], value)
-        corrected = feedback.correct(fqn, value, state)
         own = replace(key, fqn=fqn, phase="send")
-        encoded = compressor.encode(to_rows(corrected, world), own)
-        if feedback.kinds:
-            decoded = compressor.decode(encoded, chunk_width(value.numel(), world), own.shared)
-            feedback.retain(fqn, value, corrected, from_rows(decoded, value.numel()), state)
-        outgoing.append(encoded)
+        outgoing.append(feedback.encode(fqn, value, compressor, world, own, state))
     flags = torch.full((world, 1), finite, dtype=torch.uint8, device=_device(values))
     incoming = yield AllToAll(_joined(outgoing, flags))
     finite = bool(incoming[-1].all())
@@ -64,7 +59,10 @@ def two_phase(values: Named, plan: Plan, combine: Aggregator, place: Place, key:
         compressor, feedback = _in_rows(chosen[fqn], value)
         width = chunk_width(value.numel(), world)
         own = replace(key, fqn=fqn, phase="answer")
-        chunk = combine(compressor.decode(encoded, width, own.shared))
+        if combine is rank_order_mean and isinstance(compressor, OnePass):
+            chunk = compressor.decode_mean(encoded, width)
+        else:
+            chunk = combine(compressor.decode(encoded, width, own.shared))
         answer = compressor.encode(chunk.unsqueeze(0), own)
         if feedback.kinds:
             start = min(place.rank * width, value.numel())
@@ -90,11 +88,7 @@ def native_mean(values: Named, plan: Plan, key: Key, state: State) -> Flow[Combi
     for fqn, value in values.items():
         compressor, feedback = _in_rows(chosen[fqn], value)
         own = replace(key, fqn=fqn)
-        corrected = feedback.correct(fqn, value, state)
-        payload = compressor.encode(corrected.unsqueeze(0), own)
-        if feedback.kinds:
-            sent = compressor.decode(payload, value.numel(), own.shared)[0]
-            feedback.retain(fqn, value, corrected, sent, state)
+        payload = feedback.encode(fqn, value, compressor, 1, own, state)
         encoded.append(payload)
     reply = yield AllReduce(tuple(tensor for payload in encoded for tensor in payload), "mean")
     results = {}

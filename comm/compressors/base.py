@@ -43,6 +43,17 @@ class Compressor(Protocol):
         """Bytes of one encoded row of ``width`` elements."""
 
 
+@runtime_checkable
+class OnePass(Protocol):
+    """What a compressor may offer besides: two steps in one pass over memory, with the bits of two."""
+
+    def encode_sum(self, rows: Tensor, others: Tensor) -> tuple[Payload, Tensor] | None:
+        """``encode(rows + others)``, and ``rows + others`` less what it decodes to; None where it has to be two."""
+
+    def decode_mean(self, payload: Payload, width: int) -> Tensor:
+        """The mean [width] of the decoded rows, added up from the first to the last."""
+
+
 class RowWise:
     """What most compressors declare: biased, homogeneous, not linear. Those that are otherwise say so."""
 

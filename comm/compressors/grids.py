@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.compressors.base import RowWise
-from dtrain.comm.compressors.blocks import pack_blocks, scaled, to_blocks, unpack_blocks
+from dtrain.comm.compressors.blocks import pack_blocks, packed_bytes, scaled, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -59,7 +59,7 @@ class _Grid(RowWise, ABC):
         return self._levels(codes).mul_(scale.unsqueeze(-1)).flatten(1)[:, :width]
 
     def row_bytes(self, width: int) -> int:
-        return -(-width * self.bits // 8) + 4 * -(-width // self.block)
+        return packed_bytes(width, self.bits, self.block) + 4 * -(-width // self.block)
 
     @abstractmethod
     def _scale(self, blocks: Tensor) -> Tensor:

@@ -11,14 +11,15 @@ Keeps: nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dtrain.comm.compressors.base import RowWise
-from dtrain.comm.compressors.blocks import checked_block, pack_blocks, unpack_blocks
+from dtrain.comm.compressors.blocks import by_blocks, checked_block, pack_bits, packed_bytes, unpack_bits
 from dtrain.comm.compressors.grids import Even, Powers
+from dtrain.comm.fused import kernel
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -50,36 +51,111 @@ class Quantize(RowWise):
         return 1.0 - self.block / (2.0 * self.levels**2)
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
-        width = rows.shape[1]
-        blocks = self._blocks(rows)  # [m, blocks, block]
-        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        unit = high / self.levels - low / self.levels  # a range beyond fp32 still decodes to Inf: the step is skipped
-        grid = (blocks - low) / torch.where(unit > 0, unit, 1.0)
-        if self.rounding == "stochastic":
-            # Only real elements draw, so what they draw does not depend on the padding.
-            noise = torch.rand(rows.shape, generator=key.generator(rows.device), device=rows.device)
-            grid += self._blocks(noise)
+        packed, scales = self._payload(rows)
+        coded = [(packed, self.bits, 8), (scales, 0, 2)]
+        if self.rounding == "nearest":
+            by_blocks(partial(encode_nearest, bits=self.bits), [(rows, 1, 1), *coded], rows.shape[1], self.block)
         else:
-            grid += 0.5
-        codes = grid.floor_().clamp_(0, self.levels).to(torch.uint8).flatten(1)[:, :width]
-        return pack_blocks(codes, self.bits, self.block), torch.cat([low, unit], dim=-1)
+            noise = torch.rand(rows.shape, generator=key.generator(rows.device), device=rows.device)
+            run = partial(encode_stochastic, bits=self.bits)
+            by_blocks(run, [(rows, 1, 1), (noise, 1, 1), *coded], rows.shape[1], self.block)
+        return packed, scales.unflatten(1, (-1, 2))
+
+    def encode_sum(self, rows: Tensor, others: Tensor) -> tuple[Payload, Tensor] | None:
+        """``encode(rows + others)`` and what it leaves out of them, in one pass; None where rounding is random."""
+        if self.rounding != "nearest":
+            return None
+        packed, scales = self._payload(rows)
+        left = torch.empty_like(rows)
+        laid = [(rows, 1, 1), (others, 1, 1), (packed, self.bits, 8), (scales, 0, 2), (left, 1, 1)]
+        by_blocks(partial(encode_sum_nearest, bits=self.bits), laid, rows.shape[1], self.block)
+        return (packed, scales.unflatten(1, (-1, 2))), left
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         packed, scales = payload  # [m, bytes], [m, blocks, 2]
-        codes = F.pad(unpack_blocks(packed, self.bits, self.block, width), (0, scales.shape[1] * self.block - width))
-        values = codes.view(*scales.shape[:2], self.block).to(torch.float32)
-        # Two roundings, not one fused multiply-add: compiled and vectorized forms then give the same bits.
-        return values.mul_(scales[..., 1:]).add_(scales[..., :1]).flatten(1)[:, :width]
+        rows = scales.new_empty(packed.shape[0], width)
+        laid = [(packed, self.bits, 8), (scales.flatten(1), 0, 2), (rows, 1, 1)]
+        by_blocks(partial(decode_blocks, bits=self.bits), laid, width, self.block)
+        return rows
+
+    def decode_mean(self, payload: Payload, width: int) -> Tensor:
+        """`rank_order_mean` of the decoded rows, [width], in one pass."""
+        packed, scales = payload
+        mean = scales.new_empty(1, width)
+        laid = [(packed, self.bits, 8), (scales.flatten(1), 0, 2), (mean, 1, 1)]
+        by_blocks(partial(mean_of_blocks, bits=self.bits, world=packed.shape[0]), laid, width, self.block)
+        return mean[0]
 
     def row_bytes(self, width: int) -> int:
-        return -(-width * self.bits // 8) + 8 * -(-width // self.block)
+        return packed_bytes(width, self.bits, self.block) + 8 * -(-width // self.block)
 
-    def _blocks(self, rows: Tensor) -> Tensor:
-        """``rows`` [m, width] as [m, blocks, block]; the last block repeats its last element, which moves no range."""
-        missing = -rows.shape[1] % self.block
-        if missing:
-            rows = torch.cat([rows, rows[:, -1:].expand(-1, missing)], dim=1)
-        return rows.reshape(rows.shape[0], rows.shape[1] // self.block, self.block)
+    def _payload(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for codes [m, bytes] and for the least value and the unit of each block [m, 2 * blocks]."""
+        m, width = rows.shape
+        packed = torch.empty(m, packed_bytes(width, self.bits, self.block), dtype=torch.uint8, device=rows.device)
+        return packed, rows.new_empty(m, 2 * -(-width // self.block))
+
+
+# Kernels: blocks [m, n, block] fp32, noise alike in [0, 1), packed [m, n, bytes of a block], scales [m, n, 2].
+
+
+@kernel
+def encode_nearest(blocks: Tensor, packed: Tensor, scales: Tensor, *, bits: int) -> None:
+    """Codes of ``blocks``, rounded to the nearest."""
+    _store(_grid(blocks, 0.5, bits), packed, scales, bits)
+
+
+@kernel
+def encode_stochastic(blocks: Tensor, noise: Tensor, packed: Tensor, scales: Tensor, *, bits: int) -> None:
+    """Codes of ``blocks``, rounded up by chance."""
+    _store(_grid(blocks, noise, bits), packed, scales, bits)
+
+
+@kernel
+def encode_sum_nearest(
+    blocks: Tensor, others: Tensor, packed: Tensor, scales: Tensor, left: Tensor, *, bits: int
+) -> None:
+    """Codes of ``blocks + others``, and what they do not say of it."""
+    total = blocks + others
+    codes, low, unit = _grid(total, 0.5, bits)
+    _store((codes, low, unit), packed, scales, bits)
+    left.copy_(total - (codes * unit + low))
+
+
+@kernel
+def decode_blocks(packed: Tensor, scales: Tensor, blocks: Tensor, *, bits: int) -> None:
+    """``blocks`` of what was coded."""
+    blocks.copy_(_values(packed, scales, blocks.shape[-1], bits))
+
+
+@kernel
+def mean_of_blocks(packed: Tensor, scales: Tensor, mean: Tensor, *, bits: int, world: int) -> None:
+    """The mean of ``world`` coded rows of blocks, added up in their order; [1, n, block]."""
+    total = _values(packed[0], scales[0], mean.shape[-1], bits)
+    for rank in range(1, world):
+        total = total + _values(packed[rank], scales[rank], mean.shape[-1], bits)
+    mean.copy_(total / world)
+
+
+def _values(packed: Tensor, scales: Tensor, size: int, bits: int) -> Tensor:
+    # Two roundings, not one fused multiply-add: compiled and vectorized forms then give the same bits.
+    return unpack_bits(packed, bits, size).to(torch.float32) * scales[..., 1:] + scales[..., :1]
+
+
+def _grid(blocks: Tensor, offset: Tensor | float, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, as whole fp32 numbers [m, n, block], the least value and the unit [m, n, 1]."""
+    levels = (1 << bits) - 1
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    unit = high / levels - low / levels  # a range beyond fp32 still decodes to Inf: the step is skipped
+    grid = (blocks - low) / torch.where(unit > 0, unit, 1.0) + offset
+    return grid.floor().clamp(0, levels), low, unit
+
+
+def _store(grid: tuple[Tensor, Tensor, Tensor], packed: Tensor, scales: Tensor, bits: int) -> None:
+    codes, low, unit = grid
+    packed.copy_(pack_bits(codes.to(torch.uint8), bits))
+    scales[..., :1].copy_(low)
+    scales[..., 1:].copy_(unit)
 
 
 def quantize(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.compressors.base import RowWise
-from dtrain.comm.compressors.blocks import checked_block, pack_blocks, to_blocks, unpack_blocks
+from dtrain.comm.compressors.blocks import checked_block, pack_blocks, packed_bytes, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -43,7 +43,7 @@ class Sign(RowWise):
         return signs.mul_(scale.unsqueeze(-1)).flatten(1)[:, :width]
 
     def row_bytes(self, width: int) -> int:
-        return -(-width // 8) + 4 * -(-width // self.block)
+        return packed_bytes(width, 1, self.block) + 4 * -(-width // self.block)
 
     def _counts(self, width: int, device: torch.device) -> Tensor:
         """Elements in each block; the last may have fewer."""

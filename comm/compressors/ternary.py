@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.compressors.base import RowWise
-from dtrain.comm.compressors.blocks import checked_block, pack_blocks, scaled, to_blocks, unpack_blocks
+from dtrain.comm.compressors.blocks import checked_block, pack_blocks, packed_bytes, scaled, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -43,7 +43,7 @@ class _Ternary(RowWise, ABC):
         return levels[codes.long()].mul_(scale.unsqueeze(-1)).flatten(1)[:, :width]
 
     def row_bytes(self, width: int) -> int:
-        return -(-width // 4) + 4 * -(-width // self.block)
+        return packed_bytes(width, 2, self.block) + 4 * -(-width // self.block)
 
     @abstractmethod
     def _choose(self, blocks: Tensor, counts: Tensor, rows: Tensor, key: Key) -> tuple[Tensor, Tensor]:

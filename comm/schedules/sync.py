@@ -15,6 +15,7 @@ from torch import Tensor
 from dtrain.comm.combine import consolidate
 from dtrain.comm.compressors.lowrank import matrices
 from dtrain.comm.drivers.meter import Meter
+from dtrain.comm.fused import compile_what_is_due
 from dtrain.comm.ops import AllReduce, Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
@@ -64,6 +65,7 @@ class Attached(ABC):
         ``skipped`` has gone up.
         """
         self.finish()
+        compile_what_is_due()
         ok = self._agree(self._gradients_ok() and self.pieces.gradients_finite())
         if ok:
             for fqn in self.pieces.unused():

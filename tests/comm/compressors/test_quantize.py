@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.compressors.blocks import pack_bits, pack_blocks, unpack_bits, unpack_blocks
+from dtrain.comm.compressors.blocks import pack_bits, pack_blocks, packed_bytes, unpack_bits, unpack_blocks
 from dtrain.comm.compressors.quantize import Quantize, quantize
 from dtrain.comm.ops import payload_bytes
 from dtrain.comm.seeds import Key
@@ -56,12 +56,14 @@ def test_packed_codes_come_back(bits: int, m: int, width: int, seed: int) -> Non
 
 
 @given(st.integers(1, 8), st.sampled_from([1, 3, 4, 8, 16]), st.integers(1, 4), st.integers(0, 70), seeds)
-def test_blocks_packed_one_by_one_come_back_and_take_no_more_bytes(
+def test_blocks_packed_one_by_one_come_back_and_each_begins_at_a_byte(
     bits: int, block: int, m: int, width: int, seed: int
 ) -> None:
     codes = torch.randint(0, 2**bits, (m, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     packed = pack_blocks(codes, bits, block)
-    assert packed.dtype == torch.uint8 and packed.shape == (m, -(-width * bits // 8))
+    assert packed.dtype == torch.uint8 and packed.shape == (m, packed_bytes(width, bits, block))
+    parts = [pack_bits(part, bits) for part in codes.split(block, dim=1)]
+    assert torch.equal(packed, torch.cat(parts, dim=1))
     assert torch.equal(unpack_blocks(packed, bits, block, width), codes)
 
 

@@ -1,0 +1,149 @@
+"""Compiled kernels give the bits of the definitions that they are made from, and are made only where that pays."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtrain import error_feedback, quantize
+from dtrain.comm import fused
+from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.compressors.quantize import Quantize
+from dtrain.comm.drivers.simulate import simulate
+from dtrain.comm.fused import Kernel
+from dtrain.comm.ops import Payload, Place
+from dtrain.comm.plans.base import as_plan
+from dtrain.comm.routes import two_phase
+from dtrain.comm.seeds import Key
+from dtrain.comm.state import State
+
+KEY = Key(1, 2, 0, "w", "send")
+BLOCK = 64
+
+
+def rows(m: int, width: int, seed: int) -> Tensor:
+    """Ordinary rows among which some blocks are hard: equal, zero, tiny, denormal, huge."""
+    values = torch.randn(m, width, generator=torch.Generator().manual_seed(seed))
+    for number, factor in enumerate((0.0, 1e-30, 1e-42, 1e30)):
+        values[:, number * BLOCK : (number + 1) * BLOCK] *= factor
+    values[:, 4 * BLOCK : 5 * BLOCK] = 3.25
+    return values
+
+
+def everything(compressor: Quantize, values: Tensor, others: Tensor) -> list[Tensor]:
+    """What all kernels of ``compressor`` make of ``values``."""
+    payload: Payload = compressor.encode(values, KEY)
+    found = [
+        *payload,
+        compressor.decode(payload, values.shape[1], KEY),
+        compressor.decode_mean(payload, values.shape[1]),
+    ]
+    both = compressor.encode_sum(values, others)
+    return found if both is None else [*found, *both[0], both[1]]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("bits", "rounding"), [(8, "nearest"), (4, "nearest"), (8, "stochastic")])
+def test_compiled_kernels_give_the_same_bits(bits: int, rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor = quantize(bits=bits, block=BLOCK, rounding=rounding)
+    assert isinstance(compressor, Quantize)
+    for seed, (m, width) in enumerate([(3, 10 * BLOCK), (3, 37 * BLOCK), (3, 6 * BLOCK)]):
+        values, others = rows(m, width, seed), rows(m, width, seed + 100)
+        monkeypatch.setenv("DTRAIN_COMPILE", "never")
+        expected = everything(compressor, values, others)
+        monkeypatch.setenv("DTRAIN_COMPILE", "always")
+        assert all(torch.equal(a, b) for a, b in zip(everything(compressor, values, others), expected, strict=True))
+
+
+def test_one_pass_is_two() -> None:
+    compressor = quantize(bits=4, block=BLOCK)
+    assert isinstance(compressor, Quantize)
+    values, others = rows(4, 700, 1), rows(4, 700, 2)
+    found = compressor.encode_sum(values, others)
+    assert found is not None
+    payload, left = found
+    two = compressor.encode(values + others, KEY)
+    assert all(torch.equal(a, b) for a, b in zip(payload, two, strict=True))
+    decoded = compressor.decode(two, 700, KEY)
+    assert torch.equal(left, values + others - decoded)
+    assert torch.equal(compressor.decode_mean(two, 700), rank_order_mean(decoded))
+    assert quantize(bits=4, rounding="stochastic").encode_sum(values, others) is None  # type: ignore[union-attr]
+
+
+class Plain:
+    """A compressor of somebody else, who offers no more than he must."""
+
+    def __init__(self, own: Quantize) -> None:
+        self.unbiased, self.delta, self.homogeneous, self.linear = own.unbiased, own.delta, own.homogeneous, own.linear
+        self.encode, self.decode, self.row_bytes = own.encode, own.decode, own.row_bytes
+
+
+def test_a_route_takes_one_pass_or_two_with_the_same_bits() -> None:
+    own = quantize(bits=8, block=16)
+    assert isinstance(own, Quantize)
+    results = []
+    for compressor in (own, Plain(own)):
+        plan = as_plan(error_feedback(compressor))
+        states = [State({"residual": "per_worker"}) for _ in range(3)]
+        for step in range(3):
+            values = [rows(1, 333, 10 * step + rank)[0] for rank in range(3)]
+            flows = [
+                two_phase({"w": v}, plan, rank_order_mean, Place(rank, 3), Key(0, step, rank), states[rank])
+                for rank, v in enumerate(values)
+            ]
+            combined = simulate(flows)
+            for state in states:
+                state.commit()
+        results.append([combined[0].values["w"], *(state.tensors["w"]["residual"] for state in states)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# ---- when ----------------------------------------------------------------------------------------------------------
+
+
+def doubled(values: Tensor, out: Tensor) -> None:
+    out.copy_(values * 2)
+
+
+def test_what_is_small_or_rare_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+
+    def compile_(function: object, *_: object) -> object:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(fused._Compiler, "compile", compile_)
+    monkeypatch.setattr(fused, "WORTHWHILE", 3 * fused.SMALLEST)
+    kernel = Kernel(doubled)
+    small, large = torch.ones(1, 1, 8), torch.ones(1, fused.SMALLEST // 64, 64)
+    for values, calls in ((small, 100), (large, 2)):
+        for _ in range(calls):
+            kernel(values, torch.empty_like(values))
+        kernel.compile_what_is_due()
+    assert not compiled
+    kernel(large, torch.empty_like(large))
+    assert not compiled  # not in the middle of a flow
+    kernel.compile_what_is_due()
+    kernel.compile_what_is_due()
+    assert len(compiled) == 1
+    kernel(large, out := torch.empty_like(large))
+    assert torch.equal(out, 2 * large)
+
+
+def test_without_a_compiler_it_is_said_once_and_everything_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> object:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: refused)
+    monkeypatch.setattr(fused._Compiler, "missing", False)
+    monkeypatch.setenv("DTRAIN_COMPILE", "always")
+    values = torch.ones(2, 3, 4)
+    with pytest.warns(RuntimeWarning, match=r"No working C\+\+ compiler found"):
+        Kernel(doubled)(values, torch.empty_like(values))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Kernel(doubled)(values, out := torch.empty_like(values))
+    assert torch.equal(out, 2 * values)
