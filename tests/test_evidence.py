@@ -14,6 +14,7 @@ import pytest
 from dtrain.config import compose
 from dtrain.evidence import __main__ as command
 from dtrain.evidence.compression import cells, compressors_report, lgreco_report, loss_report
+from dtrain.evidence.kernels import Speed, kernels_report
 from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
 from dtrain.evidence.runs import Run, Session, as_figures
 from dtrain.evidence.stopping import stopping_report
@@ -246,6 +247,13 @@ def test_lgreco_is_held_to_bytes_and_to_loss(sent: int, loss: float, lines: int)
     good = (run(sent=300), run(sent=200))
     report = lgreco_report({"PowerSGD": good, "quantization": (run(sent=140), run(sent=sent, last=loss))})
     assert len(missed(report)) == lines
+
+
+def test_a_kernel_that_allocates_or_is_slow_misses_its_line() -> None:
+    good = {"eager": Speed(0.03, 3), "compiled": Speed(0.66, 0)}
+    bad = {"eager": Speed(0.03, 3), "compiled": Speed(0.39, 1)}
+    report = kernels_report({"8 bits": good, "4 bits": bad})
+    assert missed(report) == ["4 bits, compiled, as a share of a copy", "allocations per call of compiled kernels"]
 
 
 def test_every_compressor_and_every_resume_is_in_the_report() -> None:

@@ -117,9 +117,9 @@ def encode_sum_nearest(
 ) -> None:
     """Codes of ``blocks + others``, and what they do not say of it."""
     total = blocks + others
-    codes, low, unit = _grid(total, 0.5, bits)
-    _store((codes, low, unit), packed, scales, bits)
-    left.copy_(total - (codes * unit + low))
+    grid, low, unit = _grid(total, 0.5, bits)
+    _store((grid, low, unit), packed, scales, bits)
+    left.copy_(total - (grid.floor() * unit + low))
 
 
 @kernel
@@ -143,17 +143,16 @@ def _values(packed: Tensor, scales: Tensor, size: int, bits: int) -> Tensor:
 
 
 def _grid(blocks: Tensor, offset: Tensor | float, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, as whole fp32 numbers [m, n, block], the least value and the unit [m, n, 1]."""
+    """Codes before they are rounded down, fp32 [m, n, block], the least value and the unit [m, n, 1]."""
     levels = (1 << bits) - 1
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    unit = high / levels - low / levels  # a range beyond fp32 still decodes to Inf: the step is skipped
-    grid = (blocks - low) / torch.where(unit > 0, unit, 1.0) + offset
-    return grid.floor().clamp(0, levels), low, unit
+    unit = high * (1 / levels) - low * (1 / levels)  # a range beyond fp32 still decodes to Inf: the step is skipped
+    return ((blocks - low) / torch.where(unit > 0, unit, 1.0) + offset).clamp(max=levels), low, unit
 
 
 def _store(grid: tuple[Tensor, Tensor, Tensor], packed: Tensor, scales: Tensor, bits: int) -> None:
     codes, low, unit = grid
-    packed.copy_(pack_bits(codes.to(torch.uint8), bits))
+    packed.copy_(pack_bits(codes.to(torch.uint8), bits))  # which rounds down
     scales[..., :1].copy_(low)
     scales[..., 1:].copy_(unit)
 
