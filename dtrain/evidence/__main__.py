@@ -24,7 +24,8 @@ from dtrain.report import environment
 
 REPORTS: dict[str, Callable[[Session], Report]] = {
     "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network,
-    "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco, "suite": suite,
+    "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
+    "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named
 

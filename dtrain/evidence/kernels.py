@@ -53,9 +53,9 @@ def kernels_report(found: Mapping[str, Mapping[str, Speed]]) -> Report:
         for name, by in found.items()
     ]
     body = (
-        f"{ELEMENTS / 2**20:.0f} Mi elements in fp32 on one core, in blocks of {BLOCK}; {ROUNDS} pairs of a copy of the "
-        "input into memory that is there already, and the kernel, the median of the ratios of their times: 1 is as fast "
-        "as a copy. Results go into memory that is there already, too. Compiled and eager kernels give the same bits "
+        f"{ELEMENTS / 2**20:.0f} Mi elements in fp32, which no cache holds, on one core, in blocks of {BLOCK}. "
+        f"{ROUNDS} pairs of a copy of the input and the kernel, both into memory that is there already; the median of the ratios "
+        "of their times, so that 1 is as fast as a copy. Compiled and eager kernels give the same bits "
         "(tests/comm/test_fused.py).\n\n" + table(["kernel", "does", "eager", "compiled", "allocations per call"], rows)
     )
     checks = [at_least(f"{name}, compiled, as a share of a copy", by["compiled"].ratio, LINES[name])
