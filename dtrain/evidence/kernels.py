@@ -54,7 +54,8 @@ def kernels_report(found: Mapping[str, Mapping[str, Speed]]) -> Report:
     ]
     body = (
         f"{ELEMENTS / 2**20:.0f} Mi elements in fp32, which no cache holds, on one core, in blocks of {BLOCK}. "
-        f"{ROUNDS} pairs of a copy of the input and the kernel, both into memory that is there already; the median of the ratios "
+        f"{ROUNDS} pairs of a copy of the input and the kernel, both into memory that is there already; the median of "
+        f"the ratios "
         "of their times, so that 1 is as fast as a copy. Compiled and eager kernels give the same bits "
         "(tests/comm/test_fused.py).\n\n" + table(["kernel", "does", "eager", "compiled", "allocations per call"], rows)
     )

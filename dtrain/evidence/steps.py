@@ -1,0 +1,140 @@
+"""Times of whole training steps with several exchanges, one after the other in the same processes, in rotating order.
+
+``python -m dtrain.evidence.steps JSON`` on every rank, under any launcher. Rank 0 writes what it found to the file that
+JSON names. What is exchanged: "nothing"; a hook of torch ("torch.all_reduce", "torch.powersgd"); or a choice of the
+group compress, by `attach`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.bench import wire
+from dtrain.comm.attach import attach
+from dtrain.config import compose, instantiate
+from dtrain.models.transformer import Transformer
+
+WARMUP = 4
+ONE_BUCKET_MIB = 1 << 14
+VOCABULARY, LENGTH = 257, 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to measure. ``model``: dim, layers and heads. ``batch``: sequences of 64 tokens for each rank."""
+
+    out: str
+    exchanges: tuple[str, ...]
+    rounds: int
+    batch: int = 1
+    model: tuple[int, int, int] = (480, 6, 8)
+
+
+@dataclass(frozen=True)
+class Took:
+    """Of one exchange: seconds of each step, the slowest rank's; ``sent_bytes``: of the busiest interface, per step.
+
+    ``payload_bytes``: what our meter counted per step; 0 for others.
+    """
+
+    seconds: list[float]
+    sent_bytes: int
+    payload_bytes: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class _Training:
+    """A model of its own, trained with one exchange."""
+
+    def __init__(self, name: str, asked: Asked) -> None:
+        torch.manual_seed(0)
+        dim, layers, heads = asked.model
+        model = Transformer(dim=dim, layers=layers, heads=heads, vocab_size=VOCABULARY, max_length=LENGTH)
+        # torch's PowerSGD hook dies with two buckets.
+        cap = ONE_BUCKET_MIB if name == "torch.powersgd" else 25
+        self.model = DistributedDataParallel(model, bucket_cap_mb=cap)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
+        self.local = name == "nothing"
+        self.attached = None
+        if name == "torch.powersgd":
+            state = PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+            self.model.register_comm_hook(state, powerSGD_hook)
+        elif not name.startswith("torch.") and not self.local:
+            sync = instantiate(compose(["sync=dense", f"compress@sync.compress={name}"]).sync, "sync")
+            self.attached = attach(self.model, optimizer, sync)  # type: ignore[arg-type]
+        self.finish: Callable[[], object] = optimizer.step if self.attached is None else self.attached.step
+        self.optimizer = optimizer
+
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        with self.model.no_sync() if self.local else nullcontext():
+            self.model(batch).backward()
+        self.finish()
+        if self.attached is None:
+            self.optimizer.zero_grad()
+
+    def payload(self) -> int:
+        return 0 if self.attached is None else self.attached.meter.sent_as("gradients")
+
+
+def main(asked: Asked) -> None:
+    """Measure, on every rank alike."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    tokens = torch.randint(0, VOCABULARY, (asked.batch, LENGTH + 1), generator=generator)
+    batch = {"input": tokens[:, :-1], "target": tokens[:, 1:]}
+    trainings = {name: _Training(name, asked) for name in asked.exchanges}
+    seconds: dict[str, list[float]] = {name: [] for name in trainings}
+    sent = dict.fromkeys(trainings, 0)
+    payload = dict.fromkeys(trainings, 0)
+    names = list(trainings)
+    for number in range(WARMUP + asked.rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            training = trainings[name]
+            before, counted = wire.sent(), training.payload()
+            dist.barrier()
+            started = time.perf_counter()
+            training.step(batch)
+            took = time.perf_counter() - started
+            dist.barrier()
+            if number >= WARMUP:
+                seconds[name].append(took)
+                sent[name] += wire.busiest(before, wire.sent())[1]
+                payload[name] += training.payload() - counted
+    everybody: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everybody, seconds)
+    if rank == 0:
+        found = {
+            name: Took(
+                [max(of_ranks) for of_ranks in zip(*(one[name] for one in everybody), strict=True)],
+                sent[name] // asked.rounds, payload[name] // asked.rounds,
+            )
+            for name in names
+        }  # fmt: skip
+        Path(asked.out).write_text(json.dumps({name: asdict(took) for name, took in found.items()}))
+    for training in trainings.values():
+        if training.attached is not None:
+            training.attached.detach()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    main(Asked(**{**given, **lists}))
