@@ -121,7 +121,7 @@ def _power_iteration(
     for fqn, value in values.items():
         feedback, factor, lies = chosen[fqn].feedback, factors.values[fqn].view(own[fqn].shape), matrices[fqn]
         if feedback.kinds:
-            feedback.retain(fqn, value, meant[fqn], lies.flat(bases[fqn] @ own[fqn].T), state)
+            feedback.retain_product(fqn, value, meant[fqn], lies, (bases[fqn], own[fqn]), state)
         # From zeros no iteration would ever start again.
         state.stage(fqn, "q", factor.clone() if bool(factor.any()) else starts[fqn])
         results[fqn] = feedback.result(fqn, lies.flat(bases[fqn] @ factor.T), state)

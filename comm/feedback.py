@@ -20,17 +20,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.base import Compressor, OnePass
+from dtrain.comm.compressors.base import Compressor, one_pass
 from dtrain.comm.compressors.cast import cast
-from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.compressors.lowrank import LowRank, Matrix
 from dtrain.comm.layout import chunk_width, from_rows, to_rows
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
+
+Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Coder(Protocol):
@@ -59,6 +62,13 @@ class Feedback(ABC):
     @abstractmethod
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         """The peers will decode ``sent`` [n] where ``corrected`` [n] was meant. Called after `correct`."""
+
+    def retain_product(
+        self, fqn: str, value: Tensor, corrected: Tensor, matrix: Matrix, factors: Factors, state: State
+    ) -> None:
+        """`retain` where what is sent is the product of two ``factors``, [rows, r] and [columns, r]."""
+        left, right = factors
+        self.retain(fqn, value, corrected, matrix.flat(left @ right.T), state)
 
     @abstractmethod
     def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
@@ -105,9 +115,10 @@ class EF14(Feedback):
         return {"residual": "per_worker"}
 
     def encode(self, fqn: str, value: Tensor, compressor: Coder, world: int, key: Key, state: State) -> Payload:
-        if isinstance(compressor, OnePass):
+        quick = one_pass(compressor)
+        if quick is not None:
             residual = state.get(fqn, "residual", value)
-            found = compressor.encode_sum(to_rows(value, world), to_rows(residual, world))
+            found = quick.encode_sum(to_rows(value, world), to_rows(residual, world))
             if found is not None:
                 encoded, left = found
                 state.stage(fqn, "residual", from_rows(left, value.numel()))
@@ -116,6 +127,13 @@ class EF14(Feedback):
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         return value + state.get(fqn, "residual", value)
+
+    def retain_product(
+        self, fqn: str, value: Tensor, corrected: Tensor, matrix: Matrix, factors: Factors, state: State
+    ) -> None:
+        left, right = factors  # the product is never written down
+        rest = torch.addmm(matrix.view(corrected), left, right.T, alpha=-1)
+        state.stage(fqn, "residual", matrix.flat(rest))
 
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         state.stage(fqn, "residual", corrected - sent)

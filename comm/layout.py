@@ -7,6 +7,7 @@ padding are an engine's private matter and change from run to run, so nothing is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,6 +73,14 @@ def from_rows(rows: Tensor, numel: int) -> Tensor:
 def working(tensor: Tensor) -> Tensor:
     """``tensor`` in the precision that values and state are kept in: fp64 stays, everything else is fp32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in ``value``; in one pass that writes nothing."""
+    if not value.numel():
+        return True
+    least, most = torch.aminmax(value)  # NaN is both
+    return math.isfinite(float(least)) and math.isfinite(float(most))
 
 
 Named = Mapping[str, Tensor]

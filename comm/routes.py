@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
-from dtrain.comm.compressors.base import Compressor, OnePass
+from dtrain.comm.compressors.base import Compressor, one_pass
 from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.lowrank import LowRank
 from dtrain.comm.feedback import Compression, Feedback
-from dtrain.comm.layout import Named, chunk_width, from_rows
+from dtrain.comm.layout import Named, chunk_width, from_rows, is_finite
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Payload, Place
 from dtrain.comm.plans.base import Plan
 from dtrain.comm.seeds import Key
@@ -59,8 +60,9 @@ def two_phase(values: Named, plan: Plan, combine: Aggregator, place: Place, key:
         compressor, feedback = _in_rows(chosen[fqn], value)
         width = chunk_width(value.numel(), world)
         own = replace(key, fqn=fqn, phase="answer")
-        if combine is rank_order_mean and isinstance(compressor, OnePass):
-            chunk = compressor.decode_mean(encoded, width)
+        quick = one_pass(compressor) if combine is rank_order_mean else None
+        if quick is not None:
+            chunk = quick.decode_mean(encoded, width)
         else:
             chunk = combine(compressor.decode(encoded, width, own.shared))
         answer = compressor.encode(chunk.unsqueeze(0), own)
@@ -112,7 +114,7 @@ def two_phase_bytes(numels: list[int], compressor: Compressor, world: int) -> in
 
 def _in_rows(compression: Compression, value: Tensor) -> tuple[Compressor | _Double, Feedback]:
     compressor = compression.compressor
-    assert isinstance(compressor, Compressor)  # the others do not come this way: `combine`
+    assert not isinstance(compressor, LowRank)  # it does not come this way: `combine`
     if value.dtype == torch.float64:
         return _Double(compressor), compression.feedback
     return compressor, compression.feedback
@@ -133,7 +135,7 @@ class _Double:
 
 def all_finite(values: Named) -> bool:
     """Whether there is no NaN and no infinity in any of ``values``."""
-    return all(bool(torch.isfinite(value).all()) for value in values.values())
+    return all(is_finite(value) for value in values.values())
 
 
 def _device(values: Named) -> torch.device:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
 from dtrain.comm.drivers.run import Channel, Handle
-from dtrain.comm.layout import Named, Segment, even_slice, from_rows, to_rows, working
+from dtrain.comm.layout import Named, Segment, even_slice, from_rows, is_finite, to_rows, working
 from dtrain.comm.ops import AllGather, AllToAll, Flow, Place
 from dtrain.comm.pieces import Exchange
 
@@ -82,7 +82,7 @@ class DDPPieces:
         self._under_way = []
 
     def gradients_finite(self) -> bool:
-        return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.parameters.values())
+        return all(p.grad is None or is_finite(p.grad) for p in self.parameters.values())
 
     def unused(self) -> set[str]:
         return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, load_elementwise_state
 from dtrain.comm.drivers.run import Channel, Handle
-from dtrain.comm.layout import Named, Segment, working
+from dtrain.comm.layout import Named, Segment, is_finite, working
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Exchange
 
@@ -80,7 +80,7 @@ class FSDPPieces:
 
     def gradients_finite(self) -> bool:
         grads = [p.grad for p in self.parameters.values()]
-        return all(g is None or bool(torch.isfinite(_local(g)).all()) for g in grads)
+        return all(g is None or is_finite(_local(g)) for g in grads)
 
     def unused(self) -> set[str]:
         return set()  # whatever was exchanged is stepped with

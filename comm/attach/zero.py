@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtrain.comm.attach.optimizer import StepGuard, is_scalar, require_elementwise
 from dtrain.comm.drivers.run import Channel
-from dtrain.comm.layout import Named, Segment
+from dtrain.comm.layout import Named, Segment, is_finite
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Exchange
 
@@ -86,7 +86,7 @@ class ZeroPieces(ABC):
         self._exchanged = True
 
     def gradients_finite(self) -> bool:
-        return all(bool(torch.isfinite(self._gradient(home)).all()) for home in self.homes.values())
+        return all(is_finite(self._gradient(home)) for home in self.homes.values())
 
     def unused(self) -> set[str]:
         return set()  # whatever was exchanged is stepped with

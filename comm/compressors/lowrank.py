@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.comm.layout import Segment
+from dtrain.comm.layout import Segment, is_finite
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
 
@@ -119,7 +119,7 @@ def orthonormal(matrix: Tensor) -> Tensor:
 
     Not finite where ``matrix`` is not: LAPACK would raise.
     """
-    if not bool(torch.isfinite(matrix).all()):
+    if not is_finite(matrix):
         return torch.full_like(matrix, torch.nan)
     scale = matrix.abs().amax()  # so that squares neither overflow nor vanish
     basis: Tensor = torch.linalg.qr(matrix / torch.where(scale > 0, scale, 1.0)).Q

@@ -15,6 +15,7 @@ from pathlib import Path
 from dtrain.checkpoint.folders import write_text_durably
 from dtrain.evidence.compression import compressors, lgreco, loss
 from dtrain.evidence.kernels import kernels
+from dtrain.evidence.links import powersgd, slow
 from dtrain.evidence.network import network
 from dtrain.evidence.page import Circumstances, Report, page
 from dtrain.evidence.runs import Session, say
@@ -25,6 +26,7 @@ from dtrain.report import environment
 REPORTS: dict[str, Callable[[Session], Report]] = {
     "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network,
     "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
+    "powersgd": powersgd, "slow": slow,
     "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named

@@ -2,7 +2,8 @@
 
 ``python -m dtrain.evidence.steps JSON`` on every rank, under any launcher. Rank 0 writes what it found to the file that
 JSON names. What is exchanged: "nothing"; a hook of torch ("torch.all_reduce", "torch.powersgd"); or a choice of the
-group compress, by `attach`.
+group compress, by `attach`, on the two-phase route or, as in "bf16:all_reduce", on another. "local_sgd/8:int4_ef" is an
+average of parameters every 8 steps; what is timed are 8 steps then.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Asked:
 class Took:
     """Of one exchange: seconds of each step, the slowest rank's; ``sent_bytes``: of the busiest interface, per step.
 
-    ``payload_bytes``: what our meter counted per step; 0 for others.
+    ``payload_bytes``: per step, what our meter counted, or torch's PowerSGD hook; 0 for others.
     """
 
     seconds: list[float]
@@ -69,13 +70,21 @@ class _Training:
         cap = ONE_BUCKET_MIB if name == "torch.powersgd" else 25
         self.model = DistributedDataParallel(model, bucket_cap_mb=cap)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
-        self.local = name == "nothing"
+        self.local, self.steps = name == "nothing", 1
         self.attached = None
+        self.theirs = PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
         if name == "torch.powersgd":
-            state = PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
-            self.model.register_comm_hook(state, powerSGD_hook)
+            self.model.register_comm_hook(self.theirs, powerSGD_hook)
         elif not name.startswith("torch.") and not self.local:
-            sync = instantiate(compose(["sync=dense", f"compress@sync.compress={name}"]).sync, "sync")
+            choice, _, more = name.partition(":")
+            if "/" in choice:
+                method, _, every = choice.partition("/")
+                self.steps = int(every)
+                chosen = compose([f"sync={method}", f"sync.every_steps={every}", f"compress@sync.compress={more}"]).sync
+            else:
+                chosen = compose(["sync=dense", f"compress@sync.compress={choice}"]).sync
+                chosen = {**chosen, **({"route": more} if more else {})}
+            sync = instantiate(chosen, "sync")
             self.attached = attach(self.model, optimizer, sync)  # type: ignore[arg-type]
         self.finish: Callable[[], object] = optimizer.step if self.attached is None else self.attached.step
         self.optimizer = optimizer
@@ -88,7 +97,11 @@ class _Training:
             self.optimizer.zero_grad()
 
     def payload(self) -> int:
-        return 0 if self.attached is None else self.attached.meter.sent_as("gradients")
+        """Bytes so far. Theirs counts the numbers that it all-reduces; of each a ring sends 2 (n - 1) / n."""
+        if self.attached is not None:
+            return self.attached.meter.sent_bytes
+        world = dist.get_world_size()
+        return 4 * 2 * (world - 1) * self.theirs.total_numel_after_compression // world
 
 
 def main(asked: Asked) -> None:
@@ -110,13 +123,14 @@ def main(asked: Asked) -> None:
             before, counted = wire.sent(), training.payload()
             dist.barrier()
             started = time.perf_counter()
-            training.step(batch)
-            took = time.perf_counter() - started
+            for _ in range(training.steps):
+                training.step(batch)
+            took = (time.perf_counter() - started) / training.steps
             dist.barrier()
             if number >= WARMUP:
                 seconds[name].append(took)
-                sent[name] += wire.busiest(before, wire.sent())[1]
-                payload[name] += training.payload() - counted
+                sent[name] += wire.busiest(before, wire.sent())[1] // training.steps
+                payload[name] += (training.payload() - counted) // training.steps
     everybody: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everybody, seconds)
     if rank == 0:
