@@ -23,6 +23,7 @@ TOUCH_TORCH_DISTRIBUTED = {
     "comm/drivers/*.py": "drivers perform the collectives that algorithms only describe",
     "comm/attach/*.py": "they adapt models that hold process groups, meshes and DTensors",
     "dtrain/bench/*.py": "measure torch's collectives beside our own",
+    "dtrain/evidence/steps.py": "measures steps with torch's hooks beside our own",
     "dtrain/doctor/worker.py": "hosts meet in a store, without a process group",
     "dtrain/mesh.py": "makes the process groups of a run",
     "dtrain/engines/*.py": "wrap models in DDP, FSDP2 and DeepSpeed, which own the shard axis",
