@@ -118,8 +118,8 @@ class DDPPieces:
         """Exchange one bucket's gradients in the background."""
         buffer = bucket.buffer()
         future: torch.futures.Future[Tensor] = torch.futures.Future()
-        names = [self.names[id(p)] for p in bucket.parameters()]
-        gradients = dict(zip(names, bucket.gradients(), strict=True))
+        pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+        gradients = {self.names[id(p)]: gradient for p, gradient in pairs if p.numel()}
 
         def ended(handle: Handle[None]) -> None:
             try:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 
-from dtrain import attach, diloco, error_feedback, every_step, local_sgd, quantize, topk
+from dtrain import attach, diloco, error_feedback, every_step, local_sgd, powersgd, quantize, topk
 from dtrain.comm.attach import pieces_of
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.mesh import build_mesh
@@ -378,6 +378,38 @@ def closed_rounds() -> tuple[list[bool], Tensor, Tensor]:
         return said, live, flat(model)
 
 
+class Odd(nn.Module):
+    """What PyTorch's PowerSGD hook fails on: a number, an empty parameter, a matrix without a gradient at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale, self.nothing = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.zeros(0, 3))
+        self.first, self.later = nn.Linear(7, 24), nn.Parameter(torch.randn(24, 24))
+        self.used = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        found: Tensor = self.scale * (hidden + self.used * (hidden @ self.later)) + self.nothing.sum()
+        return found
+
+
+def low_rank_of_odd_things() -> tuple[Tensor, list[bool], bool]:
+    """Parameters at the end, what each step said, and whether the matrix that came late was trained."""
+    net = Odd()
+    model = DistributedDataParallel(net)
+    attached = attach(
+        model, torch.optim.SGD(model.parameters(), lr=1e-3), every_step(compress=error_feedback(powersgd(2)))
+    )
+    before, said = net.later.detach().clone(), []
+    for step in range(6):
+        net.used = float(step > 1)
+        x = torch.full((5, 7), float("inf")) if step == 3 and dist.get_rank() == 1 else data(dist.get_rank(), step)[0]
+        model(x).square().mean().backward()
+        said.append(attached.step())
+    return flat(model), said, not torch.equal(before, net.later.detach())
+
+
 # --- the laws -------------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +476,12 @@ def test_a_parameter_that_nobody_used_keeps_its_residual(pool: WorkerPool) -> No
 def test_misuse_is_told(pool: WorkerPool, case: str, words: str) -> None:
     for message in pool.run(misused, case, world=2):
         assert words in message
+
+
+def test_low_rank_survives_what_pytorchs_hook_does_not(pool: WorkerPool) -> None:
+    for found, said, trained in pool.run(low_rank_of_odd_things, world=2):
+        assert said == [True, True, True, False, True, True]
+        assert bool(torch.isfinite(found).all()) and trained
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
