@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from dtrain.config import compose
 from dtrain.evidence import __main__ as command
 from dtrain.evidence.compression import cells, compressors_report, lgreco_report, loss_report
 from dtrain.evidence.kernels import Speed, kernels_report
+from dtrain.evidence.links import CHOSEN, SLOW, powersgd_report, slow_report
 from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
 from dtrain.evidence.runs import Run, Session, as_figures
+from dtrain.evidence.steps import Asked, Took
 from dtrain.evidence.stopping import stopping_report
 from dtrain.evidence.training import (
     closing_text,
@@ -254,6 +258,49 @@ def test_a_kernel_that_allocates_or_is_slow_misses_its_line() -> None:
     bad = {"eager": Speed(0.03, 3), "compiled": Speed(0.39, 1)}
     report = kernels_report({"8 bits": good, "4 bits": bad})
     assert missed(report) == ["4 bits, compiled, as a share of a copy", "allocations per call of compiled kernels"]
+
+
+def took(seconds: float, *, payload: int = 1000, rounds: int = 3) -> Took:
+    return Took([seconds] * rounds, payload + 50, payload)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "payload", "lines"),
+    [(1.04, 1000, 0), (1.06, 1000, 1), (1.0, 1001, 1), (0.9, 900, 0)],
+)
+def test_our_powersgd_is_held_to_theirs(seconds: float, payload: int, lines: int) -> None:
+    ours = {"powersgd_ef:all_reduce": took(seconds, payload=payload), "powersgd_ef": took(1.0, payload=1006)}
+    report = powersgd_report({"100mbit": {"torch.powersgd": took(1.0), **ours}})
+    assert len(missed(report)) == lines
+    assert "| 100mbit | powersgd_ef:all_reduce |" in report.body
+
+
+@pytest.mark.parametrize(("chosen", "eight", "lines"), [(1.2, 1750, 0), (1.3, 1750, 1), (2.5, 1750, 2), (1.2, 1800, 1)])
+def test_a_slow_network_is_held_to_its_lines(chosen: float, eight: int, lines: int) -> None:
+    found = {name: took(1.0) for name in SLOW} | {"torch.all_reduce": took(8.0), CHOSEN: took(chosen)}
+    assert len(missed(slow_report(found, {2: 1000, 4: 1500, 8: eight}))) == lines
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_steps_are_timed_with_every_kind_of_exchange(tmp_path: Path) -> None:
+    names = (
+        "nothing",
+        "torch.all_reduce",
+        "torch.powersgd",
+        "int4_ef",
+        "powersgd_ef:all_reduce",
+        "local_sgd/2:int8_ef",
+    )
+    asked = Asked(str(tmp_path / "found.json"), names, rounds=1, model=(32, 1, 2))
+    run_ = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*run_, "-m", "dtrain.evidence.steps", json.dumps(dataclasses.asdict(asked))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == list(names) and all(len(each["seconds"]) == 1 for each in found.values())
+    payload = {name: each["payload_bytes"] for name, each in found.items()}
+    assert payload["nothing"] == 0 < payload["torch.powersgd"] == payload["powersgd_ef:all_reduce"]
 
 
 def test_every_compressor_and_every_resume_is_in_the_report() -> None:
