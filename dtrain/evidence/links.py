@@ -37,7 +37,7 @@ def powersgd(session: Session) -> Report:
 def slow(session: Session) -> Report:
     """Steps of a transformer of 17 million parameters over 100 Mbit/s, and bytes from 2 to 8 ranks."""
     with devcluster(nodes=4, bandwidth="100mbit", name=NAME):
-        found = steps(session, 4, SLOW, rounds=9, batch=8)
+        found = steps(session, 4, SLOW, rounds=9, batch=SEQUENCES, bucket_mib=BUCKET_MIB)
     by_ranks = {}
     for ranks in (2, 4, 8):
         with devcluster(nodes=ranks, bandwidth="none", name=NAME):
@@ -45,11 +45,13 @@ def slow(session: Session) -> Report:
     return slow_report(found, by_ranks)
 
 
-def steps(session: Session, ranks: int, exchanges: tuple[str, ...], *, rounds: int, batch: int = 1) -> dict[str, Took]:
+def steps(
+    session: Session, ranks: int, exchanges: tuple[str, ...], *, rounds: int, batch: int = 1, bucket_mib: float = 25
+) -> dict[str, Took]:
     """Steps on the cluster that is up, one rank on each host. Raises ``RuntimeError`` with what was printed."""
     folder = session.folder / f"steps-{next(session.numbers)}"
     folder.mkdir(parents=True)
-    asked = Asked(str(folder / "found.json"), exchanges, rounds, batch)
+    asked = Asked(str(folder / "found.json"), exchanges, rounds, batch, bucket_mib=bucket_mib)
     launch = [
         "launch", "launcher=slurm", f"launcher.nodes={ranks}", f"launcher.workers={ranks}", "launcher.wait=true",
         f"run.dir={folder / 'run'}", "--", sys.executable, "-m", "dtrain.evidence.steps",
@@ -121,11 +123,10 @@ def slow_report(found: Mapping[str, Took], by_ranks: Mapping[int, int]) -> Repor
     chosen = found[CHOSEN].median
     growth = {ranks: sent / by_ranks[2] / ((ranks - 1) / ranks / 0.5) for ranks, sent in by_ranks.items()}
     body = (
-        "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, "
-        "all of "
-        "them on two cores; 8 sequences of 64 tokens for each rank. Steps of all exchanges in turn, "
-        f"{len(found['nothing'].seconds)} each, of the slowest rank, medians. *nothing* does not communicate at "
-        f"all.\n\n"
+        "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, all "
+        f"of them on two cores; {SEQUENCES} sequences of 64 tokens for each rank, buckets of {BUCKET_MIB} MiB. Steps of "
+        f"all exchanges in turn, {len(found['nothing'].seconds)} each, of the slowest rank, medians. *nothing* does not "
+        "communicate at all.\n\n"
         + table(["exchange", "step", "faster than fp32", "of the step without", "sent per step"], rows)
         + "\n\nWhat int8_ef sends per rank and step by the two-phase route, which an all-reduce of fp32 would send 3.9 "
         "times of:\n\n"

@@ -41,6 +41,7 @@ class Asked:
     rounds: int
     batch: int = 1
     model: tuple[int, int, int] = (480, 6, 8)
+    bucket_mib: float = 25
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Training:
         dim, layers, heads = asked.model
         model = Transformer(dim=dim, layers=layers, heads=heads, vocab_size=VOCABULARY, max_length=LENGTH)
         # torch's PowerSGD hook dies with two buckets.
-        cap = ONE_BUCKET_MIB if name == "torch.powersgd" else 25
+        cap = ONE_BUCKET_MIB if name == "torch.powersgd" else asked.bucket_mib
         self.model = DistributedDataParallel(model, bucket_cap_mb=cap)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
         self.local, self.steps = name == "nothing", 1
