@@ -107,7 +107,7 @@ class ZeroEngine(Engine):
 
 
 def _config(options: EngineOptions, stage: int) -> dict[str, object]:
-    elements = int(options.bucket_mib * 2**20 / 4)
+    elements = max(1, int(options.bucket_mib * 2**20 / 8)) * 2  # DeepSpeed insists on an even number
     zero: dict[str, object] = {
         "stage": stage,
         "overlap_comm": False,
