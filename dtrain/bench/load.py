@@ -37,7 +37,7 @@ class Watch:
     """Measures the load from one call of `since` to another."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, float, float, float]] = deque(maxlen=10_000)
+        self._seen: deque[tuple[float, int, int, float]] = deque(maxlen=10_000)
         self._machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._cores = os.cpu_count() or 1
         self.look()
@@ -46,11 +46,8 @@ class Watch:
         """Remember the counters; returns the moment, for `since`."""
         now = time.perf_counter()
         ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        hertz = os.sysconf("SC_CLK_TCK")
         user, nice, system, idle, waiting, *_, steal = ticks
-        self._seen.append(
-            (now, (sum(ticks) - idle - waiting) / hertz, (user + nice + system + steal) / hertz, time.process_time())
-        )
+        self._seen.append((now, sum(ticks) - idle - waiting, user + nice + system + steal, time.process_time()))
         return now
 
     def since(self, moment: float) -> Load:
@@ -61,8 +58,9 @@ class Watch:
             self._seen.popleft()
         first, last = self._seen[0], self._seen[-1]
         passed = max(last[0] - first[0], 1e-9) * self._cores
-        busy, worked, ours = ((late - early) / passed for early, late in zip(first[1:], last[1:], strict=True))
-        return Load(self._machine, min(busy, 1.0), min(worked, 1.0), ours)
+        in_ticks = passed * os.sysconf("SC_CLK_TCK")
+        busy, worked = ((late - early) / in_ticks for early, late in zip(first[1:3], last[1:3], strict=True))
+        return Load(self._machine, min(busy, 1.0), min(worked, 1.0), (last[3] - first[3]) / passed)
 
 
 def of_machines(loads: Iterable[Load]) -> tuple[float, float]:
