@@ -59,6 +59,10 @@ class Feedback(ABC):
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         """What to compress instead of ``value`` [n]."""
 
+    def fresh(self, fqn: str, value: Tensor, state: State) -> Tensor:
+        """`correct` without what earlier steps have left out, which depends on how they were compressed."""
+        return self.correct(fqn, value, state)
+
     @abstractmethod
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         """The peers will decode ``sent`` [n] where ``corrected`` [n] was meant. Called after `correct`."""
@@ -128,6 +132,9 @@ class EF14(Feedback):
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         return value + state.get(fqn, "residual", value)
 
+    def fresh(self, fqn: str, value: Tensor, state: State) -> Tensor:
+        return value
+
     def retain_product(
         self, fqn: str, value: Tensor, corrected: Tensor, matrix: Matrix, factors: Factors, state: State
     ) -> None:
@@ -184,6 +191,9 @@ class EControl(Feedback):
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         return self.eta * state.get(fqn, "residual", value) + value - state.get(fqn, "estimate", value)
+
+    def fresh(self, fqn: str, value: Tensor, state: State) -> Tensor:
+        return value - state.get(fqn, "estimate", value)
 
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         old = state.get(fqn, "estimate", value)  # the residual is updated with the estimate of before

@@ -52,6 +52,11 @@ class State:
     def staged(self, fqn: str, name: str) -> Tensor:
         return self._staged[fqn][name]
 
+    def drop(self, fqn: str, name: str) -> None:
+        """Forget a tensor that is of no more use, committed or staged."""
+        self.tensors.get(fqn, {}).pop(name, None)
+        self._staged.get(fqn, {}).pop(name, None)
+
     def unstage(self, fqn: str) -> None:
         """Forget what is staged for ``fqn``: its step was not made."""
         self._staged.pop(fqn, None)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dtrain.comm.feedback import econtrol, ef21, error_feedback
     from dtrain.comm.plans.accordion import accordion
     from dtrain.comm.plans.base import after, by_layer
+    from dtrain.comm.plans.ef21w import ef21w
     from dtrain.comm.plans.lgreco import lgreco
     from dtrain.comm.schedules.dgc import dgc
     from dtrain.comm.schedules.diloco import diloco
@@ -44,6 +45,7 @@ __all__ = [
     "diloco",
     "econtrol",
     "ef21",
+    "ef21w",
     "error_feedback",
     "every_step",
     "lgreco",
@@ -63,6 +65,7 @@ __all__ = [
 
 _HOME = {
     "accordion": "dtrain.comm.plans.accordion",
+    "ef21w": "dtrain.comm.plans.ef21w",
     "after": "dtrain.comm.plans.base",
     "attach": "dtrain.comm.attach",
     "by_layer": "dtrain.comm.plans.base",

@@ -25,6 +25,7 @@ NAMES = [
     "diloco",
     "econtrol",
     "ef21",
+    "ef21w",
     "error_feedback",
     "every_step",
     "lgreco",

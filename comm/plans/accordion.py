@@ -2,15 +2,15 @@
 
     a layer is in a critical regime if  | |g_then| - |g_now| | / |g_then|  >= threshold        looked at every so often
 
-Norms are those of what is exchanged, summed over all ranks, so that all of them decide alike. It chooses between two
-plans; either may be one that learns, `lgreco` for example: what is more and what is less is then chosen by layer.
+Norms are those of what is new in an exchange, summed over all ranks, so that all of them decide alike. It chooses
+between two plans; either may be one that learns, `lgreco` for example: what is more and what is less is then chosen by
+layer.
 Until it has looked twice, all layers count as critical.
 Communication: at each look a gather over the shards and one over the replicas. Keeps: a norm and a choice per layer.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,7 +21,7 @@ from torch import Tensor
 from dtrain.comm.compressors.lowrank import Matrix
 from dtrain.comm.feedback import Compression
 from dtrain.comm.ops import AllGather, Axis, Flow
-from dtrain.comm.plans.adaptive import Choosing, begun
+from dtrain.comm.plans.adaptive import Choosing, begun, bits_of, number_of
 from dtrain.comm.plans.base import Compress, Plan, as_plan
 from dtrain.comm.seeds import Key
 
@@ -69,11 +69,11 @@ class ChoosingAccordion:
     def due(self) -> bool:
         return self._looks() or any(plan.due() for plan in self.plans)
 
-    def measure(self, fqn: str, value: Tensor, matrix: Matrix, world: int, key: Key) -> None:
-        self._squares[fqn] = float(value.double().square().sum())
+    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+        self._squares[fqn] = float(fresh.double().square().sum())
         for plan in self.plans:
             if plan.due():
-                plan.measure(fqn, value, matrix, world, key)
+                plan.measure(fqn, fresh, meant, matrix, world, key)
 
     def review(self) -> Flow[None]:
         looks, self.exchanges = self._looks(), self.exchanges + 1
@@ -94,13 +94,13 @@ class ChoosingAccordion:
     def integers(self) -> dict[str, int]:
         own = {"plan.exchanges": self.exchanges, "plan.changes": self.own_changes}
         calm = {f"plan.calm.{fqn}": int(calm) for fqn, calm in self.calm.items()}
-        norms = {f"plan.norm.{fqn}": _bits(self.norms.get(fqn, -1.0)) for fqn in self.fqns}
+        norms = {f"plan.norm.{fqn}": bits_of(self.norms.get(fqn, -1.0)) for fqn in self.fqns}
         return {**own, **calm, **norms, **dict(chain.from_iterable(self._inner()))}
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
         self.exchanges, self.own_changes = integers["plan.exchanges"], integers["plan.changes"]
         self.calm = {fqn: bool(integers[f"plan.calm.{fqn}"]) for fqn in self.fqns}
-        known = {fqn: _number(integers[f"plan.norm.{fqn}"]) for fqn in self.fqns}
+        known = {fqn: number_of(integers[f"plan.norm.{fqn}"]) for fqn in self.fqns}
         self.norms = {fqn: norm for fqn, norm in known.items() if norm >= 0}
         for number, plan in enumerate(self.plans):
             plan.load_integers({name: integers[f"plan.{number}.{name}"] for name in plan.integers()})
@@ -146,12 +146,3 @@ def accordion(critical: Compress, otherwise: Compress, *, every: int = 100, thre
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold!r}; give a positive relative change, for example 0.5")
     return Accordion(as_plan(critical), as_plan(otherwise), every, float(threshold))
-
-
-def _bits(number: float) -> int:
-    """A float as the integer of its bits: checkpoints keep integers exactly."""
-    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
-
-
-def _number(bits: int) -> float:
-    return float(struct.unpack("<d", bits.to_bytes(8, "little", signed=True))[0])

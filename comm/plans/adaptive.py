@@ -6,6 +6,7 @@ two steps. What it decides is the same on every rank, since it decides from sums
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -27,8 +28,8 @@ class Choosing(Plan, Protocol):
     def due(self) -> bool:
         """Whether the values of the exchange under way are to be measured."""
 
-    def measure(self, fqn: str, value: Tensor, matrix: Matrix, world: int, key: Key) -> None:
-        """Note what each choice would cost ``value`` [n], which is what is compressed: feedback included."""
+    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+        """Note what each choice would cost. ``meant`` [n] is compressed; ``fresh`` [n] is what of it is new."""
 
     def review(self) -> Flow[None]:
         """End an exchange; if values were measured, agree with all ranks on what to use from now on."""
@@ -63,7 +64,7 @@ class Settled:
     def due(self) -> bool:
         return False
 
-    def measure(self, fqn: str, value: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         """Nothing: never due."""
 
     def review(self) -> Flow[None]:
@@ -83,3 +84,13 @@ class Settled:
 def begun(plan: Plan, fqns: Sequence[str]) -> Choosing:
     """``plan`` at work."""
     return plan.begin(fqns) if isinstance(plan, Adaptive) else Settled(plan)
+
+
+def bits_of(number: float) -> int:
+    """A float as the integer of its bits: checkpoints keep integers exactly."""
+    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
+
+
+def number_of(bits: int) -> float:
+    """Undo `bits_of`."""
+    return float(struct.unpack("<d", bits.to_bytes(8, "little", signed=True))[0])

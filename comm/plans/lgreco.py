@@ -2,9 +2,10 @@
 
     min over choices c of  sum_l bytes_l(c_l)   such that   sum_l error_l(c_l) <= alpha sum_l error_l(uniform)
 
-The errors are squares, |C(x) - x|^2 of what is really compressed (feedback included), summed over all ranks: squares of
-parts add up to the square of the whole, plain norms do not. A dynamic program over ``GRID`` steps of the budget finds
-the best choice up to rounding; errors are rounded up, so the true constraint holds. Uniform is always affordable.
+The errors are squares, |C(x) - x|^2, summed over all ranks: squares of parts add up to the square of the whole, plain
+norms do not. x is the gradient without what error feedback adds to it: that depends on the present choice, and a layer
+that was given little would look as if it needed much, forever. A dynamic program over ``GRID`` steps of the budget
+finds the best choice up to rounding; errors are rounded up, so the true constraint holds. Uniform is always affordable.
 
 Every rank solves the same problem from the same sums, and the choices are compared by a digest. Residuals stay, and
 PowerSGD keeps the columns of its basis that the new rank has.
@@ -79,12 +80,12 @@ class ChoosingLGreCo:
         number = self.exchanges + 1
         return number == FIRST or number % self.spec.every == 0
 
-    def measure(self, fqn: str, value: Tensor, matrix: Matrix, world: int, key: Key) -> None:
-        found = costs(value, [option.compressor for option in self.spec.options], matrix, world, key)
-        size = float(value.double().square().sum())
+    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+        found = costs(fresh, [option.compressor for option in self.spec.options], matrix, world, key)
+        size = float(meant.double().square().sum())
         for number, option in enumerate(self.spec.options):
-            risky = isinstance(option.compressor, Compressor) and option.compressor.delta <= 0 and option.feedback.kinds
-            if risky and number != self.spec.uniform and float(found[0, number]) > SAFE * size:
+            risky = option.feedback.kinds and _promises_nothing(option.compressor) and number != self.spec.uniform
+            if risky and float(costs(meant, [option.compressor], matrix, world, key)[0, 0]) > SAFE * size:
                 found[0, number] = UNUSABLE
         self._costs[fqn] = found
 
@@ -148,6 +149,10 @@ class ChoosingLGreCo:
                     f"ranks disagree about the plan (digests {digests.tolist()} over the {axis} axis); they must run "
                     "the same version of torch on the same kind of machine"
                 )
+
+
+def _promises_nothing(compressor: Compressor | LowRank) -> bool:
+    return isinstance(compressor, Compressor) and compressor.delta <= 0
 
 
 def costs(value: Tensor, compressors: Sequence[Compressor | LowRank], matrix: Matrix, world: int, key: Key) -> Tensor:

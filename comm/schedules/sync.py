@@ -192,9 +192,9 @@ class Attached(ABC):
         if not self.plan.due():
             return
         for fqn, value in values.items():
-            meant = self.plan.of(fqn, key.step).feedback.correct(fqn, value, self.state)
-            own = replace(key, fqn=fqn, phase="plan")
-            self.plan.measure(fqn, meant, self.matrices[fqn], self.pieces.place.size, own)
+            feedback, own = self.plan.of(fqn, key.step).feedback, replace(key, fqn=fqn, phase="plan")
+            fresh, meant = feedback.fresh(fqn, value, self.state), feedback.correct(fqn, value, self.state)
+            self.plan.measure(fqn, fresh, meant, self.matrices[fqn], self.pieces.place.size, own)
 
     def _review(self) -> None:
         """Let the plan decide what to use from now on. Every rank must call it, once for each exchange."""

@@ -26,7 +26,7 @@ def looked_at(plan: Accordion, scales: list[dict[str, float]], world: int = 2) -
             if mine.due():
                 for fqn, lies in LIES.items():
                     value: Tensor = scale[fqn] * draw(7 + rank, lies.numel)
-                    mine.measure(fqn, value, lies, world, Key(0, step, rank, fqn))
+                    mine.measure(fqn, value, value, lies, world, Key(0, step, rank, fqn))
         simulate([mine.review() for mine in plans])
     return plans
 

@@ -99,7 +99,7 @@ def test_under_feedback_a_choice_without_a_promise_must_show_a_contraction() -> 
     hard = torch.full((512,), 0.16)  # half-way between codes: as far off as can be
     hard[0], hard[1] = 1.0, -1.0
     for fqn, value in (("easy", draw(1, 512)), ("hard", hard)):
-        plan.measure(fqn, value, Matrix(512, 16, 0), 1, Key(0, 0))
+        plan.measure(fqn, value, value, Matrix(512, 16, 0), 1, Key(0, 0))
     two_bits = 0
     assert plan._costs["easy"][0, two_bits] < 1e6 and plan._costs["hard"][0, two_bits] == UNUSABLE
     assert bool(torch.isfinite(plan._costs["hard"]).all())
@@ -127,8 +127,9 @@ def train(plan: LGreCo, steps: int, world: int = 3) -> tuple[list[ChoosingLGreCo
             values, key = gradients(step, rank), Key(0, step, rank)
             if mine.due():
                 for fqn, value in values.items():
-                    corrected = mine.of(fqn, step).feedback.correct(fqn, value, state)
-                    mine.measure(fqn, corrected, LIES[fqn], world, key)
+                    feedback = mine.of(fqn, step).feedback
+                    fresh, meant = feedback.fresh(fqn, value, state), feedback.correct(fqn, value, state)
+                    mine.measure(fqn, fresh, meant, LIES[fqn], world, key)
             flows.append(combine(values, mine, rank_order_mean, Place(rank, world), key, state, matrices=LIES))
         assert all(found.finite for found in simulate(flows))
         for state in states:
@@ -175,7 +176,8 @@ def test_ranks_that_disagree_say_so_before_they_use_it() -> None:
 def test_what_is_not_finite_changes_no_plan() -> None:
     plans = [lgreco(topk(0.1), every=1).begin(["w"]) for _ in range(2)]
     for plan in plans:
-        plan.measure("w", torch.full((50,), torch.nan), Matrix(50, 5, 0), 2, Key(0, 0))
+        nothing = torch.full((50,), torch.nan)
+        plan.measure("w", nothing, nothing, Matrix(50, 5, 0), 2, Key(0, 0))
     simulate([plan.review() for plan in plans])
     assert [plan.changes for plan in plans] == [0, 0]
 

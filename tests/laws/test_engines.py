@@ -49,13 +49,14 @@ COMPRESSED = {
     "topk_ef21": ["compress@sync.compress=topk_ef21"],
     "topk_econtrol": ["compress@sync.compress=topk_econtrol"],
     "lgreco_powersgd": ["compress@sync.compress=lgreco_powersgd"],
+    "ef21w": ["sync.compress={_target_:dtrain.ef21w,compressor:{_target_:dtrain.topk,density:0.05},warmup_steps:12}"],
     "onebit_adam": ["sync=onebit_adam", "sync.warmup_steps=6"],
     "dgc": ["sync=dgc", "sync.density=0.05", "sync.warmup_steps=10", "optim=sgd", "optim.inner.momentum=0"],
 }
 
 
 # Elementwise state is cut and put together as that of int8_ef, in the fifteen: one engine of each kind is enough.
-ELEMENTWISE = [(e, m) for e in ("fsdp", "zero1") for m in ("topk_ef21", "topk_econtrol", "dgc")]
+ELEMENTWISE = [(e, m) for e in ("fsdp", "zero1") for m in ("topk_ef21", "topk_econtrol", "ef21w", "dgc")]
 ODD = [(e, m) for e in ENGINES for m in ("lgreco_powersgd", "onebit_adam")]
 
 

@@ -1,0 +1,185 @@
+"""EF21-W (Richtarik, Gasanov and Burlachenko, ICLR 2024): EF21 that gives more room to workers with rougher losses.
+
+    s_i = L_i / mean_j L_j;    send C_i(d) = s_i C(d / s_i)   in EF21's place of   C(d)
+
+L_i: the smoothness of worker i's loss, here the sum over the warm-up of |g_i(t+1) - g_i(t)|: all workers make the same
+steps, so their lengths cancel. After the warm-up s_i never changes. The second phase of the two-phase route, whose
+input is a mean, is not scaled. Where C is homogeneous (top-k, sign, ...) C_i is C, and all this is EF21: the paper's
+gain is then one of theory, a larger step size that is safe.
+Communication: in the warm-up one gather over the shards in each exchange, at its end one over the replicas; then 4 more
+bytes in each encoded row. Keeps: what EF21 keeps, in the warm-up the last gradient too, and two numbers. On another
+mesh all workers go on with the scale of replica 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.lowrank import LowRank, Matrix
+from dtrain.comm.feedback import EF21, Compression, ef21
+from dtrain.comm.ops import AllGather, Flow, Payload
+from dtrain.comm.plans.adaptive import bits_of, number_of
+from dtrain.comm.seeds import Key
+from dtrain.comm.state import Kind, State
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """``C(x / scale) scale``, the scale sent along; in the second phase of a route, C alone."""
+
+    compressor: Compressor
+    scale: float = 1.0
+
+    @property
+    def unbiased(self) -> bool:
+        return self.compressor.unbiased
+
+    @property
+    def delta(self) -> float:
+        return self.compressor.delta
+
+    @property
+    def homogeneous(self) -> bool:
+        return self.compressor.homogeneous
+
+    @property
+    def linear(self) -> bool:
+        return False
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        scale = rows.new_full((rows.shape[0], 1), 1.0 if key.phase == "answer" else self.scale)
+        return (*self.compressor.encode(rows / scale, key), scale)
+
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
+        return self.compressor.decode(payload[:-1], width, key) * payload[-1]
+
+    def row_bytes(self, width: int) -> int:
+        return self.compressor.row_bytes(width) + 4
+
+
+@dataclass(frozen=True)
+class _EF21W(EF21):
+    """EF21 that remembers the last gradient while it is ``learning``, and forgets it afterwards."""
+
+    learning: bool = True
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {**super().kinds, "last_gradient": "per_worker"}
+
+    def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
+        if self.learning:
+            state.stage(fqn, "last_gradient", value.clone())
+        else:
+            state.drop(fqn, "last_gradient")
+        return super().correct(fqn, value, state)
+
+    def fresh(self, fqn: str, value: Tensor, state: State) -> Tensor:
+        """How far the gradient has moved; nothing in the first step."""
+        return value - state.get(fqn, "last_gradient", value) if state.known(fqn, "last_gradient") else 0 * value
+
+
+@dataclass(frozen=True)
+class EF21W:
+    """See `ef21w`."""
+
+    compressor: Compressor
+    warmup: int
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        return (self.learning,)
+
+    @property
+    def learning(self) -> Compression:
+        """What is used in the warm-up."""
+        return Compression(Scaled(self.compressor), _EF21W(1.0))
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return self.learning
+
+    def begin(self, fqns: Sequence[str]) -> ChoosingEF21W:
+        return ChoosingEF21W(self)
+
+
+class ChoosingEF21W:
+    """EF21-W at work on one rank: this worker's smoothness, then its scale."""
+
+    def __init__(self, spec: EF21W) -> None:
+        self.spec = spec
+        self.compressions = spec.compressions
+        self.exchanges = 0
+        self.smoothness = 0.0
+        self.scale = 1.0
+        self._square = 0.0
+
+    @property
+    def changes(self) -> int:
+        return int(self.exchanges >= self.spec.warmup)
+
+    def of(self, fqn: str, step: int) -> Compression:
+        if self.due():
+            return self.spec.learning
+        return Compression(Scaled(self.spec.compressor, self.scale), _EF21W(1.0, learning=False))
+
+    def due(self) -> bool:
+        return self.exchanges < self.spec.warmup
+
+    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+        self._square += float(fresh.double().square().sum())
+
+    def review(self) -> Flow[None]:
+        if not self.due():
+            return
+        square, self._square = torch.tensor([self._square], dtype=torch.float64), 0.0
+        (squares,) = yield AllGather((square,), axis="shard")
+        moved = float(squares.sum().sqrt())
+        if moved < float("inf"):  # otherwise the step is skipped, too
+            self.smoothness += moved
+        self.exchanges += 1
+        if self.due():
+            return
+        (all_of_them,) = yield AllGather((torch.tensor([self.smoothness], dtype=torch.float64),), axis="replicate")
+        mean = float(all_of_them.mean())
+        self.scale = self.smoothness / mean if self.smoothness > 0 else 1.0
+
+    def integers(self) -> dict[str, int]:
+        return {
+            "plan.exchanges": self.exchanges,
+            "plan.smoothness": bits_of(self.smoothness),
+            "plan.scale": bits_of(self.scale),
+        }
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        self.exchanges = integers["plan.exchanges"]
+        self.smoothness, self.scale = number_of(integers["plan.smoothness"]), number_of(integers["plan.scale"])
+
+    def table(self) -> str:
+        return f"EF21-W: scale of this worker {self.scale:.4g}"
+
+
+def ef21w(compressor: Compressor, *, warmup_steps: int = 100) -> EF21W:
+    """EF21 with a weight for each worker, from how fast its gradients change, measured in the warm-up.
+
+    Args:
+        compressor: a contraction. Where it is homogeneous, the result is that of ``ef21(compressor, eta=1)``.
+        warmup_steps: exchanges in which it measures; all workers weigh the same meanwhile.
+
+    >>> from dtrain import ef21w, topk
+    >>> sorted(ef21w(topk(0.01)).learning.kinds)
+    ['estimate', 'last_gradient', 'mean_estimate']
+
+    Raises ``TypeError`` for low rank, ``ValueError`` for what is no contraction or a warm-up without steps.
+    """
+    if isinstance(compressor, LowRank):
+        raise TypeError(f"{compressor} is homogeneous, so weights change nothing; use ef21(...) around it")
+    if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 1:
+        raise ValueError(f"warmup_steps is {warmup_steps!r}; give a positive number of exchanges, for example 100")
+    found = ef21(compressor, eta=1).compressor
+    assert not isinstance(found, LowRank)
+    return EF21W(found, warmup_steps)
