@@ -15,8 +15,9 @@ import pytest
 
 from dtrain.config import compose
 from dtrain.evidence import __main__ as command
-from dtrain.evidence.compression import cells, compressors_report, lgreco_report, loss_report
+from dtrain.evidence.compression import cells, compressors_report, loss_report
 from dtrain.evidence.kernels import Speed, kernels_report
+from dtrain.evidence.lgreco import SETTINGS, lgreco_report, solving_seconds
 from dtrain.evidence.links import CHOSEN, SLOW, powersgd_report, slow_report
 from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
 from dtrain.evidence.runs import Run, Session, as_figures
@@ -246,11 +247,19 @@ def test_gaps_are_those_of_the_best_rates() -> None:
     assert "| top-k 1 % | 3.0000 | 1.8000 | +20.0% |" in report.body
 
 
-@pytest.mark.parametrize(("sent", "loss", "lines"), [(100, 2.0, 0), (120, 2.0, 1), (100, 2.1, 1)])
-def test_lgreco_is_held_to_bytes_and_to_loss(sent: int, loss: float, lines: int) -> None:
-    good = (run(sent=300), run(sent=200))
-    report = lgreco_report({"PowerSGD": good, "quantization": (run(sent=140), run(sent=sent, last=loss))})
+@pytest.mark.parametrize(
+    ("sent", "loss", "seconds", "lines"),
+    [(100, 2.0, 0.001, 0), (100, 1.5, 0.001, 0), (120, 2.0, 0.001, 1), (100, 2.1, 0.001, 1), (100, 2.0, 0.1, 2)],
+)
+def test_lgreco_is_held_to_bytes_loss_and_time(sent: int, loss: float, seconds: float, lines: int) -> None:
+    pairs = {what: (run(sent=300), run(sent=200)) for what in SETTINGS}
+    pairs["quantization, 4 bits"] = (run(sent=140), run(sent=sent, last=loss))
+    report = lgreco_report(pairs, seconds, {"PowerSGD rank 32": seconds})
     assert len(missed(report)) == lines
+
+
+def test_solving_is_timed() -> None:
+    assert 0 < solving_seconds() < 60
 
 
 def test_a_kernel_that_allocates_or_is_slow_misses_its_line() -> None:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dtrain.checkpoint.folders import write_text_durably
-from dtrain.evidence.compression import compressors, lgreco, loss
+from dtrain.evidence.compression import compressors, loss
 from dtrain.evidence.kernels import kernels
+from dtrain.evidence.lgreco import lgreco
 from dtrain.evidence.links import powersgd, slow
 from dtrain.evidence.network import network
 from dtrain.evidence.page import Circumstances, Report, page

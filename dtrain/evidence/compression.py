@@ -6,7 +6,7 @@ Every cell is kept as soon as it has ended, so that a command that was cut off g
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from dtrain.evidence.page import Check, Report, at_least, at_most, table
 from dtrain.evidence.runs import Run, Session, as_figures
@@ -105,19 +105,6 @@ def loss(session: Session) -> Report:
     return loss_report(runs, swept)
 
 
-def lgreco(session: Session) -> Report:
-    """What L-GreCo saves of the bytes of a uniform setting."""
-    chosen = (*FOUR_REPLICAS, f"train.steps={LONG_STEPS}", *LESS_NOISE, "sync=dense")
-    pairs = {
-        what: tuple(session.cell(*chosen, f"compress@sync.compress={name}") for name in names)
-        for what, names in {
-            "PowerSGD": ("powersgd_ef", "lgreco_powersgd"),
-            "quantization": ("int4_ef", "lgreco_quantize"),
-        }.items()
-    }
-    return lgreco_report(pairs)
-
-
 def cells() -> dict[tuple[str, str], tuple[str, ...]]:
     """The command line of each (compressor, feedback)."""
     found: dict[tuple[str, str], tuple[str, ...]] = {("fp32", "none"): ("sync=dense",)}
@@ -206,29 +193,6 @@ def loss_report(runs: Mapping[str, Run], swept: Mapping[tuple[str, float], Run])
     figures |= {f"{name}, lr x {factor:g}": as_figures(run) for (name, factor), run in swept.items()}
     commands = dict.fromkeys(run.command for run in (*runs.values(), *swept.values()))
     return Report("What compression costs in loss", body, tuple(commands), checks, figures)
-
-
-def lgreco_report(pairs: Mapping[str, Sequence[Run]]) -> Report:
-    """By what is compressed: the uniform run and that of L-GreCo."""
-    rows, checks = [], []
-    lines = {"PowerSGD": 1.4, "quantization": 1.3}
-    for what, (uniform, planned) in pairs.items():
-        fewer = uniform.summary.sent_bytes_per_rank / planned.summary.sent_bytes_per_rank
-        off = planned.validation / uniform.validation - 1
-        sent = [in_bytes(run.summary.sent_bytes_per_rank) for run in (uniform, planned)]
-        rows.append([what, f"{uniform.validation:.4f}", f"{planned.validation:.4f}", *sent, f"{fewer:.2f}x"])
-        checks.append(at_least(f"bytes of uniform {what} over those of L-GreCo", fewer, lines[what], "x"))
-        checks.append(at_most(f"validation loss with {what}, off uniform", 100 * abs(off), 1, " %"))
-    body = (
-        f"{next(iter(pairs.values()))[0].summary.steps} steps on the default text and model, DDP, 4 replicas, EF14. "
-        "L-GreCo may lose as much in all as the uniform setting (rank 4; 4 bits) does, and looks again after 10 steps "
-        "and then after every 100. Bytes are those of whole runs: of the first steps, which have no plan yet, of the "
-        "statistics, and of the control messages.\n\n"
-        + table(["", "loss, uniform", "loss, L-GreCo", "sent, uniform", "sent, L-GreCo", "fewer bytes"], rows)
-    )
-    figures = {f"{what}, {how}": as_figures(run) for what, pair in pairs.items()
-               for how, run in zip(("uniform", "L-GreCo"), pair, strict=True)}  # fmt: skip
-    return Report("L-GreCo", body, tuple(r.command for pair in pairs.values() for r in pair), tuple(checks), figures)
 
 
 def _figures(run: Run, dense: Run) -> list[str]:
