@@ -65,7 +65,8 @@ def lgreco_report(pairs: Mapping[str, tuple[Run, Run]], solving: float, looking:
         + table(["", "loss, uniform", "L-GreCo", "off", "sent, uniform", "L-GreCo", "fewer bytes"], rows)
         + "\n\nThe errors that it keeps are sums of squares over all layers, which is what SGD cares about. AdamW "
         "scales each layer by itself, so what a layer with small gradients loses is felt all the same, the more the "
-        "smaller the rank is. As training goes on, the layers' gradients become more alike, and there is less to gain: over 500 "
+        "smaller the rank is. As training goes on, the layers' gradients become more alike, and there is less to "
+        "gain: over 500 "
         "steps the quantizer's plan saves 1.2 times.\n\nStatistics: seconds of one look at all layers, on one thread, "
         "over 100 steps of the run above."
     )
