@@ -76,8 +76,10 @@ class Float8(RowWise):
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
         blocks = to_blocks(rows, self.block)
-        scale = blocks.abs().amax(-1, keepdim=True) / torch.finfo(FP8[self.dtype]).max
-        codes = scaled(blocks, scale).to(FP8[self.dtype]).view(torch.uint8)
+        largest = torch.finfo(FP8[self.dtype]).max
+        scale = blocks.abs().amax(-1, keepdim=True) / largest
+        # A scale that is denormal is so coarse that quotients go beyond the largest number.
+        codes = scaled(blocks, scale).clamp_(-largest, largest).to(FP8[self.dtype]).view(torch.uint8)
         return codes.flatten(1)[:, : rows.shape[1]].contiguous(), scale.squeeze(-1)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:

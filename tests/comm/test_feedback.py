@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,9 +15,20 @@ from torch import Tensor
 from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.quantize import quantize
-from dtrain.comm.feedback import EF14, Compression, NoFeedback, as_compression, error_feedback
+from dtrain.comm.feedback import EF14, Compression, NoFeedback, as_compression, ef21, error_feedback
 from dtrain.comm.state import State
-from tests.comm.zoo import bits, draw, exchange, fresh_states, kinds_of_values, numels, per_rank, seeds, worlds
+from tests.comm.zoo import (
+    COMPRESSORS,
+    bits,
+    draw,
+    exchange,
+    fresh_states,
+    kinds_of_values,
+    numels,
+    per_rank,
+    seeds,
+    worlds,
+)
 
 CONTRACTIVE: dict[str, Compressor] = {
     "fp32": cast("fp32"),
@@ -239,3 +251,24 @@ def test_what_may_be_given_as_compress() -> None:
     for nonsense in ("int8", 8, quantize, object()):
         with pytest.raises(TypeError, match=r"give a compressor, as quantize\(bits=8\), or error_feedback"):
             as_compression(nonsense)  # type: ignore[arg-type]
+
+
+FADING = {
+    **{name: one for name, one in COMPRESSORS.items() if one.delta > 0},
+    **{f"{dtype} in one block": cast(dtype) for dtype in ("fp8_e4m3", "fp8_e5m2")},
+}
+
+
+@pytest.mark.parametrize("name", FADING)
+@pytest.mark.parametrize("feedback", [error_feedback, lambda c: ef21(c, eta=1)], ids=["EF14", "EF21"])
+def test_a_residual_that_fades_away_stays_finite(name: str, feedback: Callable[[Compressor], Compression]) -> None:
+    """A parameter without gradient, as an embedding of what never occurs: its residual becomes denormal, then zero."""
+    compression = feedback(FADING[name])
+    states = fresh_states(compression, 2)
+    for step in range(120):
+        values = [{"w": draw(rank, 131) if step == 0 else torch.zeros(131)} for rank in range(2)]
+        found = exchange(values, compression, states, step=step)
+        assert all(one.finite for one in found), step
+        for state in states:
+            state.commit()
+    assert all(bool(state.tensors["w"][kept].isfinite().all()) for state in states for kept in state.tensors["w"])
