@@ -41,11 +41,12 @@ def combine(
     matrices: Mapping[str, Matrix] = NO_MATRICES,
     route: Route = "two_phase",
     lossless: int | None = None,
+    weight: float | None = None,
 ) -> Flow[Combined]:
     """Combine flat fp32 ``values`` over the peers by ``rule``. New state is staged in ``state``.
 
     ``matrices`` says how each piece lies in its parameter; low rank needs it. The rule of the route "all_reduce" is the
-    mean. ``lossless``: zstandard's level, for what is sent.
+    mean. ``lossless``: zstandard's level, for what is sent. ``weight``: of this rank, see `two_phase`.
     """
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
     low = {fqn: values[fqn] for fqn in values if _low_rank(chosen[fqn], fqn, matrices)}
@@ -55,7 +56,7 @@ def combine(
     def send(part: Named, using: Plan) -> Flow[Combined]:
         if route == "all_reduce":
             return native_mean(part, using, key, state)
-        return two_phase(part, using, rule, place, key, state)
+        return two_phase(part, using, rule, place, key, state, weight)
 
     def dense(part: Named) -> Flow[Combined]:
         return send(part, as_compression(None))
@@ -63,7 +64,7 @@ def combine(
     if not low:
         flow = send(rest, rows)
         return (yield from (flow if lossless is None else packed(flow, lossless)))
-    flows = [_power_iteration(low, chosen, key, state, matrices, dense)]
+    flows = [_power_iteration(low, chosen, key, state, matrices, dense, weight != 0)]
     if rest:
         flows.append(send(rest, rows))
     joint = together(flows)
@@ -104,8 +105,9 @@ def _power_iteration(
     state: State,
     matrices: Mapping[str, Matrix],
     dense: Dense,
+    counts: bool,
 ) -> Flow[Combined]:
-    """PowerSGD of all ``values`` at once: two dense means, of P and of Q."""
+    """PowerSGD of all ``values`` at once: two dense means, of P and of Q. ``counts``: whether this rank is in them."""
     meant = {fqn: chosen[fqn].feedback.correct(fqn, value, state) for fqn, value in values.items()}
     whole = {fqn: matrices[fqn].view(value) for fqn, value in meant.items()}
     starts, shapes = {}, {}
@@ -120,7 +122,7 @@ def _power_iteration(
     results: dict[str, Tensor] = {}
     for fqn, value in values.items():
         feedback, factor, lies = chosen[fqn].feedback, factors.values[fqn].view(own[fqn].shape), matrices[fqn]
-        if feedback.kinds:
+        if feedback.kinds and counts:
             feedback.retain_product(fqn, value, meant[fqn], lies, (bases[fqn], own[fqn]), state)
         # From zeros no iteration would ever start again.
         state.stage(fqn, "q", factor.clone() if bool(factor.any()) else starts[fqn])

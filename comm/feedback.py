@@ -75,8 +75,17 @@ class Feedback(ABC):
         self.retain(fqn, value, corrected, matrix.flat(left @ right.T), state)
 
     @abstractmethod
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
-        """The mean of the chunk that begins at element ``start`` lost ``error`` [m] in the second phase."""
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
+        """The mean of the chunk that begins at element ``start`` lost ``error`` [m] in the second phase.
+
+        ``world``: how many times this worker's own value would have to be raised by it to put it back into the mean.
+        """
+
+    def sit_out(self, fqn: str, like: Tensor, state: State) -> None:
+        """Stage what is kept as it is: nobody will use what this worker sends."""
+        for name, kind in self.kinds.items():
+            if kind == "per_worker":
+                state.stage(fqn, name, state.get(fqn, name, like).clone())
 
     def encode(self, fqn: str, value: Tensor, compressor: Coder, world: int, key: Key, state: State) -> Payload:
         """What to send for ``value`` [n], in ``world`` rows; what the peers will not decode of it is retained."""
@@ -106,7 +115,7 @@ class NoFeedback(Feedback):
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         pass
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
         pass
 
 
@@ -145,7 +154,7 @@ class EF14(Feedback):
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         state.stage(fqn, "residual", corrected - sent)
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
         state.staged(fqn, "residual")[start : start + error.numel()] += world * error
 
 
@@ -170,7 +179,7 @@ class EF21(Feedback):
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         state.stage(fqn, "estimate", state.get(fqn, "estimate", value) + sent)
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
         state.staged(fqn, "estimate")[start : start + error.numel()] -= world * error
 
     def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
@@ -200,7 +209,7 @@ class EControl(Feedback):
         state.stage(fqn, "residual", state.get(fqn, "residual", value) + value - old - sent)
         state.stage(fqn, "estimate", old + sent)
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
         own = slice(start, start + error.numel())
         state.staged(fqn, "residual")[own] += world * error
         state.staged(fqn, "estimate")[own] -= world * error

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -48,11 +48,17 @@ class Pieces(Protocol):
     def place(self) -> Place:
         """This rank on the replicate axis."""
 
-    def read(self) -> dict[str, Tensor]:
-        """Copies of the current values of ``segments``, fp32: those that the inner optimizer steps from."""
+    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Copies of the current values of ``segments``, fp32: those that the inner optimizer steps from.
 
-    def write(self, values: Named) -> None:
-        """Overwrite ``segments`` so that the next forward pass sees the values and the next step starts from them."""
+        ``fqns``: of these parameters only.
+        """
+
+    def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
+        """Overwrite ``segments`` so that the next forward pass sees the values and the next step starts from them.
+
+        ``fqns``: of these parameters only, the same on all ranks of a replica, whatever pieces of them each holds.
+        """
 
     def hand_over(self, exchange: Exchange | None) -> None:
         """From now on gradients go through ``exchange``; None: they stay inside the replica. Called once."""

@@ -6,7 +6,8 @@ every rank, the owner of a chunk included, decodes the same bytes. Its cost does
 the deterministic dense route: its bits do not depend on buckets, on timing or on the transport.
 
 Everything is cut per FQN, never per bucket: chunk j of a segment of n elements is its elements [j w, (j + 1) w) with
-w = ceil(n / W). Sent by each rank and message, besides the encoded chunks: one byte that says whether all was finite.
+w = ceil(n / W). Sent by each rank and message, besides the encoded chunks: one byte that says whether all was finite;
+in the first phase of a weighted mean four bytes, the weight.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
+from dtrain.comm.aggregators.mean import Aggregator, among, rank_order_mean
 from dtrain.comm.compressors.base import Compressor, one_pass
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.lowrank import LowRank
 from dtrain.comm.feedback import Compression, Feedback
-from dtrain.comm.layout import Named, chunk_width, from_rows, is_finite
+from dtrain.comm.layout import Named, chunk_width, from_rows, is_finite, to_rows
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Payload, Place
 from dtrain.comm.plans.base import Plan
 from dtrain.comm.seeds import Key
@@ -38,10 +39,20 @@ class Combined:
     finite: bool
 
 
-def two_phase(values: Named, plan: Plan, combine: Aggregator, place: Place, key: Key, state: State) -> Flow[Combined]:
+def two_phase(
+    values: Named,
+    plan: Plan,
+    combine: Aggregator,
+    place: Place,
+    key: Key,
+    state: State,
+    weight: float | None = None,
+) -> Flow[Combined]:
     """Combine flat ``values`` over the peers. New feedback state is staged in ``state``.
 
     Compressors see fp32. What that rounds of values in fp64 is the compressor's loss, and fed back with it.
+    ``weight``: what this rank counts in the mean. A rank of weight 0 gives zeros and is left out, as is one whose
+    values are not finite; None: all count alike, and none may be left out.
     """
     world = place.size
     finite = all_finite(values)
@@ -50,28 +61,33 @@ def two_phase(values: Named, plan: Plan, combine: Aggregator, place: Place, key:
     for fqn, value in values.items():
         compressor, feedback = _in_rows(chosen[fqn], value)
         own = replace(key, fqn=fqn, phase="send")
-        outgoing.append(feedback.encode(fqn, value, compressor, world, own, state))
-    flags = torch.full((world, 1), finite, dtype=torch.uint8, device=_device(values))
-    incoming = yield AllToAll(_joined(outgoing, flags))
-    finite = bool(incoming[-1].all())
+        if weight == 0:
+            feedback.sit_out(fqn, value, state)
+            outgoing.append(compressor.encode(to_rows(value, world), own))
+        else:
+            outgoing.append(feedback.encode(fqn, value, compressor, world, own, state))
+    incoming = yield AllToAll(_joined(outgoing, _vote(world, finite, weight, _device(values))))
+    votes = _Votes(incoming[-1].flatten().tolist(), place)
+    finite = votes.passed if weight is None else votes.anybody
 
     answers: list[Payload] = []
     for (fqn, value), encoded in zip(values.items(), _cut(incoming, outgoing), strict=True):
         compressor, feedback = _in_rows(chosen[fqn], value)
         width = chunk_width(value.numel(), world)
         own = replace(key, fqn=fqn, phase="answer")
-        quick = one_pass(compressor) if combine is rank_order_mean else None
+        quick = one_pass(compressor) if combine is rank_order_mean and votes.alike else None
         if quick is not None:
             chunk = quick.decode_mean(encoded, width)
         else:
-            chunk = combine(compressor.decode(encoded, width, own.shared))
+            rows = compressor.decode(encoded, width, own.shared)
+            chunk = combine(rows) if votes.alike else among(combine, rows, votes.weights)
         answer = compressor.encode(chunk.unsqueeze(0), own)
         if feedback.kinds:
             start = min(place.rank * width, value.numel())
             error = (chunk - compressor.decode(answer, width, own.shared)[0])[: value.numel() - start]
-            feedback.retain_owned(fqn, error, start, world, state)
+            feedback.retain_owned(fqn, error, start, votes.world, state)
         answers.append(answer)
-    gathered = yield AllGather(_joined(answers, torch.full_like(flags[:1], finite)))
+    gathered = yield AllGather(_joined(answers, _vote(1, finite, None, _device(values))))
     finite = bool(gathered[-1].all())
 
     results = {}
@@ -81,6 +97,40 @@ def two_phase(values: Named, plan: Plan, combine: Aggregator, place: Place, key:
         rows = compressor.decode(tuple(tensor.flatten(0, 1) for tensor in encoded), width, shared)
         results[fqn] = feedback.result(fqn, from_rows(rows, value.numel()), state)
     return Combined(results, finite and all_finite(results))
+
+
+@dataclass(frozen=True)
+class _Votes:
+    """What the ranks said of their values: 0 for what cannot be used, else how much they count."""
+
+    weights: list[float]
+    place: Place
+
+    @property
+    def passed(self) -> bool:
+        return all(weight > 0 for weight in self.weights)
+
+    @property
+    def anybody(self) -> bool:
+        return any(weight > 0 for weight in self.weights)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all ranks count the same; where nobody counts, nothing of what follows is used."""
+        return len(set(self.weights)) == 1
+
+    @property
+    def world(self) -> float:
+        """See `Feedback.retain_owned`. A rank that does not count now counts like any other the next time."""
+        own = self.weights[self.place.rank]
+        return self.place.size if self.alike or own <= 0 else sum(self.weights) / own
+
+
+def _vote(rows: int, finite: bool, weight: float | None, device: torch.device) -> Tensor:
+    """[rows, 1]: one byte, or four for a weight."""
+    if weight is None:
+        return torch.full((rows, 1), finite, dtype=torch.uint8, device=device)
+    return torch.full((rows, 1), weight if finite else 0.0, dtype=torch.float32, device=device)
 
 
 def native_mean(values: Named, plan: Plan, key: Key, state: State) -> Flow[Combined]:
@@ -101,7 +151,7 @@ def native_mean(values: Named, plan: Plan, key: Key, state: State) -> Flow[Combi
     return Combined(results, all_finite(results))
 
 
-def two_phase_bytes(numels: list[int], compressor: Compressor, world: int) -> int:
+def two_phase_bytes(numels: list[int], compressor: Compressor, world: int, *, weighted: bool = False) -> int:
     """Bytes that one rank sends for one `two_phase` message over segments of ``numels`` elements.
 
     >>> from dtrain import cast
@@ -109,7 +159,7 @@ def two_phase_bytes(numels: list[int], compressor: Compressor, world: int) -> in
     606
     """
     chunks = sum(compressor.row_bytes(chunk_width(numel, world)) for numel in numels) + 1
-    return 2 * (world - 1) * chunks
+    return (world - 1) * (2 * chunks + 3 * weighted)
 
 
 def _in_rows(compression: Compression, value: Tensor) -> tuple[Compressor | _Double, Feedback]:

@@ -43,6 +43,12 @@ class State:
         """Whether a tensor of this name has been committed."""
         return name in self.tensors.get(fqn, {})
 
+    def branch(self) -> State:
+        """For what is under way beside the steps: it reads what is committed here, and commits for itself."""
+        branch = State(self.kinds)
+        branch.tensors = self.tensors
+        return branch
+
     def stage(self, fqn: str, name: str, value: Tensor) -> None:
         """Make ``value`` what `commit` will store. Raises ``KeyError`` for a name without a declared kind."""
         if name not in self.kinds:

@@ -24,25 +24,35 @@ if TYPE_CHECKING:
     from dtrain.comm.plans.base import after, by_layer
     from dtrain.comm.plans.ef21w import ef21w
     from dtrain.comm.plans.lgreco import lgreco
+    from dtrain.comm.schedules.co2 import co2
+    from dtrain.comm.schedules.delayed_diloco import delayed_diloco, eager_diloco
     from dtrain.comm.schedules.dgc import dgc
     from dtrain.comm.schedules.diloco import diloco
     from dtrain.comm.schedules.every_step import every_step
     from dtrain.comm.schedules.local_sgd import local_sgd
+    from dtrain.comm.schedules.local_update import local_update
     from dtrain.comm.schedules.onebit_adam import onebit_adam
-    from dtrain.comm.schedules.outer import nesterov, sgd
+    from dtrain.comm.schedules.outer import adam, nesterov, sgd
+    from dtrain.comm.schedules.post_local_sgd import post_local_sgd
+    from dtrain.comm.schedules.slowmo import slowmo
+    from dtrain.comm.schedules.streaming_diloco import streaming_diloco
 
 __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
     "accordion",
+    "adam",
     "after",
     "attach",
     "by_layer",
     "cast",
+    "co2",
     "compeft",
+    "delayed_diloco",
     "dgc",
     "diloco",
+    "eager_diloco",
     "econtrol",
     "ef21",
     "ef21w",
@@ -50,44 +60,56 @@ __all__ = [
     "every_step",
     "lgreco",
     "local_sgd",
+    "local_update",
     "mean",
     "nesterov",
     "onebit_adam",
+    "post_local_sgd",
     "powersgd",
     "quantize",
     "randk",
     "sgd",
     "sign",
     "simulate",
+    "slowmo",
+    "streaming_diloco",
     "terngrad",
     "topk",
 ]
 
 _HOME = {
     "accordion": "dtrain.comm.plans.accordion",
-    "ef21w": "dtrain.comm.plans.ef21w",
+    "adam": "dtrain.comm.schedules.outer",
     "after": "dtrain.comm.plans.base",
     "attach": "dtrain.comm.attach",
     "by_layer": "dtrain.comm.plans.base",
     "cast": "dtrain.comm.compressors.cast",
+    "co2": "dtrain.comm.schedules.co2",
     "compeft": "dtrain.comm.compressors.ternary",
+    "delayed_diloco": "dtrain.comm.schedules.delayed_diloco",
     "dgc": "dtrain.comm.schedules.dgc",
     "diloco": "dtrain.comm.schedules.diloco",
+    "eager_diloco": "dtrain.comm.schedules.delayed_diloco",
     "econtrol": "dtrain.comm.feedback",
     "ef21": "dtrain.comm.feedback",
+    "ef21w": "dtrain.comm.plans.ef21w",
     "error_feedback": "dtrain.comm.feedback",
     "every_step": "dtrain.comm.schedules.every_step",
     "lgreco": "dtrain.comm.plans.lgreco",
     "local_sgd": "dtrain.comm.schedules.local_sgd",
+    "local_update": "dtrain.comm.schedules.local_update",
     "mean": "dtrain.comm.aggregators.mean",
     "nesterov": "dtrain.comm.schedules.outer",
     "onebit_adam": "dtrain.comm.schedules.onebit_adam",
+    "post_local_sgd": "dtrain.comm.schedules.post_local_sgd",
     "powersgd": "dtrain.comm.compressors.lowrank",
     "quantize": "dtrain.comm.compressors.quantize",
     "randk": "dtrain.comm.compressors.sparse",
     "sgd": "dtrain.comm.schedules.outer",
     "sign": "dtrain.comm.compressors.sign",
     "simulate": "dtrain.comm.drivers.simulate",
+    "slowmo": "dtrain.comm.schedules.slowmo",
+    "streaming_diloco": "dtrain.comm.schedules.streaming_diloco",
     "terngrad": "dtrain.comm.compressors.ternary",
     "topk": "dtrain.comm.compressors.sparse",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -24,6 +24,33 @@ def rank_order_mean(rows: Tensor) -> Tensor:
     for row in rows[1:]:
         total += row
     return total / rows.shape[0]
+
+
+def weighted_mean(rows: Tensor, weights: Sequence[float]) -> Tensor:
+    """The mean of ``rows`` [world, n] by ``weights``, which are not all zero, added up in rank order in fp32.
+
+    >>> import torch
+    >>> weighted_mean(torch.tensor([[1.0], [3.0]]), [3.0, 1.0])
+    tensor([1.5000])
+    """
+    total = rows[0] * weights[0]
+    for row, weight in zip(rows[1:], weights[1:], strict=True):
+        total += weight * row
+    return total / sum(weights)
+
+
+def among(rule: Aggregator, rows: Tensor, weights: Sequence[float]) -> Tensor:
+    """What ``rule`` makes of the rows that take part: those of a positive weight. Only the mean knows weights.
+
+    >>> import torch
+    >>> among(rank_order_mean, torch.tensor([[1.0], [7.0], [3.0]]), [2.0, 0.0, 2.0])
+    tensor([2.])
+    """
+    there = [number for number, weight in enumerate(weights) if weight > 0]
+    taken = rows if len(there) == len(weights) else rows[there]
+    if rule is rank_order_mean and len({weights[number] for number in there}) > 1:
+        return weighted_mean(taken, [weights[number] for number in there])
+    return rule(taken)
 
 
 def mean() -> Aggregator:

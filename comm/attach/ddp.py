@@ -9,7 +9,7 @@ buckets after the first step without moving a bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,11 +57,13 @@ class DDPPieces:
     def place(self) -> Place:
         return self.channel.places["replicate"]
 
-    def read(self) -> dict[str, Tensor]:
-        return {fqn: self._own_slice(fqn, self.parameters[fqn].detach()).clone() for fqn in self.segments}
+    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
+        wanted = [fqn for fqn in self.segments if fqns is None or fqn in fqns]
+        return {fqn: self._own_slice(fqn, self.parameters[fqn].detach()).clone() for fqn in wanted}
 
-    def write(self, values: Named) -> None:
-        whole = self.channel.run(self._gather(dict(values), list(self.parameters)), "write-back")
+    def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
+        wanted = [fqn for fqn in self.parameters if fqns is None or fqn in fqns]
+        whole = self.channel.run(self._gather(dict(values), wanted), "write-back")
         with torch.no_grad():
             for fqn, value in whole.items():
                 self.parameters[fqn].copy_(value.view(self.shapes[fqn]))

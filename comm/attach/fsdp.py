@@ -8,7 +8,7 @@ while backward goes on; otherwise the hook waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,11 @@ class FSDPPieces:
     def place(self) -> Place:
         return self.channel.places["replicate"]
 
-    def read(self) -> dict[str, Tensor]:
-        return {fqn: working(_local(p.detach())).clone() for fqn, p in self.parameters.items()}
+    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
+        wanted = {fqn: p for fqn, p in self.parameters.items() if fqns is None or fqn in fqns}
+        return {fqn: working(_local(p.detach())).clone() for fqn, p in wanted.items()}
 
-    def write(self, values: Named) -> None:
+    def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         # A unit that a forward pass without backward left gathered, the root for one, would go on with the old values.
         for unit in self.units:
             unit.reshard()

@@ -10,7 +10,7 @@ for each stage. Nothing here imports deepspeed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,10 @@ class ZeroPieces(ABC):
     def place(self) -> Place:
         return self.channel.places["replicate"]
 
-    def read(self) -> dict[str, Tensor]:
-        return {fqn: self._master(home).clone() for fqn, home in self.homes.items()}
+    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
+        return {fqn: self._master(home).clone() for fqn, home in self.homes.items() if fqns is None or fqn in fqns}
 
-    def write(self, values: Named) -> None:
+    def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         for fqn, value in values.items():
             self._master(self.homes[fqn]).copy_(value)
         self._publish()

@@ -115,6 +115,10 @@ class MpiTransport:
         _under_way.add(message)
         return message
 
+    def twin(self) -> MpiTransport:
+        with _calls:
+            return MpiTransport(self._comm.Dup(), self._timeout_seconds, self._watch)
+
 
 class _Message:
     """An op under way in MPI's non-blocking calls, cut by columns where it is larger than MPI takes at once."""

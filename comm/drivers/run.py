@@ -129,6 +129,13 @@ class Channel:
         self._queue.put(_Job(cast(Flow[object], counted), cast(Handle[object], handle), ready))
         return handle
 
+    def second(self) -> Channel:
+        """A channel of its own to the peers, whose flows travel beside this one's; the meter is the same.
+
+        Every rank must call it at the same place: it makes a process group.
+        """
+        return Channel({"replicate": self.transports["replicate"].twin()}, self.meter)
+
     def flush(self) -> None:
         """Let every flow that was started come to its end before the next one begins. Called by all ranks alike."""
         self._queue.put(None)

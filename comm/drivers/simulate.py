@@ -69,10 +69,14 @@ def _exchange(ops: Sequence[Op], shards: int, round_number: int) -> list[Payload
         groups = [list(ranks[start : start + shards]) for start in range(0, len(ops), shards)]
     replies: dict[int, Payload] = {}
     for group in groups:
-        members = [ops[rank] for rank in group]
-        _check_agreement(members, round_number)
-        replies.update(zip(group, _replies(members), strict=True))
+        replies.update(zip(group, replies_of([ops[rank] for rank in group], round_number), strict=True))
     return [replies[rank] for rank in ranks]
+
+
+def replies_of(ops: Sequence[Op], number: int) -> list[Payload]:
+    """Everybody's reply to the op with this ``number``, in rank order. Raises ``RuntimeError`` where ranks diverge."""
+    _check_agreement(ops, number)
+    return _replies(ops)
 
 
 def _check_agreement(ops: Sequence[Op], round_number: int) -> None:

@@ -21,6 +21,12 @@ class TorchTransport:
         """Hand ``op`` to torch.distributed, as one packed message."""
         return Collective(op, self._group)
 
+    def twin(self) -> TorchTransport:
+        ranks, backend = dist.get_process_group_ranks(self._group), dist.get_backend(self._group)
+        group = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+        return TorchTransport(group)
+
 
 class Collective:
     """An op that was handed to torch.distributed."""

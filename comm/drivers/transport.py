@@ -40,6 +40,10 @@ class Transport(Protocol):
         """Put ``op`` on the wire. All ranks issue the same ops in the same order."""
         ...
 
+    def twin(self) -> Transport:
+        """Another one between the same ranks, so that ops on both travel at once. Called by all of them alike."""
+        ...
+
 
 class Alone:
     """An axis of one rank: the reply is what was sent, at once and without a copy."""
@@ -52,6 +56,9 @@ class Alone:
                 return Arrived(tuple(tensor.unsqueeze(0) for tensor in payload))
             case _:
                 return Arrived(op.payload)
+
+    def twin(self) -> Alone:
+        return self
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class MomentumCorrection(Feedback):
         state.stage(fqn, "residual", corrected - sent)
         state.stage(fqn, "velocity", torch.where(sent != 0, 0.0, state.staged(fqn, "velocity")))
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: int, state: State) -> None:
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
         state.staged(fqn, "residual")[start : start + error.numel()] += world * error
 
 

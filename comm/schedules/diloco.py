@@ -28,8 +28,8 @@ def diloco(
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default, the paper's choice.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
 
-    >>> diloco().outer
-    Momentum(lr=0.7, momentum=0.9, nesterov=True)
+    >>> diloco().outer == nesterov(lr=0.7, momentum=0.9)
+    True
 
     Raises ``ValueError`` for a period that is no positive integer. Source: arXiv:2311.08105, algorithm 1.
     """

@@ -1,158 +1,76 @@
 """Local updates: replicas train alone for some steps, then combine how far they came. One loop for all methods.
 
-    capture   d_i = anchor - parameters_i                    every `every_steps` inner steps
+A fragment is a part of the parameters; with P = 1 there is one, the whole. For each of them, every H inner steps:
+
+    capture   d_i = anchor - parameters_i          returned at once, with `overlap_steps` = 0, or later:
     encode    C(d_i), with feedback if asked
     reduce    D = combined C(d_i), decoded by every rank from the same bytes
-    apply     anchor, momentum = outer(anchor, D, momentum)
-    merge     parameters_i = anchor
+    apply     anchor, momentum = outer(anchor, D, momentum)           `overlap_steps` inner steps after the capture
+    merge     parameters_i = mix parameters_i + (1 - mix) anchor
 
-The anchor is state of its own, fp32, bitwise equal on all replicas; it is what is evaluated and exported. The inner
-optimizer's state stays where it is: neither averaged nor reset. Methods fill in this loop: `local_sgd`, `diloco`.
-Communication: one `two_phase` flow in each round. Bytes: `routes.two_phase_bytes` in each round.
-Keeps: the anchor, the outer optimizer's state, the feedback's; twice the latter two while a round is under way.
+A delayed method overlaps a whole round: at the end of each one the parameters go back to the anchor, what they had
+learned is on its way, and arrives a round later. An eager one does not go without its own part of it meanwhile:
+
+    D_i = D(last round) + (d_i(this round) - d_i(last round)) / M     then anchor and momentum are each replica's own
+
+The anchor is state of its own, fp32; but for eager methods it is bitwise equal on all replicas. It is what is evaluated
+and exported. The inner optimizer's state stays where it is: neither averaged nor reset. A replica whose parameters are
+not finite is left out of the mean and goes back to the anchor. Before the first round there may be `warmup_steps` of
+data parallelism. Methods fill in this loop, each in its own file.
+Communication: one `two_phase` flow for each fragment and round, behind the inner steps if there is an overlap. Bytes:
+`routes.two_phase_bytes` of it, weighted. Keeps: the anchor, the outer optimizer's state and the feedback's; while a
+fragment is under way, what feedback will keep, and at a checkpoint what arrived.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import Literal, TypeAlias
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
-from dtrain.comm.combine import NO_MATRICES, combine, require_mean_for_low_rank
-from dtrain.comm.compressors.lowrank import Matrix
-from dtrain.comm.ops import Flow, Place
+from dtrain.comm.combine import require_mean_for_low_rank
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of
-from dtrain.comm.routes import Combined
+from dtrain.comm.schedules.fragments import WHOLE, Fragments
 from dtrain.comm.schedules.outer import OuterOptimizer
 from dtrain.comm.schedules.sync import Attached
-from dtrain.comm.seeds import Key
-from dtrain.comm.state import Kind, State
+from dtrain.comm.state import Kind
+
+Delay: TypeAlias = Literal["none", "stale", "eager"]
 
 
 @dataclass(frozen=True)
 class LocalUpdate:
-    """A method of the family. Made by `local_sgd`, `diloco`, or `local_update` for what has no name."""
+    """A method of the family. Made by `local_sgd`, `diloco`, ..., or `local_update` for what has no name."""
 
     every_steps: int
     outer: OuterOptimizer
     plan: Plan
     rule: Aggregator
+    fragments: Fragments = WHOLE
+    overlap_steps: int = 0
+    mix: float = 0.0
+    delay: Delay = "none"
+    warmup_steps: int = 0
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
-        return _AttachedLocalUpdate(self, pieces, seed)
+        from dtrain.comm.schedules.rounds import AttachedLocalUpdate
+
+        return AttachedLocalUpdate(self, pieces, seed)
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        return {"anchor": "replicated", **self.outer.kinds, **kinds_of(self.plan)}
+        outer: dict[str, Kind] = {"anchor": "replicated", **self.outer.kinds}
+        if self.delay == "eager":
+            outer = {**dict.fromkeys(outer, "per_worker"), "own_delta": "per_worker"}
+        if self.overlap_steps:
+            outer["arrived"] = "replicated"
+        return {**outer, **kinds_of(self.plan)}
 
-
-def deltas_of(parameters: Mapping[str, Tensor], state: State) -> dict[str, Tensor]:
-    """How far this rank has come from the anchor, in the direction of a gradient."""
-    return {fqn: state.get(fqn, "anchor", now) - now for fqn, now in parameters.items()}
-
-
-def local_update_round(
-    spec: LocalUpdate,
-    parameters: dict[str, Tensor],
-    place: Place,
-    key: Key,
-    state: State,
-    *,
-    matrices: Mapping[str, Matrix] = NO_MATRICES,
-    plan: Plan | None = None,
-) -> Flow[Combined]:
-    """One round on this rank's flat fp32 ``parameters``; stages the next anchor and the rest. Returns the deltas.
-
-    ``plan``: the spec's at work; without it, the spec's own.
-    """
-    deltas = deltas_of(parameters, state)
-    combined = yield from combine(deltas, plan or spec.plan, spec.rule, place, key, state, matrices=matrices)
-    for fqn, delta in combined.values.items():
-        state.stage(fqn, "anchor", spec.outer.step(fqn, state.get(fqn, "anchor", delta), delta, state))
-    return combined
-
-
-class _AttachedLocalUpdate(Attached):
-    parameters_kind: Kind = "per_worker"
-
-    def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
-        super().__init__(pieces, State(spec.kinds), spec.plan, seed)
-        self.spec = spec
-        self.rounds = 0
-        self.failed_rounds = 0
-        self.last_round = 0  # the step after which it was made
-        for fqn, value in pieces.read().items():
-            self.state.stage(fqn, "anchor", value)
-        self.state.commit()
-        pieces.hand_over(None)
-
-    def _gradients_ok(self) -> bool:
-        if self.steps == 0:
-            self._require_anchor()
-        return True
-
-    def _require_anchor(self) -> None:
-        """Raise ``RuntimeError`` if somebody has loaded other weights since the anchor was taken."""
-        anchor = self._anchor()
-        if any(not torch.equal(value, anchor[fqn]) for fqn, value in self.pieces.read().items()):
-            raise RuntimeError(
-                "the model was changed after attach, whose anchor is what it held then: load weights to start from "
-                "before attach; when resuming, load the sync's state too, last"
-            )
-
-    def _after_step(self) -> None:
-        if self.steps % self.spec.every_steps == 0:
-            self._round()
-
-    def close_round(self) -> bool:
-        if self.last_round == self.steps:
-            return False
-        self._round()
-        return True
-
-    def _round(self) -> None:
-        key = Key(self.seed, self.steps, self.pieces.place.rank)
-        parameters, place = self.pieces.read(), self.pieces.place
-        if self.plan.due():
-            self._measure(deltas_of(parameters, self.state), key)
-        lies, plan = self.matrices, self.plan
-        flow = local_update_round(self.spec, parameters, place, key, self.state, matrices=lies, plan=plan)
-        combined = self.pieces.channel.run(flow, "round")
-        self.rounds += 1
-        self.last_round = self.steps
-        if self._agree(combined.finite):
-            self.state.commit()
-        else:  # some replica has diverged: nobody moves the anchor, and everybody, that replica too, goes on from it
-            self.state.rollback()
-            self.failed_rounds += 1
-        self.pieces.write(self._anchor())
-        self._review()
-
-    def _anchor(self) -> dict[str, Tensor]:
-        return {fqn: named["anchor"] for fqn, named in self.state.tensors.items()}
-
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        live = self.pieces.read()
-        self.pieces.write(self._anchor())
-        try:
-            yield
-        finally:
-            self.pieces.write(live)
-
-    def report(self) -> str:
-        open_steps = self.steps - self.last_round
-        line = super().report()
-        return f"{line}, {open_steps} steps since the last round" if open_steps else line
-
-    def integers(self) -> dict[str, int]:
-        own = {"rounds": self.rounds, "failed_rounds": self.failed_rounds, "last_round": self.last_round}
-        return {**super().integers(), **own}
+    @property
+    def weighs(self) -> bool:
+        """Whether replicas count by their tokens; not where all have to know what each of them counted."""
+        return self.delay != "eager" and "replicated" not in kinds_of(self.plan).values()
 
 
 def local_update(
@@ -161,6 +79,11 @@ def local_update(
     outer: OuterOptimizer,
     compress: Compress = None,
     combine: Aggregator | None = None,
+    fragments: Fragments = WHOLE,
+    overlap_steps: int = 0,
+    mix: float = 0.0,
+    delay: Delay = "none",
+    warmup_steps: int = 0,
 ) -> LocalUpdate:
     """The general loop, for combinations that have no name of their own.
 
@@ -169,13 +92,31 @@ def local_update(
         outer: the outer optimizer, for example ``nesterov(lr=0.7, momentum=0.9)``.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
         combine: the rule; the mean by default.
+        fragments: what is exchanged at different times; everything at once by default.
+        overlap_steps: inner steps that go on while a fragment is under way.
+        mix: what the parameters of this replica count when they meet the new anchor, in [0, 1].
+        delay: "stale" and "eager" overlap a whole round; see the module.
+        warmup_steps: steps of data parallelism before the first round.
 
-    Raises ``ValueError`` for a period that is no positive integer, ``TypeError`` for what is no outer optimizer.
+    Raises ``ValueError`` for numbers outside their range, ``TypeError`` for what is no outer optimizer.
     """
     if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
         raise ValueError(f"every_steps is {every_steps!r}; a round has a positive whole number of inner steps")
     if not callable(getattr(outer, "step", None)) or not hasattr(outer, "kinds"):
         raise TypeError(f"outer is {outer!r}; give an outer optimizer such as nesterov(lr=0.7, momentum=0.9)")
+    if delay not in ("none", "stale", "eager"):
+        raise ValueError(f"delay is {delay!r}; choose 'none', 'stale' or 'eager'")
+    if delay != "none":
+        overlap_steps = every_steps
+    elif not isinstance(overlap_steps, int) or isinstance(overlap_steps, bool) or not 0 <= overlap_steps < every_steps:
+        raise ValueError(
+            f"overlap_steps is {overlap_steps!r} with every_steps={every_steps}: what is under way must arrive before "
+            "the next round begins; give less, 0 for none, or co2(...) to overlap a whole round"
+        )
+    if not 0 <= mix <= 1:
+        raise ValueError(f"mix is {mix!r}; the share of this replica's own parameters lies in [0, 1]")
+    if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
+        raise ValueError(f"warmup_steps is {warmup_steps!r}; give a whole number of steps, 0 for none")
     plan, rule = as_plan(compress), mean() if combine is None else combine
     require_mean_for_low_rank(plan, rule)
-    return LocalUpdate(every_steps, outer, plan, rule)
+    return LocalUpdate(every_steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps)

@@ -1,8 +1,13 @@
 """Outer optimizers: what turns the mean pseudo-gradient of a round into the next anchor. Elementwise, in fp32.
 
 SGD, with heavy-ball momentum or without:   m = mu m + d;          anchor -= lr m
+    clipped (CO2):                          m = clip(mu m + d, -limit, limit)
 Nesterov, as torch.optim.SGD defines it:    m = mu m + d;          anchor -= lr (d + mu m)
-Keeps: one fp32 momentum for each element if mu is not 0, equal on all replicas.
+Adam (FedAdam, arXiv:2003.00295):           m = b1 m + (1 - b1) d;  v = b2 v + (1 - b2) d^2
+                                            anchor -= lr m / (sqrt(v) + eps)
+SlowMo (arXiv:1910.00643), g the inner lr:  m = mu m + d / g;      anchor -= lr g m
+
+Keeps: one fp32 momentum for each element if mu is not 0, equal on all replicas; Adam two.
 """
 
 from __future__ import annotations
@@ -15,6 +20,17 @@ from torch import Tensor
 from dtrain.comm.state import Kind, State
 
 
+@dataclass(frozen=True)
+class Round:
+    """What an outer step may want to know. ``inner_lr``: the inner learning rate now, the same on all replicas."""
+
+    inner_lr: float = 1.0
+    every_steps: int = 1
+
+
+PLAIN = Round()
+
+
 class OuterOptimizer(Protocol):
     """A rule from (anchor, mean pseudo-gradient, state) to the next anchor; new state is staged."""
 
@@ -22,7 +38,7 @@ class OuterOptimizer(Protocol):
     def kinds(self) -> dict[str, Kind]:
         """The names that it keeps."""
 
-    def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State) -> Tensor:
+    def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
         """The next anchor. ``delta`` = old anchor - new parameters, so it has a gradient's sign. All [n] fp32."""
 
 
@@ -33,31 +49,82 @@ class Momentum:
     lr: float
     momentum: float
     nesterov: bool
+    clip: float | None = None
 
     @property
     def kinds(self) -> dict[str, Kind]:
         return {"momentum": "replicated"} if self.momentum else {}
 
-    def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State) -> Tensor:
+    def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
         direction = delta
         if self.momentum:
             direction = self.momentum * state.get(fqn, "momentum", anchor) + delta
+        if self.clip is not None:
+            direction = direction.clamp(-self.clip, self.clip)
+        if self.momentum:
             state.stage(fqn, "momentum", direction)
             if self.nesterov:
                 direction = delta + self.momentum * direction
         return anchor - self.lr * direction
 
 
-def sgd(*, lr: float = 1.0, momentum: float = 0.0) -> Momentum:
+@dataclass(frozen=True)
+class Adam:
+    """See `adam`."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {"momentum": "replicated", "variance": "replicated"}
+
+    def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
+        first, second = self.betas
+        mean = first * state.get(fqn, "momentum", anchor) + (1 - first) * delta
+        variance = second * state.get(fqn, "variance", anchor) + (1 - second) * delta.square()
+        state.stage(fqn, "momentum", mean)
+        state.stage(fqn, "variance", variance)
+        return anchor - self.lr * mean / (variance.sqrt() + self.eps)
+
+
+@dataclass(frozen=True)
+class SlowMomentum:
+    """See `slowmo`."""
+
+    lr: float
+    momentum: float
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {"momentum": "replicated"} if self.momentum else {}
+
+    def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
+        if not self.momentum:
+            return anchor - self.lr * delta
+        if now.inner_lr <= 0:  # nothing can be put in units of it: a plain average, and the momentum waits
+            state.stage(fqn, "momentum", state.get(fqn, "momentum", anchor))
+            return anchor - delta
+        slow = self.momentum * state.get(fqn, "momentum", anchor) + delta / now.inner_lr
+        state.stage(fqn, "momentum", slow)
+        return anchor - self.lr * now.inner_lr * slow
+
+
+def sgd(*, lr: float = 1.0, momentum: float = 0.0, clip: float | None = None) -> Momentum:
     """Outer SGD. With ``lr=1`` and no momentum the new anchor is the mean of the replicas' parameters.
+
+    ``clip``: the largest element of the momentum by amount.
 
     >>> sgd().kinds
     {}
 
-    Raises ``ValueError`` for a learning rate that is not positive or a momentum outside [0, 1).
+    Raises ``ValueError`` for a learning rate or a limit that is not positive, or a momentum outside [0, 1).
     """
-    _check(lr, momentum)
-    return Momentum(lr, momentum, nesterov=False)
+    checked(lr, momentum)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip is {clip!r}; give the largest amount of an element, or None")
+    return Momentum(lr, momentum, nesterov=False, clip=clip)
 
 
 def nesterov(*, lr: float = 0.7, momentum: float = 0.9) -> Momentum:
@@ -68,13 +135,31 @@ def nesterov(*, lr: float = 0.7, momentum: float = 0.9) -> Momentum:
 
     Raises ``ValueError`` for a learning rate that is not positive or a momentum outside (0, 1).
     """
-    _check(lr, momentum)
+    checked(lr, momentum)
     if not momentum:
         raise ValueError("Nesterov's rule without momentum is plain SGD; use sgd(lr=...)")
     return Momentum(lr, momentum, nesterov=True)
 
 
-def _check(lr: float, momentum: float) -> None:
+def adam(*, lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-3) -> Adam:
+    """Outer Adam as FedAdam defines it (Reddi et al., arXiv:2003.00295): without bias correction, eps outside the root.
+
+    >>> sorted(adam(lr=0.1).kinds)
+    ['momentum', 'variance']
+
+    Raises ``ValueError`` for a learning rate or an eps that is not positive, or betas outside [0, 1).
+    """
+    first, second = betas
+    checked(lr, first)
+    if not 0 <= second < 1:
+        raise ValueError(f"betas are {betas!r}; both lie in [0, 1)")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps!r}; it is positive, usually between 1e-4 and 1e-1")
+    return Adam(lr, (first, second), eps)
+
+
+def checked(lr: float, momentum: float) -> None:
+    """Raise ``ValueError`` unless both are in their range."""
     if not lr > 0:
         raise ValueError(f"lr is {lr!r}; an outer learning rate is positive, usually between 0.1 and 1")
     if not 0 <= momentum < 1:

@@ -37,6 +37,9 @@ class Attached(ABC):
     parameters_kind: Kind
     """Whether the live parameters and the inner optimizer's state are equal on all replicas."""
 
+    counters: tuple[str, ...] = ("steps", "skipped", "skipped_in_a_row")
+    """Attributes that a checkpoint keeps."""
+
     def __init__(self, pieces: Pieces, state: State, plan: Plan, seed: int) -> None:
         self.pieces = pieces
         self.seed = seed
@@ -102,6 +105,12 @@ class Attached(ABC):
         """
         return False
 
+    def settle(self) -> None:  # noqa: B027, methods that send nothing in the background have nothing to do
+        """Wait for what is under way, so that all that `state_dict` needs is here. Every rank must call it.
+
+        Nothing is applied before its time: training goes on as if this had not been called.
+        """
+
     def consolidate(self) -> None:
         """Give every replica the mean of what feedback keeps: nothing that is applied changes but for round-off.
 
@@ -128,8 +137,10 @@ class Attached(ABC):
     def state_dict(self) -> dict[str, object]:
         """Plain tensors, integers and text: ``{"tensors": {fqn: {name: tensor}}, "integers": ..., "parameters": ...}``.
 
-        Each rank has its own. The last entry is a digest of this rank's parameters, which are saved apart.
+        Each rank has its own. The last entry is a digest of this rank's parameters, which are saved apart. Every rank
+        must call it at the same step.
         """
+        self.settle()
         digest = _digest(self.pieces.read())
         return {
             "tensors": self.state.tensors, "integers": self.integers(), "parameters": digest, "place": self._place(),
@@ -161,14 +172,12 @@ class Attached(ABC):
         self.load_integers({name: int(value) for name, value in integers.items()})
 
     def integers(self) -> dict[str, int]:
-        own = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        return {**own, **self.plan.integers()}
+        return {**{name: getattr(self, name) for name in self.counters}, **self.plan.integers()}
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
-        planned = self.plan.integers().keys()
-        for name in self.integers().keys() - planned:
+        for name in self.counters:
             setattr(self, name, integers[name])
-        self.plan.load_integers({name: integers[name] for name in planned})
+        self.plan.load_integers({name: integers[name] for name in self.plan.integers()})
 
     def report(self) -> str:
         """One line for people: what was sent and what it cost."""
@@ -193,7 +202,8 @@ class Attached(ABC):
             return
         for fqn, value in values.items():
             feedback, own = self.plan.of(fqn, key.step).feedback, replace(key, fqn=fqn, phase="plan")
-            fresh, meant = feedback.fresh(fqn, value, self.state), feedback.correct(fqn, value, self.state)
+            look = self.state.branch()  # nothing of this is committed
+            fresh, meant = feedback.fresh(fqn, value, look), feedback.correct(fqn, value, look)
             self.plan.measure(fqn, fresh, meant, self.matrices[fqn], self.pieces.place.size, own)
 
     def _review(self) -> None:

@@ -43,7 +43,7 @@ BAD_OVERRIDES = [
     ("train.steps.more=3", "there is no key train.steps.more"),
     # A choice or a group that does not exist.
     ("engine=zero4", "engine=zero4: there is no such choice; did you mean zero3? (there are ddp, fsdp, zero1, "),
-    ("sync=dilocoo", "did you mean diloco? (there are bf16, dense, dgc, diloco, "),
+    ("sync=dilocoo", "did you mean diloco? (there are bf16, co2, delayed_diloco, dense, dgc, "),
     ("sync=null", "there is no such choice"),
     ("sync=[dense,int8]", "there is no such choice"),
     ("compress@sync.compress=int9", "did you mean int8?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,19 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import attach, diloco, error_feedback, every_step, quantize
+from dtrain import (
+    attach,
+    co2,
+    diloco,
+    eager_diloco,
+    error_feedback,
+    every_step,
+    post_local_sgd,
+    quantize,
+    slowmo,
+    streaming_diloco,
+)
 from dtrain.comm.combine import combine
 from dtrain.comm.compressors.lowrank import matrices
+from dtrain.comm.drivers.run import Channel
 from dtrain.comm.drivers.simulate import simulate
+from dtrain.comm.drivers.threads import Meeting
+from dtrain.comm.drivers.transport import Alone
 from dtrain.comm.layout import Segment
 from dtrain.comm.ops import Place
 from dtrain.comm.plans.base import kinds_of
 from dtrain.comm.schedules.every_step import EveryStep
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update_round
 from dtrain.comm.schedules.sync import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 from dtrain.testing import WorkerPool
+from tests.comm.replicas import Replica
 
 pytestmark = pytest.mark.processes
 WORLD, STEPS = 4, 12
@@ -34,6 +49,13 @@ SYNCS: dict[str, Callable[[], Sync]] = {
     "int8_ef": lambda: every_step(compress=error_feedback(quantize(bits=8, block=64))),
     "stochastic": lambda: every_step(compress=error_feedback(quantize(bits=4, block=16, rounding="stochastic"))),
     "diloco": lambda: diloco(every_steps=4, compress=quantize(bits=8, block=64)),
+    "post_local_sgd": lambda: post_local_sgd(every_steps=3, warmup_steps=4),
+    "slowmo": lambda: slowmo(every_steps=3),
+    "streaming": lambda: streaming_diloco(
+        every_steps=4, layers_per_fragment=1, overlap_steps=2, compress=error_feedback(quantize(bits=4, block=16))
+    ),
+    "eager": lambda: eager_diloco(every_steps=3),
+    "co2": lambda: co2(every_steps=3, compress=quantize(bits=8, block=64)),
 }
 
 
@@ -66,38 +88,74 @@ def real(name: str) -> Tensor:
     return torch.stack(seen)
 
 
+class ModuleReplica(Replica):
+    """A replica of the model, with its own AdamW."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.module = model()
+        parameters = dict(self.module.named_parameters())
+        super().__init__(channel, {fqn: p.detach().view(-1) for fqn, p in parameters.items()}, 0.01)
+        self.parameters = parameters
+        self.values = {fqn: p.detach().view(-1) for fqn, p in parameters.items()}
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.01)
+
+    def finish(self) -> None:
+        if self.gradients:
+            return
+        self.gradients = {fqn: p.grad.view(-1) for fqn, p in self.parameters.items() if p.grad is not None}
+        super().finish()
+        for fqn, gradient in self.gradients.items():
+            self.parameters[fqn].grad = gradient.view(self.parameters[fqn].shape).clone()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        super().skip()
+        self.optimizer.zero_grad()
+
+
+def in_threads(name: str) -> list[Tensor]:
+    """All ranks as threads of this process: [STEPS, n] of each."""
+    meeting = Meeting(WORLD)
+    replicas = [ModuleReplica(Channel({"replicate": meeting.transport(r), "shard": Alone()})) for r in range(WORLD)]
+
+    def train(rank: int) -> Tensor:
+        torch.set_num_threads(1)  # as in the workers: a matrix product may be summed in another order with more
+        attached, seen = SYNCS[name]().bind(replicas[rank], 5), []
+        for step in range(STEPS):
+            x, y = batch(step, rank)
+            F.mse_loss(replicas[rank].module(x), y).backward()
+            assert attached.step()
+            seen.append(flat(dict(replicas[rank].module.named_parameters())))
+        attached.settle()
+        return torch.stack(seen)
+
+    with ThreadPoolExecutor(WORLD) as threads:
+        return list(threads.map(train, range(WORLD)))
+
+
 def simulated(name: str) -> list[Tensor]:
-    """All ranks in this process."""
-    torch.set_num_threads(1)  # as in the workers: a matrix product may be summed in another order with more
+    """All ranks in this process, gradients through `simulate`."""
+    torch.set_num_threads(1)
     spec = SYNCS[name]()
+    assert isinstance(spec, EveryStep)
     replicas = [model() for _ in range(WORLD)]
     optimizers = [torch.optim.AdamW(replica.parameters(), lr=0.01) for replica in replicas]
-    kinds = spec.kinds if isinstance(spec, LocalUpdate) else kinds_of(spec.plan)  # type: ignore[attr-defined]
-    states = [State(kinds) for _ in range(WORLD)]
-    if isinstance(spec, LocalUpdate):
-        for replica, state in zip(replicas, states, strict=True):
-            for fqn, value in pieces(replica).items():
-                state.stage(fqn, "anchor", value)
-            state.commit()
+    states = [State(kinds_of(spec.plan)) for _ in range(WORLD)]
     seen: list[list[Tensor]] = [[] for _ in range(WORLD)]
     for step in range(STEPS):
         for rank, replica in enumerate(replicas):
             x, y = batch(step, rank)
             F.mse_loss(replica(x), y).backward()
-        if isinstance(spec, EveryStep):
-            exchange_gradients(spec, replicas, states, step)
+        exchange_gradients(spec, replicas, states, step)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if isinstance(spec, LocalUpdate) and (step + 1) % spec.every_steps == 0:
-            round_of(spec, replicas, states, step + 1)
         for rank, replica in enumerate(replicas):
             seen[rank].append(flat(dict(replica.named_parameters())))
     return [torch.stack(rows) for rows in seen]
-
-
-def pieces(replica: nn.Module) -> dict[str, Tensor]:
-    return {fqn: p.detach().reshape(-1).clone() for fqn, p in replica.named_parameters()}
 
 
 def exchange_gradients(spec: EveryStep, replicas: list[nn.Module], states: list[State], step: int) -> None:
@@ -114,22 +172,15 @@ def exchange_gradients(spec: EveryStep, replicas: list[nn.Module], states: list[
             parameter.grad = combined.values[fqn].view(parameter.shape).clone()
 
 
-def round_of(spec: LocalUpdate, replicas: list[nn.Module], states: list[State], step: int) -> None:
-    flows = [
-        local_update_round(spec, pieces(replica), Place(rank, WORLD), Key(5, step, rank), state)
-        for rank, (replica, state) in enumerate(zip(replicas, states, strict=True))
-    ]
-    simulate(flows)
-    for replica, state in zip(replicas, states, strict=True):
-        state.commit()
-        with torch.no_grad():
-            for fqn, parameter in replica.named_parameters():
-                parameter.copy_(state.tensors[fqn]["anchor"].view(parameter.shape))
-
-
-@pytest.mark.parametrize("name", ["dense", "int8_ef", "stochastic", "diloco"])
+@pytest.mark.parametrize("name", ["dense", "int8_ef", "stochastic"])
 def test_bitwise(pool: WorkerPool, name: str) -> None:
     for mine, theirs in zip(simulated(name), pool.run(real, name), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in SYNCS if name != "native"])
+def test_threads_and_processes_are_one_to_the_bit(pool: WorkerPool, name: str) -> None:
+    for mine, theirs in zip(in_threads(name), pool.run(real, name), strict=True):
         assert torch.equal(mine, theirs)
 
 

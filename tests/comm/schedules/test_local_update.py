@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -18,127 +17,54 @@ from dtrain import diloco, error_feedback, local_sgd, nesterov, quantize, sgd
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import cast
-from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.feedback import Compression, NoFeedback
-from dtrain.comm.ops import Place
-from dtrain.comm.routes import Combined
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update, local_update_round
-from dtrain.comm.schedules.outer import OuterOptimizer
-from dtrain.comm.seeds import Key
-from dtrain.comm.state import State
-from tests.comm.zoo import NUMELS, bits, draw, named, seeds
-
-Parameters = dict[str, Tensor]
-Gradient = Callable[[int, int, str, Tensor], Tensor]
-"""(rank, step, fqn, parameter) -> gradient."""
-SIZES = [1, 7, 61]
-
-
-def quadratic(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
-    """Of a bowl that is other for each rank, with noise that is other for each step."""
-    return (1 + 0.3 * rank) * (x - draw(rank, x.numel())) + 0.1 * draw(1000 * rank + step, x.numel())
-
-
-def common(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
-    """The same data on all ranks."""
-    return quadratic(0, step, fqn, x)
-
-
-@dataclass
-class Workers:
-    """Replicas that train alone with SGD and meet every so many steps, in one process."""
-
-    spec: LocalUpdate
-    world: int
-    gradient: Gradient = quadratic
-    lr: float = 0.05
-    start: Parameters = field(default_factory=lambda: named(5, SIZES))
-    steps: int = 0
-
-    def __post_init__(self) -> None:
-        self.states = [State(self.spec.kinds) for _ in range(self.world)]
-        self.live = [dict(self.start) for _ in range(self.world)]
-        for state in self.states:
-            for fqn, value in self.start.items():
-                state.stage(fqn, "anchor", value)
-            state.commit()
-
-    def train(self) -> None:
-        """The inner steps of a round."""
-        for _ in range(self.spec.every_steps):
-            for rank, parameters in enumerate(self.live):
-                for fqn, x in parameters.items():
-                    parameters[fqn] = x - self.lr * self.gradient(rank, self.steps, fqn, x)
-            self.steps += 1
-
-    def meet(self) -> list[Combined]:
-        """The exchange at the end of a round; everybody goes on from the anchor."""
-        combined = simulate(
-            [
-                local_update_round(self.spec, self.live[r], Place(r, self.world), Key(0, self.steps, r), self.states[r])
-                for r in range(self.world)
-            ]
-        )
-        for state, one in zip(self.states, combined, strict=True):
-            if one.finite:
-                state.commit()
-            else:
-                state.rollback()
-        self.live = [self.kept(rank, "anchor") for rank in range(self.world)]
-        return combined
-
-    def round(self) -> list[Combined]:
-        self.train()
-        return self.meet()
-
-    def kept(self, rank: int, name: str) -> Parameters:
-        return {fqn: tensors[name] for fqn, tensors in self.states[rank].tensors.items() if name in tensors}
-
-    @property
-    def anchor(self) -> Parameters:
-        return self.kept(0, "anchor")
-
-
-def equal(one: Parameters, other: Parameters) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(bits(one[fqn]), bits(other[fqn])) for fqn in one)
-
+from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from tests.comm.replicas import Replicas, common, equal, quadratic
+from tests.comm.zoo import NUMELS, named, seeds
 
 # --- special cases --------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 5), seeds, st.lists(st.sampled_from(NUMELS), min_size=1, max_size=3))
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 def test_rounds_of_one_step_with_plain_sgd_are_data_parallelism(world: int, seed: int, sizes: list[int]) -> None:
-    workers = Workers(local_update(every_steps=1, outer=sgd(lr=1.0)), world, start=named(seed, sizes))
-    parallel = dict(workers.start)
+    start = named(seed, sizes)
+    replicas = Replicas(local_update(every_steps=1, outer=sgd(lr=1.0)), world, start=start)
+    parallel = dict(start)
     for step in range(5):
-        workers.round()
+        replicas.train(1)
         for fqn, x in parallel.items():
             gradients = torch.stack([quadratic(rank, step, fqn, x) for rank in range(world)])
-            parallel[fqn] = x - workers.lr * gradients.mean(0)
+            parallel[fqn] = x - 0.05 * gradients.mean(0)
     for fqn, x in parallel.items():
-        torch.testing.assert_close(workers.anchor[fqn], x, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(replicas.anchor[fqn], x, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("compress", [None, quantize(bits=8, block=16), error_feedback(quantize(bits=4, block=16))])
 def test_diloco_with_plain_sgd_is_local_sgd(compress: Compressor | Compression | None) -> None:
-    one = Workers(diloco(every_steps=4, outer=sgd(lr=1.0), compress=compress), 3)
-    other = Workers(local_sgd(every_steps=4, compress=compress), 3)
+    one = Replicas(diloco(every_steps=4, outer=sgd(lr=1.0), compress=compress), 3)
+    other = Replicas(local_sgd(every_steps=4, compress=compress), 3)
     for _ in range(4):
-        one.round()
-        other.round()
-        assert all(equal(one.live[rank], other.live[rank]) for rank in range(3))
+        one.train(4)
+        other.train(4)
+        assert all(equal(one.live(rank), other.live(rank)) for rank in range(3))
     assert one.spec == other.spec
 
 
 def test_local_sgd_averages_the_parameters() -> None:
-    workers = Workers(local_sgd(every_steps=5), 3)
+    replicas = Replicas(local_sgd(every_steps=5), 3)
     for _ in range(3):
-        workers.train()
-        means = {fqn: torch.stack([live[fqn] for live in workers.live]).double().mean(0) for fqn in workers.start}
-        workers.meet()
-        for fqn, mean in means.items():
-            torch.testing.assert_close(workers.anchor[fqn].double(), mean, rtol=1e-6, atol=1e-6)
+        replicas.train(4)
+        trained = [
+            {fqn: x - 0.05 * quadratic(rank, replicas.attached[rank].steps, fqn, x)
+             for fqn, x in replicas.live(rank).items()}
+            for rank in range(3)
+        ]  # fmt: skip
+        replicas.train(1)
+        for fqn, anchor in replicas.anchor.items():
+            mean = torch.stack([live[fqn] for live in trained]).double().mean(0)
+            torch.testing.assert_close(anchor.double(), mean, rtol=1e-6, atol=1e-6)
+            assert all(torch.equal(replicas.live(rank)[fqn], anchor) for rank in range(3))
 
 
 @pytest.mark.parametrize(
@@ -146,19 +72,19 @@ def test_local_sgd_averages_the_parameters() -> None:
 )
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_same_data_on_all_workers_is_one_worker(spec: LocalUpdate, world: int) -> None:
-    alone, together = Workers(spec, 1, gradient=common), Workers(spec, world, gradient=common)
+    alone, together = Replicas(spec, 1, gradient=common), Replicas(spec, world, gradient=common)
     for _ in range(5):
-        alone.round()
-        together.round()
-        assert all(equal(together.live[rank], alone.live[0]) for rank in range(world))
+        alone.train(spec.every_steps)
+        together.train(spec.every_steps)
+        assert all(equal(together.live(rank), alone.live(0)) for rank in range(world))
     for name in spec.kinds:
         assert equal(together.kept(world - 1, name), alone.kept(0, name))
 
 
 def test_diloco_in_twenty_lines_of_numpy() -> None:
     world, every_steps, lr, outer_lr, momentum = 3, 4, 0.05, 0.7, 0.9
-    workers = Workers(diloco(every_steps=every_steps), world, lr=lr)
-    anchor = {fqn: value.double().numpy() for fqn, value in workers.start.items()}
+    replicas = Replicas(diloco(every_steps=every_steps), world, lr=lr)
+    anchor = {fqn: value.double().numpy() for fqn, value in replicas.live(0).items()}
     velocity = {fqn: np.zeros_like(value) for fqn, value in anchor.items()}
     step = 0
     for _ in range(3):
@@ -173,23 +99,21 @@ def test_diloco_in_twenty_lines_of_numpy() -> None:
             delta = np.mean([anchor[fqn] - live[rank][fqn] for rank in range(world)], axis=0)
             velocity[fqn] = momentum * velocity[fqn] + delta
             anchor[fqn] = anchor[fqn] - outer_lr * (delta + momentum * velocity[fqn])
-        workers.round()
+        replicas.train(every_steps)
         for rank in range(world):
             for fqn in anchor:
-                np.testing.assert_allclose(workers.kept(rank, "anchor")[fqn].numpy(), anchor[fqn], rtol=1e-5, atol=2e-6)
-                np.testing.assert_allclose(
-                    workers.kept(rank, "momentum")[fqn].numpy(), velocity[fqn], rtol=1e-5, atol=2e-6
-                )
+                np.testing.assert_allclose(replicas.kept(rank, "anchor")[fqn], anchor[fqn], rtol=1e-5, atol=2e-6)
+                np.testing.assert_allclose(replicas.kept(rank, "momentum")[fqn], velocity[fqn], rtol=1e-5, atol=2e-6)
 
 
 def test_with_one_replica_diloco_is_a_lookahead_and_not_the_identity() -> None:
-    workers = Workers(diloco(every_steps=3), 1)
-    workers.train()
-    trained = workers.live[0]
-    workers.meet()
-    for fqn, start in workers.start.items():
-        ahead = start + 0.7 * 1.9 * (trained[fqn] - start)
-        torch.testing.assert_close(workers.anchor[fqn], ahead, rtol=1e-5, atol=1e-6)
+    replicas = Replicas(diloco(every_steps=3), 1)
+    start, trained = replicas.live(0), Replicas(diloco(every_steps=100), 1)
+    trained.train(3)
+    replicas.train(3)
+    for fqn, value in start.items():
+        ahead = value + 0.7 * 1.9 * (trained.live(0)[fqn] - value)
+        torch.testing.assert_close(replicas.anchor[fqn], ahead, rtol=1e-5, atol=1e-6)
 
 
 # --- compression ----------------------------------------------------------------------------------------------------
@@ -206,74 +130,100 @@ COMPRESSED: dict[str, Compressor | Compression] = {
 @pytest.mark.parametrize("compress", COMPRESSED.values(), ids=COMPRESSED)
 @pytest.mark.parametrize("world", [2, 3])
 def test_anchors_and_momenta_are_equal_to_the_bit(compress: Compressor | Compression, world: int) -> None:
-    workers = Workers(diloco(every_steps=2, compress=compress), world)
+    spec = diloco(every_steps=2, compress=compress)
+    replicas = Replicas(spec, world)
     for _ in range(4):
-        combined = workers.round()
+        replicas.train(2)
         for rank in range(1, world):
-            assert equal(combined[rank].values, combined[0].values)
-            for name, kind in workers.spec.kinds.items():
+            for name, kind in spec.kinds.items():
                 if kind == "replicated":
-                    assert equal(workers.kept(rank, name), workers.kept(0, name))
-    assert workers.kept(0, "momentum")
+                    assert equal(replicas.kept(rank, name), replicas.kept(0, name))
+    assert replicas.kept(0, "momentum")
 
 
-@pytest.mark.parametrize(("outer", "world"), [(sgd(lr=1.0), 1), (sgd(lr=1.0), 3), (nesterov(), 2)])
-def test_error_feedback_on_deltas_telescopes(world: int, outer: OuterOptimizer) -> None:
-    """Sum of the applied deltas == sum of the mean deltas - mean residual, over 50 rounds."""
-    spec = diloco(every_steps=1, outer=outer, compress=error_feedback(quantize(bits=4, block=16)))
-    workers = Workers(spec, world, start=named(5, [61]))
-    applied = {fqn: torch.zeros_like(value, dtype=torch.float64) for fqn, value in workers.start.items()}
-    meant = {fqn: total.clone() for fqn, total in applied.items()}
-    for _ in range(50):
-        workers.train()
-        for fqn, anchor in workers.anchor.items():
-            meant[fqn] += torch.stack([(anchor - live[fqn]).double() for live in workers.live]).mean(0)
-        for fqn, value in workers.meet()[0].values.items():
-            applied[fqn] += value.double()
-    for fqn in applied:
-        left = torch.stack([workers.kept(rank, "residual")[fqn] for rank in range(world)]).double().mean(0)
-        torch.testing.assert_close(applied[fqn], meant[fqn] - left, rtol=1e-5, atol=1e-5)
-        if outer == sgd(lr=1.0):
-            moved = workers.start[fqn].double() - workers.anchor[fqn].double()
-            torch.testing.assert_close(applied[fqn], moved, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("world", [1, 3])
+def test_error_feedback_on_deltas_telescopes(world: int) -> None:
+    """How far the anchor moved == sum of the mean deltas - mean residual, over 50 rounds."""
+    spec = diloco(every_steps=1, outer=sgd(lr=1.0), compress=error_feedback(quantize(bits=4, block=16)))
+    start = named(5, [61])
+    replicas = Replicas(spec, world, start=start)
+    meant = {fqn: torch.zeros_like(value, dtype=torch.float64) for fqn, value in start.items()}
+    for step in range(50):
+        anchor = replicas.anchor
+        for fqn, x in anchor.items():  # all live parameters are the anchor
+            deltas = [x - (x - 0.05 * quadratic(rank, step, fqn, x)) for rank in range(world)]
+            meant[fqn] += torch.stack([delta.double() for delta in deltas]).mean(0)
+        replicas.train(1)
+    for fqn, value in start.items():
+        left = torch.stack([replicas.kept(rank, "residual")[fqn] for rank in range(world)]).double().mean(0)
+        moved = value.double() - replicas.anchor[fqn].double()
+        torch.testing.assert_close(moved, meant[fqn] - left, rtol=1e-5, atol=1e-5)
 
 
-# --- rounds that fail -----------------------------------------------------------------------------------------------
+# --- rounds that fail, and replicas that do not count alike ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("compress", [None, *COMPRESSED.values()], ids=["fp32", *COMPRESSED])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_replica_that_diverged_moves_nobody_and_goes_on_from_the_anchor(
+def test_a_replica_that_diverged_is_left_out_and_goes_on_from_the_anchor(
     compress: Compressor | Compression | None, bad: float
 ) -> None:
-    workers = Workers(diloco(every_steps=2, compress=compress), 3)
-    workers.round()
-    workers.round()
-    before = [{name: workers.kept(rank, name) for name in workers.spec.kinds} for rank in range(3)]
-    workers.train()
-    workers.live[1]["layers.2.weight"][17] = bad
-    assert [combined.finite for combined in workers.meet()] == [False] * 3
+    spec = diloco(every_steps=2, compress=compress)
+    replicas, without = Replicas(spec, 3), Replicas(spec, 3)
+    for one in (replicas, without):
+        one.train(5)
+    for one, how in ((replicas, bad), (without, 0.0)):
+        one.pieces[1].values["layers.2.weight"][17] += how
+    kept = replicas.kept(1, "residual")
+    replicas.train(1)  # its gradient is not finite either: that step is not made
+    without.train(1)
+    assert [attached.left_out for attached in replicas.attached] == [0, 1, 0]  # type: ignore[attr-defined]
+    assert [attached.failed_rounds for attached in replicas.attached] == [0, 0, 0]  # type: ignore[attr-defined]
     for rank in range(3):
-        assert all(equal(workers.kept(rank, name), tensors) for name, tensors in before[rank].items())
-        assert equal(workers.live[rank], before[0]["anchor"])
-    assert all(combined.finite for combined in workers.round())
-    assert all(value.isfinite().all() for live in workers.live for value in live.values())
+        assert equal(replicas.live(rank), replicas.anchor)
+        assert equal(replicas.kept(rank, "anchor"), replicas.anchor)
+    assert not equal(replicas.anchor, without.anchor) and all(x.isfinite().all() for x in replicas.anchor.values())
+    if kept:  # nothing of its own was applied, so all of it is still owed; the part that it owns has lost something
+        width = -(-61 // 3)
+        own = replicas.kept(1, "residual")["layers.2.weight"]
+        assert torch.equal(own[:width], kept["layers.2.weight"][:width])
+    replicas.train(6)
+    assert all(value.isfinite().all() for rank in range(3) for value in replicas.live(rank).values())
 
 
-def test_a_round_writes_to_nothing_that_it_was_given() -> None:
-    workers = Workers(diloco(every_steps=1, compress=error_feedback(quantize(bits=8))), 2)
-    workers.round()
-    workers.train()
-    given = [{fqn: value.clone() for fqn, value in live.items()} for live in workers.live]
-    kept = [{n: {f: t.clone() for f, t in workers.kept(r, n).items()} for n in workers.spec.kinds} for r in range(2)]
-    flows = [
-        local_update_round(workers.spec, workers.live[r], Place(r, 2), Key(0, 9, r), workers.states[r])
-        for r in range(2)
-    ]
-    simulate(flows)
-    for rank in range(2):
-        assert equal(workers.live[rank], given[rank])
-        assert all(equal(workers.kept(rank, name), kept[rank][name]) for name in workers.spec.kinds)
+def test_the_mean_is_of_those_that_are_left() -> None:
+    replicas, apart = Replicas(local_sgd(every_steps=3), 3), Replicas(local_sgd(every_steps=100), 3)
+    replicas.train(1)
+    replicas.pieces[1].values["layers.0.weight"] += math.nan
+    replicas.train(2)
+    apart.train(3)
+    for fqn, anchor in replicas.anchor.items():
+        mean = (apart.live(0)[fqn] + apart.live(2)[fqn]) / 2
+        torch.testing.assert_close(anchor, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_a_round_of_which_nobody_is_left_moves_no_anchor() -> None:
+    replicas = Replicas(diloco(every_steps=2), 2)
+    replicas.train(3)
+    before = replicas.anchor
+    for pieces in replicas.pieces:
+        pieces.values["layers.1.weight"] += math.nan
+    replicas.train(1)
+    assert equal(replicas.anchor, before) and equal(replicas.live(1), before)
+    assert [attached.failed_rounds for attached in replicas.attached] == [1, 1]  # type: ignore[attr-defined]
+
+
+def test_replicas_count_by_their_tokens() -> None:
+    replicas, apart = Replicas(local_sgd(every_steps=2), 2), Replicas(local_sgd(every_steps=100), 2)
+    apart.train(2)
+    replicas.train(1)
+    replicas.attached[0].weigh(5)  # type: ignore[attr-defined]
+    replicas.train(1)  # rank 0: 1 + 5, rank 1: 2
+    for fqn, anchor in replicas.anchor.items():
+        mean = (6 * apart.live(0)[fqn] + 2 * apart.live(1)[fqn]) / 8
+        torch.testing.assert_close(anchor, mean, rtol=1e-5, atol=1e-6)
+    replicas.train(2)
+    assert all(equal(replicas.kept(1, name), replicas.kept(0, name)) for name in ("anchor",))
 
 
 # --- construction ---------------------------------------------------------------------------------------------------

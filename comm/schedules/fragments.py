@@ -1,0 +1,132 @@
+"""How a model is cut into fragments that are exchanged at different times, and when each of them is.
+
+A block is what the first number in a name counts: ``blocks.3.attention.qkv.weight`` belongs to block 3. Fragments hold
+whole blocks: every P-th one (strided) or neighbours (sequential). What is in no block (embeddings, last norm, head)
+joins the smallest fragment, or is one of its own if it is larger than that. Tied weights have one name, so one place.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Pattern: TypeAlias = Literal["strided", "sequential"]
+FirstRound: TypeAlias = Literal["full", "early"]
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """How to cut. ``layers``: blocks in each fragment; 0 is one fragment with everything. ``patterns``: by hand."""
+
+    layers: int = 0
+    pattern: Pattern = "strided"
+    patterns: tuple[tuple[str, ...], ...] = ()
+    staggered: bool = True
+    first_round: FirstRound = "full"
+
+    def cut(self, shapes: Shapes) -> list[list[str]]:
+        """The names in each fragment, every trained parameter once, none empty.
+
+        Raises ``ValueError`` for a model without numbered blocks, and for patterns that leave out a parameter or name
+        one twice.
+        """
+        if self.patterns:
+            return _by_hand(self.patterns, shapes)
+        if not self.layers:
+            return [list(shapes)]
+        return _by_blocks(self.layers, self.pattern, shapes)
+
+    def offsets(self, count: int, every_steps: int) -> list[int]:
+        """For each of ``count`` fragments the steps that it is exchanged after the first one."""
+        return [(number * every_steps // count if self.staggered else 0) for number in range(count)]
+
+    def due(self, step: int, count: int, every_steps: int) -> list[int]:
+        """The fragments that are exchanged after step ``step``, counted from 1.
+
+        ``first_round="full"``: every fragment has made a whole period before its first exchange (the paper's schedule);
+        "early": the first comes after a part of the first period, as in torchft.
+        """
+        found = []
+        for number, offset in enumerate(self.offsets(count, every_steps)):
+            first = offset + every_steps
+            if self.first_round == "early" and self.staggered:
+                first = (number + 1) * every_steps // count
+            if step >= first and (step - first) % every_steps == 0:
+                found.append(number)
+        return found
+
+
+WHOLE = Fragments()
+
+
+def fragments(
+    layers: int,
+    *,
+    pattern: Pattern = "strided",
+    patterns: Sequence[Sequence[str]] = (),
+    staggered: bool = True,
+    first_round: FirstRound = "full",
+) -> Fragments:
+    """Check and make `Fragments`; see `streaming_diloco` for the arguments."""
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 0:
+        raise ValueError(f"layers_per_fragment is {layers!r}; give a whole number of blocks, 0 for one fragment")
+    if pattern not in ("strided", "sequential"):
+        raise ValueError(f"pattern is {pattern!r}; choose 'strided' or 'sequential'")
+    if first_round not in ("full", "early"):
+        raise ValueError(f"first_round is {first_round!r}; choose 'full' or 'early'")
+    by_hand = tuple(tuple(names) for names in patterns)
+    if any(not names for names in by_hand):
+        raise ValueError("a fragment without a pattern would be empty; give every fragment at least one name")
+    return Fragments(layers, pattern, by_hand, bool(staggered), first_round)
+
+
+def _by_hand(patterns: Sequence[Sequence[str]], shapes: Shapes) -> list[list[str]]:
+    found = [[fqn for fqn in shapes if any(fnmatch.fnmatchcase(fqn, p) for p in names)] for names in patterns]
+    counts = {fqn: sum(fqn in part for part in found) for fqn in shapes}
+    missing = [fqn for fqn, count in counts.items() if not count]
+    twice = [fqn for fqn, count in counts.items() if count > 1]
+    if missing or twice:
+        wrong = f"{missing[0]} is in none" if missing else f"{twice[0]} is in two"
+        raise ValueError(
+            f"the fragments must hold every trained parameter once: {wrong} of {[list(names) for names in patterns]} "
+            f"({len(missing)} parameters in none, {len(twice)} in more than one)"
+        )
+    empty = [list(names) for names, part in zip(patterns, found, strict=True) if not part]
+    if empty:
+        raise ValueError(f"no parameter matches the fragment {empty[0]}; the names are like {next(iter(shapes))}")
+    return found
+
+
+def _by_blocks(layers: int, pattern: Pattern, shapes: Shapes) -> list[list[str]]:
+    blocks: dict[tuple[str, int], list[str]] = {}
+    rest: list[str] = []
+    for fqn in shapes:
+        numbered = re.match(r"(?:(.*?)\.)?(\d+)\.", fqn)
+        if numbered:
+            blocks.setdefault((numbered[1] or "", int(numbered[2])), []).append(fqn)
+        else:
+            rest.append(fqn)
+    if not blocks:
+        raise ValueError(
+            f"layers_per_fragment={layers} counts numbered blocks, and no parameter has a number in its name (they are "
+            f"like {next(iter(shapes), 'nothing')}); name the fragments by hand: fragments=[['embedding*'], ['body.*']]"
+        )
+    count = math.ceil(len(blocks) / layers)
+    found: list[list[str]] = [[] for _ in range(count)]
+    for place, names in enumerate(blocks.values()):
+        found[place % count if pattern == "strided" else place // layers].extend(names)
+    smallest = min(range(count), key=lambda number: _elements(found[number], shapes))
+    if _elements(rest, shapes) > _elements(found[smallest], shapes):
+        found.append(rest)
+    else:
+        found[smallest].extend(rest)
+    return found
+
+
+def _elements(names: Sequence[str], shapes: Shapes) -> int:
+    return sum(math.prod(shapes[fqn]) for fqn in names)

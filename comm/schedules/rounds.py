@@ -1,0 +1,298 @@
+"""A local update at work on one rank: what `local_update` says, step by step, and what a checkpoint needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.combine import combine
+from dtrain.comm.drivers.run import Handle
+from dtrain.comm.feedback import Compression, as_compression
+from dtrain.comm.layout import Named
+from dtrain.comm.ops import Flow
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.routes import Combined, all_finite, two_phase
+from dtrain.comm.schedules.local_update import LocalUpdate
+from dtrain.comm.schedules.outer import Round
+from dtrain.comm.schedules.sync import Attached
+from dtrain.comm.seeds import Key
+from dtrain.comm.state import Kind, State
+
+NEVER = -1
+
+
+@dataclass
+class Flight:
+    """A fragment on its way. ``handle``: None once it has ended; ``values`` is None if it has failed."""
+
+    captured: int
+    branch: State
+    handle: Handle[Combined] | None
+    values: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A plan as it was when a fragment set out."""
+
+    chosen: Mapping[str, Compression]
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        return tuple(self.chosen.values())
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return self.chosen[fqn]
+
+
+@dataclass
+class Part:
+    """A fragment at work. ``merged``, ``tokens``: the step, and the tokens seen, when it was last captured."""
+
+    fqns: list[str]
+    captured: int = 0
+    tokens: int = 0
+    flights: list[Flight] = field(default_factory=list)
+
+
+class AttachedLocalUpdate(Attached):
+    """A `LocalUpdate` at work."""
+
+    parameters_kind: Kind = "per_worker"
+    counters = (*Attached.counters, "rounds", "failed_rounds", "left_out", "tokens")
+
+    def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
+        super().__init__(pieces, State(spec.kinds), spec.plan, seed)
+        self.spec = spec
+        self.parts = [Part(fqns) for fqns in spec.fragments.cut(pieces.shapes)]
+        self.rounds = self.failed_rounds = self.left_out = self.tokens = 0
+        self.channel = pieces.channel.second() if spec.overlap_steps else pieces.channel
+        self._averaged = True
+        self._anchor_at(pieces.read())
+        pieces.hand_over(self._exchange if spec.warmup_steps else None)
+
+    def weigh(self, tokens: int) -> None:
+        """Say, before `step`, how many tokens this replica's step was made from; without it a step counts as one.
+
+        Replicas that have seen more since the last round count more in the mean.
+        """
+        self.tokens += tokens - 1
+
+    def close_round(self) -> bool:
+        if self.steps <= self.spec.warmup_steps:
+            return False
+        delayed = self.spec.delay != "none"
+        landed = not delayed and self._land_all(self.spec.mix)
+        open_parts = [part for part in self.parts if part.captured < self.steps]
+        fresh = [self._capture(part) for part in open_parts]
+        for part, deltas in zip(open_parts, fresh, strict=True):
+            if delayed:
+                self._go_on(part, self._landed(part) if len(part.flights) > 1 else None, deltas)
+        landed = self._land_all(0.0) or landed
+        return bool(open_parts) or landed
+
+    def settle(self) -> None:
+        for part in self.parts:
+            for flight in part.flights:
+                self._end(flight)
+                for fqn, value in (flight.values or {}).items():
+                    self.state.tensors[fqn]["arrived"] = value
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        live = self.pieces.read()
+        self.pieces.write(self._anchor(live))
+        try:
+            yield
+        finally:
+            self.pieces.write(live)
+
+    def report(self) -> str:
+        line = super().report()
+        open_steps = self.steps - min(part.captured for part in self.parts)
+        return f"{line}, {open_steps} steps since the last round" if open_steps else line
+
+    def detach(self) -> None:
+        if self.channel is not self.pieces.channel:
+            self.channel.close(timeout_seconds=2.0)  # what is still under way is lost with this object
+        super().detach()
+
+    def integers(self) -> dict[str, int]:
+        own: dict[str, int] = {}
+        for number, part in enumerate(self.parts):
+            flight = part.flights[0] if part.flights else None
+            own[f"part.{number}.captured"], own[f"part.{number}.tokens"] = part.captured, part.tokens
+            own[f"part.{number}.flight"] = flight.captured if flight else NEVER
+            own[f"part.{number}.arrived"] = int(flight is not None and flight.values is not None)
+        return {**super().integers(), **own}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        super().load_integers(integers)
+        for number, part in enumerate(self.parts):
+            part.captured, part.tokens = integers[f"part.{number}.captured"], integers[f"part.{number}.tokens"]
+            part.flights = []
+            if integers[f"part.{number}.flight"] != NEVER:
+                arrived = {fqn: self.state.tensors[fqn]["arrived"] for fqn in self._own(part)}
+                values = arrived if integers[f"part.{number}.arrived"] else None
+                part.flights = [Flight(integers[f"part.{number}.flight"], self.state.branch(), None, values)]
+
+    # ---- the loop --------------------------------------------------------------------------------------------------
+
+    def _after_step(self) -> None:
+        spec, step = self.spec, self.steps - self.spec.warmup_steps
+        self.tokens += 1
+        if step <= 0:
+            self._stay_together()
+            return
+        landing = [
+            part for part in self.parts if part.flights and part.flights[0].captured == self.steps - spec.overlap_steps
+        ]
+        arrived = [(part, self._landed(part)) for part in landing]
+        numbers = spec.fragments.due(step, len(self.parts), spec.every_steps)
+        due = [self.parts[number] for number in numbers]
+        fresh = [self._capture(part) for part in due]
+        if due and spec.overlap_steps:
+            self.channel.flush()  # so that it goes on by itself, to its end
+        if spec.delay != "none":
+            for part, deltas in zip(due, fresh, strict=True):
+                self._go_on(part, next((values for one, values in arrived if one is part), None), deltas)
+            arrived = []
+        if not spec.overlap_steps:
+            arrived = [(part, self._landed(part)) for part in due]
+        for part, values in arrived:
+            self._apply(part, values, spec.mix)
+        if len(self.parts) - 1 in numbers:
+            self._review()
+
+    def _stay_together(self) -> None:
+        """A step of the warm-up has ended: the replicas are equal, and the anchor moves with them at its end."""
+        if self.steps == self.spec.warmup_steps:
+            self._anchor_at(self.pieces.read())
+        for part in self.parts:
+            part.captured, part.tokens = self.steps, self.tokens
+
+    def _exchange(self, gradients: Named) -> Flow[dict[str, Tensor]]:
+        """In the warm-up the mean of all replicas' gradients; afterwards each keeps its own."""
+        if self.steps >= self.spec.warmup_steps:
+            return dict(gradients)
+        key = Key(self.seed, self.steps, self.pieces.place.rank)
+        plain, place = as_compression(None), self.pieces.place
+        combined = yield from two_phase(gradients, plain, rank_order_mean, place, key, State({}))
+        self._averaged = self._averaged and combined.finite
+        return combined.values
+
+    def _gradients_ok(self) -> bool:
+        if self.steps == 0:
+            self._require_anchor()
+        ok, self._averaged = self._averaged, True
+        return ok
+
+    def _capture(self, part: Part) -> dict[str, Tensor]:
+        """Send off what this replica has learned of ``part``, and return it."""
+        now = self.pieces.read(part.fqns)
+        deltas = {fqn: self.state.get(fqn, "anchor", value) - value for fqn, value in now.items()}
+        weight = float(self.tokens - part.tokens) if self.spec.weighs else None
+        if not self._agree(all_finite(deltas)) and self.spec.weighs:
+            deltas, weight = {fqn: torch.zeros_like(delta) for fqn, delta in deltas.items()}, 0.0
+            self.left_out += 1
+            self._merge(part, 0.0)
+        key = Key(self.seed, self.steps, self.pieces.place.rank)
+        self._measure(deltas, key)
+        part.captured, part.tokens = self.steps, self.tokens
+        branch, plan = self.state.branch(), Settled({fqn: self.plan.of(fqn, key.step) for fqn in deltas})
+        rule, place, lies = self.spec.rule, self.pieces.place, self.matrices
+        flow = combine(deltas, plan, rule, place, key, branch, matrices=lies, weight=weight)
+        part.flights.append(Flight(self.steps, branch, self.channel.start(flow, "round")))
+        return deltas
+
+    def _end(self, flight: Flight) -> None:
+        """Wait for it, and agree on what it brought."""
+        if flight.handle is None:
+            return
+        combined, flight.handle = flight.handle.wait(), None
+        if self._agree(combined.finite):
+            flight.branch.commit()
+            flight.values = combined.values
+        else:
+            flight.branch.rollback()
+
+    def _landed(self, part: Part) -> dict[str, Tensor] | None:
+        """What the oldest flight of ``part`` brought; None if it failed."""
+        flight = part.flights.pop(0)
+        self._end(flight)
+        for fqn in part.fqns:
+            self.state.drop(fqn, "arrived")
+        if flight.values is None:
+            self.failed_rounds += 1
+        return flight.values
+
+    def _land_all(self, mix: float) -> bool:
+        """Wait for everything that is under way, and apply it."""
+        under_way = [part for part in self.parts if part.flights]
+        for part in under_way:
+            values = self._landed(part)
+            if self.spec.delay == "eager":
+                nothing = {fqn: torch.zeros_like(anchor) for fqn, anchor in self._anchor(part.fqns).items()}
+                values = self._blended(values, nothing)
+            self._apply(part, values, mix)
+        return bool(under_way)
+
+    def _go_on(self, part: Part, arrived: Named | None, fresh: Named) -> None:
+        """Begin the next round of a delayed method: from the anchor, with what has arrived, without waiting."""
+        values = self._blended(arrived, fresh) if self.spec.delay == "eager" else arrived
+        self._apply(part, values, 0.0)
+
+    def _blended(self, arrived: Named | None, fresh: Named) -> dict[str, Tensor]:
+        """The last round's mean with this replica's own part in it brought up to date."""
+        world, blended = self.pieces.place.size, {}
+        for fqn, own in fresh.items():
+            others = (
+                own.new_zeros(()) if arrived is None else arrived[fqn] - self.state.get(fqn, "own_delta", own) / world
+            )
+            blended[fqn] = others + own / world
+            self.state.stage(fqn, "own_delta", own)
+        return blended
+
+    def _apply(self, part: Part, values: Named | None, mix: float) -> None:
+        """The outer step, then the merge; without ``values`` nobody moves the anchor."""
+        if values is not None:
+            self.rounds += 1
+            now = Round(float(self.pieces.optimizer.param_groups[0]["lr"]), self.spec.every_steps)
+            for fqn, delta in values.items():
+                anchor = self.state.get(fqn, "anchor", delta)
+                self.state.stage(fqn, "anchor", self.spec.outer.step(fqn, anchor, delta, self.state, now))
+            self.state.commit()
+        self._merge(part, mix)
+
+    def _merge(self, part: Part, mix: float) -> None:
+        merged = self._anchor(part.fqns)
+        if mix:
+            live = self.pieces.read(part.fqns)
+            merged = {fqn: mix * live[fqn] + (1 - mix) * anchor for fqn, anchor in merged.items()}
+        self.pieces.write(merged, part.fqns)
+
+    def _own(self, part: Part) -> list[str]:
+        """The names of ``part`` of which this rank holds a piece."""
+        return [fqn for fqn in part.fqns if fqn in self.pieces.segments]
+
+    def _anchor(self, fqns: Iterable[str]) -> dict[str, Tensor]:
+        return {fqn: self.state.tensors[fqn]["anchor"] for fqn in fqns if fqn in self.state.tensors}
+
+    def _anchor_at(self, values: Named) -> None:
+        for fqn, value in values.items():
+            self.state.stage(fqn, "anchor", value)
+        self.state.commit()
+
+    def _require_anchor(self) -> None:
+        """Raise ``RuntimeError`` if somebody has loaded other weights since the anchor was taken."""
+        live = self.pieces.read()
+        if any(not torch.equal(anchor, live[fqn]) for fqn, anchor in self._anchor(live).items()):
+            raise RuntimeError(
+                "the model was changed after attach, whose anchor is what it held then: load weights to start from "
+                "before attach; when resuming, load the sync's state too, last"
+            )

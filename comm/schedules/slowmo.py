@@ -1,0 +1,32 @@
+"""SlowMo (Wang et al., arXiv:1910.00643): local steps, an average, and a slow momentum over the averages.
+
+    u <- momentum u + (anchor - mean_i parameters_i) / g;      anchor <- anchor - lr g u        g: the inner lr now
+
+The row of `local_update` with outer momentum in units of the inner learning rate, so that what was moved under another
+rate counts as much as it would now. With a constant rate it is outer heavy ball, and without momentum Local SGD.
+Communication: one round every H steps. Bytes: of one parameter exchange per round. Keeps: anchor and momentum.
+"""
+
+from __future__ import annotations
+
+from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.outer import SlowMomentum, checked
+
+
+def slowmo(*, every_steps: int = 48, lr: float = 1.0, momentum: float = 0.5, compress: Compress = None) -> LocalUpdate:
+    """SlowMo. The inner learning rate must be the same for all parameters.
+
+    Args:
+        every_steps: inner steps in a round, 12 to 48 as a rule.
+        lr: alpha, the slow learning rate.
+        momentum: beta, the slow momentum, in [0, 1).
+        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+
+    >>> slowmo().outer
+    SlowMomentum(lr=1.0, momentum=0.5)
+
+    Raises ``ValueError`` for numbers outside their range. Source: arXiv:1910.00643, algorithm 1.
+    """
+    checked(lr, momentum)
+    return local_update(every_steps=every_steps, outer=SlowMomentum(lr, momentum), compress=compress)

@@ -1,0 +1,157 @@
+"""Replicas that train a small problem with SGD as threads of this process: syncs at work, bit by bit, without links."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.drivers.run import Channel
+from dtrain.comm.drivers.threads import Meeting
+from dtrain.comm.drivers.transport import Alone
+from dtrain.comm.layout import Named, Segment, is_finite
+from dtrain.comm.ops import Place
+from dtrain.comm.pieces import Exchange
+from dtrain.comm.schedules.sync import Attached, Sync
+from tests.comm.zoo import bits, draw, named
+
+R = TypeVar("R")
+Parameters = dict[str, Tensor]
+Gradient = Callable[[int, int, str, Tensor], Tensor]
+"""(rank, step, fqn, parameter) -> gradient."""
+SIZES = [1, 7, 61]
+
+
+def quadratic(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
+    """Of a bowl that is other for each rank, with noise that is other for each step."""
+    return (1 + 0.3 * rank) * (x - draw(rank, x.numel())) + 0.1 * draw(1000 * rank + step, x.numel())
+
+
+def common(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
+    """The same data on all ranks."""
+    return quadratic(0, step, fqn, x)
+
+
+class Replica:
+    """`Pieces` of one rank: flat parameters, and SGD."""
+
+    def __init__(self, channel: Channel, start: Named, lr: float) -> None:
+        self.channel = channel
+        self.values = {fqn: value.clone() for fqn, value in start.items()}
+        self.gradients: Parameters = {}
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+        self.segments = {fqn: Segment(fqn, 0, value.numel()) for fqn, value in start.items()}
+        self.held = self.segments
+        self.shapes = {fqn: tuple(value.shape) for fqn, value in start.items()}
+        self._exchange: Exchange | None = None
+        self._exchanged = False
+
+    @property
+    def place(self) -> Place:
+        return self.channel.places["replicate"]
+
+    def read(self, fqns: Collection[str] | None = None) -> Parameters:
+        return {fqn: value.clone() for fqn, value in self.values.items() if fqns is None or fqn in fqns}
+
+    def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
+        for fqn, value in values.items():
+            self.values[fqn].copy_(value)
+
+    def hand_over(self, exchange: Exchange | None) -> None:
+        self._exchange = exchange
+
+    def finish(self) -> None:
+        if self._exchange is not None and self.gradients and not self._exchanged:
+            self.gradients = self.channel.run(self._exchange(self.gradients), "gradients")
+            self._exchanged = True
+
+    def gradients_finite(self) -> bool:
+        return all(is_finite(gradient) for gradient in self.gradients.values())
+
+    def unused(self) -> set[str]:
+        return set()
+
+    def step(self) -> None:
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        for fqn, gradient in self.gradients.items():
+            self.values[fqn] -= lr * gradient
+        self.skip()
+
+    def skip(self) -> None:
+        self.gradients, self._exchanged = {}, False
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        self.write(parameters)
+
+    def detach(self) -> None: ...
+
+
+class Replicas:
+    """``world`` of them under one sync."""
+
+    def __init__(
+        self,
+        spec: Sync,
+        world: int,
+        *,
+        gradient: Gradient = quadratic,
+        lr: float = 0.05,
+        start: Named | None = None,
+    ) -> None:
+        self.spec, self.world, self.gradient = spec, world, gradient
+        start = named(5, SIZES) if start is None else start
+        meeting = Meeting(world)
+        self.pieces = [
+            Replica(Channel({"replicate": meeting.transport(rank), "shard": Alone()}), start, lr)
+            for rank in range(world)
+        ]
+        self._threads = ThreadPoolExecutor(world)
+        self.attached: list[Attached] = self.all(lambda rank: spec.bind(self.pieces[rank], 0))
+
+    def all(self, call: Callable[[int], R]) -> list[R]:
+        """``call(rank)`` on every rank at once."""
+        return list(self._threads.map(call, range(self.world)))
+
+    def train(self, steps: int) -> None:
+        self.all(lambda rank: self._train(rank, steps))
+
+    def _train(self, rank: int, steps: int) -> None:
+        pieces, attached = self.pieces[rank], self.attached[rank]
+        for _ in range(steps):
+            now = pieces.values.items()
+            pieces.gradients = {fqn: self.gradient(rank, attached.steps, fqn, x) for fqn, x in now}
+            attached.step()
+
+    def live(self, rank: int) -> Parameters:
+        return self.pieces[rank].read()
+
+    def kept(self, rank: int, name: str) -> Parameters:
+        tensors = self.attached[rank].state.tensors
+        return {fqn: named[name].clone() for fqn, named in tensors.items() if name in named}
+
+    @property
+    def anchor(self) -> Parameters:
+        return self.kept(0, "anchor")
+
+    def resumed(self) -> Replicas:
+        """Others that go on from the states of these."""
+        states = self.all(lambda rank: copy.deepcopy(self.attached[rank].state_dict()))
+        others = Replicas(
+            self.spec, self.world, gradient=self.gradient, lr=float(self.pieces[0].optimizer.param_groups[0]["lr"])
+        )
+        for rank in range(self.world):
+            others.pieces[rank].write(self.live(rank))
+        others.all(lambda rank: others.attached[rank].load_state_dict(states[rank]))
+        return others
+
+
+def equal(one: Named, other: Named) -> bool:
+    """To the bit."""
+    return one.keys() == other.keys() and all(torch.equal(bits(one[fqn]), bits(other[fqn])) for fqn in one)
