@@ -66,8 +66,8 @@ def two_phase(
             outgoing.append(compressor.encode(to_rows(value, world), own))
         else:
             outgoing.append(feedback.encode(fqn, value, compressor, world, own, state))
-    incoming = yield AllToAll(_joined(outgoing, _vote(world, finite, weight, _device(values))))
-    votes = _Votes(incoming[-1].flatten().tolist(), place)
+    incoming = yield AllToAll(_joined(outgoing, vote(world, finite, weight, _device(values))))
+    votes = Votes(incoming[-1].flatten().tolist(), place)
     finite = votes.passed if weight is None else votes.anybody
 
     answers: list[Payload] = []
@@ -87,7 +87,7 @@ def two_phase(
             error = (chunk - compressor.decode(answer, width, own.shared)[0])[: value.numel() - start]
             feedback.retain_owned(fqn, error, start, votes.world, state)
         answers.append(answer)
-    gathered = yield AllGather(_joined(answers, _vote(1, finite, None, _device(values))))
+    gathered = yield AllGather(_joined(answers, vote(1, finite, None, _device(values))))
     finite = bool(gathered[-1].all())
 
     results = {}
@@ -100,7 +100,7 @@ def two_phase(
 
 
 @dataclass(frozen=True)
-class _Votes:
+class Votes:
     """What the ranks said of their values: 0 for what cannot be used, else how much they count."""
 
     weights: list[float]
@@ -126,8 +126,8 @@ class _Votes:
         return self.place.size if self.alike or own <= 0 else sum(self.weights) / own
 
 
-def _vote(rows: int, finite: bool, weight: float | None, device: torch.device) -> Tensor:
-    """[rows, 1]: one byte, or four for a weight."""
+def vote(rows: int, finite: bool, weight: float | None, device: torch.device) -> Tensor:
+    """What a rank says of its values, to ``rows`` ranks: [rows, 1], one byte, or four for a weight."""
     if weight is None:
         return torch.full((rows, 1), finite, dtype=torch.uint8, device=device)
     return torch.full((rows, 1), weight if finite else 0.0, dtype=torch.float32, device=device)

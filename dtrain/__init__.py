@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dtrain.comm.schedules.outer import adam, nesterov, sgd
     from dtrain.comm.schedules.post_local_sgd import post_local_sgd
     from dtrain.comm.schedules.slowmo import slowmo
+    from dtrain.comm.schedules.sparta import sparta
     from dtrain.comm.schedules.streaming_diloco import streaming_diloco
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ __all__ = [
     "sign",
     "simulate",
     "slowmo",
+    "sparta",
     "streaming_diloco",
     "terngrad",
     "topk",
@@ -109,6 +111,7 @@ _HOME = {
     "sign": "dtrain.comm.compressors.sign",
     "simulate": "dtrain.comm.drivers.simulate",
     "slowmo": "dtrain.comm.schedules.slowmo",
+    "sparta": "dtrain.comm.schedules.sparta",
     "streaming_diloco": "dtrain.comm.schedules.streaming_diloco",
     "terngrad": "dtrain.comm.compressors.ternary",
     "topk": "dtrain.comm.compressors.sparse",

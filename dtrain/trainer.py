@@ -263,6 +263,7 @@ class _Run:
             "learning_rate": self.peak_lr * self._lr_factor(step - 1),
             "gradient_norm": self.engine.gradient_norm,
             "skipped_steps": self.attached.skipped,
+            **self.attached.gauges,
         }
 
     def _collect(self) -> int:

@@ -46,6 +46,7 @@ NAMES = [
     "sign",
     "simulate",
     "slowmo",
+    "sparta",
     "streaming_diloco",
     "terngrad",
     "topk",

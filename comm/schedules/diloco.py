@@ -11,7 +11,7 @@ Keeps: the anchor and the outer momentum.
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
 
 
@@ -20,6 +20,7 @@ def diloco(
     every_steps: int = 100,
     outer: OuterOptimizer | None = None,
     compress: Compress = None,
+    outer_state: OuterState = "replicated",
 ) -> LocalUpdate:
     """DiLoCo.
 
@@ -27,10 +28,16 @@ def diloco(
         every_steps: H, the inner steps in a round.
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default, the paper's choice.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; fp32 only.
 
     >>> diloco().outer == nesterov(lr=0.7, momentum=0.9)
     True
 
     Raises ``ValueError`` for a period that is no positive integer. Source: arXiv:2311.08105, algorithm 1.
     """
-    return local_update(every_steps=every_steps, outer=nesterov() if outer is None else outer, compress=compress)
+    return local_update(
+        every_steps=every_steps,
+        outer=nesterov() if outer is None else outer,
+        compress=compress,
+        outer_state=outer_state,
+    )

@@ -37,6 +37,7 @@ from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.state import Kind
 
 Delay: TypeAlias = Literal["none", "stale", "eager"]
+OuterState: TypeAlias = Literal["replicated", "sharded"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ class LocalUpdate:
     mix: float = 0.0
     delay: Delay = "none"
     warmup_steps: int = 0
+    verify_every: int = 100
+    outer_state: OuterState = "replicated"
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         from dtrain.comm.schedules.rounds import AttachedLocalUpdate
+        from dtrain.comm.schedules.sharded import AttachedSharded
 
+        if self.outer_state == "sharded":
+            return AttachedSharded(self, pieces, seed)
         return AttachedLocalUpdate(self, pieces, seed)
 
     @property
@@ -84,6 +90,8 @@ def local_update(
     mix: float = 0.0,
     delay: Delay = "none",
     warmup_steps: int = 0,
+    verify_every: int = 100,
+    outer_state: OuterState = "replicated",
 ) -> LocalUpdate:
     """The general loop, for combinations that have no name of their own.
 
@@ -97,6 +105,8 @@ def local_update(
         mix: what the parameters of this replica count when they meet the new anchor, in [0, 1].
         delay: "stale" and "eager" overlap a whole round; see the module.
         warmup_steps: steps of data parallelism before the first round.
+        verify_every: rounds between two comparisons of what must be equal on all replicas; 0 for none.
+        outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; see `sharded`.
 
     Raises ``ValueError`` for numbers outside their range, ``TypeError`` for what is no outer optimizer.
     """
@@ -117,6 +127,30 @@ def local_update(
         raise ValueError(f"mix is {mix!r}; the share of this replica's own parameters lies in [0, 1]")
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
         raise ValueError(f"warmup_steps is {warmup_steps!r}; give a whole number of steps, 0 for none")
+    if not isinstance(verify_every, int) or isinstance(verify_every, bool) or verify_every < 0:
+        raise ValueError(f"verify_every is {verify_every!r}; give a whole number of rounds, 0 for never")
     plan, rule = as_plan(compress), mean() if combine is None else combine
     require_mean_for_low_rank(plan, rule)
-    return LocalUpdate(every_steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps)
+    made = LocalUpdate(
+        every_steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps, verify_every,
+        outer_state,
+    )  # fmt: skip
+    _require_shardable(made)
+    return made
+
+
+def _require_shardable(spec: LocalUpdate) -> None:
+    if spec.outer_state not in ("replicated", "sharded"):
+        raise ValueError(f"outer_state is {spec.outer_state!r}; choose 'replicated' or 'sharded'")
+    if spec.outer_state == "replicated":
+        return
+    if spec.plan != as_plan(None):
+        raise ValueError(
+            "outer_state='sharded' sends parameters as they are: a delta can only be compressed where the whole anchor "
+            "is. Leave compress out, or keep the outer state replicated"
+        )
+    if spec.overlap_steps:
+        raise ValueError(
+            "outer_state='sharded' goes with rounds that are waited for; leave overlap_steps and delay out, or keep "
+            "the outer state replicated"
+        )

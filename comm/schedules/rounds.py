@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +16,10 @@ from dtrain.comm.combine import combine
 from dtrain.comm.drivers.run import Handle
 from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import Named
-from dtrain.comm.ops import Flow
+from dtrain.comm.ops import AllReduce, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.routes import Combined, all_finite, two_phase
+from dtrain.comm.schedules.guard import repaired
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.outer import Round
 from dtrain.comm.schedules.sync import Attached
@@ -28,12 +31,16 @@ NEVER = -1
 
 @dataclass
 class Flight:
-    """A fragment on its way. ``handle``: None once it has ended; ``values`` is None if it has failed."""
+    """A fragment on its way. ``handle``: None once it has ended; ``values`` is None if it has failed.
+
+    ``sent``: this replica's deltas; None after a resume.
+    """
 
     captured: int
     branch: State
     handle: Handle[Combined] | None
     values: dict[str, Tensor] | None = None
+    sent: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,13 @@ class AttachedLocalUpdate(Attached):
     """A `LocalUpdate` at work."""
 
     parameters_kind: Kind = "per_worker"
-    counters = (*Attached.counters, "rounds", "failed_rounds", "left_out", "tokens")
+    counters = (*Attached.counters, "rounds", "cycles", "failed_rounds", "left_out", "repairs", "tokens")
 
     def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
         super().__init__(pieces, State(spec.kinds), spec.plan, seed)
         self.spec = spec
         self.parts = [Part(fqns) for fqns in spec.fragments.cut(pieces.shapes)]
-        self.rounds = self.failed_rounds = self.left_out = self.tokens = 0
+        self.rounds = self.cycles = self.failed_rounds = self.left_out = self.repairs = self.tokens = 0
         self.channel = pieces.channel.second() if spec.overlap_steps else pieces.channel
         self._averaged = True
         self._anchor_at(pieces.read())
@@ -82,6 +89,19 @@ class AttachedLocalUpdate(Attached):
         Replicas that have seen more since the last round count more in the mean.
         """
         self.tokens += tokens - 1
+
+    def verify(self) -> bool:
+        """Compare what must be equal on all replicas, and make it so; True if it was. Every rank must call it."""
+        wrong = self.pieces.channel.run(repaired(self.state, self.pieces.place), "guard")
+        equal = self._agree(not wrong)
+        if not equal:
+            self.repairs += 1
+            warnings.warn(
+                f"step {self.steps}: what must be equal on all replicas (anchor, outer momentum) differed on replicas "
+                f"{wrong or 'of another shard'} and was replaced by the others'; look at their memory and processors",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+        return equal
 
     def close_round(self) -> bool:
         if self.steps <= self.spec.warmup_steps:
@@ -167,7 +187,10 @@ class AttachedLocalUpdate(Attached):
         for part, values in arrived:
             self._apply(part, values, spec.mix)
         if len(self.parts) - 1 in numbers:
+            self.cycles += 1
             self._review()
+            if spec.verify_every and self.cycles % spec.verify_every == 0:
+                self.verify()
 
     def _stay_together(self) -> None:
         """A step of the warm-up has ended: the replicas are equal, and the anchor moves with them at its end."""
@@ -207,7 +230,8 @@ class AttachedLocalUpdate(Attached):
         branch, plan = self.state.branch(), Settled({fqn: self.plan.of(fqn, key.step) for fqn in deltas})
         rule, place, lies = self.spec.rule, self.pieces.place, self.matrices
         flow = combine(deltas, plan, rule, place, key, branch, matrices=lies, weight=weight)
-        part.flights.append(Flight(self.steps, branch, self.channel.start(flow, "round")))
+        label = "round" if len(self.parts) == 1 else f"fragment {self.parts.index(part)}"
+        part.flights.append(Flight(self.steps, branch, self.channel.start(flow, label), sent=deltas))
         return deltas
 
     def _end(self, flight: Flight) -> None:
@@ -229,7 +253,19 @@ class AttachedLocalUpdate(Attached):
             self.state.drop(fqn, "arrived")
         if flight.values is None:
             self.failed_rounds += 1
+        elif flight.sent is not None:
+            self._gauge(flight.sent, flight.values)
         return flight.values
+
+    def _gauge(self, own: Named, mean: Named) -> None:
+        """Norms of this replica's delta, which is how far it had drifted from the anchor, and of the mean one."""
+        pairs = [(own[fqn], value) for fqn, value in mean.items()]
+        sums = [[torch.dot(a, b) for a, b in each] for each in (
+            [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs], pairs)]  # fmt: skip
+        local = torch.stack([torch.stack(each).sum() if each else torch.zeros(()) for each in sums])
+        drift, moved, product = self.pieces.channel.run(_summed_over_shards(local.cpu()), "gauges").tolist()
+        cosine = product / math.sqrt(drift * moved) if drift * moved > 0 else 0.0
+        self.gauges = {"drift": math.sqrt(drift), "mean_delta": math.sqrt(moved), "delta_cosine": cosine}
 
     def _land_all(self, mix: float) -> bool:
         """Wait for everything that is under way, and apply it."""
@@ -269,8 +305,8 @@ class AttachedLocalUpdate(Attached):
             self.state.commit()
         self._merge(part, mix)
 
-    def _merge(self, part: Part, mix: float) -> None:
-        merged = self._anchor(part.fqns)
+    def _merge(self, part: Part, mix: float, anchor: Named | None = None) -> None:
+        merged = self._anchor(part.fqns) if anchor is None else dict(anchor)
         if mix:
             live = self.pieces.read(part.fqns)
             merged = {fqn: mix * live[fqn] + (1 - mix) * anchor for fqn, anchor in merged.items()}
@@ -296,3 +332,8 @@ class AttachedLocalUpdate(Attached):
                 "the model was changed after attach, whose anchor is what it held then: load weights to start from "
                 "before attach; when resuming, load the sync's state too, last"
             )
+
+
+def _summed_over_shards(values: Tensor) -> Flow[Tensor]:
+    (total,) = yield AllReduce((values,), "sum", axis="shard")
+    return total

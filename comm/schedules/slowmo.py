@@ -10,11 +10,18 @@ Communication: one round every H steps. Bytes: of one parameter exchange per rou
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import SlowMomentum, checked
 
 
-def slowmo(*, every_steps: int = 48, lr: float = 1.0, momentum: float = 0.5, compress: Compress = None) -> LocalUpdate:
+def slowmo(
+    *,
+    every_steps: int = 48,
+    lr: float = 1.0,
+    momentum: float = 0.5,
+    compress: Compress = None,
+    outer_state: OuterState = "replicated",
+) -> LocalUpdate:
     """SlowMo. The inner learning rate must be the same for all parameters.
 
     Args:
@@ -22,6 +29,7 @@ def slowmo(*, every_steps: int = 48, lr: float = 1.0, momentum: float = 0.5, com
         lr: alpha, the slow learning rate.
         momentum: beta, the slow momentum, in [0, 1).
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; fp32 only.
 
     >>> slowmo().outer
     SlowMomentum(lr=1.0, momentum=0.5)
@@ -29,4 +37,6 @@ def slowmo(*, every_steps: int = 48, lr: float = 1.0, momentum: float = 0.5, com
     Raises ``ValueError`` for numbers outside their range. Source: arXiv:1910.00643, algorithm 1.
     """
     checked(lr, momentum)
-    return local_update(every_steps=every_steps, outer=SlowMomentum(lr, momentum), compress=compress)
+    return local_update(
+        every_steps=every_steps, outer=SlowMomentum(lr, momentum), compress=compress, outer_state=outer_state
+    )

@@ -48,6 +48,7 @@ class Attached(ABC):
         self.steps = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.gauges: dict[str, float] = {}
         self.matrices = matrices(pieces.segments, pieces.shapes)
         start = pieces.channel.run(_broadcast(pieces.read()), "set-up")
         pieces.write(start)

@@ -57,6 +57,8 @@ def suite(session: Session) -> Report:
     started = time.monotonic()
     done = subprocess.run(["make", "test"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.rstrip().splitlines() or [""]
+    if done.returncode:
+        say("\n".join(lines[-200:]))
     return suite_report(time.monotonic() - started, done.returncode, lines[-1], os.cpu_count() or 1)
 
 

@@ -28,12 +28,12 @@ INT4 = "{_target_:dtrain.quantize,bits:4,block:64}"
 METHODS = {
     # Two blocks and the rest make three fragments.
     "streaming_diloco": (
-        "sync.every_steps=6", "sync.overlap_steps=2",
+        "sync.every_steps=4", "sync.overlap_steps=2",
         f"sync.compress={{_target_:dtrain.error_feedback,compressor:{INT4}}}",
     ),
-    "co2": ("sync.every_steps=4",),
+    "co2": ("sync.every_steps=3",),
 }  # fmt: skip
-ROUNDS = {"streaming_diloco": 2 * 6 + 4 + 2, "co2": 2 * 4 + 2}
+ROUNDS = {"streaming_diloco": 2 * 4 + 2 + 2, "co2": 2 * 3 + 2}
 """Steps until every fragment has been merged twice."""
 
 
@@ -78,6 +78,20 @@ def test_another_number_of_replicas_goes_on_with_what_was_under_way(
     ).losses
     for step in range(14, 17):
         assert losses[step] == pytest.approx(whole.losses[step], rel=5e-2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_sharded_outer_state_is_the_replicated_one_to_the_bit(
+    pool: WorkerPool, text: Path, tmp_path: Path, engine: str
+) -> None:
+    chosen = ["compress@sync.compress=none", "sync.every_steps=5", "train.steps=18"]
+    whole = run(pool, tmp_path / "whole", text, engine, "diloco", *chosen)
+    sharded = run(pool, tmp_path / "sharded", text, engine, "diloco", *chosen, "sync.outer_state=sharded",
+                  "train.stop_after_steps=12")  # fmt: skip
+    assert sharded.outcomes[0].reason == "stopped"
+    sharded = run(pool, tmp_path / "sharded", text, engine, "diloco", *chosen, "sync.outer_state=sharded")
+    assert sharded.losses == whole.losses
+    assert sharded.digest == whole.digest
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -374,3 +374,43 @@ BAD: list[tuple[Callable[[], object], str]] = [
 def test_bad_numbers_are_refused_with_the_way_out(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+# --- guard and gauges -----------------------------------------------------------------------------------------------
+
+
+def test_an_anchor_with_a_flipped_bit_is_found_and_repaired() -> None:
+    replicas = Replicas(local_update(every_steps=2, outer=nesterov(), verify_every=3), 3)
+    replicas.train(5)
+    replicas.attached[1].state.tensors["layers.2.weight"]["momentum"][7] += 1e-3
+    with pytest.warns(RuntimeWarning, match=re.escape("differed on replicas [1] and was replaced by the others'")):
+        replicas.train(1)
+    assert [attached.repairs for attached in replicas.attached] == [1, 1, 1]  # type: ignore[attr-defined]
+    for name in ("anchor", "momentum"):
+        assert all(equal(replicas.kept(rank, name), replicas.kept(0, name)) for rank in (1, 2))
+    replicas.train(6)
+    assert replicas.attached[0].repairs == 1  # type: ignore[attr-defined]
+
+
+def test_what_is_each_replicas_own_is_not_compared() -> None:
+    spec = eager_diloco(every_steps=2)
+    replicas = Replicas(local_update(every_steps=2, outer=spec.outer, delay="eager", verify_every=1), 3)
+    replicas.train(6)
+    assert replicas.attached[0].repairs == 0  # type: ignore[attr-defined]
+
+
+def test_gauges_tell_how_far_replicas_drift_and_whether_they_agree() -> None:
+    apart, together = Replicas(local_sgd(every_steps=4), 3), Replicas(local_sgd(every_steps=4), 3, gradient=common)
+    for replicas in (apart, together):
+        replicas.train(4)
+    found = apart.attached[1].gauges
+    assert found["drift"] > found["mean_delta"] > 0 and -1 < found["delta_cosine"] < 0.999
+    assert together.attached[1].gauges["delta_cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def test_bytes_are_counted_by_fragment() -> None:
+    replicas = Replicas(streaming_diloco(every_steps=4, layers_per_fragment=1), 2)
+    replicas.train(12)
+    meter = replicas.pieces[0].channel.meter
+    sent = [meter.sent_as(f"fragment {number}") for number in range(3)]
+    assert sent[0] < sent[1] < sent[2] and meter.sent_as("round") == 0  # 1, 7 and 61 elements
