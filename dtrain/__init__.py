@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dtrain.comm.schedules.dgc import dgc
     from dtrain.comm.schedules.diloco import diloco
     from dtrain.comm.schedules.every_step import every_step
+    from dtrain.comm.schedules.fedhyper import fedhyper
     from dtrain.comm.schedules.local_sgd import local_sgd
     from dtrain.comm.schedules.local_update import local_update
     from dtrain.comm.schedules.onebit_adam import onebit_adam
@@ -59,6 +60,7 @@ __all__ = [
     "ef21w",
     "error_feedback",
     "every_step",
+    "fedhyper",
     "lgreco",
     "local_sgd",
     "local_update",
@@ -97,6 +99,7 @@ _HOME = {
     "ef21w": "dtrain.comm.plans.ef21w",
     "error_feedback": "dtrain.comm.feedback",
     "every_step": "dtrain.comm.schedules.every_step",
+    "fedhyper": "dtrain.comm.schedules.fedhyper",
     "lgreco": "dtrain.comm.plans.lgreco",
     "local_sgd": "dtrain.comm.schedules.local_sgd",
     "local_update": "dtrain.comm.schedules.local_update",

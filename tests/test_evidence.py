@@ -18,7 +18,7 @@ from dtrain.evidence import __main__ as command
 from dtrain.evidence.compression import cells, compressors_report, loss_report
 from dtrain.evidence.kernels import Speed, kernels_report
 from dtrain.evidence.lgreco import SETTINGS, lgreco_report, solving_seconds
-from dtrain.evidence.links import CHOSEN, SLOW, powersgd_report, slow_report
+from dtrain.evidence.links import CHOSEN, LOCAL, SLOW, local_report, powersgd_report, slow_report
 from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
 from dtrain.evidence.runs import Run, Session, as_figures
 from dtrain.evidence.steps import Asked, Took
@@ -267,6 +267,12 @@ def test_a_kernel_that_allocates_or_is_slow_misses_its_line() -> None:
     bad = {"eager": Speed(0.03, 3), "compiled": Speed(0.39, 1)}
     report = kernels_report({"8 bits": good, "4 bits": bad})
     assert missed(report) == ["4 bits, compiled, as a share of a copy", "allocations per call of compiled kernels"]
+
+
+@pytest.mark.parametrize(("diloco", "dense", "lines"), [(0.84, 8.0, 0), (0.9, 8.0, 1), (0.84, 4.0, 1)])
+def test_local_updates_are_held_to_their_utilization(diloco: float, dense: float, lines: int) -> None:
+    found = {name: took(0.8) for name in LOCAL} | {"diloco/50:int8": took(diloco), "torch.all_reduce": took(dense)}
+    assert len(missed(local_report(found))) == lines
 
 
 def took(seconds: float, *, payload: int = 1000, rounds: int = 3) -> Took:

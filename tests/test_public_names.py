@@ -32,6 +32,7 @@ NAMES = [
     "ef21w",
     "error_feedback",
     "every_step",
+    "fedhyper",
     "lgreco",
     "local_sgd",
     "local_update",

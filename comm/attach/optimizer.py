@@ -6,6 +6,7 @@ is a number such as a step count. A whole-matrix optimizer's state could not be 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -22,6 +23,12 @@ class StepGuard:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer in _GUARDED:
             raise RuntimeError("a sync is attached to this optimizer already; call its detach() first")
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{type(optimizer).__name__} evaluates the model again within its step (it needs a closure), which "
+                "sync.step() cannot give it; use an optimizer that steps from gradients, for example AdamW"
+            )
         _GUARDED.add(optimizer)
         self._optimizer = optimizer
         self._allowed = False

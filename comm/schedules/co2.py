@@ -60,6 +60,10 @@ class Penalized:
     def kinds(self) -> dict[str, Kind]:
         return {**self.outer.kinds, "then": "replicated"}
 
+    @property
+    def uses_inner_lr(self) -> bool:
+        return self.gap is gap_aware
+
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
         then = state.get(fqn, "then", anchor) if state.known(fqn, "then") else anchor
         state.stage(fqn, "then", anchor)

@@ -32,7 +32,7 @@ from dtrain.comm.combine import require_mean_for_low_rank
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of
 from dtrain.comm.schedules.fragments import WHOLE, Fragments
-from dtrain.comm.schedules.outer import OuterOptimizer
+from dtrain.comm.schedules.outer import Looking, OuterOptimizer
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.state import Kind
 
@@ -149,6 +149,8 @@ def _require_shardable(spec: LocalUpdate) -> None:
             "outer_state='sharded' sends parameters as they are: a delta can only be compressed where the whole anchor "
             "is. Leave compress out, or keep the outer state replicated"
         )
+    if isinstance(spec.outer, Looking):
+        raise ValueError(f"{spec.outer} looks at all of a fragment, of which a replica has a part; use 'replicated'")
     if spec.overlap_steps:
         raise ValueError(
             "outer_state='sharded' goes with rounds that are waited for; leave overlap_steps and delay out, or keep "

@@ -13,7 +13,7 @@ Keeps: one fp32 momentum for each element if mu is not 0, equal on all replicas;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,17 +22,24 @@ from dtrain.comm.state import Kind, State
 
 @dataclass(frozen=True)
 class Round:
-    """What an outer step may want to know. ``inner_lr``: the inner learning rate now, the same on all replicas."""
+    """What an outer step may want to know.
+
+    ``inner_lr``: the inner learning rate now, the same on all replicas. ``scalar``: what a `Looking` outer chose.
+    """
 
     inner_lr: float = 1.0
     every_steps: int = 1
+    scalar: float = 0.0
 
 
 PLAIN = Round()
 
 
 class OuterOptimizer(Protocol):
-    """A rule from (anchor, mean pseudo-gradient, state) to the next anchor; new state is staged."""
+    """A rule from (anchor, mean pseudo-gradient, state) to the next anchor; new state is staged.
+
+    One that looks at ``now.inner_lr`` may say so by ``uses_inner_lr``: it is then refused where there are several.
+    """
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -40,6 +47,17 @@ class OuterOptimizer(Protocol):
 
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
         """The next anchor. ``delta`` = old anchor - new parameters, so it has a gradient's sign. All [n] fp32."""
+
+
+@runtime_checkable
+class Looking(OuterOptimizer, Protocol):
+    """An outer optimizer that looks at a whole fragment before it steps along any of it."""
+
+    def look(self, fqn: str, delta: Tensor, state: State) -> Tensor:
+        """Numbers [k] about one piece, to be summed over all pieces of the fragment."""
+
+    def choose(self, sums: Tensor, scalar: float) -> float:
+        """The fragment's next scalar, from those sums and the last one, which was 0 in the beginning."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,10 @@ class SlowMomentum:
     @property
     def kinds(self) -> dict[str, Kind]:
         return {"momentum": "replicated"} if self.momentum else {}
+
+    @property
+    def uses_inner_lr(self) -> bool:
+        return self.momentum > 0
 
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
         if not self.momentum:

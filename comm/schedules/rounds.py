@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import AllReduce, Flow
 from dtrain.comm.pieces import Pieces
+from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.routes import Combined, all_finite, two_phase
 from dtrain.comm.schedules.guard import repaired
 from dtrain.comm.schedules.local_update import LocalUpdate
-from dtrain.comm.schedules.outer import Round
+from dtrain.comm.schedules.outer import Looking, Round
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
@@ -59,11 +60,15 @@ class Settled:
 
 @dataclass
 class Part:
-    """A fragment at work. ``merged``, ``tokens``: the step, and the tokens seen, when it was last captured."""
+    """A fragment at work. ``captured``, ``tokens``: the step, and the tokens seen, when it last was.
+
+    ``scalar``: what a `Looking` outer optimizer chose for it.
+    """
 
     fqns: list[str]
     captured: int = 0
     tokens: int = 0
+    scalar: float = 0.0
     flights: list[Flight] = field(default_factory=list)
 
 
@@ -76,6 +81,12 @@ class AttachedLocalUpdate(Attached):
     def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
         super().__init__(pieces, State(spec.kinds), spec.plan, seed)
         self.spec = spec
+        rates = sorted({float(group["lr"]) for group in pieces.optimizer.param_groups})
+        if len(rates) > 1 and getattr(spec.outer, "uses_inner_lr", False):
+            raise ValueError(
+                f"{spec.outer} counts in units of the inner learning rate, and the parameter groups have {rates}; give "
+                "them one, or take another outer step: diloco(outer=sgd(momentum=...)), co2(gap='none')"
+            )
         self.parts = [Part(fqns) for fqns in spec.fragments.cut(pieces.shapes)]
         self.rounds = self.cycles = self.failed_rounds = self.left_out = self.repairs = self.tokens = 0
         self.channel = pieces.channel.second() if spec.overlap_steps else pieces.channel
@@ -147,6 +158,7 @@ class AttachedLocalUpdate(Attached):
         for number, part in enumerate(self.parts):
             flight = part.flights[0] if part.flights else None
             own[f"part.{number}.captured"], own[f"part.{number}.tokens"] = part.captured, part.tokens
+            own[f"part.{number}.scalar"] = bits_of(part.scalar)
             own[f"part.{number}.flight"] = flight.captured if flight else NEVER
             own[f"part.{number}.arrived"] = int(flight is not None and flight.values is not None)
         return {**super().integers(), **own}
@@ -155,7 +167,7 @@ class AttachedLocalUpdate(Attached):
         super().load_integers(integers)
         for number, part in enumerate(self.parts):
             part.captured, part.tokens = integers[f"part.{number}.captured"], integers[f"part.{number}.tokens"]
-            part.flights = []
+            part.scalar, part.flights = number_of(integers[f"part.{number}.scalar"]), []
             if integers[f"part.{number}.flight"] != NEVER:
                 arrived = {fqn: self.state.tensors[fqn]["arrived"] for fqn in self._own(part)}
                 values = arrived if integers[f"part.{number}.arrived"] else None
@@ -299,11 +311,19 @@ class AttachedLocalUpdate(Attached):
         if values is not None:
             self.rounds += 1
             now = Round(float(self.pieces.optimizer.param_groups[0]["lr"]), self.spec.every_steps)
+            if isinstance(self.spec.outer, Looking):
+                part.scalar = self._chosen(self.spec.outer, values, part.scalar)
+                now = replace(now, scalar=part.scalar)
             for fqn, delta in values.items():
                 anchor = self.state.get(fqn, "anchor", delta)
                 self.state.stage(fqn, "anchor", self.spec.outer.step(fqn, anchor, delta, self.state, now))
             self.state.commit()
         self._merge(part, mix)
+
+    def _chosen(self, outer: Looking, values: Named, scalar: float) -> float:
+        found = [outer.look(fqn, delta, self.state) for fqn, delta in values.items()]
+        local = torch.stack(found).sum(0) if found else outer.look("", torch.zeros(0), State(outer.kinds))
+        return outer.choose(self.pieces.channel.run(_summed_over_shards(local.cpu()), "outer"), scalar)
 
     def _merge(self, part: Part, mix: float, anchor: Named | None = None) -> None:
         merged = self._anchor(part.fqns) if anchor is None else dict(anchor)

@@ -1,10 +1,13 @@
-"""SPARTA, as in exogym: at every step, or every few, a small part of the parameters is averaged over the replicas.
+"""SPARTA: at every step, or every few, a small part of the parameters is averaged over the replicas.
+
+Beton et al., 2025, openreview.net/forum?id=stFPf3gzq1.
 
     k of n coordinates by the shared seed;   parameters_i[k] <- mean_j parameters_j[k]
 
 Which coordinates: an affine walk through each parameter, other for each period, so that within a period of 1 / density
 exchanges each of them has its turn once. Nothing but values is sent. With density 1 it is Local SGD of one step.
-There is no anchor: the replicas hover around each other, and each evaluates its own parameters.
+There is no anchor: the replicas hover around each other, and each evaluates its own parameters; at the end of training
+all of them are averaged.
 Communication: one `two_phase` flow. Bytes: density x 4 x 2 (M - 1) / M of each parameter. Keeps: nothing.
 """
 
@@ -53,12 +56,19 @@ class AttachedSparta(Attached):
     def _gradients_ok(self) -> bool:
         return True
 
+    def close_round(self) -> bool:
+        """Average all parameters. It is for the end of training, and may be repeated."""
+        self._average(1.0, 0)
+        return True
+
     def _after_step(self) -> None:
-        if self.steps % self.spec.every_steps:
-            return
+        if self.steps % self.spec.every_steps == 0:
+            self._average(self.spec.density, self.steps // self.spec.every_steps - 1)
+
+    def _average(self, density: float, number: int) -> None:
         key, place = Key(self.seed, self.steps, self.pieces.place.rank), self.pieces.place
-        now, number = self.pieces.read(), self.steps // self.spec.every_steps - 1
-        turns = {fqn: turn(value, self.spec.density, number, replace(key, fqn=fqn)) for fqn, value in now.items()}
+        now = self.pieces.read()
+        turns = {fqn: turn(value, density, number, replace(key, fqn=fqn)) for fqn, value in now.items()}
         chosen = {fqn: value[turns[fqn]] for fqn, value in now.items()}
         finite = self._agree(all_finite(chosen))
         if not finite:

@@ -16,7 +16,7 @@ from dtrain.checkpoint.folders import write_text_durably
 from dtrain.evidence.compression import compressors, loss
 from dtrain.evidence.kernels import kernels
 from dtrain.evidence.lgreco import lgreco
-from dtrain.evidence.links import powersgd, slow
+from dtrain.evidence.links import local, powersgd, slow
 from dtrain.evidence.network import network
 from dtrain.evidence.page import Circumstances, Report, page
 from dtrain.evidence.runs import Session, say
@@ -27,7 +27,7 @@ from dtrain.report import environment
 REPORTS: dict[str, Callable[[Session], Report]] = {
     "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network,
     "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
-    "powersgd": powersgd, "slow": slow,
+    "powersgd": powersgd, "slow": slow, "local": local,
     "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named

@@ -1,9 +1,11 @@
 """Times of whole training steps with several exchanges, one after the other in the same processes, in rotating order.
 
 ``python -m dtrain.evidence.steps JSON`` on every rank, under any launcher. Rank 0 writes what it found to the file that
-JSON names. What is exchanged: "nothing"; a hook of torch ("torch.all_reduce", "torch.powersgd"); or a choice of the
-group compress, by `attach`, on the two-phase route or, as in "bf16:all_reduce", on another. "local_sgd/8:int4_ef" is an
-average of parameters every 8 steps; what is timed are 8 steps then.
+JSON names. What is exchanged: "nothing" (in "nothing/10" ten steps are timed as one); a hook of torch
+("torch.all_reduce", "torch.powersgd"); or a choice of the group compress, by `attach`, on the two-phase route or, as in
+"bf16:all_reduce", on another. "local_sgd/8:int4_ef" is an average of parameters every 8 steps; what is timed is a step
+of whole rounds then. A method that overlaps its rounds is timed from its second round on, and what it has under way at
+the end is waited for before another one has its turn.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from dtrain.comm.attach import attach
 from dtrain.config import compose, instantiate
 from dtrain.models.transformer import Transformer
 
-WARMUP = 4
 ONE_BUCKET_MIB = 1 << 14
 VOCABULARY, LENGTH = 257, 64
 
@@ -42,6 +43,7 @@ class Asked:
     batch: int = 1
     model: tuple[int, int, int] = (480, 6, 8)
     bucket_mib: float = 25
+    warmup: int = 4
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class _Training:
         cap = ONE_BUCKET_MIB if name == "torch.powersgd" else asked.bucket_mib
         self.model = DistributedDataParallel(model, bucket_cap_mb=cap)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
-        self.local, self.steps = name == "nothing", 1
+        self.local, self.steps, self.before = name.startswith("nothing"), 1, 0
+        if self.local and "/" in name:
+            self.steps = int(name.partition("/")[2])
         self.attached = None
         self.theirs = PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
         if name == "torch.powersgd":
@@ -87,6 +91,11 @@ class _Training:
                 chosen = {**chosen, **({"route": more} if more else {})}
             sync = instantiate(chosen, "sync")
             self.attached = attach(self.model, optimizer, sync)  # type: ignore[arg-type]
+            if getattr(sync, "overlap_steps", 0):
+                self.before, self.steps = (
+                    self.steps,
+                    2 * self.steps if getattr(sync, "delay", "none") != "none" else self.steps,
+                )
         self.finish: Callable[[], object] = optimizer.step if self.attached is None else self.attached.step
         self.optimizer = optimizer
 
@@ -96,6 +105,11 @@ class _Training:
         self.finish()
         if self.attached is None:
             self.optimizer.zero_grad()
+
+    def settle(self) -> None:
+        """Leave nothing under way."""
+        if self.attached is not None:
+            self.attached.settle()
 
     def payload(self) -> int:
         """Bytes so far. Theirs counts the numbers that it all-reduces; of each a ring sends 2 (n - 1) / n."""
@@ -118,17 +132,20 @@ def main(asked: Asked) -> None:
     sent = dict.fromkeys(trainings, 0)
     payload = dict.fromkeys(trainings, 0)
     names = list(trainings)
-    for number in range(WARMUP + asked.rounds):
+    for number in range(asked.warmup + asked.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             training = trainings[name]
+            for _ in range(training.before):
+                training.step(batch)
             before, counted = wire.sent(), training.payload()
             dist.barrier()
             started = time.perf_counter()
             for _ in range(training.steps):
                 training.step(batch)
             took = (time.perf_counter() - started) / training.steps
+            training.settle()
             dist.barrier()
-            if number >= WARMUP:
+            if number >= asked.warmup:
                 seconds[name].append(took)
                 sent[name] += wire.busiest(before, wire.sent())[1] // training.steps
                 payload[name] += (training.payload() - counted) // training.steps

@@ -18,6 +18,7 @@ from dtrain import (
     eager_diloco,
     error_feedback,
     every_step,
+    fedhyper,
     lgreco,
     local_sgd,
     local_update,
@@ -83,6 +84,10 @@ EQUAL: dict[str, tuple[Sync, Sync]] = {
     "CO2 with a penalty of 1 has none": (
         co2(every_steps=4, lr=0.7, momentum=0.5, gap=1, clip=1e6),
         delayed_diloco(every_steps=4, outer=HEAVY),
+    ),
+    "FedHyper that does not learn is Local SGD": (
+        diloco(every_steps=3, outer=fedhyper(kappa=0)),
+        local_sgd(every_steps=3),
     ),
     "SlowMo without momentum is Local SGD": (slowmo(every_steps=3, momentum=0), local_sgd(every_steps=3)),
     "a warm-up without end is data parallelism": (post_local_sgd(every_steps=2, warmup_steps=99), every_step()),
@@ -274,6 +279,7 @@ RESUMED = {
     **METHODS,
     "streaming, 4 bits with feedback": STREAMING,
     "co2, 8 bits with feedback": co2(every_steps=4, compress=error_feedback(quantize(bits=8, block=16))),
+    "fedhyper": streaming_diloco(every_steps=4, layers_per_fragment=1, outer=fedhyper(kappa=0.3)),
     "eager, E3M0": eager_diloco(every_steps=3, compress=E3M0),
     "lgreco on deltas": diloco(every_steps=1, compress=lgreco(error_feedback(quantize(bits=4, block=16)), every=3)),
 }
@@ -414,3 +420,43 @@ def test_bytes_are_counted_by_fragment() -> None:
     meter = replicas.pieces[0].channel.meter
     sent = [meter.sent_as(f"fragment {number}") for number in range(3)]
     assert sent[0] < sent[1] < sent[2] and meter.sent_as("round") == 0  # 1, 7 and 61 elements
+
+
+def test_methods_in_units_of_the_inner_rate_want_one() -> None:
+    for spec in (slowmo(), co2()):
+        replicas = Replicas(local_sgd(every_steps=2), 1)
+        replicas.pieces[0].optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.5})
+        with pytest.raises(ValueError, match=re.escape("and the parameter groups have [0.05, 0.5]; give them one")):
+            spec.bind(replicas.pieces[0], 0)
+    co2(gap="none").bind(replicas.pieces[0], 0)
+
+
+def test_the_largest_exchange_is_its_fragments_share() -> None:
+    """What streaming sends at once is what DiLoCo would send of that fragment; the votes alone are sent for each."""
+    start = {f"blocks.{number}.weight": draw(number, 1000 * (number + 1)) for number in range(3)}
+    streaming = Replicas(streaming_diloco(every_steps=6, layers_per_fragment=1, compress=E3M0), 4, start=start)
+    whole = Replicas(diloco(every_steps=6, compress=E3M0), 4, start=start)
+    for replicas in (streaming, whole):
+        replicas.train(18)
+    meter, at_once = streaming.pieces[0].channel.meter, whole.pieces[0].channel.meter.sent_as("round") / 3
+    largest = max(meter.sent_as(f"fragment {number}") / rounds for number, rounds in enumerate((3, 2, 2)))
+    assert largest <= at_once * 3000 / 6000 + 15
+
+
+def test_fedhypers_rate_follows_the_cosine_of_two_rounds() -> None:
+    replicas = Replicas(diloco(every_steps=2, outer=fedhyper(kappa=0.5)), 2)
+    anchors, expected = [replicas.anchor], 0.0
+    deltas: list[torch.Tensor] = []
+    for _ in range(4):
+        replicas.train(2)
+        anchors.append(replicas.anchor)
+        deltas.append(torch.cat([t.double() for t in replicas.kept(0, "last_delta").values()]))
+        if len(deltas) > 1:
+            cosine = torch.cosine_similarity(deltas[-1], deltas[-2], dim=0)
+            expected = min(4.0, max(-0.8, expected + 0.5 * float(cosine)))
+        assert replicas.attached[1].parts[0].scalar == pytest.approx(expected, abs=1e-4)  # type: ignore[attr-defined]
+        for fqn, delta in replicas.kept(0, "last_delta").items():
+            moved = anchors[-2][fqn] - anchors[-1][fqn]
+            torch.testing.assert_close(moved, (1 + expected) * delta, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="kappa is -1; give 0 or more"):
+        fedhyper(kappa=-1)

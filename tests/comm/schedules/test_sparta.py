@@ -53,6 +53,14 @@ def test_replicas_stay_near_each_other_for_few_bytes() -> None:
     assert sent / 60 < 0.5 * 4 * 69 * 2 * 2 / 3
 
 
+def test_at_the_end_all_parameters_are_averaged() -> None:
+    replicas = Replicas(sparta(density=0.1), 3)
+    replicas.train(5)
+    assert not equal(replicas.live(0), replicas.live(1))
+    replicas.all(lambda rank: replicas.attached[rank].close_round())
+    assert all(equal(replicas.live(rank), replicas.live(0)) for rank in (1, 2))
+
+
 def test_it_comes_back_to_the_bit() -> None:
     whole = Replicas(sparta(density=0.1, every_steps=2), 3)
     whole.train(7)
