@@ -120,6 +120,9 @@ class DDPPieces:
         """Exchange one bucket's gradients in the background."""
         buffer = bucket.buffer()
         future: torch.futures.Future[Tensor] = torch.futures.Future()
+        if self._exchange is None and self.shard.size == 1:  # a replica of one rank that keeps its own gradients
+            future.set_result(buffer)
+            return future
         pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
         gradients = {self.names[id(p)]: gradient for p, gradient in pairs if p.numel()}
 
