@@ -157,11 +157,12 @@ def train(name: str, transport: Transport | dist.ProcessGroup) -> Tensor:
 
 def training_is_bitwise_that_of_gloo_and_of_simulate(here: Rank) -> None:
     law.WORLD = here.world
-    for number, name in enumerate(("dense", "int8_ef", "stochastic", "diloco")):
+    for number, name in enumerate(("dense", "int8_ef", "stochastic", "diloco", "streaming")):
         over_mpi = train(name, here.over_mpi)
         assert torch.equal(over_mpi, train(name, here.gloo())), name
         if number % here.world == here.rank:  # one rank simulates them all, while the others go on
-            assert torch.equal(over_mpi, law.simulated(name)[here.rank]), name
+            alone = law.in_threads(name) if name in ("diloco", "streaming") else law.simulated(name)
+            assert torch.equal(over_mpi, alone[here.rank]), name
     over_mpi, over_gloo = train("native", here.over_mpi), train("native", here.gloo())
     torch.testing.assert_close(over_mpi[0], over_gloo[0], rtol=1e-6, atol=1e-6)
 
