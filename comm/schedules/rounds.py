@@ -16,7 +16,7 @@ from dtrain.comm.combine import combine
 from dtrain.comm.drivers.run import Handle
 from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import Named
-from dtrain.comm.ops import AllReduce, Flow
+from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.routes import Combined, all_finite, two_phase
@@ -45,7 +45,7 @@ class Flight:
 
 
 @dataclass(frozen=True)
-class Settled:
+class Pinned:
     """A plan as it was when a fragment set out."""
 
     chosen: Mapping[str, Compression]
@@ -65,6 +65,7 @@ class Part:
     ``scalar``: what a `Looking` outer optimizer chose for it.
     """
 
+    number: int
     fqns: list[str]
     captured: int = 0
     tokens: int = 0
@@ -87,7 +88,7 @@ class AttachedLocalUpdate(Attached):
                 f"{spec.outer} counts in units of the inner learning rate, and the parameter groups have {rates}; give "
                 "them one, or take another outer step: diloco(outer=sgd(momentum=...)), co2(gap='none')"
             )
-        self.parts = [Part(fqns) for fqns in spec.fragments.cut(pieces.shapes)]
+        self.parts = [Part(number, fqns) for number, fqns in enumerate(spec.fragments.cut(pieces.shapes))]
         self.rounds = self.cycles = self.failed_rounds = self.left_out = self.repairs = self.tokens = 0
         self.channel = pieces.channel.second() if spec.overlap_steps else pieces.channel
         self._averaged = True
@@ -155,23 +156,25 @@ class AttachedLocalUpdate(Attached):
 
     def integers(self) -> dict[str, int]:
         own: dict[str, int] = {}
-        for number, part in enumerate(self.parts):
-            flight = part.flights[0] if part.flights else None
-            own[f"part.{number}.captured"], own[f"part.{number}.tokens"] = part.captured, part.tokens
-            own[f"part.{number}.scalar"] = bits_of(part.scalar)
-            own[f"part.{number}.flight"] = flight.captured if flight else NEVER
-            own[f"part.{number}.arrived"] = int(flight is not None and flight.values is not None)
+        for part in self.parts:
+            flight, name = part.flights[0] if part.flights else None, f"part.{part.number}"
+            own[f"{name}.captured"], own[f"{name}.tokens"] = part.captured, part.tokens
+            own[f"{name}.scalar"] = bits_of(part.scalar)
+            own[f"{name}.flight"] = flight.captured if flight else NEVER
+            own[f"{name}.arrived"] = int(flight is not None and flight.values is not None)
         return {**super().integers(), **own}
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
         super().load_integers(integers)
-        for number, part in enumerate(self.parts):
-            part.captured, part.tokens = integers[f"part.{number}.captured"], integers[f"part.{number}.tokens"]
-            part.scalar, part.flights = number_of(integers[f"part.{number}.scalar"]), []
-            if integers[f"part.{number}.flight"] != NEVER:
-                arrived = {fqn: self.state.tensors[fqn]["arrived"] for fqn in self._own(part)}
-                values = arrived if integers[f"part.{number}.arrived"] else None
-                part.flights = [Flight(integers[f"part.{number}.flight"], self.state.branch(), None, values)]
+        for part in self.parts:
+            own = {name: integers[f"part.{part.number}.{name}"] for name in ("captured", "tokens", "scalar")}
+            part.captured, part.tokens, part.scalar = own["captured"], own["tokens"], number_of(own["scalar"])
+            captured, part.flights, values = integers[f"part.{part.number}.flight"], [], None
+            if integers[f"part.{part.number}.arrived"]:
+                here = [fqn for fqn in part.fqns if fqn in self.pieces.segments]
+                values = {fqn: self.state.tensors[fqn]["arrived"] for fqn in here}
+            if captured != NEVER:
+                part.flights = [Flight(captured, self.state.branch(), None, values)]
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
@@ -239,10 +242,10 @@ class AttachedLocalUpdate(Attached):
         key = Key(self.seed, self.steps, self.pieces.place.rank)
         self._measure(deltas, key)
         part.captured, part.tokens = self.steps, self.tokens
-        branch, plan = self.state.branch(), Settled({fqn: self.plan.of(fqn, key.step) for fqn in deltas})
+        branch, plan = self.state.branch(), Pinned({fqn: self.plan.of(fqn, key.step) for fqn in deltas})
         rule, place, lies = self.spec.rule, self.pieces.place, self.matrices
         flow = combine(deltas, plan, rule, place, key, branch, matrices=lies, weight=weight)
-        label = "round" if len(self.parts) == 1 else f"fragment {self.parts.index(part)}"
+        label = "round" if len(self.parts) == 1 else f"fragment {part.number}"
         part.flights.append(Flight(self.steps, branch, self.channel.start(flow, label), sent=deltas))
         return deltas
 
@@ -275,7 +278,7 @@ class AttachedLocalUpdate(Attached):
         sums = [[torch.dot(a, b) for a, b in each] for each in (
             [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs], pairs)]  # fmt: skip
         local = torch.stack([torch.stack(each).sum() if each else torch.zeros(()) for each in sums])
-        drift, moved, product = self.pieces.channel.run(_summed_over_shards(local.cpu()), "gauges").tolist()
+        drift, moved, product = self._over_shards(local, "gauges").tolist()
         cosine = product / math.sqrt(drift * moved) if drift * moved > 0 else 0.0
         self.gauges = {"drift": math.sqrt(drift), "mean_delta": math.sqrt(moved), "delta_cosine": cosine}
 
@@ -310,7 +313,7 @@ class AttachedLocalUpdate(Attached):
         """The outer step, then the merge; without ``values`` nobody moves the anchor."""
         if values is not None:
             self.rounds += 1
-            now = Round(float(self.pieces.optimizer.param_groups[0]["lr"]), self.spec.every_steps)
+            now = self._this_round()
             if isinstance(self.spec.outer, Looking):
                 part.scalar = self._chosen(self.spec.outer, values, part.scalar)
                 now = replace(now, scalar=part.scalar)
@@ -320,10 +323,13 @@ class AttachedLocalUpdate(Attached):
             self.state.commit()
         self._merge(part, mix)
 
+    def _this_round(self) -> Round:
+        return Round(float(self.pieces.optimizer.param_groups[0]["lr"]), self.spec.every_steps)
+
     def _chosen(self, outer: Looking, values: Named, scalar: float) -> float:
         found = [outer.look(fqn, delta, self.state) for fqn, delta in values.items()]
         local = torch.stack(found).sum(0) if found else outer.look("", torch.zeros(0), State(outer.kinds))
-        return outer.choose(self.pieces.channel.run(_summed_over_shards(local.cpu()), "outer"), scalar)
+        return outer.choose(self._over_shards(local, "outer"), scalar)
 
     def _merge(self, part: Part, mix: float, anchor: Named | None = None) -> None:
         merged = self._anchor(part.fqns) if anchor is None else dict(anchor)
@@ -331,10 +337,6 @@ class AttachedLocalUpdate(Attached):
             live = self.pieces.read(part.fqns)
             merged = {fqn: mix * live[fqn] + (1 - mix) * anchor for fqn, anchor in merged.items()}
         self.pieces.write(merged, part.fqns)
-
-    def _own(self, part: Part) -> list[str]:
-        """The names of ``part`` of which this rank holds a piece."""
-        return [fqn for fqn in part.fqns if fqn in self.pieces.segments]
 
     def _anchor(self, fqns: Iterable[str]) -> dict[str, Tensor]:
         return {fqn: self.state.tensors[fqn]["anchor"] for fqn in fqns if fqn in self.state.tensors}
@@ -352,8 +354,3 @@ class AttachedLocalUpdate(Attached):
                 "the model was changed after attach, whose anchor is what it held then: load weights to start from "
                 "before attach; when resuming, load the sync's state too, last"
             )
-
-
-def _summed_over_shards(values: Tensor) -> Flow[Tensor]:
-    (total,) = yield AllReduce((values,), "sum", axis="shard")
-    return total

@@ -58,8 +58,7 @@ class AttachedSharded(AttachedLocalUpdate):
             now = {fqn: torch.zeros_like(value) for fqn, value in now.items()}
         part.captured, part.tokens = self.steps, self.tokens
         branch = self.owned.branch()
-        this = Round(float(self.pieces.optimizer.param_groups[0]["lr"]), self.spec.every_steps)
-        flow = sharded_round(now, self.spec, self.pieces.place, branch, this, weight)
+        flow = sharded_round(now, self.spec, self.pieces.place, branch, self._this_round(), weight)
         part.flights.append(Flight(self.steps, branch, self.channel.start(flow, "round")))
         return now
 

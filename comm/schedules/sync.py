@@ -214,8 +214,11 @@ class Attached(ABC):
 
     def _agree(self, ok: bool) -> bool:
         """Whether ``ok`` holds on every rank of this replica."""
-        bad = torch.tensor([0.0 if ok else 1.0])
-        return not bool(self.pieces.channel.run(_sum_over_shards(bad), "agree"))
+        return not bool(self._over_shards(torch.tensor([0.0 if ok else 1.0]), "agree"))
+
+    def _over_shards(self, values: Tensor, label: str) -> Tensor:
+        """The sum over the ranks of this replica. Every rank must call it."""
+        return self.pieces.channel.run(_sum_over_shards(values.cpu()), label)
 
 
 def _digest(values: Mapping[str, Tensor]) -> str:
@@ -227,9 +230,9 @@ def _digest(values: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _sum_over_shards(value: Tensor) -> Flow[float]:
-    (total,) = yield AllReduce((value,), "sum", axis="shard")
-    return float(total)
+def _sum_over_shards(values: Tensor) -> Flow[Tensor]:
+    (total,) = yield AllReduce((values,), "sum", axis="shard")
+    return total
 
 
 def _broadcast(values: Mapping[str, Tensor]) -> Flow[dict[str, Tensor]]:

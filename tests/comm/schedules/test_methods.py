@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -300,6 +301,20 @@ def test_a_stop_at_any_step_leaves_no_trace(name: str) -> None:
             for kept in spec.kinds:
                 assert equal(again.kept(rank, kept), end.kept(rank, kept))
         assert again.attached[0].integers() == end.attached[0].integers()
+
+
+def test_a_round_that_failed_on_its_way_is_resumed_as_failed() -> None:
+    replicas = Replicas(STREAMING, 2)
+    replicas.train(5)
+    for pieces in replicas.pieces:
+        pieces.values["layers.0.weight"] += math.nan
+    replicas.train(1)  # captured, and nobody's part can be used
+    again = replicas.resumed()
+    for one in (replicas, again):
+        one.train(4)
+    assert replicas.attached[0].failed_rounds >= 1  # type: ignore[attr-defined]
+    assert all(equal(again.live(rank), replicas.live(rank)) for rank in range(2))
+    assert again.attached[0].integers() == replicas.attached[0].integers()
 
 
 @pytest.mark.parametrize("name", METHODS)
