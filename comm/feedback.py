@@ -22,7 +22,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 from dtrain.comm.compressors.base import Compressor, one_pass
@@ -147,8 +146,8 @@ class EF14(Feedback):
     def retain_product(
         self, fqn: str, value: Tensor, corrected: Tensor, matrix: Matrix, factors: Factors, state: State
     ) -> None:
-        left, right = factors  # the product is never written down
-        rest = torch.addmm(matrix.view(corrected), left, right.T, alpha=-1)
+        left, right = factors  # the product is never written down, and ``corrected`` is ours: `correct` made it
+        rest = matrix.view(corrected).addmm_(left, right.T, alpha=-1)
         state.stage(fqn, "residual", matrix.flat(rest))
 
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MESSAGE = 1 << 22
+"""Elements in one message: many enough for its latency not to count, few enough for several to overlap."""
+
 
 @dataclass(frozen=True, order=True)
 class Segment:
@@ -85,3 +88,21 @@ def is_finite(value: Tensor) -> bool:
 
 Named = Mapping[str, Tensor]
 """Flat tensors by FQN, fp32 or, for models in fp64, fp64: one rank's segments of gradients, parameters or deltas."""
+
+
+def messages(values: Named, elements: int = MESSAGE) -> list[dict[str, Tensor]]:
+    """``values`` in their order, in groups of some ``elements``, at least one: while one travels, the next is encoded.
+
+    >>> import torch
+    >>> [list(group) for group in messages({name: torch.zeros(3) for name in "abcd"}, elements=6)]
+    [['a', 'b'], ['c', 'd']]
+    """
+    groups: list[dict[str, Tensor]] = [{}]
+    held = 0
+    for fqn, value in values.items():
+        if held >= elements:
+            groups.append({})
+            held = 0
+        groups[-1][fqn] = value
+        held += value.numel()
+    return groups

@@ -17,9 +17,9 @@ The anchor is state of its own, fp32; but for eager methods it is bitwise equal 
 and exported. The inner optimizer's state stays where it is: neither averaged nor reset. A replica whose parameters are
 not finite is left out of the mean and goes back to the anchor. Before the first round there may be `warmup_steps` of
 data parallelism. Methods fill in this loop, each in its own file.
-Communication: one `two_phase` flow for each fragment and round, behind the inner steps if there is an overlap. Bytes:
-`routes.two_phase_bytes` of it, weighted. Keeps: the anchor, the outer optimizer's state and the feedback's; while a
-fragment is under way, what feedback will keep, and at a checkpoint what arrived.
+Communication: for each fragment and round `two_phase` flows of some 4 million elements each, behind the inner steps if
+there is an overlap. Bytes: `routes.two_phase_bytes` of them, weighted. Keeps: the anchor, the outer optimizer's state
+and the feedback's; while a fragment is under way, what feedback will keep, and at a checkpoint what arrived.
 """
 
 from __future__ import annotations

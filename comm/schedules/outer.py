@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from dtrain.comm.state import Kind, State
@@ -76,14 +77,15 @@ class Momentum:
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
         direction = delta
         if self.momentum:
-            direction = self.momentum * state.get(fqn, "momentum", anchor) + delta
+            direction = (self.momentum * state.get(fqn, "momentum", anchor)).add_(delta)
         if self.clip is not None:
             direction = direction.clamp(-self.clip, self.clip)
         if self.momentum:
             state.stage(fqn, "momentum", direction)
             if self.nesterov:
-                direction = delta + self.momentum * direction
-        return anchor - self.lr * direction
+                direction = (self.momentum * direction).add_(delta)
+        moved = self.lr * direction
+        return torch.sub(anchor, moved, out=moved)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.combine import combine
 from dtrain.comm.drivers.run import Handle
 from dtrain.comm.feedback import Compression, as_compression
-from dtrain.comm.layout import Named
+from dtrain.comm.layout import Named, messages
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
@@ -32,14 +32,14 @@ NEVER = -1
 
 @dataclass
 class Flight:
-    """A fragment on its way. ``handle``: None once it has ended; ``values`` is None if it has failed.
+    """A fragment on its way. ``handles``: of its messages; none once it has ended, with ``values`` unless it failed.
 
     ``sent``: this replica's deltas; None after a resume.
     """
 
     captured: int
     branch: State
-    handle: Handle[Combined] | None
+    handles: list[Handle[Combined]]
     values: dict[str, Tensor] | None = None
     sent: dict[str, Tensor] | None = None
 
@@ -174,7 +174,7 @@ class AttachedLocalUpdate(Attached):
                 here = [fqn for fqn in part.fqns if fqn in self.pieces.segments]
                 values = {fqn: self.state.tensors[fqn]["arrived"] for fqn in here}
             if captured != NEVER:
-                part.flights = [Flight(captured, self.state.branch(), None, values)]
+                part.flights = [Flight(captured, self.state.branch(), [], values)]
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ class AttachedLocalUpdate(Attached):
     def _capture(self, part: Part) -> dict[str, Tensor]:
         """Send off what this replica has learned of ``part``, and return it."""
         now = self.pieces.read(part.fqns)
-        deltas = {fqn: self.state.get(fqn, "anchor", value) - value for fqn, value in now.items()}
+        deltas = {fqn: torch.sub(self.state.get(fqn, "anchor", x), x, out=x) for fqn, x in now.items()}
         weight = float(self.tokens - part.tokens) if self.spec.weighs else None
         if not self._agree(all_finite(deltas)) and self.spec.weighs:
             deltas, weight = {fqn: torch.zeros_like(delta) for fqn, delta in deltas.items()}, 0.0
@@ -244,19 +244,22 @@ class AttachedLocalUpdate(Attached):
         part.captured, part.tokens = self.steps, self.tokens
         branch, plan = self.state.branch(), Pinned({fqn: self.plan.of(fqn, key.step) for fqn in deltas})
         rule, place, lies = self.spec.rule, self.pieces.place, self.matrices
-        flow = combine(deltas, plan, rule, place, key, branch, matrices=lies, weight=weight)
         label = "round" if len(self.parts) == 1 else f"fragment {part.number}"
-        part.flights.append(Flight(self.steps, branch, self.channel.start(flow, label), sent=deltas))
+        flows = [
+            combine(some, plan, rule, place, key, branch, matrices=lies, weight=weight) for some in messages(deltas)
+        ]
+        handles = [self.channel.start(flow, label) for flow in flows]
+        part.flights.append(Flight(self.steps, branch, handles, sent=deltas))
         return deltas
 
     def _end(self, flight: Flight) -> None:
         """Wait for it, and agree on what it brought."""
-        if flight.handle is None:
+        if not flight.handles:
             return
-        combined, flight.handle = flight.handle.wait(), None
-        if self._agree(combined.finite):
+        arrived, flight.handles = [handle.wait() for handle in flight.handles], []
+        if self._agree(all(message.finite for message in arrived)):
             flight.branch.commit()
-            flight.values = combined.values
+            flight.values = {fqn: value for message in arrived for fqn, value in message.values.items()}
         else:
             flight.branch.rollback()
 

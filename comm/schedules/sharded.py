@@ -59,7 +59,7 @@ class AttachedSharded(AttachedLocalUpdate):
         part.captured, part.tokens = self.steps, self.tokens
         branch = self.owned.branch()
         flow = sharded_round(now, self.spec, self.pieces.place, branch, self._this_round(), weight)
-        part.flights.append(Flight(self.steps, branch, self.channel.start(flow, "round")))
+        part.flights.append(Flight(self.steps, branch, [self.channel.start(flow, "round")]))
         return now
 
     def _apply(self, part: Part, values: Named | None, mix: float) -> None:

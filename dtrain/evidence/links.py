@@ -109,19 +109,14 @@ def powersgd_report(found: Mapping[str, Mapping[str, Took]]) -> Report:
         checks.append(at_most(f"bytes of {OURS[0]} over theirs, {links}", payload, 1.0))
         figures[rate] = {name: dataclasses.asdict(took) for name, took in by.items()}
     body = (
-        "PyTorch's PowerSGD hook and `powersgd_ef`, rank 4, on the same transformer of 17 million parameters in DDP, "
-        "in "
-        f"the same processes, {len(theirs.seconds)} rounds of one step each in rotating order after a warm-up; four "
-        f"hosts "
-        "of `dtrain cluster`, all on two cores. Times are those of the slowest rank, medians; the ratio is the median "
-        "of "
-        "the rounds' ratios. Theirs has all gradients in one bucket, as it fails with two; ours has DDP's usual ones. "
-        "On "
-        "the all-reduce, as theirs is, ours sends the same numbers; on the two-phase route, whose bits depend on "
-        "nothing "
-        "but the values, a byte for each message and rank more. Payload: as ours is metered and theirs counts itself; "
-        "interface: what that of rank 0's host counted, headers and acknowledgements included.\n\n"
-        + table(["links", "exchange", "step", "over theirs", "payload per step", "interface"], rows)
+        "PyTorch's PowerSGD hook and `powersgd_ef`, rank 4, on the same transformer of 17 million parameters in DDP "
+        f"in the same processes, {len(theirs.seconds)} rounds of one step each in rotating order after a warm-up; four "
+        "hosts of `dtrain cluster`, all on two cores. Times are those of the slowest rank, medians; the ratio is the "
+        "median of the rounds' ratios. Theirs has all gradients in one bucket, as it fails with two; ours has DDP's "
+        "usual ones. On the all-reduce, as theirs is, ours sends the same numbers; on the two-phase route, whose bits "
+        "depend on nothing but the values, a byte for each message and rank more. Payload: as ours is metered and "
+        "theirs counts itself; interface: what that of rank 0's host counted, headers and acknowledgements included."
+        "\n\n" + table(["links", "exchange", "step", "over theirs", "payload per step", "interface"], rows)
     )
     commands = ("python -m dtrain.evidence powersgd",)
     return Report("PowerSGD beside PyTorch's", body, commands, tuple(checks), figures)
@@ -148,9 +143,9 @@ def slow_report(found: Mapping[str, Took], by_ranks: Mapping[int, int]) -> Repor
     growth = {ranks: sent / by_ranks[2] / ((ranks - 1) / ranks / 0.5) for ranks, sent in by_ranks.items()}
     body = (
         "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, all "
-        f"of them on two cores; {SEQUENCES} sequences of 64 tokens for each rank, buckets of {BUCKET_MIB} MiB. Steps "
-        f"of all exchanges in turn, {len(found['nothing'].seconds)} each, of the slowest rank, medians. *nothing* does "
-        "not communicate at all.\n\n"
+        f"of them on two cores; {SEQUENCES} sequences of 64 tokens for each rank, buckets of {BUCKET_MIB} MiB, kernels "
+        f"compiled. Steps of all exchanges in turn, {len(found['nothing'].seconds)} each, of the slowest rank; medians "
+        "are given. *nothing* does not communicate at all.\n\n"
         + table(["exchange", "step", "faster than fp32", "of the step without", "sent per step"], rows)
         + "\n\nWhat int8_ef sends per rank and step by the two-phase route, which an all-reduce of fp32 would send 3.9 "
         "times of:\n\n"
@@ -181,10 +176,10 @@ def local_report(found: Mapping[str, Took]) -> Report:
     ]
     body = (
         "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, all "
-        f"of them on two cores; {LOCAL_SEQUENCES} sequences of 64 tokens for each rank. Whole rounds in turn, "
-        f"{len(found['nothing/10'].seconds)} of each; a step is a part of a round, of the slowest rank, medians. "
-        "Methods that overlap their rounds are timed from their second one on. *diloco/50:int8*: rounds of 50 steps, "
-        "8 bits.\n\n" + table(["method", "step", "compute utilization", "sent per step"], rows)
+        f"of them on two cores; {LOCAL_SEQUENCES} sequences of 64 tokens for each rank, kernels compiled. Whole rounds "
+        f"in turn, {len(found['nothing/10'].seconds)} of each; a step is a part of a round, of the slowest rank, "
+        "medians. Methods that overlap their rounds are timed from their second one on. *diloco/50:int8*: rounds of 50 "
+        "steps, 8 bits.\n\n" + table(["method", "step", "compute utilization", "sent per step"], rows)
     )
     checks = [at_least(f"compute utilization of {name}", used[name], line) for name, line in LOCAL.items() if line]
     checks.append(at_most("compute utilization of fp32 data parallelism", used["torch.all_reduce"], 0.15))

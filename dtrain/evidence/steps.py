@@ -25,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.bench import wire
+from dtrain.comm import fused
 from dtrain.comm.attach import attach
 from dtrain.config import compose, instantiate
 from dtrain.models.transformer import Transformer
@@ -92,10 +93,9 @@ class _Training:
             sync = instantiate(chosen, "sync")
             self.attached = attach(self.model, optimizer, sync)  # type: ignore[arg-type]
             if getattr(sync, "overlap_steps", 0):
-                self.before, self.steps = (
-                    self.steps,
-                    2 * self.steps if getattr(sync, "delay", "none") != "none" else self.steps,
-                )
+                self.before = self.steps
+            if getattr(sync, "delay", "none") != "none":
+                self.steps *= 2
         self.finish: Callable[[], object] = optimizer.step if self.attached is None else self.attached.step
         self.optimizer = optimizer
 
@@ -123,6 +123,7 @@ def main(asked: Asked) -> None:
     """Measure, on every rank alike."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    fused.WORTHWHILE = 0  # a long run has its kernels compiled; here they are in the warm-up
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(0, VOCABULARY, (asked.batch, LENGTH + 1), generator=generator)

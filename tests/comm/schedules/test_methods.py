@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ from dtrain import (
     slowmo,
     streaming_diloco,
 )
+from dtrain.comm.layout import messages
+from dtrain.comm.schedules import rounds
 from dtrain.comm.schedules.co2 import gap_aware
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.outer import Round
@@ -330,12 +333,25 @@ def test_at_the_end_nothing_that_was_learned_is_left_behind(name: str) -> None:
     assert again == [False, False]
 
 
+@pytest.mark.parametrize("name", ["co2, 8 bits with feedback", "eager, E3M0"])
+def test_messages_move_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = Replicas(RESUMED[name], 3), Replicas(RESUMED[name], 3)
+    whole.train(9)
+    monkeypatch.setattr(rounds, "messages", partial(messages, elements=1))
+    cut.train(9)
+    assert max(len(flight.handles) for part in cut.attached[0].parts for flight in part.flights) > 1  # type: ignore[attr-defined]
+    again = cut.resumed()
+    for one in (whole, cut, again):
+        one.train(5)
+        assert all(equal(one.live(rank), whole.live(rank)) for rank in range(3))
+
+
 def test_a_fragment_travels_while_nobody_waits_for_it() -> None:
     replicas = Replicas(STREAMING, 3)
     replicas.train(6)
     for attached in replicas.attached:
         (flight,) = attached.parts[0].flights  # type: ignore[attr-defined]
-        assert flight.handle._done.wait(30)
+        assert all(handle._done.wait(30) for handle in flight.handles)
 
 
 def test_what_was_under_way_at_the_end_counts() -> None:
