@@ -197,7 +197,7 @@ class _Run:
             if settings.checkpoint_every_steps and step % settings.checkpoint_every_steps == 0 and step != end:
                 stop = self._collect() or stop
                 self._checkpoint()
-            self._tell_plan()
+            self._tell_decisions()
             on_step(step)
         self._collect()
         return self._finish(end, stop)
@@ -226,8 +226,11 @@ class _Run:
         self.account.tokens += settings.batch_size * self.tokens_per_example
         return Report(self._asked(), float(loss), len(indices) * self.tokens_per_example)
 
-    def _tell_plan(self) -> None:
-        """A plan that has decided anew goes into rank 0's log, and into the run folder for who looks later."""
+    def _tell_decisions(self) -> None:
+        """What the sync has decided goes into the metrics; a new plan into rank 0's log and the run folder."""
+        told, self.attached.decisions = self.attached.decisions, []
+        for text in told:
+            self._log({"step": self.attached.steps, "decision": text})
         if self.attached.plan.changes != self.plan_changes:
             self.plan_changes = self.attached.plan.changes
             if self.mesh.rank == 0:

@@ -25,6 +25,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update
 from dtrain.comm.schedules.outer import PLAIN, OuterOptimizer, Round, sgd
 from dtrain.comm.state import Kind, State
@@ -72,7 +73,7 @@ class Penalized:
 
 def co2(
     *,
-    every_steps: int = 12,
+    every_steps: Knob = 12,
     lr: float = 1.0,
     momentum: float = 0.2,
     gap: Literal["gap_aware", "none"] | float | Gap = "gap_aware",
@@ -82,7 +83,8 @@ def co2(
     """CO2.
 
     Args:
-        every_steps: tau, the inner steps in a round, in which an exchange must fit to stay hidden.
+        every_steps: tau, the inner steps in a round, in which an exchange must fit to stay hidden; "auto": as many as
+            it takes, see `knobs`.
         lr: the outer learning rate.
         momentum: of the outer heavy ball, in [0, 1).
         gap: the penalty for staleness: "gap_aware", "none", a number of at least 1, or a rule.

@@ -13,17 +13,18 @@ Keeps: the anchor and the outer momentum; eager also the last delta.
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
 
 
 def delayed_diloco(
-    *, every_steps: int = 100, outer: OuterOptimizer | None = None, compress: Compress = None
+    *, every_steps: Knob = 100, outer: OuterOptimizer | None = None, compress: Compress = None
 ) -> LocalUpdate:
     """DiLoCo one round late. For short rounds: it degrades as they grow.
 
     Args:
-        every_steps: H, the inner steps in a round, in which an exchange must fit to stay hidden.
+        every_steps: H, the inner steps in a round, in which an exchange must fit to stay hidden; or "auto".
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
 
@@ -36,7 +37,7 @@ def delayed_diloco(
 
 
 def eager_diloco(
-    *, every_steps: int = 100, outer: OuterOptimizer | None = None, compress: Compress = None
+    *, every_steps: Knob = 100, outer: OuterOptimizer | None = None, compress: Compress = None
 ) -> LocalUpdate:
     """DiLoCo that steps with the last round's mean and its own fresh part. Arguments as for `delayed_diloco`.
 
@@ -48,7 +49,7 @@ def eager_diloco(
     return _late(every_steps, outer, compress, eager=True)
 
 
-def _late(every_steps: int, outer: OuterOptimizer | None, compress: Compress, *, eager: bool) -> LocalUpdate:
+def _late(every_steps: Knob, outer: OuterOptimizer | None, compress: Compress, *, eager: bool) -> LocalUpdate:
     return local_update(
         every_steps=every_steps,
         outer=nesterov() if outer is None else outer,

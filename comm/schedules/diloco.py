@@ -11,24 +11,27 @@ Keeps: the anchor and the outer momentum.
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
 
 
 def diloco(
     *,
-    every_steps: int = 100,
+    every_steps: Knob = 100,
     outer: OuterOptimizer | None = None,
     compress: Compress = None,
     outer_state: OuterState = "replicated",
+    utilization: float = 0.95,
 ) -> LocalUpdate:
     """DiLoCo.
 
     Args:
-        every_steps: H, the inner steps in a round.
+        every_steps: H, the inner steps in a round; or "auto", see `knobs`.
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default, the paper's choice.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
         outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; fp32 only.
+        utilization: the compute utilization that "auto" aims at, in (0, 1).
 
     >>> diloco().outer == nesterov(lr=0.7, momentum=0.9)
     True
@@ -40,4 +43,5 @@ def diloco(
         outer=nesterov() if outer is None else outer,
         compress=compress,
         outer_state=outer_state,
+        utilization=utilization,
     )

@@ -21,13 +21,17 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Fragments:
-    """How to cut. ``layers``: blocks in each fragment; 0 is one fragment with everything. ``patterns``: by hand."""
+    """How to cut. ``layers``: blocks in each fragment; 0 is one fragment with everything. ``patterns``: by hand.
+
+    ``auto``: layers are chosen when steps and exchanges have been measured; see `knobs`.
+    """
 
     layers: int = 0
     pattern: Pattern = "strided"
     patterns: tuple[tuple[str, ...], ...] = ()
     staggered: bool = True
     first_round: FirstRound = "full"
+    auto: bool = False
 
     def cut(self, shapes: Shapes) -> list[list[str]]:
         """The names in each fragment, every trained parameter once, none empty.
@@ -65,7 +69,7 @@ WHOLE = Fragments()
 
 
 def fragments(
-    layers: int,
+    layers: int | Literal["auto"],
     *,
     pattern: Pattern = "strided",
     patterns: Sequence[Sequence[str]] = (),
@@ -73,8 +77,8 @@ def fragments(
     first_round: FirstRound = "full",
 ) -> Fragments:
     """Check and make `Fragments`; see `streaming_diloco` for the arguments."""
-    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 0:
-        raise ValueError(f"layers_per_fragment is {layers!r}; give a whole number of blocks, 0 for one fragment")
+    if layers != "auto" and (not isinstance(layers, int) or isinstance(layers, bool) or layers < 0):
+        raise ValueError(f"layers_per_fragment is {layers!r}; give a whole number of blocks, 0 for all, or 'auto'")
     if pattern not in ("strided", "sequential"):
         raise ValueError(f"pattern is {pattern!r}; choose 'strided' or 'sequential'")
     if first_round not in ("full", "early"):
@@ -82,6 +86,10 @@ def fragments(
     by_hand = tuple(tuple(names) for names in patterns)
     if any(not names for names in by_hand):
         raise ValueError("a fragment without a pattern would be empty; give every fragment at least one name")
+    if layers == "auto":
+        if by_hand:
+            raise ValueError("layers_per_fragment='auto' counts blocks, and the fragments are named by hand; give one")
+        return Fragments(1, pattern, by_hand, bool(staggered), first_round, auto=True)
     return Fragments(layers, pattern, by_hand, bool(staggered), first_round)
 
 

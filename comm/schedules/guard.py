@@ -4,16 +4,20 @@ All that is applied is decoded from the same bytes, so replicas cannot drift apa
 flips in memory, by hardware that computes something else, and by a bug; without a word, until the loss shows it.
 Communication: 16 bytes of each replica; a broadcast of what is replicated, from the first replica of the largest group
 that agrees, where they differ.
+
+And what tells that replicas drift apart where nothing is wrong: norms of their deltas, and the cosine between them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 
 import torch
 from torch import Tensor
 
+from dtrain.comm.layout import Named
 from dtrain.comm.ops import AllGather, Broadcast, Flow, Place
 from dtrain.comm.state import State
 
@@ -33,6 +37,24 @@ def repaired(state: State, place: Place) -> Flow[list[int]]:
             for (fqn, name), value in zip(kept, right, strict=True):
                 state.tensors[fqn][name] = value.clone()
     return wrong
+
+
+def products(own: Named, mean: Named) -> Tensor:
+    """Of a replica's deltas with themselves, of the mean ones with themselves, and of both: [3], of this rank's pieces.
+
+    >>> products({"w": torch.ones(2)}, {"w": torch.tensor([1.0, -1.0])})
+    tensor([2., 2., 0.])
+    """
+    pairs = [(own[fqn], value) for fqn, value in mean.items()]
+    rows = [torch.stack([torch.dot(a, a), torch.dot(b, b), torch.dot(a, b)]) for a, b in pairs]
+    return torch.stack(rows).sum(0) if rows else torch.zeros(3)
+
+
+def gauges(sums: Tensor) -> dict[str, float]:
+    """From `products` of all pieces: how far this replica had drifted from the anchor, and how well replicas agree."""
+    drift, moved, product = sums.tolist()
+    cosine = product / math.sqrt(drift * moved) if drift * moved > 0 else 0.0
+    return {"drift": math.sqrt(drift), "mean_delta": math.sqrt(moved), "delta_cosine": cosine}
 
 
 def _digest(tensors: list[Tensor]) -> Tensor:

@@ -7,16 +7,29 @@ Communication: one round every H steps. Bytes: of one parameter exchange per rou
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import sgd
 
 
-def local_sgd(*, every_steps: int, compress: Compress = None, outer_state: OuterState = "replicated") -> LocalUpdate:
-    """Average the replicas' parameters every ``every_steps`` inner steps. ``outer_state``: see `diloco`.
+def local_sgd(
+    *,
+    every_steps: Knob,
+    compress: Compress = None,
+    outer_state: OuterState = "replicated",
+    utilization: float = 0.95,
+) -> LocalUpdate:
+    """Average the replicas' parameters every ``every_steps`` inner steps. Arguments as for `diloco`.
 
     >>> local_sgd(every_steps=16).every_steps
     16
 
     Raises ``ValueError`` for a period that is no positive integer. Source: arXiv:1805.09767.
     """
-    return local_update(every_steps=every_steps, outer=sgd(lr=1.0), compress=compress, outer_state=outer_state)
+    return local_update(
+        every_steps=every_steps,
+        outer=sgd(lr=1.0),
+        compress=compress,
+        outer_state=outer_state,
+        utilization=utilization,
+    )

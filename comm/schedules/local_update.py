@@ -32,6 +32,7 @@ from dtrain.comm.combine import require_mean_for_low_rank
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of
 from dtrain.comm.schedules.fragments import WHOLE, Fragments
+from dtrain.comm.schedules.knobs import LEAST_STEPS, Auto, Knob, Knobs
 from dtrain.comm.schedules.outer import Looking, OuterOptimizer
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.state import Kind
@@ -55,6 +56,7 @@ class LocalUpdate:
     warmup_steps: int = 0
     verify_every: int = 100
     outer_state: OuterState = "replicated"
+    auto: Auto | None = None
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         from dtrain.comm.schedules.rounds import AttachedLocalUpdate
@@ -69,9 +71,18 @@ class LocalUpdate:
         outer: dict[str, Kind] = {"anchor": "replicated", **self.outer.kinds}
         if self.delay == "eager":
             outer = {**dict.fromkeys(outer, "per_worker"), "own_delta": "per_worker"}
-        if self.overlap_steps:
+        if self.overlaps:
             outer["arrived"] = "replicated"
         return {**outer, **kinds_of(self.plan)}
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether anything is, or may be, under way beside the inner steps."""
+        return self.overlap_steps > 0 or (self.auto is not None and self.auto.overlap_steps)
+
+    @property
+    def knobs(self) -> Knobs:
+        return Knobs(self.every_steps, self.overlap_steps, self.mix, self.fragments)
 
     @property
     def weighs(self) -> bool:
@@ -81,48 +92,69 @@ class LocalUpdate:
 
 def local_update(
     *,
-    every_steps: int,
+    every_steps: Knob,
     outer: OuterOptimizer,
     compress: Compress = None,
     combine: Aggregator | None = None,
     fragments: Fragments = WHOLE,
-    overlap_steps: int = 0,
-    mix: float = 0.0,
+    overlap_steps: Knob = 0,
+    mix: float | None = 0.0,
     delay: Delay = "none",
     warmup_steps: int = 0,
     verify_every: int = 100,
     outer_state: OuterState = "replicated",
+    utilization: float = 0.95,
 ) -> LocalUpdate:
     """The general loop, for combinations that have no name of their own.
 
     Args:
-        every_steps: inner steps in a round.
+        every_steps: inner steps in a round; "auto": chosen in the first ten, see `knobs`.
         outer: the outer optimizer, for example ``nesterov(lr=0.7, momentum=0.9)``.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
         combine: the rule; the mean by default.
         fragments: what is exchanged at different times; everything at once by default.
-        overlap_steps: inner steps that go on while a fragment is under way.
-        mix: what the parameters of this replica count when they meet the new anchor, in [0, 1].
+        overlap_steps: inner steps that go on while a fragment is under way, or "auto".
+        mix: what the parameters of this replica count when they meet the new anchor, in [0, 1]; None: 0 with an overlap
+            of up to one step, 0.5 with a longer one.
         delay: "stale" and "eager" overlap a whole round; see the module.
         warmup_steps: steps of data parallelism before the first round.
         verify_every: rounds between two comparisons of what must be equal on all replicas; 0 for none.
         outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; see `sharded`.
+        utilization: what "auto" aims at: the part of the time in which nobody waits for the links, in (0, 1).
 
     Raises ``ValueError`` for numbers outside their range, ``TypeError`` for what is no outer optimizer.
     """
+    if not 0 < utilization < 1:
+        raise ValueError(f"utilization is {utilization!r}; it lies between 0 and 1, for example 0.95")
+    auto = Auto(utilization, every_steps == "auto", overlap_steps == "auto", mix is None, fragments.auto)
+    if every_steps == "auto":
+        every_steps = LEAST_STEPS
     if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
-        raise ValueError(f"every_steps is {every_steps!r}; a round has a positive whole number of inner steps")
+        raise ValueError(
+            f"every_steps is {every_steps!r}; a round has a positive whole number of inner steps, or 'auto'"
+        )
+    if overlap_steps == "auto":
+        if every_steps == 1:
+            raise ValueError(
+                "overlap_steps='auto' with every_steps=1: what is under way must arrive before the next "
+                "round begins; give longer rounds, or overlap_steps=0"
+            )
+        overlap_steps = 1
     if not callable(getattr(outer, "step", None)) or not hasattr(outer, "kinds"):
         raise TypeError(f"outer is {outer!r}; give an outer optimizer such as nesterov(lr=0.7, momentum=0.9)")
     if delay not in ("none", "stale", "eager"):
         raise ValueError(f"delay is {delay!r}; choose 'none', 'stale' or 'eager'")
     if delay != "none":
+        if auto.overlap_steps or auto.fragments:
+            raise ValueError(f"delay={delay!r} overlaps whole rounds of everything; only every_steps can be 'auto'")
         overlap_steps = every_steps
     elif not isinstance(overlap_steps, int) or isinstance(overlap_steps, bool) or not 0 <= overlap_steps < every_steps:
         raise ValueError(
             f"overlap_steps is {overlap_steps!r} with every_steps={every_steps}: what is under way must arrive before "
             "the next round begins; give less, 0 for none, or co2(...) to overlap a whole round"
         )
+    if mix is None:
+        mix = 0.5 if overlap_steps > 1 else 0.0
     if not 0 <= mix <= 1:
         raise ValueError(f"mix is {mix!r}; the share of this replica's own parameters lies in [0, 1]")
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
@@ -133,7 +165,7 @@ def local_update(
     require_mean_for_low_rank(plan, rule)
     made = LocalUpdate(
         every_steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps, verify_every,
-        outer_state,
+        outer_state, auto if auto.wanted else None,
     )  # fmt: skip
     _require_shardable(made)
     return made
@@ -151,7 +183,7 @@ def _require_shardable(spec: LocalUpdate) -> None:
         )
     if isinstance(spec.outer, Looking):
         raise ValueError(f"{spec.outer} looks at all of a fragment, of which a replica has a part; use 'replicated'")
-    if spec.overlap_steps:
+    if spec.overlaps:
         raise ValueError(
             "outer_state='sharded' goes with rounds that are waited for; leave overlap_steps and delay out, or keep "
             "the outer state replicated"

@@ -8,11 +8,12 @@ Communication: in the warm-up all gradients in fp32 at every step, then one roun
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update
 from dtrain.comm.schedules.outer import sgd
 
 
-def post_local_sgd(*, every_steps: int, warmup_steps: int, compress: Compress = None) -> LocalUpdate:
+def post_local_sgd(*, every_steps: Knob, warmup_steps: int, compress: Compress = None) -> LocalUpdate:
     """Average gradients for ``warmup_steps`` steps, then parameters every ``every_steps`` steps.
 
     ``compress`` is for the parameters' deltas; the warm-up sends fp32.

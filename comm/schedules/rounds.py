@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +19,10 @@ from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.routes import Combined, all_finite, two_phase
-from dtrain.comm.schedules.guard import repaired
+from dtrain.comm.schedules.guard import gauges, products, repaired
+from dtrain.comm.schedules.knobs import Knobs
 from dtrain.comm.schedules.local_update import LocalUpdate
+from dtrain.comm.schedules.measuring import Choosing
 from dtrain.comm.schedules.outer import Looking, Round
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
@@ -90,7 +91,8 @@ class AttachedLocalUpdate(Attached):
             )
         self.parts = [Part(number, fqns) for number, fqns in enumerate(spec.fragments.cut(pieces.shapes))]
         self.rounds = self.cycles = self.failed_rounds = self.left_out = self.repairs = self.tokens = 0
-        self.channel = pieces.channel.second() if spec.overlap_steps else pieces.channel
+        self.channel = pieces.channel.second() if spec.overlaps else pieces.channel
+        self._choosing = Choosing(spec, pieces) if spec.auto is not None else None
         self._averaged = True
         self._anchor_at(pieces.read())
         pieces.hand_over(self._exchange if spec.warmup_steps else None)
@@ -156,6 +158,14 @@ class AttachedLocalUpdate(Attached):
 
     def integers(self) -> dict[str, int]:
         own: dict[str, int] = {}
+        if self.spec.auto is not None:
+            chosen, known = self.spec.knobs, self._choosing is None
+            own = {
+                "knobs.every_steps": chosen.every_steps if known else 0,
+                "knobs.overlap_steps": chosen.overlap_steps,
+                "knobs.layers": chosen.fragments.layers,
+                "knobs.mix": bits_of(chosen.mix),
+            }
         for part in self.parts:
             flight, name = part.flights[0] if part.flights else None, f"part.{part.number}"
             own[f"{name}.captured"], own[f"{name}.tokens"] = part.captured, part.tokens
@@ -166,6 +176,13 @@ class AttachedLocalUpdate(Attached):
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
         super().load_integers(integers)
+        if integers.get("knobs.every_steps", 0):
+            layers = integers["knobs.layers"]
+            chosen = Knobs(
+                integers["knobs.every_steps"], integers["knobs.overlap_steps"], number_of(integers["knobs.mix"]),
+                replace(self.spec.fragments, layers=layers),
+            )  # fmt: skip
+            self._use(chosen, "")
         for part in self.parts:
             own = {name: integers[f"part.{part.number}.{name}"] for name in ("captured", "tokens", "scalar")}
             part.captured, part.tokens, part.scalar = own["captured"], own["tokens"], number_of(own["scalar"])
@@ -184,6 +201,12 @@ class AttachedLocalUpdate(Attached):
         if step <= 0:
             self._stay_together()
             return
+        if self._choosing is not None:
+            if not self._choosing.step_ended():
+                return
+            key = Key(self.seed, self.steps, self.pieces.place.rank)
+            self._use(*self._choosing.choose(self.plan, self.matrices, key))
+            spec = self.spec
         landing = [
             part for part in self.parts if part.flights and part.flights[0].captured == self.steps - spec.overlap_steps
         ]
@@ -206,6 +229,14 @@ class AttachedLocalUpdate(Attached):
             self._review()
             if spec.verify_every and self.cycles % spec.verify_every == 0:
                 self.verify()
+
+    def _use(self, chosen: Knobs, why: str) -> None:
+        """From now on with these knobs; no round has begun."""
+        self._choosing, self.spec = None, replace(self.spec, **vars(chosen))
+        before, cut = self.parts[0], chosen.fragments.cut(self.pieces.shapes)
+        self.parts = [Part(number, fqns, before.captured, before.tokens) for number, fqns in enumerate(cut)]
+        if why:
+            self.decisions.append(why)
 
     def _stay_together(self) -> None:
         """A step of the warm-up has ended: the replicas are equal, and the anchor moves with them at its end."""
@@ -244,13 +275,15 @@ class AttachedLocalUpdate(Attached):
         part.captured, part.tokens = self.steps, self.tokens
         branch, plan = self.state.branch(), Pinned({fqn: self.plan.of(fqn, key.step) for fqn in deltas})
         rule, place, lies = self.spec.rule, self.pieces.place, self.matrices
-        label = "round" if len(self.parts) == 1 else f"fragment {part.number}"
         flows = [
             combine(some, plan, rule, place, key, branch, matrices=lies, weight=weight) for some in messages(deltas)
         ]
-        handles = [self.channel.start(flow, label) for flow in flows]
+        handles = [self.channel.start(flow, self._label(part)) for flow in flows]
         part.flights.append(Flight(self.steps, branch, handles, sent=deltas))
         return deltas
+
+    def _label(self, part: Part) -> str:
+        return "round" if len(self.parts) == 1 else f"fragment {part.number}"
 
     def _end(self, flight: Flight) -> None:
         """Wait for it, and agree on what it brought."""
@@ -272,18 +305,10 @@ class AttachedLocalUpdate(Attached):
         if flight.values is None:
             self.failed_rounds += 1
         elif flight.sent is not None:
-            self._gauge(flight.sent, flight.values)
+            self.gauges |= gauges(self._over_shards(products(flight.sent, flight.values), "gauges"))
+        label = self._label(part)
+        self.gauges |= {"staleness": self.steps - flight.captured, f"sent_bytes.{label}": self.meter.sent_as(label)}
         return flight.values
-
-    def _gauge(self, own: Named, mean: Named) -> None:
-        """Norms of this replica's delta, which is how far it had drifted from the anchor, and of the mean one."""
-        pairs = [(own[fqn], value) for fqn, value in mean.items()]
-        sums = [[torch.dot(a, b) for a, b in each] for each in (
-            [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs], pairs)]  # fmt: skip
-        local = torch.stack([torch.stack(each).sum() if each else torch.zeros(()) for each in sums])
-        drift, moved, product = self._over_shards(local, "gauges").tolist()
-        cosine = product / math.sqrt(drift * moved) if drift * moved > 0 else 0.0
-        self.gauges = {"drift": math.sqrt(drift), "mean_delta": math.sqrt(moved), "delta_cosine": cosine}
 
     def _land_all(self, mix: float) -> bool:
         """Wait for everything that is under way, and apply it."""

@@ -10,26 +10,29 @@ Communication: one round every H steps. Bytes: of one parameter exchange per rou
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import SlowMomentum, checked
 
 
 def slowmo(
     *,
-    every_steps: int = 48,
+    every_steps: Knob = 48,
     lr: float = 1.0,
     momentum: float = 0.5,
     compress: Compress = None,
     outer_state: OuterState = "replicated",
+    utilization: float = 0.95,
 ) -> LocalUpdate:
     """SlowMo. The inner learning rate must be the same for all parameters.
 
     Args:
-        every_steps: inner steps in a round, 12 to 48 as a rule.
+        every_steps: inner steps in a round, 12 to 48 as a rule; or "auto", see `knobs`.
         lr: alpha, the slow learning rate.
         momentum: beta, the slow momentum, in [0, 1).
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
         outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; fp32 only.
+        utilization: the compute utilization that "auto" aims at, in (0, 1).
 
     >>> slowmo().outer
     SlowMomentum(lr=1.0, momentum=0.5)
@@ -38,5 +41,9 @@ def slowmo(
     """
     checked(lr, momentum)
     return local_update(
-        every_steps=every_steps, outer=SlowMomentum(lr, momentum), compress=compress, outer_state=outer_state
+        every_steps=every_steps,
+        outer=SlowMomentum(lr, momentum),
+        compress=compress,
+        outer_state=outer_state,
+        utilization=utilization,
     )

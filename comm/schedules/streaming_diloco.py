@@ -14,15 +14,16 @@ from collections.abc import Sequence
 
 from dtrain.comm.plans.base import Compress
 from dtrain.comm.schedules.fragments import FirstRound, Pattern, fragments
+from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
 
 
 def streaming_diloco(
     *,
-    every_steps: int = 100,
-    layers_per_fragment: int = 3,
-    overlap_steps: int = 1,
+    every_steps: Knob = 100,
+    layers_per_fragment: Knob = 3,
+    overlap_steps: Knob = 1,
     mix: float | None = None,
     outer: OuterOptimizer | None = None,
     compress: Compress = None,
@@ -30,13 +31,14 @@ def streaming_diloco(
     fragments_by_name: Sequence[Sequence[str]] = (),
     staggered: bool = True,
     first_round: FirstRound = "full",
+    utilization: float = 0.95,
 ) -> LocalUpdate:
     """Streaming DiLoCo.
 
     Args:
-        every_steps: H, the inner steps between two exchanges of a fragment.
-        layers_per_fragment: blocks in a fragment; 0 is one fragment with everything.
-        overlap_steps: inner steps that go on while a fragment is under way; up to 5 cost next to nothing.
+        every_steps: H, the inner steps between two exchanges of a fragment, or "auto"; see `knobs`.
+        layers_per_fragment: blocks in a fragment; 0 is one fragment with everything; or "auto".
+        overlap_steps: inner steps that go on while a fragment is under way; up to 5 cost next to nothing; or "auto".
         mix: what a replica's own parameters count when they meet the new anchor; 0 with an overlap of up to one step
             and 0.5 with a longer one, by default.
         outer: the outer optimizer; ``nesterov(lr=0.4, momentum=0.9)`` by default, the paper's choice.
@@ -46,6 +48,7 @@ def streaming_diloco(
         staggered: fragments take turns within the period; otherwise all are exchanged at once.
         first_round: "full": each fragment's first exchange comes after a whole period; "early": after its turn in the
             first period, as in torchft.
+        utilization: what "auto" aims at: the part of the time in which nobody waits for the links, in (0, 1).
 
     >>> streaming_diloco(every_steps=30).overlap_steps
     1
@@ -60,8 +63,6 @@ def streaming_diloco(
         staggered=staggered,
         first_round=first_round,
     )
-    if mix is None:
-        mix = 0.5 if overlap_steps > 1 else 0.0
     return local_update(
         every_steps=every_steps,
         outer=nesterov(lr=0.4, momentum=0.9) if outer is None else outer,
@@ -69,4 +70,5 @@ def streaming_diloco(
         fragments=cut,
         overlap_steps=overlap_steps,
         mix=mix,
+        utilization=utilization,
     )

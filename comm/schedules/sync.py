@@ -49,6 +49,7 @@ class Attached(ABC):
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.gauges: dict[str, float] = {}
+        self.decisions: list[str] = []  # for people, who take them out
         self.matrices = matrices(pieces.segments, pieces.shapes)
         start = pieces.channel.run(_broadcast(pieces.read()), "set-up")
         pieces.write(start)

@@ -30,7 +30,7 @@ STARTING = "starting workers"
 class Progress:
     """Context manager: while it is open, a thread follows ``path`` and shows the progress towards ``steps``.
 
-    On a terminal it is one line that rich keeps up to date, with validation results printed above it. Otherwise
+    On a terminal it is one line that rich keeps up to date, with results and decisions printed above it. Otherwise
     (a file, a pipe) every row is a plain line of its own, without control characters: how many there are is up to
     ``train.log_every_steps``.
     """
@@ -73,9 +73,10 @@ class Progress:
     def _look(self) -> None:
         for row in self._tail.rows():
             new = self._state.note(row)
-            if "validation_loss" in row:
+            told = _told(row)
+            if told is not None:
                 if new:
-                    self._view.say(_validation(row))
+                    self._view.say(told)
                 continue
             self._state.take(row)
             self._view.show(self._state.step, self._state.line(), new=new)
@@ -93,8 +94,9 @@ def printer(steps: int, stream: TextIO | None = None) -> Callable[[Row], None]:
     state, view = _State(steps), _Plain(stream or sys.stdout)
 
     def show(row: Row) -> None:
-        if "validation_loss" in row:
-            view.say(_validation(row))
+        told = _told(row)
+        if told is not None:
+            view.say(told)
             return
         state.take(row)
         view.say(state.line())
@@ -122,7 +124,7 @@ class _State:
 
     def note(self, row: Row) -> bool:
         """Whether this row has not been seen yet: a cut file is read again from its start."""
-        result = tuple(row.get(name) for name in ("step", "validation_loss", "loss", "seconds"))
+        result = tuple(row.get(name) for name in ("step", "validation_loss", "decision", "loss", "seconds"))
         known = result in self._told
         self._told.add(result)
         return not known
@@ -147,8 +149,13 @@ class _State:
         return "  ".join(parts)
 
 
-def _validation(row: Row) -> str:
-    return f"step {row.get('step')}: validation loss {_figure(row, 'validation_loss')}"
+def _told(row: Row) -> str | None:
+    """What a row says that is not of a training step."""
+    if "validation_loss" in row:
+        return f"step {row.get('step')}: validation loss {_figure(row, 'validation_loss')}"
+    if "decision" in row:
+        return f"step {row.get('step')}: {row['decision']}"
+    return None
 
 
 def _number(row: Row, name: str) -> float | None:

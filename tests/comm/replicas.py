@@ -106,7 +106,7 @@ class Replicas:
         start: Named | None = None,
     ) -> None:
         self.spec, self.world, self.gradient = spec, world, gradient
-        start = named(5, SIZES) if start is None else start
+        self.start = start = named(5, SIZES) if start is None else start
         meeting = Meeting(world)
         self.pieces = [
             Replica(Channel({"replicate": meeting.transport(rank), "shard": Alone()}), start, lr)
@@ -143,9 +143,8 @@ class Replicas:
     def resumed(self) -> Replicas:
         """Others that go on from the states of these."""
         states = self.all(lambda rank: copy.deepcopy(self.attached[rank].state_dict()))
-        others = Replicas(
-            self.spec, self.world, gradient=self.gradient, lr=float(self.pieces[0].optimizer.param_groups[0]["lr"])
-        )
+        lr = float(self.pieces[0].optimizer.param_groups[0]["lr"])
+        others = Replicas(self.spec, self.world, gradient=self.gradient, lr=lr, start=self.start)
         for rank in range(self.world):
             others.pieces[rank].write(self.live(rank))
         others.all(lambda rank: others.attached[rank].load_state_dict(states[rank]))

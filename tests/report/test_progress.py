@@ -97,6 +97,18 @@ def test_a_terminal_shows_validation_above_one_line(tmp_path: Path) -> None:
     assert "step 7/10" in stream.getvalue()
 
 
+def test_what_was_decided_is_a_line_once(tmp_path: Path) -> None:
+    path, stream = tmp_path / "metrics.jsonl", io.StringIO()
+    decided: dict[str, float | int | str | bool | None] = {"step": 9, "decision": "every_steps=12 hides it"}
+    path.write_text("")
+    with Progress(path, steps=20, stream=stream):
+        path.write_text(json.dumps(decided) + "\n")
+    assert stream.getvalue().splitlines()[-1] == "step 9: every_steps=12 hides it"
+    shown = io.StringIO()
+    printer(20, shown)(decided)
+    assert shown.getvalue() == "step 9: every_steps=12 hides it\n"
+
+
 def test_the_rows_of_a_log_are_lines_at_once() -> None:
     stream = io.StringIO()
     show = printer(1000, stream)

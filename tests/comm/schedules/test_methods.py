@@ -443,6 +443,10 @@ def test_gauges_tell_how_far_replicas_drift_and_whether_they_agree() -> None:
     found = apart.attached[1].gauges
     assert found["drift"] > found["mean_delta"] > 0 and -1 < found["delta_cosine"] < 0.999
     assert together.attached[1].gauges["delta_cosine"] == pytest.approx(1, abs=1e-5)
+    assert found["staleness"] == 0 and found["sent_bytes.round"] == apart.attached[1].meter.sent_as("round")
+    late = Replicas(STREAMING, 3)
+    late.train(10)
+    assert late.attached[0].gauges["staleness"] == 2 and late.attached[0].gauges["sent_bytes.fragment 0"] > 0
 
 
 def test_bytes_are_counted_by_fragment() -> None:
