@@ -64,6 +64,7 @@ check: setup
 	$(BIN)/mypy
 
 evidence: setup setup-system
+	@$(BIN)/python -c 'import torchft' 2>/dev/null || $(PIP) torchft  # measured beside ours, used by nothing
 	$(BIN)/python -m dtrain.evidence $(ARGS)
 
 clean:

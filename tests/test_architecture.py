@@ -24,6 +24,8 @@ TOUCH_TORCH_DISTRIBUTED = {
     "comm/attach/*.py": "they adapt models that hold process groups, meshes and DTensors",
     "dtrain/bench/*.py": "measure torch's collectives beside our own",
     "dtrain/evidence/steps.py": "measures steps with torch's hooks beside our own",
+    "dtrain/evidence/overlap.py": "measures rounds in whole processes",
+    "dtrain/evidence/beside.py": "torchft's managers meet in a store; measured beside our own",
     "dtrain/doctor/worker.py": "hosts meet in a store, without a process group",
     "dtrain/mesh.py": "makes the process groups of a run",
     "dtrain/engines/*.py": "wrap models in DDP, FSDP2 and DeepSpeed, which own the shard axis",

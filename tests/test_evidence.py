@@ -15,10 +15,13 @@ import pytest
 
 from dtrain.config import compose
 from dtrain.evidence import __main__ as command
+from dtrain.evidence.beside import Asked as AskedBeside
+from dtrain.evidence.beside import Trained, torchft_report
 from dtrain.evidence.compression import cells, compressors_report, loss_report
 from dtrain.evidence.kernels import Speed, kernels_report
 from dtrain.evidence.lgreco import SETTINGS, lgreco_report, solving_seconds
 from dtrain.evidence.links import CHOSEN, LOCAL, SLOW, local_report, powersgd_report, slow_report
+from dtrain.evidence.overlap import Found, overlap_report
 from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
 from dtrain.evidence.runs import Run, Session, as_figures
 from dtrain.evidence.steps import Asked, Took
@@ -294,6 +297,23 @@ def test_our_powersgd_is_held_to_theirs(seconds: float, payload: int, lines: int
 def test_a_slow_network_is_held_to_its_lines(chosen: float, eight: int, lines: int) -> None:
     found = {name: took(1.0) for name in SLOW} | {"torch.all_reduce": took(8.0), CHOSEN: took(chosen)}
     assert len(missed(slow_report(found, {2: 1000, 4: 1500, 8: eight}))) == lines
+
+
+@pytest.mark.parametrize(
+    ("loss", "seconds", "sent", "lines"), [(2.0001, 0.9, 250, 0), (2.001, 0.9, 250, 1), (2.0, 1.1, 1000, 2)]
+)
+def test_our_diloco_is_held_to_torchfts(loss: float, seconds: float, sent: int, lines: int) -> None:
+    theirs, ours = Trained([3.0, 2.0], [1.0, 1.0], 1000), Trained([3.0, loss], [0.9, 0.9], 1000)
+    found = {"torchft": theirs, "fp32": ours, "8 bits": Trained([3.0, 2.1], [0.8, 0.8], 250)}
+    found["4 bits"] = Trained([3.0, 2.2], [seconds, seconds], sent)
+    assert len(missed(torchft_report(found, AskedBeside("")))) == lines
+
+
+@pytest.mark.parametrize(("short", "long", "lines"), [(0.01, 1.2, 0), (0.3, 1.2, 1), (0.01, 2.0, 1)])
+def test_overlap_hides_what_fits_and_the_rest_is_seen(short: float, long: float, lines: int) -> None:
+    found = {"fast": Found(0.2, 0.5, short), "between": Found(0.2, 0.8, 0.1), "slow": Found(0.2, 2.0, long)}
+    report = overlap_report(found)
+    assert len(missed(report)) == lines and "xychart-beta" in report.body
 
 
 @pytest.mark.processes

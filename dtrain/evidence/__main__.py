@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dtrain.checkpoint.folders import write_text_durably
+from dtrain.evidence.beside import torchft
 from dtrain.evidence.compression import compressors, loss
 from dtrain.evidence.kernels import kernels
 from dtrain.evidence.lgreco import lgreco
 from dtrain.evidence.links import local, powersgd, slow
 from dtrain.evidence.network import network
+from dtrain.evidence.overlap import overlap
 from dtrain.evidence.page import Circumstances, Report, page
 from dtrain.evidence.runs import Session, say
 from dtrain.evidence.stopping import stopping
@@ -27,7 +29,7 @@ from dtrain.report import environment
 REPORTS: dict[str, Callable[[Session], Report]] = {
     "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network,
     "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
-    "powersgd": powersgd, "slow": slow, "local": local,
+    "powersgd": powersgd, "slow": slow, "local": local, "torchft": torchft, "overlap": overlap,
     "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping
 
+from dtrain.evidence.launches import NAME, on_hosts
 from dtrain.evidence.page import Report, at_least, at_most, table
-from dtrain.evidence.runs import Session, say
+from dtrain.evidence.runs import Session
 from dtrain.evidence.steps import Asked, Took
 from dtrain.report.figures import in_bytes, in_time
 from dtrain.slurm.devcluster import devcluster
 
-NAME = "evidence"
 RATES = ("100mbit", "1gbit", "none")
 PAIRS = 21
 THEIRS, OURS = "torch.powersgd", ("powersgd_ef:all_reduce", "powersgd_ef")
@@ -73,21 +70,11 @@ def steps(
     warmup: int = 4,
 ) -> dict[str, Took]:
     """Steps on the cluster that is up, one rank on each host. Raises ``RuntimeError`` with what was printed."""
-    folder = session.folder / f"steps-{next(session.numbers)}"
-    folder.mkdir(parents=True)
-    asked = Asked(str(folder / "found.json"), exchanges, rounds, batch, bucket_mib=bucket_mib, warmup=warmup)
-    launch = [
-        "launch", "launcher=slurm", f"launcher.nodes={ranks}", f"launcher.workers={ranks}", "launcher.wait=true",
-        f"run.dir={folder / 'run'}", "--", sys.executable, "-m", "dtrain.evidence.steps",
-    ]  # fmt: skip
-    say(f"dtrain launch launcher=slurm launcher.nodes={ranks} -- python -m dtrain.evidence.steps {asked.exchanges}")
-    done = subprocess.run(
-        [sys.executable, "-m", "dtrain", *launch, json.dumps(dataclasses.asdict(asked))],
-        env={**os.environ, "DTRAIN_CLUSTER": NAME}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"dtrain {' '.join(launch)} failed: {done.stdout[-3000:]}{done.stderr[-3000:]}")
-    found = json.loads((folder / "found.json").read_text())
+
+    def asked(out: str) -> dict[str, object]:
+        return dataclasses.asdict(Asked(out, exchanges, rounds, batch, bucket_mib=bucket_mib, warmup=warmup))
+
+    found = json.loads(on_hosts(session, ranks, "dtrain.evidence.steps", asked).read_text())
     return {name: Took(**took) for name, took in found.items()}
 
 
