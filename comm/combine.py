@@ -114,10 +114,11 @@ def _power_iteration(
     for fqn, matrix in whole.items():
         compressor = cast(LowRank, chosen[fqn].compressor)
         starts[fqn] = compressor.start(matrices[fqn], replace(key, fqn=fqn), state, matrix)
-        shapes[fqn] = (matrix.shape[0], compressor.rank)
-    means = yield from dense({fqn: (matrix @ starts[fqn]).reshape(-1) for fqn, matrix in whole.items()})
-    bases = {fqn: orthonormal(mean.view(shapes[fqn])) for fqn, mean in means.values.items()}
-    own = {fqn: matrix.T @ bases[fqn] for fqn, matrix in whole.items()}  # Q_i [columns, rank]
+        shapes[fqn] = (compressor.rank, matrix.shape[0])
+    # Thin matrices come first in products, and go transposed: with a thin one last CPUs take four times as long.
+    means = yield from dense({fqn: (starts[fqn].T @ matrix.T).reshape(-1) for fqn, matrix in whole.items()})
+    bases = {fqn: orthonormal(mean.view(shapes[fqn]).T) for fqn, mean in means.values.items()}
+    own = {fqn: bases[fqn].T @ matrix for fqn, matrix in whole.items()}  # Q_i^T [rank, columns]
     factors = yield from dense({fqn: factor.reshape(-1) for fqn, factor in own.items()})
     results: dict[str, Tensor] = {}
     for fqn, value in values.items():
@@ -125,8 +126,8 @@ def _power_iteration(
         if feedback.kinds and counts:
             feedback.retain_product(fqn, value, meant[fqn], lies, (bases[fqn], own[fqn]), state)
         # From zeros no iteration would ever start again.
-        state.stage(fqn, "q", factor.clone() if bool(factor.any()) else starts[fqn])
-        results[fqn] = feedback.result(fqn, lies.flat(bases[fqn] @ factor.T), state)
+        state.stage(fqn, "q", factor.T.contiguous() if bool(factor.any()) else starts[fqn])
+        results[fqn] = feedback.result(fqn, lies.flat(bases[fqn] @ factor), state)
     return Combined(results, means.finite and factors.finite)
 
 

@@ -46,6 +46,8 @@ class Coder(Protocol):
 class Feedback(ABC):
     """What happens around a compressor. ``state`` belongs to the sync; new values are staged, never written.
 
+    ``value`` may be a view of the model's gradients: it is neither kept nor written to.
+
     All that is kept is linear in the values, so a change of their scale multiplies it.
     """
 
@@ -69,9 +71,9 @@ class Feedback(ABC):
     def retain_product(
         self, fqn: str, value: Tensor, corrected: Tensor, matrix: Matrix, factors: Factors, state: State
     ) -> None:
-        """`retain` where what is sent is the product of two ``factors``, [rows, r] and [columns, r]."""
+        """`retain` where what is sent is the product of two ``factors``, [rows, r] and [r, columns]."""
         left, right = factors
-        self.retain(fqn, value, corrected, matrix.flat(left @ right.T), state)
+        self.retain(fqn, value, corrected, matrix.flat(left @ right), state)
 
     @abstractmethod
     def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
@@ -147,7 +149,7 @@ class EF14(Feedback):
         self, fqn: str, value: Tensor, corrected: Tensor, matrix: Matrix, factors: Factors, state: State
     ) -> None:
         left, right = factors  # the product is never written down, and ``corrected`` is ours: `correct` made it
-        rest = matrix.view(corrected).addmm_(left, right.T, alpha=-1)
+        rest = matrix.view(corrected).addmm_(left, right, alpha=-1)
         state.stage(fqn, "residual", matrix.flat(rest))
 
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
@@ -170,8 +172,9 @@ class EF21(Feedback):
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         if self.eta != 1:
-            if state.known(fqn, "momentum"):
-                value = (1 - self.eta) * state.get(fqn, "momentum", value) + self.eta * value
+            known = state.known(fqn, "momentum")
+            last = state.get(fqn, "momentum", value)
+            value = (1 - self.eta) * last + self.eta * value if known else value.clone()
             state.stage(fqn, "momentum", value)
         return value - state.get(fqn, "estimate", value)
 

@@ -142,10 +142,12 @@ class DDPPieces:
 
     def _average(self, gradients: Mapping[str, Tensor]) -> Flow[None]:
         """Replace the gradients of one bucket by what the optimizer shall see."""
-        rows = tuple(to_rows(working(g.reshape(-1)), self.shard.size) for g in gradients.values())
-        arrived = yield AllToAll(rows, axis="shard")
-        means = {fqn: rank_order_mean(r) for fqn, r in zip(gradients, arrived, strict=True)}
-        slices = {fqn: means[fqn][: self.segments[fqn].numel] for fqn in gradients if fqn in self.segments}
+        slices = {fqn: working(gradient.reshape(-1)) for fqn, gradient in gradients.items()}
+        if self.shard.size > 1:
+            rows = tuple(to_rows(each, self.shard.size) for each in slices.values())
+            arrived = yield AllToAll(rows, axis="shard")
+            means = {fqn: rank_order_mean(r) for fqn, r in zip(gradients, arrived, strict=True)}
+            slices = {fqn: means[fqn][: self.segments[fqn].numel] for fqn in gradients if fqn in self.segments}
         if self._exchange is not None:
             slices = yield from self._exchange(slices)
         whole = yield from self._gather(slices, list(gradients))
@@ -154,6 +156,8 @@ class DDPPieces:
 
     def _gather(self, slices: Mapping[str, Tensor], fqns: list[str]) -> Flow[dict[str, Tensor]]:
         """Whole flat tensors of ``fqns`` from every member's slices, across the shard axis."""
+        if self.shard.size == 1:
+            return {fqn: slices[fqn] for fqn in fqns}
         padded = []
         for fqn in fqns:
             width = -(-self.held[fqn].numel // self.shard.size)

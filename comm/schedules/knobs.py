@@ -72,7 +72,7 @@ class Measured:
 def fitted(step: float, trials: Sequence[tuple[int, float]], elements: int) -> Measured:
     """`Measured` from two trials, each of some elements and the seconds that they took.
 
-    >>> fitted(1.0, [(100, 0.2), (200, 0.3)], 1000).exchange(1.0)
+    >>> round(fitted(1.0, [(100, 0.2), (200, 0.3)], 1000).exchange(1.0), 6)
     1.1
     """
     (few, short), (many, long) = trials
