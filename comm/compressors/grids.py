@@ -16,13 +16,16 @@ Keeps: nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dtrain.comm.compressors.base import RowWise
-from dtrain.comm.compressors.blocks import pack_blocks, packed_bytes, scaled, to_blocks, unpack_blocks
+from dtrain.comm.compressors.blocks import by_blocks, pack_bits, packed_bytes, scaled, unpack_bits
+from dtrain.comm.fused import Kernel, kernel
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
@@ -41,37 +44,60 @@ class _Grid(RowWise, ABC):
     @abstractmethod
     def delta(self) -> float: ...
 
+    @property
+    def levels(self) -> int:
+        """On each side of zero, without it."""
+        return (1 << (self.bits - 1)) - 1
+
     def encode(self, rows: Tensor, key: Key) -> Payload:
-        width = rows.shape[1]
-        blocks = to_blocks(rows, self.block)  # [m, blocks, block]
-        scale = self._scale(blocks)
-        chance = None
-        if self.rounding == "stochastic":
-            # Only real elements draw, so what they draw does not depend on the padding.
+        packed, scale = self._payload(rows)
+        coded = [(packed, self.bits, 8), (scale, 0, 1)]
+        if self.rounding == "nearest":
+            run = self._run(encode_nearest)
+            by_blocks(run, [(rows, 1, 1), *coded], rows.shape[1], self.block)
+        else:
             noise = torch.rand(rows.shape, generator=key.generator(rows.device), device=rows.device)
-            chance = to_blocks(noise, self.block)
-        codes = self._codes(scaled(blocks, scale), chance).to(torch.uint8).flatten(1)[:, :width]
-        return pack_blocks(codes.contiguous(), self.bits, self.block), scale.squeeze(-1)
+            run = self._run(encode_stochastic)
+            by_blocks(run, [(rows, 1, 1), (noise, 1, 1), *coded], rows.shape[1], self.block)
+        return packed, scale
+
+    def encode_sum(self, rows: Tensor, others: Tensor) -> tuple[Payload, Tensor] | None:
+        """``encode(rows + others)`` and what it leaves out of them, in one pass; None where rounding is random."""
+        if self.rounding != "nearest":
+            return None
+        packed, scale = self._payload(rows)
+        left = torch.empty_like(rows)
+        laid = [(rows, 1, 1), (others, 1, 1), (packed, self.bits, 8), (scale, 0, 1), (left, 1, 1)]
+        by_blocks(self._run(encode_sum_nearest), laid, rows.shape[1], self.block)
+        return (packed, scale), left
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         packed, scale = payload  # [m, bytes], [m, blocks]
-        codes = to_blocks(unpack_blocks(packed, self.bits, self.block, width), self.block)
-        return self._levels(codes).mul_(scale.unsqueeze(-1)).flatten(1)[:, :width]
+        rows = scale.new_empty(packed.shape[0], width)
+        laid = [(packed, self.bits, 8), (scale, 0, 1), (rows, 1, 1)]
+        by_blocks(self._run(decode_blocks), laid, width, self.block)
+        return rows
+
+    def decode_mean(self, payload: Payload, width: int) -> Tensor:
+        """`rank_order_mean` of the decoded rows, [width], in one pass."""
+        packed, scale = payload
+        mean = scale.new_empty(1, width)
+        laid = [(packed, self.bits, 8), (scale, 0, 1), (mean, 1, 1)]
+        by_blocks(partial(self._run(mean_of_blocks), world=packed.shape[0]), laid, width, self.block)
+        return mean[0]
 
     def row_bytes(self, width: int) -> int:
         return packed_bytes(width, self.bits, self.block) + 4 * -(-width // self.block)
 
     @abstractmethod
-    def _scale(self, blocks: Tensor) -> Tensor:
-        """[m, blocks, 1]; at least the largest magnitude of each block."""
+    def _run(self, of: Kernel) -> Callable[..., None]:
+        """A kernel, for these levels and this scale."""
 
-    @abstractmethod
-    def _codes(self, values: Tensor, chance: Tensor | None) -> Tensor:
-        """Codes below 2^bits of ``values`` in [-1, 1]; ``chance`` in [0, 1) decides between neighbours."""
-
-    @abstractmethod
-    def _levels(self, codes: Tensor) -> Tensor:
-        """The levels of codes, fp32, a new tensor."""
+    def _payload(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for codes [m, bytes] and for the scale of each block [m, blocks]."""
+        m, width = rows.shape
+        packed = torch.empty(m, packed_bytes(width, self.bits, self.block), dtype=torch.uint8, device=rows.device)
+        return packed, rows.new_empty(m, -(-width // self.block))
 
 
 @dataclass(frozen=True)
@@ -81,32 +107,14 @@ class Even(_Grid):
     norm: bool
 
     @property
-    def levels(self) -> int:
-        """On each side of zero."""
-        return (1 << (self.bits - 1)) - 1
-
-    @property
     def delta(self) -> float:
         # Half a unit (nearest), or a variance of a quarter of its square, for each element; unit <= |x|_2 / levels.
         lost = self.block / (4 * self.levels**2)
         return 1.0 - (min(lost, self.block**0.5 / self.levels) if self.norm and self.unbiased else lost)
 
-    def _scale(self, blocks: Tensor) -> Tensor:
-        if not self.norm:
-            return blocks.abs().amax(-1, keepdim=True)
-        largest: Tensor = blocks.abs().amax(
-            -1, keepdim=True
-        )  # squares of fp32 overflow beyond 1e19 and vanish below 1e-23
-        norm: Tensor = torch.linalg.vector_norm(scaled(blocks, largest), dim=-1, keepdim=True).clamp_(min=1.0)
-        return norm * largest
-
-    def _codes(self, values: Tensor, chance: Tensor | None) -> Tensor:
-        grid = values * self.levels + (0.5 if chance is None else chance)
-        codes: Tensor = grid.floor_().clamp_(-self.levels, self.levels) + self.levels
-        return codes
-
-    def _levels(self, codes: Tensor) -> Tensor:
-        return (codes.to(torch.float32) - self.levels) / self.levels
+    def _run(self, of: Kernel) -> Callable[..., None]:
+        # The sum in a norm is taken in another order when compiled, which would be another norm.
+        return partial(of.function if self.norm else of, bits=self.bits, powers=False, norm=self.norm)
 
 
 @dataclass(frozen=True)
@@ -114,33 +122,99 @@ class Powers(_Grid):
     """Zero and the powers of two from 1 down to 2^-(levels - 1)."""
 
     @property
-    def levels(self) -> int:
-        """Without zero, on each side of it."""
-        return (1 << (self.bits - 1)) - 1
-
-    @property
-    def smallest(self) -> float:
-        return 2.0 ** (1 - self.levels)
-
-    @property
     def delta(self) -> float:
+        smallest = 2.0 ** (1 - self.levels)
         if self.unbiased:  # (x - a) (2 a - x) / x^2 is at most 1/8, between zero and the smallest level a^2 / 4
-            return 1.0 - 1 / 8 - self.block * self.smallest**2 / 4
-        return 1.0 - 1 / 9 - self.block * self.smallest**2 / 4
+            return 1.0 - 1 / 8 - self.block * smallest**2 / 4
+        return 1.0 - 1 / 9 - self.block * smallest**2 / 4
 
-    def _scale(self, blocks: Tensor) -> Tensor:
-        return blocks.abs().amax(-1, keepdim=True)
+    def _run(self, of: Kernel) -> Callable[..., None]:
+        return partial(of, bits=self.bits, powers=True, norm=False)
 
-    def _codes(self, values: Tensor, chance: Tensor | None) -> Tensor:
-        size = values.abs()
-        mantissa, exponent = torch.frexp(size)  # size = mantissa * 2^exponent, mantissa in [0.5, 1)
-        up = 2 * mantissa - 1 > (0.5 if chance is None else chance)
-        code = exponent - 1 + up.to(exponent.dtype) + self.levels  # 1 for the smallest level
-        lowest = (size / self.smallest > (0.5 if chance is None else chance)).to(exponent.dtype)
-        code = torch.where(size < self.smallest, lowest, code).clamp_(0, self.levels)
-        return torch.where(values < 0, code + (self.levels + 1), code)
 
-    def _levels(self, codes: Tensor) -> Tensor:
-        table = torch.tensor([0.0, *(2.0 ** (code - self.levels) for code in range(1, self.levels + 1))])
-        both = torch.cat([table, -table]).to(codes.device)
-        return both[codes.long()]
+# Kernels: blocks [m, n, block] fp32, noise alike in [0, 1), packed [m, n, bytes of a block], scale [m, n, 1].
+
+
+@kernel
+def encode_nearest(blocks: Tensor, packed: Tensor, scale: Tensor, *, bits: int, powers: bool, norm: bool) -> None:
+    """Codes of ``blocks``, rounded to the nearest."""
+    own = _scale(blocks, norm)
+    packed.copy_(pack_bits(_codes(blocks, own, 0.5, bits, powers), bits))
+    scale.copy_(own)
+
+
+@kernel
+def encode_stochastic(
+    blocks: Tensor, noise: Tensor, packed: Tensor, scale: Tensor, *, bits: int, powers: bool, norm: bool
+) -> None:
+    """Codes of ``blocks``, rounded away from zero by chance."""
+    own = _scale(blocks, norm)
+    packed.copy_(pack_bits(_codes(blocks, own, noise, bits, powers), bits))
+    scale.copy_(own)
+
+
+@kernel
+def encode_sum_nearest(
+    blocks: Tensor, others: Tensor, packed: Tensor, scale: Tensor, left: Tensor, *, bits: int, powers: bool, norm: bool
+) -> None:
+    """Codes of ``blocks + others``, and what they do not say of it."""
+    total = blocks + others
+    own = _scale(total, norm)
+    codes = _codes(total, own, 0.5, bits, powers)
+    packed.copy_(pack_bits(codes, bits))
+    scale.copy_(own)
+    left.copy_(total - _levels(codes, bits, powers) * own)
+
+
+@kernel
+def decode_blocks(packed: Tensor, scale: Tensor, blocks: Tensor, *, bits: int, powers: bool, norm: bool) -> None:
+    """``blocks`` of what was coded."""
+    blocks.copy_(_levels(unpack_bits(packed, bits, blocks.shape[-1]), bits, powers) * scale)
+
+
+@kernel
+def mean_of_blocks(
+    packed: Tensor, scale: Tensor, mean: Tensor, *, bits: int, powers: bool, norm: bool, world: int
+) -> None:
+    """The mean of ``world`` coded rows of blocks, added up in their order; [1, n, block]."""
+    total = _levels(unpack_bits(packed[0], bits, mean.shape[-1]), bits, powers) * scale[0]
+    for rank in range(1, world):
+        total = total + _levels(unpack_bits(packed[rank], bits, mean.shape[-1]), bits, powers) * scale[rank]
+    mean.copy_(total / world)
+
+
+def _scale(blocks: Tensor, norm: bool) -> Tensor:
+    """[m, n, 1]; at least the largest magnitude of each block."""
+    largest: Tensor = blocks.abs().amax(-1, keepdim=True)
+    if not norm:
+        return largest
+    # Squares of fp32 overflow beyond 1e19 and vanish below 1e-23.
+    length: Tensor = torch.linalg.vector_norm(scaled(blocks, largest), dim=-1, keepdim=True).clamp_(min=1.0)
+    return length * largest
+
+
+def _codes(blocks: Tensor, scale: Tensor, offset: Tensor | float, bits: int, powers: bool) -> Tensor:
+    """Codes below 2^bits, uint8; ``offset`` in [0, 1) decides between two neighbours."""
+    values, levels = scaled(blocks, scale), (1 << (bits - 1)) - 1
+    if not powers:
+        return ((values * levels + offset).floor().clamp(-levels, levels) + levels).to(torch.uint8)
+    size, smallest = values.abs(), 2.0 ** (1 - levels)
+    mantissa, exponent = torch.frexp(size)  # size = mantissa * 2^exponent, mantissa in [0.5, 1)
+    up = 2 * mantissa - 1 > offset
+    code = exponent - 1 + up.to(torch.int32) + levels  # 1 for the smallest level
+    lowest = (size / smallest > offset).to(torch.int32)
+    code = torch.where(size < smallest, lowest, code).clamp(0, levels)
+    return torch.where(values < 0, code + (levels + 1), code).to(torch.uint8)
+
+
+def _levels(codes: Tensor, bits: int, powers: bool) -> Tensor:
+    """The levels of codes, fp32."""
+    levels = (1 << (bits - 1)) - 1
+    if not powers:
+        return (codes.to(torch.float32) - levels) / levels
+    number = codes.to(torch.int32)
+    negative = number > levels
+    place = torch.where(negative, number - (levels + 1), number)
+    size = ((place - levels + 127) << 23).view(torch.float32)  # the bits of 2^(place - levels)
+    size = torch.where(place == 0, 0.0, size)
+    return torch.where(negative, -size, size)

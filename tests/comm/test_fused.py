@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from dtrain import error_feedback, quantize
 from dtrain.comm import fused
 from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.compressors.grids import Even, Powers
 from dtrain.comm.compressors.quantize import Quantize
 from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.fused import Kernel
@@ -33,7 +35,7 @@ def rows(m: int, width: int, seed: int) -> Tensor:
     return values
 
 
-def everything(compressor: Quantize, values: Tensor, others: Tensor) -> list[Tensor]:
+def everything(compressor: Quantize | Even | Powers, values: Tensor, others: Tensor) -> list[Tensor]:
     """What all kernels of ``compressor`` make of ``values``."""
     payload: Payload = compressor.encode(values, KEY)
     found = [
@@ -46,10 +48,17 @@ def everything(compressor: Quantize, values: Tensor, others: Tensor) -> list[Ten
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("bits", "rounding"), [(8, "nearest"), (4, "nearest"), (8, "stochastic")])
-def test_compiled_kernels_give_the_same_bits(bits: int, rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compressor = quantize(bits=bits, block=BLOCK, rounding=rounding)
-    assert isinstance(compressor, Quantize)
+@pytest.mark.parametrize(
+    ("grid", "bits", "rounding"),
+    [
+        ("max_min", 8, "nearest"), ("max_min", 4, "nearest"), ("max_min", 8, "stochastic"),
+        ("e3m0", 4, "nearest"), ("symmetric", 8, "stochastic"),
+    ],
+)  # fmt: skip
+def test_compiled_kernels_give_the_same_bits(
+    grid: str, bits: int, rounding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressor = quantize(grid, bits=bits, block=BLOCK, rounding=rounding)
     for seed, (m, width) in enumerate([(3, 10 * BLOCK), (3, 37 * BLOCK), (3, 6 * BLOCK)]):
         values, others = rows(m, width, seed), rows(m, width, seed + 100)
         monkeypatch.setenv("DTRAIN_COMPILE", "never")
@@ -58,9 +67,9 @@ def test_compiled_kernels_give_the_same_bits(bits: int, rounding: str, monkeypat
         assert all(torch.equal(a, b) for a, b in zip(everything(compressor, values, others), expected, strict=True))
 
 
-def test_one_pass_is_two() -> None:
-    compressor = quantize(bits=4, block=BLOCK)
-    assert isinstance(compressor, Quantize)
+@pytest.mark.parametrize("grid", ["max_min", "symmetric", "qsgd", "e3m0", "natural"])
+def test_one_pass_is_two(grid: str) -> None:
+    compressor = quantize(grid, bits=None if grid in ("e3m0", "natural") else 4, block=BLOCK)
     values, others = rows(4, 700, 1), rows(4, 700, 2)
     found = compressor.encode_sum(values, others)
     assert found is not None
@@ -70,7 +79,7 @@ def test_one_pass_is_two() -> None:
     decoded = compressor.decode(two, 700, KEY)
     assert torch.equal(left, values + others - decoded)
     assert torch.equal(compressor.decode_mean(two, 700), rank_order_mean(decoded))
-    assert quantize(bits=4, rounding="stochastic").encode_sum(values, others) is None  # type: ignore[union-attr]
+    assert replace(compressor, rounding="stochastic").encode_sum(values, others) is None
 
 
 class Plain:
