@@ -74,7 +74,9 @@ def combine(
 
 
 def require_mean_for_low_rank(plan: Plan, rule: Aggregator) -> None:
-    """Raise ``ValueError`` for a rule over factors that mean nothing one by one."""
+    """Raise ``ValueError`` for a rule over factors that mean nothing one by one, ``TypeError`` for what is no rule."""
+    if not callable(rule):
+        raise TypeError(f"combine is {rule!r}; give a rule, rows [world, n] -> [n], such as mean()")
     low = next((c.compressor for c in plan.compressions if isinstance(c.compressor, LowRank)), None)
     if low is not None and rule is not rank_order_mean:
         raise ValueError(

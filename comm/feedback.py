@@ -19,8 +19,9 @@ EF21-SGDM and EControl three; twice that while a step is under way.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
+from typing import cast as cast_
 
 from torch import Tensor
 
@@ -296,9 +297,20 @@ def _around(compressor: Compressor | LowRank, feedback: Feedback, name: str) -> 
     if isinstance(compressor, Compressor) and not compressor.delta > 0:
         raise ValueError(
             f"{compressor} guarantees no contraction (delta = {compressor.delta:.3g}), so its residual may grow "
-            f"without bound; use smaller blocks or more bits (quantize), another dtype (cast), or no {name}"
+            f"without bound; {_way_out(compressor, name)}"
         )
     return Compression(compressor, feedback)
+
+
+def _way_out(compressor: Compressor, name: str) -> str:
+    if compressor.unbiased:
+        return f"it is unbiased, and goes without {name}"
+    if hasattr(compressor, "block"):
+        blocks = (2**power for power in range(10, 2, -1))
+        fits = next((b for b in blocks if replace(cast_(Any, compressor), block=b).delta > 0), None)
+        if fits is not None:
+            return f"give it blocks of at most {fits} elements: block={fits}"
+    return f"use more bits (quantize), another dtype (cast), or no {name}"
 
 
 def as_compression(compress: Compressor | LowRank | Compression | None) -> Compression:

@@ -45,10 +45,12 @@ def attach(
             With FSDP2 and DeepSpeed it must be given.
         seed: of stochastic rounding.
 
-    Raises ``TypeError`` for another kind of model, ``ValueError`` for a group that is missing or does not contain this
-    rank, and what the adapters raise for configurations that they cannot serve.
+    Raises ``TypeError`` for another kind of model and for complex parameters; ``ValueError`` for a group that is
+    missing or does not contain this rank, an optimizer of another model, embeddings with sparse gradients, and ranks
+    that do not agree about ``sync`` or the model; and what adapters raise for configurations that they cannot serve.
     """
     _require_wrapped(model)
+    _require_servable(model, optimizer)
     if not callable(getattr(sync, "bind", None)):
         raise TypeError(
             f"sync is {sync!r}; give a sync such as every_step(...) or diloco(...). A compressor goes into one: "
@@ -63,8 +65,18 @@ def attach(
         )
     if replicate_group.rank() < 0:
         raise ValueError("this rank is not in replicate_group; build the groups on every rank and pass its own")
+    if isinstance(model, FSDPModule):
+        from dtrain.comm.attach.fsdp import require_across
+
+        require_across(model, dist.get_process_group_ranks(replicate_group))
     channel = Channel(_own_groups(replicate_group))
-    return sync.bind(pieces_of(model, optimizer, channel, overlap=False), seed)
+    pieces = pieces_of(model, optimizer, channel, overlap=False)
+    try:
+        return sync.bind(pieces, seed)
+    except BaseException:  # what is refused leaves the model and the optimizer as they were
+        pieces.detach()
+        channel.close(timeout_seconds=2.0)
+        raise
 
 
 def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool) -> Pieces:
@@ -90,6 +102,27 @@ def _require_wrapped(model: nn.Module) -> None:
         raise TypeError(
             f"attach got a {type(model).__name__}; wrap it in DistributedDataParallel, fully_shard or "
             "deepspeed.initialize first"
+        )
+
+
+def _require_servable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    trained = {fqn: parameter for fqn, parameter in model.named_parameters() if parameter.requires_grad}
+    for fqn, parameter in trained.items():
+        if parameter.is_complex():
+            raise TypeError(
+                f"{fqn} is complex; keep real and imaginary parts as a real parameter (torch.view_as_real) and view it "
+                "as complex in forward"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ValueError(f"{name} has sparse gradients, which no exchange takes; build it with sparse=False")
+    known = {id(parameter) for parameter in model.parameters()}
+    stepped = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+    strange = sum(id(parameter) not in known for parameter in stepped)
+    if strange:
+        raise ValueError(
+            f"{strange} of the optimizer's {len(stepped)} parameters are not the model's; make the optimizer from "
+            "model.parameters(), with FSDP2 after fully_shard"
         )
 
 

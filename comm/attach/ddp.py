@@ -113,7 +113,8 @@ class DDPPieces:
 
     def detach(self) -> None:
         """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
-        _SLOTS[self.model].pieces = None
+        if self.model in _SLOTS:
+            _SLOTS[self.model].pieces = None
         self._guard.remove()
 
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:

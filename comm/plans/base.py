@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.lowrank import LowRank
-from dtrain.comm.feedback import Compression, as_compression
+from dtrain.comm.feedback import Compression, NoFeedback, as_compression
 from dtrain.comm.state import Kind
+
+WEAK = 0.5
+"""Contractions below may lose more than half of a value's square in a step."""
 
 
 @runtime_checkable
@@ -80,6 +84,29 @@ def _require_written_down(*plans: Plan) -> None:
             )
 
 
+def unmatched(plan: Plan, fqns: Collection[str]) -> list[str]:
+    """The patterns of `by_layer`, in ``plan`` or in a part of it, that match none of ``fqns``."""
+    if isinstance(plan, ByLayer):
+        own = [pattern for pattern, _ in plan.rules if not fnmatch.filter(fqns, pattern)]
+        return own + [pattern for _, part in (*plan.rules, ("", plan.default)) for pattern in unmatched(part, fqns)]
+    if isinstance(plan, After):
+        return unmatched(plan.before, fqns) + unmatched(plan.then, fqns)
+    return []
+
+
+def warn_of_loss(plan: Plan) -> None:
+    """Warn of compressors that leave most of a value out, where nothing feeds it back."""
+    for compression in plan.compressions:
+        compressor = compression.compressor
+        weak = isinstance(compressor, LowRank) or (not compressor.unbiased and 0 < compressor.delta < WEAK)
+        if weak and isinstance(compression.feedback, NoFeedback):
+            warnings.warn(
+                f"{compressor} without feedback: most of what it leaves out of a step is lost for good; "
+                "error_feedback(...) around it keeps it",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
+
+
 def kinds_of(plan: Plan) -> dict[str, Kind]:
     """The names that any compression of ``plan`` keeps."""
     return {name: kind for compression in plan.compressions for name, kind in compression.kinds.items()}
@@ -106,8 +133,12 @@ def by_layer(rules: Mapping[str, Compress], *, default: Compress = None) -> ByLa
     >>> by_layer({"*norm*": None, "embedding.*": quantize(bits=8)}, default=quantize(bits=4)).of("head.weight", 0)
     Compression(compressor=Quantize(bits=4, block=512, rounding='nearest'), feedback=NoFeedback())
 
-    Raises ``TypeError`` for what is no compressor, ``ValueError`` for a plan that learns.
+    Names are those of the unwrapped model, without DDP's ``module.``. Attach warns of a pattern that matches none.
+
+    Raises ``TypeError`` for what is no compressor or no mapping, ``ValueError`` for a plan that learns.
     """
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"rules is {rules!r}; give {{pattern: compressor}}")
     return ByLayer(tuple((pattern, as_plan(compress)) for pattern, compress in rules.items()), as_plan(default))
 
 

@@ -72,6 +72,7 @@ class ChoosingLGreCo:
         self.changes = 0
         self._costs: dict[str, Tensor] = {}  # fqn -> [2, options] fp64: squared errors, bytes
         self._last: Tensor | None = None
+        self._world = 1
 
     def of(self, fqn: str, step: int) -> Compression:
         return self.spec.options[self.chosen[fqn]]
@@ -81,7 +82,7 @@ class ChoosingLGreCo:
         return number == FIRST or number % self.spec.every == 0
 
     def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
-        found = costs(fresh, [option.compressor for option in self.spec.options], matrix, world, key)
+        found, self._world = costs(fresh, [each.compressor for each in self.spec.options], matrix, world, key), world
         size = float(meant.double().square().sum())
         for number, option in enumerate(self.spec.options):
             risky = option.feedback.kinds and _promises_nothing(option.compressor) and number != self.spec.uniform
@@ -120,16 +121,26 @@ class ChoosingLGreCo:
         self.chosen = {fqn: integers[f"plan.of.{fqn}"] for fqn in self.fqns}
 
     def table(self) -> str:
-        lines = []
+        head, lines = f"L-GreCo, change {self.changes}", []
+        if self._last is not None:
+            errors, sizes = self._last[:, 0], self._last[:, 1] / self._world
+            rows, now = torch.arange(len(self.fqns)), [self.chosen[fqn] for fqn in self.fqns]
+            uniform, error = self.spec.uniform, float(errors[:, self.spec.uniform].sum())
+            head += (
+                f": {float(sizes[rows, now].sum()) / 1e3:,.1f} kB per replica and exchange instead of "
+                f"{float(sizes[:, uniform].sum()) / 1e3:,.1f} kB of {told(self.spec.options[uniform])} everywhere, at "
+                f"{float(errors[rows, now].sum()) / error if error else 1:.2f} of its squared error"
+            )
         for number, fqn in enumerate(self.fqns):
             line = f"{fqn:40} {told(self.spec.options[self.chosen[fqn]])}"
             if self._last is not None:
                 error, size = self._last[number, :, self.chosen[fqn]].tolist()
+                size /= self._world
                 if error == 0 and isinstance(self.of(fqn, 0).compressor, LowRank):
                     line = f"{fqn:40} fp32  "
                 line += f"   {size / 1e3:10.1f} kB   squared error {error:.3g}"
             lines.append(line)
-        return "\n".join([f"L-GreCo, change {self.changes}:", *lines])
+        return "\n".join([head, *lines])
 
     def _pays(self, errors: Tensor, sizes: Tensor, now: list[int], better: list[int]) -> bool:
         """A change costs warm starts: not for less than ``hysteresis``, unless the old choice breaks the budget."""

@@ -23,7 +23,7 @@ from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of
+from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.routes import Combined
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
@@ -51,7 +51,7 @@ class AttachedEveryStep(Attached):
     def __init__(
         self, spec: EveryStep, pieces: Pieces, seed: int, more: Mapping[str, Kind] = MappingProxyType({})
     ) -> None:
-        super().__init__(pieces, State({**kinds_of(spec.plan), **more}), spec.plan, seed)
+        super().__init__(pieces, State({**kinds_of(spec.plan), **more}), spec.plan, seed, spec)
         self.spec = spec
         self._all_finite = True
         self._handed = False
@@ -110,7 +110,7 @@ def every_step(
 
     Args:
         compress: a compressor, ``error_feedback(...)`` of one, a plan, or None for full fp32.
-        combine: the rule; the mean by default.
+        combine: the rule, rows [world, n] -> [n]; `mean` by default.
         route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own; linear ones only).
         lossless: zstandard's level for all that is sent, for slow links between CPUs; None sends it as it is.
 
@@ -133,6 +133,7 @@ def every_step(
             _require_summable(compression)
         if rule is not rank_order_mean:
             raise ValueError("an all-reduce has only the mean to offer; use route='two_phase' with another rule")
+    warn_of_loss(plan)
     return EveryStep(plan, rule, route, lossless)
 
 

@@ -30,7 +30,7 @@ from typing import Literal, TypeAlias
 from dtrain.comm.aggregators.mean import Aggregator, mean
 from dtrain.comm.combine import require_mean_for_low_rank
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of
+from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.schedules.fragments import WHOLE, Fragments
 from dtrain.comm.schedules.knobs import LEAST_STEPS, Auto, Knob, Knobs
 from dtrain.comm.schedules.outer import Looking, OuterOptimizer
@@ -134,11 +134,6 @@ def local_update(
             f"every_steps is {every_steps!r}; a round has a positive whole number of inner steps, or 'auto'"
         )
     if overlap_steps == "auto":
-        if every_steps == 1:
-            raise ValueError(
-                "overlap_steps='auto' with every_steps=1: what is under way must arrive before the next "
-                "round begins; give longer rounds, or overlap_steps=0"
-            )
         overlap_steps = 1
     if not callable(getattr(outer, "step", None)) or not hasattr(outer, "kinds"):
         raise TypeError(f"outer is {outer!r}; give an outer optimizer such as nesterov(lr=0.7, momentum=0.9)")
@@ -163,6 +158,7 @@ def local_update(
         raise ValueError(f"verify_every is {verify_every!r}; give a whole number of rounds, 0 for never")
     plan, rule = as_plan(compress), mean() if combine is None else combine
     require_mean_for_low_rank(plan, rule)
+    warn_of_loss(plan)
     made = LocalUpdate(
         every_steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps, verify_every,
         outer_state, auto if auto.wanted else None,

@@ -81,7 +81,7 @@ class AttachedLocalUpdate(Attached):
     counters = (*Attached.counters, "rounds", "cycles", "failed_rounds", "left_out", "repairs", "tokens")
 
     def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
-        super().__init__(pieces, State(spec.kinds), spec.plan, seed)
+        super().__init__(pieces, State(spec.kinds), spec.plan, seed, spec)
         self.spec = spec
         rates = sorted({float(group["lr"]) for group in pieces.optimizer.param_groups})
         if len(rates) > 1 and getattr(spec.outer, "uses_inner_lr", False):

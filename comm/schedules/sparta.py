@@ -48,7 +48,7 @@ class AttachedSparta(Attached):
     counters = (*Attached.counters, "left_out")
 
     def __init__(self, spec: Sparta, pieces: Pieces, seed: int) -> None:
-        super().__init__(pieces, State({}), as_compression(None), seed)
+        super().__init__(pieces, State({}), as_compression(None), seed, spec)
         self.spec = spec
         self.left_out = 0
         pieces.hand_over(None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +19,15 @@ from dtrain.comm.combine import consolidate
 from dtrain.comm.compressors.lowrank import matrices
 from dtrain.comm.drivers.meter import Meter
 from dtrain.comm.fused import compile_what_is_due
-from dtrain.comm.ops import AllReduce, Broadcast, Flow
+from dtrain.comm.ops import AllGather, AllReduce, Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
-from dtrain.comm.plans.base import Plan, kinds_of
+from dtrain.comm.plans.base import Plan, kinds_of, unmatched
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
+
+MANY_SKIPPED = 10
+"""Steps in a row that nobody could make, after which it is said."""
 
 
 class Sync(Protocol):
@@ -40,7 +46,7 @@ class Attached(ABC):
     counters: tuple[str, ...] = ("steps", "skipped", "skipped_in_a_row")
     """Attributes that a checkpoint keeps."""
 
-    def __init__(self, pieces: Pieces, state: State, plan: Plan, seed: int) -> None:
+    def __init__(self, pieces: Pieces, state: State, plan: Plan, seed: int, spec: object) -> None:
         self.pieces = pieces
         self.seed = seed
         self.state = state
@@ -51,6 +57,9 @@ class Attached(ABC):
         self.gauges: dict[str, float] = {}
         self.decisions: list[str] = []  # for people, who take them out
         self.matrices = matrices(pieces.segments, pieces.shapes)
+        self.told = f"{type(self).__name__}: {_without_addresses('; '.join(map(str, plan.compressions)))}"
+        self._require_agreement(f"{spec}")
+        self._warn_of_rules(plan)
         start = pieces.channel.run(_broadcast(pieces.read()), "set-up")
         pieces.write(start)
 
@@ -83,6 +92,12 @@ class Attached(ABC):
             self.pieces.skip()
             self.skipped += 1
             self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == MANY_SKIPPED:
+                warnings.warn(
+                    f"{MANY_SKIPPED} steps in a row were skipped, step {self.steps} the last: some gradients are not "
+                    "finite; lower the learning rate, look at the data, or go back to a checkpoint",
+                    RuntimeWarning, stacklevel=2,
+                )  # fmt: skip
         self.steps += 1
         self._after_step()
         return ok
@@ -127,7 +142,11 @@ class Attached(ABC):
 
         Call it on every rank where a loss scale changes, with new / old; with error_feedback also where the learning
         rate does, with old / new, if what is left from before shall count as much as it would have then.
+
+        Raises ``ValueError`` for a factor that is not positive and finite.
         """
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor is {factor!r}; give the new scale over the old one, a positive finite number")
         kept = {name for name, kind in kinds_of(self.plan).items() if kind != "opaque"}
         self.state.scale(kept, factor)
 
@@ -146,17 +165,25 @@ class Attached(ABC):
         digest = _digest(self.pieces.read())
         return {
             "tensors": self.state.tensors, "integers": self.integers(), "parameters": digest, "place": self._place(),
+            "sync": self.told,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from `state_dict`, after the model's and the optimizer's own states have been loaded.
 
-        Raises ``KeyError`` for the state of another method, ``ValueError`` if the model does not hold the parameters
-        that this rank had when the state was taken.
+        Raises ``KeyError`` or ``ValueError`` for the state of another method, ``ValueError`` if the model does not hold
+        the parameters that this rank had when the state was taken. A state whose "sync" entry was taken out is loaded
+        into another compressor as far as the names of what both keep agree.
         """
-        tensors, integers = state["tensors"], state["integers"]
+        found = state if isinstance(state, Mapping) else {}
+        tensors, integers = found.get("tensors"), found.get("integers")
         if not isinstance(tensors, Mapping) or not isinstance(integers, Mapping):
             raise TypeError("the state of a sync is {'tensors': {fqn: {name: tensor}}, 'integers': {name: int}}")
+        if state.get("sync") not in (None, self.told):
+            raise ValueError(
+                f"this state was saved with {state['sync']}, and this is {self.told}; attach what it was saved with, "
+                "or take out its entry 'sync' if the change is meant"
+            )
         if state.get("place") not in (None, self._place()):
             raise ValueError(
                 f"this state was taken by {state['place']}, and this is {self._place()}; every rank loads its own files"
@@ -211,7 +238,30 @@ class Attached(ABC):
     def _review(self) -> None:
         """Let the plan decide what to use from now on. Every rank must call it, once for each exchange."""
         if not isinstance(self.plan, Settled):
+            before = self.plan.changes
             self.pieces.channel.run(self.plan.review(), "plan")
+            if self.plan.changes != before:
+                self.decisions.append(self.plan.table().partition("\n")[0])
+
+    def _require_agreement(self, spec: str) -> None:
+        """Raise ``ValueError`` unless all peers were given the same method and model."""
+        held = sorted((fqn, *vars(segment).values()) for fqn, segment in self.pieces.segments.items())
+        text = f"{self.told}\n{_without_addresses(spec)}\n{held}"
+        mine = torch.tensor(list(hashlib.blake2b(text.encode(), digest_size=16).digest()), dtype=torch.uint8)
+        everybody = self.pieces.channel.run(_gather(mine), "agreement")
+        other = [rank for rank, digest in enumerate(everybody) if not torch.equal(digest, mine)]
+        if other:
+            raise ValueError(
+                f"replicas {other} were given another sync or another model than this one, which has {self.told} and "
+                f"{len(held)} parameters; give all ranks the same"
+            )
+
+    def _warn_of_rules(self, plan: Plan) -> None:
+        for pattern in unmatched(plan, self.pieces.shapes):
+            warnings.warn(
+                f"by_layer: {pattern!r} matches no parameter; names are like {', '.join(list(self.pieces.shapes)[:3])}",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
 
     def _agree(self, ok: bool) -> bool:
         """Whether ``ok`` holds on every rank of this replica."""
@@ -229,6 +279,16 @@ def _digest(values: Mapping[str, Tensor]) -> str:
         found.update(fqn.encode())
         found.update(values[fqn].contiguous().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def _without_addresses(text: str) -> str:
+    """So that a function or an object of somebody else is called the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _gather(own: Tensor) -> Flow[Tensor]:
+    (everybody,) = yield AllGather((own,))
+    return everybody
 
 
 def _sum_over_shards(values: Tensor) -> Flow[Tensor]:

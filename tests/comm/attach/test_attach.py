@@ -228,7 +228,19 @@ def refused(case: str) -> str:
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh["shard"])
         group = None
+    elif case == "the shard group":
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh["shard"])
+        group = mesh.get_group("shard")
+    elif case == "sparse gradients":
+        model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    elif case == "complex":
+        model = nn.Sequential(nn.Linear(3, 2, dtype=torch.complex64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if case == "another model's optimizer":
+        optimizer = torch.optim.SGD(small().parameters(), lr=0.1)
+    if case in ("sparse gradients", "complex", "another model's optimizer"):
+        model = DistributedDataParallel(model)
     if case == "no optimizer":
         model, optimizer = DistributedDataParallel(model), None
     if case == "DDP mixed precision":
@@ -336,6 +348,18 @@ def misused(case: str) -> str:
     model = DistributedDataParallel(small())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     try:
+        if case == "other ranks, other syncs":
+            sync = local_sgd(every_steps=3 + dist.get_rank())
+            attach(model, optimizer, sync)
+        if case == "another compressor's state":
+            attached = attach(model, optimizer, every_step(compress=error_feedback(quantize(bits=8))))
+            state = attached.state_dict()
+            attached.detach()
+            attach(model, optimizer, every_step(compress=error_feedback(topk(0.1)))).load_state_dict(state)
+        if case == "no state":
+            attach(model, optimizer, every_step()).load_state_dict({})
+        if case == "a meaningless scale":
+            attach(model, optimizer, every_step()).rescale(float("nan"))
         if case == "a hook of their own":
             model.register_comm_hook(None, fp16_compress_hook)
         if case == "not a sync":
@@ -471,6 +495,10 @@ def test_a_parameter_that_nobody_used_keeps_its_residual(pool: WorkerPool) -> No
         ("all under no_sync", "outside of no_sync()"),
         ("stepped twice", "no gradient was exchanged since the last sync.step()"),
         ("another rank's state", "every rank loads its own files"),
+        ("other ranks, other syncs", "were given another sync or another model than this one"),
+        ("another compressor's state", "take out its entry 'sync'"),
+        ("no state", "the state of a sync is"),
+        ("a meaningless scale", "the new scale over the old one"),
     ],
 )
 def test_misuse_is_told(pool: WorkerPool, case: str, words: str) -> None:
@@ -508,6 +536,10 @@ def test_a_late_fill_loses_nothing_that_is_accumulated(pool: WorkerPool, keep_ze
         ("no optimizer", "needs its optimizer"),
         ("DDP mixed precision", "takes the only communication hook"),
         ("plain module", "wrap it in DistributedDataParallel"),
+        ("the shard group", 'mesh.get_group("replicate")'),
+        ("sparse gradients", "sparse=False"),
+        ("complex", "torch.view_as_real"),
+        ("another model's optimizer", "are not the model's"),
     ],
 )
 def test_what_cannot_be_attached_to_is_refused(pool: WorkerPool, case: str, words: str) -> None:

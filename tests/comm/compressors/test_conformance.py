@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import cast, compeft, quantize, randk, sign, terngrad, topk
+from dtrain import cast, compeft, powersgd, quantize, randk, sign, terngrad, topk
 from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.quantize import Quantize
 from dtrain.comm.compressors.sign import Sign
 from dtrain.comm.compressors.sparse import SAMPLED_FROM, TopK, largest
 from dtrain.comm.ops import Payload
@@ -92,6 +93,27 @@ class Fixed:
         return 4 * width
 
 
+class Coarse(Fixed):
+    """Rounds to whole multiples of a power of two: homogeneous for those factors alone."""
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        largest = rows.abs().amax(1, keepdim=True) if rows.numel() else rows
+        unit = torch.exp2(torch.ceil(torch.log2(largest.clamp(min=1e-30) / 127)))
+        return ((rows / unit).round() * unit,)
+
+
+class Clipped(Quantize):
+    """Unbiased but for what it cuts off; promises no contraction."""
+
+    @property
+    def delta(self) -> float:
+        return 0.0
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        size = rows.square().sum(1, keepdim=True).div(max(1, rows.shape[1])).sqrt()
+        return super().encode(torch.minimum(rows, 2 * size), key)
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -102,6 +124,10 @@ class Fixed:
         (Summed(block=16), "not linear"),
         (Together(0.5), "a row alone decodes to something else"),
         (Fixed(), "not homogeneous"),
+        (Coarse(), "not homogeneous"),
+        (Clipped(8, 2049, "stochastic"), "not unbiased"),
+        (Quantize, "is a class"),
+        (powersgd(4), "does not code rows"),
         (replace(topk(0.01), density=0.0001), None),  # at least one element of each row: it sends more than it says
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else None,

@@ -151,7 +151,7 @@ def test_all_replicas_choose_alike_from_what_they_measure_and_say_why() -> None:
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: diloco(every_steps="often"), "every_steps is 'often'; a round has a positive whole number"),  # type: ignore[arg-type]
     (lambda: diloco(every_steps="auto", utilization=1.0), "utilization is 1.0; it lies between 0 and 1"),
-    (lambda: streaming_diloco(every_steps=1, overlap_steps="auto"), "overlap_steps='auto' with every_steps=1"),
+    (lambda: streaming_diloco(every_steps=1, overlap_steps="auto"), "overlap_steps is 1 with every_steps=1"),
     (
         lambda: streaming_diloco(layers_per_fragment="auto", fragments_by_name=[["a"], ["b"]]),
         "the fragments are named by hand",
