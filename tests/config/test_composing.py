@@ -168,7 +168,7 @@ def test_every_sync_takes_every_compressor() -> None:
     assert len(syncs) > 5 and compressors.count(None) == 1
     for sync in syncs:
         for compress in compressors:
-            learns = isinstance(compress, dict) and compress["_target_"] == "dtrain.lgreco"
+            learns = isinstance(compress, dict) and compress["_target_"] in ("dtrain.lgreco", "dtrain.accordion")
             if learns and sync["_target_"] == "dtrain.onebit_adam":
                 with pytest.raises(ConfigError, match="learns from what it compresses"):
                     instantiate({**sync, "compress": compress}, "sync")

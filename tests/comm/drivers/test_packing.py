@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from dtrain import cast, every_step, quantize, topk
+from dtrain import cast, error_feedback, every_step, quantize, topk
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.combine import combine
 from dtrain.comm.drivers.meter import Meter, metered
@@ -70,4 +70,4 @@ def test_levels_that_zstandard_does_not_know_are_refused(level: object) -> None:
 def test_an_all_reduce_has_nothing_to_code() -> None:
     with pytest.raises(ValueError, match="lossless codes parts, which an all-reduce does not have"):
         every_step(compress=cast("bf16"), route="all_reduce", lossless=1)
-    assert every_step(compress=topk(0.1), lossless=1).lossless == 1
+    assert every_step(compress=error_feedback(topk(0.1)), lossless=1).lossless == 1
