@@ -62,8 +62,8 @@ def summary(rows: Sequence[HookRow]) -> list[str]:
     out = [
         "times are of a backward pass whose gradient is exchanged; algbw and busbw are those of the fp32 gradient, so "
         f"that compression makes them larger than a link's rate: {link}",
-        "error: of the first exchange, before feedback has made up for anything; wire bytes of torch's hooks are what "
-        f"the interface {rows[0].interface} counted, headers included",
+        "error: of the first exchange, before feedback has made up for anything (torch.powersgd's is plain yet); "
+        f"wire bytes of torch's hooks are what the interface {rows[0].interface} counted, headers included",
     ]
     if any(row.interface == "lo" for row in rows):
         out.append("these ranks share a machine: its memory and processors were measured, and no link")

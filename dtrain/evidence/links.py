@@ -96,13 +96,14 @@ def powersgd_report(found: Mapping[str, Mapping[str, Took]]) -> Report:
         checks.append(at_most(f"bytes of {OURS[0]} over theirs, {links}", payload, 1.0))
         figures[rate] = {name: dataclasses.asdict(took) for name, took in by.items()}
     body = (
-        "PyTorch's PowerSGD hook and `powersgd_ef`, rank 4, on the same transformer of 17 million parameters in DDP "
-        f"in the same processes, {len(theirs.seconds)} rounds of one step each in rotating order after a warm-up; four "
-        "hosts of `dtrain cluster`, all on two cores. Times are those of the slowest rank, medians; the ratio is the "
-        "median of the rounds' ratios. Theirs has all gradients in one bucket, as it fails with two; ours has DDP's "
-        "usual ones. On the all-reduce, as theirs is, ours sends the same numbers; on the two-phase route, whose bits "
-        "depend on nothing but the values, a byte for each message and rank more. Payload: as ours is metered and "
-        "theirs counts itself; interface: what that of rank 0's host counted, headers and acknowledgements included."
+        "PyTorch's PowerSGD hook and `powersgd_ef`, rank 4, on the same transformer of 17 million parameters in "
+        f"DDP, one sequence of 64 tokens for each rank, in the same processes, {len(theirs.seconds)} rounds of one "
+        "step each in rotating order after a warm-up; four hosts of `dtrain cluster`, all on two cores. Times are "
+        "those of the slowest rank, medians; the ratio is the median of the rounds' ratios. Theirs has all "
+        "gradients in one bucket, as it fails with two; ours has DDP's usual ones. On the all-reduce, as theirs "
+        "is, ours sends the same numbers; on the two-phase route, whose bits depend on nothing but the values, a "
+        "byte for each message and rank more. Payload: as ours is metered and theirs counts itself; interface: "
+        "what that of rank 0's host counted, headers and acknowledgements included."
         "\n\n" + table(["links", "exchange", "step", "over theirs", "payload per step", "interface"], rows)
     )
     commands = ("python -m dtrain.evidence powersgd",)
