@@ -29,7 +29,7 @@ LOCAL = {
     "co2/12:int8": 0.95,
 }
 """Local updates, and the compute utilization that they are held to."""
-LOCAL_SEQUENCES = 6
+LOCAL_SEQUENCES = 5
 
 
 def powersgd(session: Session) -> Report:
