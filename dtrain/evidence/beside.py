@@ -53,7 +53,7 @@ class Asked:
     rounds: int = 10
     warmup: int = 2
     model: tuple[int, int, int] = (256, 4, 4)
-    lr: float = 1e-3
+    lr: float = 3e-4
 
 
 @dataclass(frozen=True)
