@@ -101,8 +101,8 @@ def warn_of_loss(plan: Plan) -> None:
         weak = isinstance(compressor, LowRank) or (not compressor.unbiased and 0 < compressor.delta < WEAK)
         if weak and isinstance(compression.feedback, NoFeedback):
             warnings.warn(
-                f"{compressor} without feedback: most of what it leaves out of a step is lost for good; "
-                "error_feedback(...) around it keeps it",
+                f"{compressor} without feedback: what it leaves out of a step is lost for good. With SGD put "
+                "error_feedback(...) around it; under AdamW try both",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
 
