@@ -15,89 +15,24 @@ Keeps: nothing.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.base import RowWise
-from dtrain.comm.compressors.blocks import by_blocks, pack_bits, packed_bytes, scaled, unpack_bits
-from dtrain.comm.fused import Kernel, kernel
-from dtrain.comm.ops import Payload
-from dtrain.comm.seeds import Key
+from dtrain.comm.compressors.blocks import pack_bits, scaled, unpack_bits
+from dtrain.comm.compressors.coded import Coded, Kernels
+from dtrain.comm.fused import kernel
 
 
-@dataclass(frozen=True)
-class _Grid(RowWise, ABC):
-    bits: int
-    block: int
-    rounding: str
-
-    @property
-    def unbiased(self) -> bool:
-        return self.rounding == "stochastic"
-
-    @property
-    @abstractmethod
-    def delta(self) -> float: ...
+class _Grid(Coded):
+    """The number of a block: its scale."""
 
     @property
     def levels(self) -> int:
         """On each side of zero, without it."""
         return (1 << (self.bits - 1)) - 1
-
-    def encode(self, rows: Tensor, key: Key) -> Payload:
-        packed, scale = self._payload(rows)
-        coded = [(packed, self.bits, 8), (scale, 0, 1)]
-        if self.rounding == "nearest":
-            run = self._run(encode_nearest)
-            by_blocks(run, [(rows, 1, 1), *coded], rows.shape[1], self.block)
-        else:
-            noise = torch.rand(rows.shape, generator=key.generator(rows.device), device=rows.device)
-            run = self._run(encode_stochastic)
-            by_blocks(run, [(rows, 1, 1), (noise, 1, 1), *coded], rows.shape[1], self.block)
-        return packed, scale
-
-    def encode_sum(self, rows: Tensor, others: Tensor) -> tuple[Payload, Tensor] | None:
-        """``encode(rows + others)`` and what it leaves out of them, in one pass; None where rounding is random."""
-        if self.rounding != "nearest":
-            return None
-        packed, scale = self._payload(rows)
-        left = torch.empty_like(rows)
-        laid = [(rows, 1, 1), (others, 1, 1), (packed, self.bits, 8), (scale, 0, 1), (left, 1, 1)]
-        by_blocks(self._run(encode_sum_nearest), laid, rows.shape[1], self.block)
-        return (packed, scale), left
-
-    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
-        packed, scale = payload  # [m, bytes], [m, blocks]
-        rows = scale.new_empty(packed.shape[0], width)
-        laid = [(packed, self.bits, 8), (scale, 0, 1), (rows, 1, 1)]
-        by_blocks(self._run(decode_blocks), laid, width, self.block)
-        return rows
-
-    def decode_mean(self, payload: Payload, width: int) -> Tensor:
-        """`rank_order_mean` of the decoded rows, [width], in one pass."""
-        packed, scale = payload
-        mean = scale.new_empty(1, width)
-        laid = [(packed, self.bits, 8), (scale, 0, 1), (mean, 1, 1)]
-        by_blocks(partial(self._run(mean_of_blocks), world=packed.shape[0]), laid, width, self.block)
-        return mean[0]
-
-    def row_bytes(self, width: int) -> int:
-        return packed_bytes(width, self.bits, self.block) + 4 * -(-width // self.block)
-
-    @abstractmethod
-    def _run(self, of: Kernel) -> Callable[..., None]:
-        """A kernel, for these levels and this scale."""
-
-    def _payload(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for codes [m, bytes] and for the scale of each block [m, blocks]."""
-        m, width = rows.shape
-        packed = torch.empty(m, packed_bytes(width, self.bits, self.block), dtype=torch.uint8, device=rows.device)
-        return packed, rows.new_empty(m, -(-width // self.block))
 
 
 @dataclass(frozen=True)
@@ -112,9 +47,11 @@ class Even(_Grid):
         lost = self.block / (4 * self.levels**2)
         return 1.0 - (min(lost, self.block**0.5 / self.levels) if self.norm and self.unbiased else lost)
 
-    def _run(self, of: Kernel) -> Callable[..., None]:
+    @property
+    def kernels(self) -> Kernels:
         # The sum in a norm is taken in another order when compiled, which would be another norm.
-        return partial(of.function if self.norm else of, bits=self.bits, powers=False, norm=self.norm)
+        each = (kernel.function if self.norm else kernel for kernel in KERNELS)
+        return Kernels(*(partial(one, bits=self.bits, powers=False, norm=self.norm) for one in each))
 
 
 @dataclass(frozen=True)
@@ -128,8 +65,9 @@ class Powers(_Grid):
             return 1.0 - 1 / 8 - self.block * smallest**2 / 4
         return 1.0 - 1 / 9 - self.block * smallest**2 / 4
 
-    def _run(self, of: Kernel) -> Callable[..., None]:
-        return partial(of, bits=self.bits, powers=True, norm=False)
+    @property
+    def kernels(self) -> Kernels:
+        return Kernels(*(partial(one, bits=self.bits, powers=True, norm=False) for one in KERNELS))
 
 
 # Kernels: blocks [m, n, block] fp32, noise alike in [0, 1), packed [m, n, bytes of a block], scale [m, n, 1].
@@ -181,6 +119,9 @@ def mean_of_blocks(
     for rank in range(1, world):
         total = total + _levels(unpack_bits(packed[rank], bits, mean.shape[-1]), bits, powers) * scale[rank]
     mean.copy_(total / world)
+
+
+KERNELS = (encode_nearest, encode_stochastic, encode_sum_nearest, decode_blocks, mean_of_blocks)
 
 
 def _scale(blocks: Tensor, norm: bool) -> Tensor:

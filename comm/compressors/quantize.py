@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.base import RowWise
-from dtrain.comm.compressors.blocks import by_blocks, checked_block, pack_bits, packed_bytes, unpack_bits
+from dtrain.comm.compressors.blocks import checked_block, pack_bits, unpack_bits
+from dtrain.comm.compressors.coded import Coded, Kernels
 from dtrain.comm.compressors.grids import Even, Powers
 from dtrain.comm.fused import kernel
-from dtrain.comm.ops import Payload
-from dtrain.comm.seeds import Key
 
 ROUNDINGS = ("nearest", "stochastic")
 GRIDS = ("max_min", "symmetric", "qsgd", "e3m0", "natural")
@@ -29,20 +28,14 @@ FIXED_BITS = {"e3m0": 4, "natural": 8}
 
 
 @dataclass(frozen=True)
-class Quantize(RowWise):
-    """See `quantize`."""
+class Quantize(Coded):
+    """See `quantize`. The numbers of a block: its least value, and the unit."""
 
-    bits: int
-    block: int
-    rounding: str
+    numbers: ClassVar[int] = 2
 
     @property
     def levels(self) -> int:
         return (1 << self.bits) - 1
-
-    @property
-    def unbiased(self) -> bool:
-        return self.rounding == "stochastic"
 
     @property
     def delta(self) -> float:
@@ -50,50 +43,10 @@ class Quantize(RowWise):
         # (max - min)^2 <= 2 |x|^2 in every block. A block of small values between two large ones reaches the bound.
         return 1.0 - self.block / (2.0 * self.levels**2)
 
-    def encode(self, rows: Tensor, key: Key) -> Payload:
-        packed, scales = self._payload(rows)
-        coded = [(packed, self.bits, 8), (scales, 0, 2)]
-        if self.rounding == "nearest":
-            by_blocks(partial(encode_nearest, bits=self.bits), [(rows, 1, 1), *coded], rows.shape[1], self.block)
-        else:
-            noise = torch.rand(rows.shape, generator=key.generator(rows.device), device=rows.device)
-            run = partial(encode_stochastic, bits=self.bits)
-            by_blocks(run, [(rows, 1, 1), (noise, 1, 1), *coded], rows.shape[1], self.block)
-        return packed, scales.unflatten(1, (-1, 2))
-
-    def encode_sum(self, rows: Tensor, others: Tensor) -> tuple[Payload, Tensor] | None:
-        """``encode(rows + others)`` and what it leaves out of them, in one pass; None where rounding is random."""
-        if self.rounding != "nearest":
-            return None
-        packed, scales = self._payload(rows)
-        left = torch.empty_like(rows)
-        laid = [(rows, 1, 1), (others, 1, 1), (packed, self.bits, 8), (scales, 0, 2), (left, 1, 1)]
-        by_blocks(partial(encode_sum_nearest, bits=self.bits), laid, rows.shape[1], self.block)
-        return (packed, scales.unflatten(1, (-1, 2))), left
-
-    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
-        packed, scales = payload  # [m, bytes], [m, blocks, 2]
-        rows = scales.new_empty(packed.shape[0], width)
-        laid = [(packed, self.bits, 8), (scales.flatten(1), 0, 2), (rows, 1, 1)]
-        by_blocks(partial(decode_blocks, bits=self.bits), laid, width, self.block)
-        return rows
-
-    def decode_mean(self, payload: Payload, width: int) -> Tensor:
-        """`rank_order_mean` of the decoded rows, [width], in one pass."""
-        packed, scales = payload
-        mean = scales.new_empty(1, width)
-        laid = [(packed, self.bits, 8), (scales.flatten(1), 0, 2), (mean, 1, 1)]
-        by_blocks(partial(mean_of_blocks, bits=self.bits, world=packed.shape[0]), laid, width, self.block)
-        return mean[0]
-
-    def row_bytes(self, width: int) -> int:
-        return packed_bytes(width, self.bits, self.block) + 8 * -(-width // self.block)
-
-    def _payload(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for codes [m, bytes] and for the least value and the unit of each block [m, 2 * blocks]."""
-        m, width = rows.shape
-        packed = torch.empty(m, packed_bytes(width, self.bits, self.block), dtype=torch.uint8, device=rows.device)
-        return packed, rows.new_empty(m, 2 * -(-width // self.block))
+    @property
+    def kernels(self) -> Kernels:
+        each = (encode_nearest, encode_stochastic, encode_sum_nearest, decode_blocks, mean_of_blocks)
+        return Kernels(*(partial(kernel, bits=self.bits) for kernel in each))
 
 
 # Kernels: blocks [m, n, block] fp32, noise alike in [0, 1), packed [m, n, bytes of a block], scales [m, n, 2].
