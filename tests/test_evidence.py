@@ -18,6 +18,7 @@ from dtrain.evidence import __main__ as command
 from dtrain.evidence.beside import Asked as AskedBeside
 from dtrain.evidence.beside import Trained, torchft_report
 from dtrain.evidence.compression import cells, compressors_report, loss_report
+from dtrain.evidence.equal_tokens import FACTORS, METHODS, SEEDS, equal_tokens_report
 from dtrain.evidence.kernels import Speed, kernels_report
 from dtrain.evidence.lgreco import SETTINGS, lgreco_report, solving_seconds
 from dtrain.evidence.links import CHOSEN, LOCAL, SLOW, local_report, powersgd_report, slow_report
@@ -314,6 +315,14 @@ def test_overlap_hides_what_fits_and_the_rest_is_seen(short: float, long: float,
     found = {"fast": Found(0.2, 0.5, short), "between": Found(0.2, 0.8, 0.1), "slow": Found(0.2, 2.0, long)}
     report = overlap_report(found)
     assert len(missed(report)) == lines and "xychart-beta" in report.body
+
+
+@pytest.mark.parametrize(("diloco", "streaming", "lines"), [(2.05, 2.08, 0), (2.07, 2.1, 1), (2.0, 2.05, 1)])
+def test_local_updates_are_held_to_the_loss_of_data_parallelism(diloco: float, streaming: float, lines: int) -> None:
+    losses = dict(zip(METHODS, (2.0, diloco, streaming), strict=True))
+    swept = {(name, factor): run(last=losses[name] + abs(factor - 1)) for name in METHODS for factor in FACTORS}
+    report = equal_tokens_report(swept, {name: [run(last=loss)] * len(SEEDS) for name, loss in losses.items()})
+    assert len(missed(report)) == lines
 
 
 @pytest.mark.processes

@@ -81,7 +81,7 @@ class _Training:
             outer = torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
             stack.enter_context(_theirs(self.model, self.optimizer, outer, asked.every_steps, lighthouse))
         else:
-            self.model = DistributedDataParallel(self.model)
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             sync = diloco(every_steps=asked.every_steps, compress=CODECS[codec])
             self.attached = attach(self.model, self.optimizer, sync)
         self.losses: list[float] = []
