@@ -60,11 +60,11 @@ def equal_tokens_report(swept: Mapping[tuple[str, float], Run], repeated: Mappin
             ["", *(f"lr x {factor:g}" for factor in factors), "best lr", "loss", "off", "sent per rank", "less"], rows
         )
     )
-    runs = {f"{name}, lr x {factor:g}": run for (name, factor), run in swept.items()}
+    kept = {f"{name}, lr x {factor:g}": run for (name, factor), run in swept.items()}
     for name, each in repeated.items():
-        runs.update({f"{name}, seed {seed}": run for seed, run in zip(SEEDS, each, strict=True)})
-    commands = tuple(dict.fromkeys(run.command for run in runs.values()))
-    figures = {name: as_figures(run) for name, run in runs.items()}
+        kept.update({f"{name}, seed {seed}": run for seed, run in zip(SEEDS, each, strict=True)})
+    commands = tuple(dict.fromkeys(run.command for run in kept.values()))
+    figures = {name: as_figures(run) for name, run in kept.items()}
     return Report("Local updates at equal tokens", body, commands, tuple(checks), figures)
 
 
