@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dtrain.comm.compressors.sign import sign
     from dtrain.comm.compressors.sparse import randk, topk
     from dtrain.comm.compressors.ternary import compeft, terngrad
+    from dtrain.comm.drivers.members import Members
     from dtrain.comm.drivers.simulate import simulate
     from dtrain.comm.feedback import econtrol, ef21, error_feedback
     from dtrain.comm.plans.accordion import accordion
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Members",
     "__version__",
     "accordion",
     "adam",
@@ -82,6 +84,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Members": "dtrain.comm.drivers.members",
     "accordion": "dtrain.comm.plans.accordion",
     "adam": "dtrain.comm.schedules.outer",
     "after": "dtrain.comm.plans.base",

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import cast
 
 from dtrain import __version__
-from dtrain.commands import Command, bench, cluster, data, doctor, jobs, launch, train
+from dtrain.commands import Command, bench, cluster, data, doctor, jobs, launch, members, train
 from dtrain.errors import INTERRUPTED, DtrainError
 
-COMMANDS = cast("list[Command]", [train, launch, jobs, doctor, bench, cluster, data])
+COMMANDS = cast("list[Command]", [train, launch, jobs, doctor, bench, cluster, data, members])
 
 TOP = """\
 examples:

@@ -14,6 +14,7 @@ import pytest
 import dtrain
 
 NAMES = [
+    "Members",
     "__version__",
     "accordion",
     "adam",

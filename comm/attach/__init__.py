@@ -6,6 +6,7 @@ everything behind it sees `dtrain.comm.pieces.Pieces` only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from dtrain.comm.drivers.transport import Alone, Transport
 from dtrain.comm.ops import Axis
 
 if TYPE_CHECKING:
+    from dtrain.comm.drivers.members import Members
     from dtrain.comm.pieces import Pieces
     from dtrain.comm.schedules.sync import Attached, Sync
 
@@ -30,6 +32,7 @@ def attach(
     *,
     replicate_group: dist.ProcessGroup | None = None,
     seed: int = 0,
+    members: Members | None = None,
 ) -> Attached:
     """Let ``sync`` carry what crosses the replicate axis of ``model``. Call on every rank, before the first backward.
 
@@ -44,6 +47,8 @@ def attach(
         replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default.
             With FSDP2 and DeepSpeed it must be given.
         seed: of stochastic rounding.
+        members: where replicas come and go: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
+            default process group is then this replica's own; the sync is a local update.
 
     Raises ``TypeError`` for another kind of model and for complex parameters; ``ValueError`` for a group that is
     missing or does not contain this rank, an optimizer of another model, embeddings with sparse gradients, and ranks
@@ -56,6 +61,8 @@ def attach(
             f"sync is {sync!r}; give a sync such as every_step(...) or diloco(...). A compressor goes into one: "
             "every_step(compress=...)"
         )
+    if members is not None:
+        return _attached_to_members(model, optimizer, sync, members, seed)
     if replicate_group is None and isinstance(model, DistributedDataParallel):
         replicate_group = model.process_group
     if replicate_group is None:
@@ -70,12 +77,33 @@ def attach(
 
         require_across(model, dist.get_process_group_ranks(replicate_group))
     channel = Channel(_own_groups(replicate_group))
-    pieces = pieces_of(model, optimizer, channel, overlap=False)
+    return _bound(pieces_of(model, optimizer, channel, overlap=False), lambda pieces: sync.bind(pieces, seed))
+
+
+def _attached_to_members(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, sync: Sync, members: Members, seed: int
+) -> Attached:
+    from dtrain.comm.schedules.elastic import AttachedElastic
+    from dtrain.comm.schedules.local_update import LocalUpdate
+
+    if not isinstance(sync, LocalUpdate):
+        raise TypeError(
+            f"replicas can come and go between the rounds of a local update, such as diloco(...); this is {sync}"
+        )
+    world = list(range(dist.get_world_size()))
+    shard = _new_group([world]) if len(world) > 1 else Alone()
+    channel = Channel({"replicate": members.transport(), "shard": shard})
+    return _bound(
+        pieces_of(model, optimizer, channel, overlap=False), lambda pieces: AttachedElastic(sync, pieces, seed, members)
+    )
+
+
+def _bound(pieces: Pieces, bind: Callable[[Pieces], Attached]) -> Attached:
     try:
-        return sync.bind(pieces, seed)
+        return bind(pieces)
     except BaseException:  # what is refused leaves the model and the optimizer as they were
         pieces.detach()
-        channel.close(timeout_seconds=2.0)
+        pieces.channel.close(timeout_seconds=2.0)
         raise
 
 

@@ -82,6 +82,13 @@ class _Job:
 
 
 @dataclass
+class _Renewal:
+    """A break in the queue: what was started has ended, well or not."""
+
+    done: threading.Event
+
+
+@dataclass
 class _Running:
     job: _Job
     travelling: Travelling
@@ -101,8 +108,8 @@ class Channel:
             axis: TorchTransport(by) if isinstance(by, dist.ProcessGroup) else by for axis, by in axes.items()
         }
         self.meter = meter if meter is not None else Meter()
-        self.places = {axis: Place(transport.rank, transport.size) for axis, transport in self.transports.items()}
-        self._queue: queue.SimpleQueue[_Job | Channel | None] = queue.SimpleQueue()
+        self.places = _places(self.transports)
+        self._queue: queue.SimpleQueue[_Job | _Renewal | Channel | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="dtrain-channel", daemon=True)
@@ -140,6 +147,12 @@ class Channel:
         """Let every flow that was started come to its end before the next one begins. Called by all ranks alike."""
         self._queue.put(None)
 
+    def renew(self) -> None:
+        """Forget a failure, and count the ranks of each axis anew, when all that was started has ended, well or not."""
+        item = _Renewal(threading.Event())
+        self._queue.put(item)
+        item.done.wait()
+
     def close(self, timeout_seconds: float | None = None) -> None:
         """Finish what was started and end the worker thread. The process groups stay as they are."""
         atexit.unregister(self.close)
@@ -165,9 +178,13 @@ class Channel:
             item = self._next(running)
         while running:
             running = [after for flow in running if (after := self._advance(flow)) is not None]
-        return item is None
+        if isinstance(item, _Renewal):
+            self._failure = None
+            self.places.update(_places(self.transports))
+            item.done.set()
+        return not isinstance(item, Channel)
 
-    def _next(self, running: list[_Running]) -> _Job | Channel | None:
+    def _next(self, running: list[_Running]) -> _Job | _Renewal | Channel | None:
         """The next in the queue. Until it comes, ops that move only while somebody polls them (MPI) are polled."""
         pauses = Pauses()
         while not all(flow.travelling.poll() for flow in running):
@@ -197,3 +214,7 @@ class Channel:
             self._failure = self._failure or error
             job.handle._finish(None, error)
         return None
+
+
+def _places(transports: Mapping[Axis, Transport]) -> dict[Axis, Place]:
+    return {axis: Place(transport.rank, transport.size) for axis, transport in transports.items()}

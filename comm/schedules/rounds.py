@@ -5,73 +5,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.combine import combine
-from dtrain.comm.drivers.run import Handle
-from dtrain.comm.feedback import Compression, as_compression
+from dtrain.comm.feedback import as_compression
 from dtrain.comm.layout import Named, messages
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
-from dtrain.comm.routes import Combined, all_finite, two_phase
+from dtrain.comm.routes import all_finite, two_phase
 from dtrain.comm.schedules.guard import gauges, products, repaired
 from dtrain.comm.schedules.knobs import Knobs
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.measuring import Choosing
 from dtrain.comm.schedules.outer import Looking, Round
+from dtrain.comm.schedules.parts import NEVER, Flight, Part, Pinned
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
-
-NEVER = -1
-
-
-@dataclass
-class Flight:
-    """A fragment on its way. ``handles``: of its messages; none once it has ended, with ``values`` unless it failed.
-
-    ``sent``: this replica's deltas; None after a resume.
-    """
-
-    captured: int
-    branch: State
-    handles: list[Handle[Combined]]
-    values: dict[str, Tensor] | None = None
-    sent: dict[str, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """A plan as it was when a fragment set out."""
-
-    chosen: Mapping[str, Compression]
-
-    @property
-    def compressions(self) -> tuple[Compression, ...]:
-        return tuple(self.chosen.values())
-
-    def of(self, fqn: str, step: int) -> Compression:
-        return self.chosen[fqn]
-
-
-@dataclass
-class Part:
-    """A fragment at work. ``captured``, ``tokens``: the step, and the tokens seen, when it last was.
-
-    ``scalar``: what a `Looking` outer optimizer chose for it.
-    """
-
-    number: int
-    fqns: list[str]
-    captured: int = 0
-    tokens: int = 0
-    scalar: float = 0.0
-    flights: list[Flight] = field(default_factory=list)
 
 
 class AttachedLocalUpdate(Attached):
@@ -207,24 +162,43 @@ class AttachedLocalUpdate(Attached):
             key = Key(self.seed, self.steps, self.pieces.place.rank)
             self._use(*self._choosing.choose(self.plan, self.matrices, key))
             spec = self.spec
-        landing = [
-            part for part in self.parts if part.flights and part.flights[0].captured == self.steps - spec.overlap_steps
-        ]
-        arrived = [(part, self._landed(part)) for part in landing]
-        numbers = spec.fragments.due(step, len(self.parts), spec.every_steps)
-        due = [self.parts[number] for number in numbers]
-        fresh = [self._capture(part) for part in due]
-        if due and spec.overlap_steps:
-            self.channel.flush()  # so that it goes on by itself, to its end
-        if spec.delay != "none":
-            for part, deltas in zip(due, fresh, strict=True):
-                self._go_on(part, next((values for one, values in arrived if one is part), None), deltas)
-            arrived = []
         if not spec.overlap_steps:
-            arrived = [(part, self._landed(part)) for part in due]
+            self._set_out()
+        self._here()
+        self._come_down()
+
+    def _due(self) -> list[int]:
+        """Numbers of the fragments that set out at this step."""
+        step = self.steps - self.spec.warmup_steps
+        return self.spec.fragments.due(step, len(self.parts), self.spec.every_steps)
+
+    def _set_out(self) -> list[tuple[Part, dict[str, Tensor]]]:
+        """Send off what is due at this step."""
+        return [(self.parts[number], self._capture(self.parts[number])) for number in self._due()]
+
+    def _landing(self) -> list[Part]:
+        """What is to be applied at this step."""
+        captured = self.steps - self.spec.overlap_steps
+        return [part for part in self.parts if part.flights and part.flights[0].captured == captured]
+
+    def _here(self) -> None:
+        """What is to be applied at this step has arrived, or is waited for one by one."""
+
+    def _come_down(self) -> None:
+        """Apply what is to be applied at this step, and send off what is due behind the next ones."""
+        spec, due = self.spec, self._due()
+        arrived = [(part, self._landed(part)) for part in self._landing()]
+        if spec.overlap_steps:
+            fresh = self._set_out()
+            if fresh:
+                self.channel.flush()  # so that it goes on by itself, to its end
+            if spec.delay != "none":
+                for part, deltas in fresh:
+                    self._go_on(part, next((values for one, values in arrived if one is part), None), deltas)
+                arrived = []
         for part, values in arrived:
             self._apply(part, values, spec.mix)
-        if len(self.parts) - 1 in numbers:
+        if len(self.parts) - 1 in due:
             self.cycles += 1
             self._review()
             if spec.verify_every and self.cycles % spec.verify_every == 0:
@@ -273,14 +247,22 @@ class AttachedLocalUpdate(Attached):
         key = Key(self.seed, self.steps, self.pieces.place.rank)
         self._measure(deltas, key)
         part.captured, part.tokens = self.steps, self.tokens
-        branch, plan = self.state.branch(), Pinned({fqn: self.plan.of(fqn, key.step) for fqn in deltas})
+        part.flights.append(
+            self._launched(part, Flight(self.steps, self.state.branch(), [], sent=deltas, weight=weight))
+        )
+        return deltas
+
+    def _launched(self, part: Part, flight: Flight) -> Flight:
+        """``flight``, on its way."""
+        sent, key = flight.sent or {}, Key(self.seed, flight.captured, self.pieces.place.rank)
+        plan = Pinned({fqn: self.plan.of(fqn, key.step) for fqn in sent})
         rule, place, lies = self.spec.rule, self.pieces.place, self.matrices
         flows = [
-            combine(some, plan, rule, place, key, branch, matrices=lies, weight=weight) for some in messages(deltas)
+            combine(some, plan, rule, place, key, flight.branch, matrices=lies, weight=flight.weight)
+            for some in messages(sent)
         ]
-        handles = [self.channel.start(flow, self._label(part)) for flow in flows]
-        part.flights.append(Flight(self.steps, branch, handles, sent=deltas))
-        return deltas
+        flight.handles = [self.channel.start(flow, self._label(part)) for flow in flows]
+        return flight
 
     def _label(self, part: Part) -> str:
         return "round" if len(self.parts) == 1 else f"fragment {part.number}"

@@ -23,7 +23,8 @@ from dtrain.comm.pieces import Pieces
 from dtrain.comm.routes import Combined, Votes, all_finite, vote
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.outer import Round
-from dtrain.comm.schedules.rounds import AttachedLocalUpdate, Flight, Part
+from dtrain.comm.schedules.parts import Flight, Part
+from dtrain.comm.schedules.rounds import AttachedLocalUpdate
 from dtrain.comm.state import State
 
 

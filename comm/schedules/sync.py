@@ -58,10 +58,8 @@ class Attached(ABC):
         self.decisions: list[str] = []  # for people, who take them out
         self.matrices = matrices(pieces.segments, pieces.shapes)
         self.told = f"{type(self).__name__}: {_without_addresses('; '.join(map(str, plan.compressions)))}"
-        self._require_agreement(f"{spec}")
         self._warn_of_rules(plan)
-        start = pieces.channel.run(_broadcast(pieces.read()), "set-up")
-        pieces.write(start)
+        self._begin(f"{spec}")
 
     @property
     def meter(self) -> Meter:
@@ -243,17 +241,26 @@ class Attached(ABC):
             if self.plan.changes != before:
                 self.decisions.append(self.plan.table().partition("\n")[0])
 
-    def _require_agreement(self, spec: str) -> None:
-        """Raise ``ValueError`` unless all peers were given the same method and model."""
+    def _begin(self, spec: str) -> None:
+        """Begin alike: what replica 0 holds, after all were seen to have the same method and model."""
+        self._require_agreement(spec)
+        self.pieces.write(self.pieces.channel.run(_broadcast(self.pieces.read()), "set-up"))
+
+    def _agreement(self, spec: str) -> bytes:
+        """A digest of what all peers must be given alike."""
         held = sorted((fqn, *vars(segment).values()) for fqn, segment in self.pieces.segments.items())
         text = f"{self.told}\n{_without_addresses(spec)}\n{held}"
-        mine = torch.tensor(list(hashlib.blake2b(text.encode(), digest_size=16).digest()), dtype=torch.uint8)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    def _require_agreement(self, spec: str) -> None:
+        """Raise ``ValueError`` unless all peers were given the same method and model."""
+        mine = torch.tensor(list(self._agreement(spec)), dtype=torch.uint8)
         everybody = self.pieces.channel.run(_gather(mine), "agreement")
         other = [rank for rank, digest in enumerate(everybody) if not torch.equal(digest, mine)]
         if other:
             raise ValueError(
                 f"replicas {other} were given another sync or another model than this one, which has {self.told} and "
-                f"{len(held)} parameters; give all ranks the same"
+                f"{len(self.pieces.segments)} parameters; give all ranks the same"
             )
 
     def _warn_of_rules(self, plan: Plan) -> None:
@@ -269,7 +276,7 @@ class Attached(ABC):
 
     def _over_shards(self, values: Tensor, label: str) -> Tensor:
         """The sum over the ranks of this replica. Every rank must call it."""
-        return self.pieces.channel.run(_sum_over_shards(values.cpu()), label)
+        return self.pieces.channel.run(sum_over_shards(values.cpu()), label)
 
 
 def _digest(values: Mapping[str, Tensor]) -> str:
@@ -291,7 +298,8 @@ def _gather(own: Tensor) -> Flow[Tensor]:
     return everybody
 
 
-def _sum_over_shards(values: Tensor) -> Flow[Tensor]:
+def sum_over_shards(values: Tensor) -> Flow[Tensor]:
+    """Over the ranks of one replica."""
     (total,) = yield AllReduce((values,), "sum", axis="shard")
     return total
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from dtrain.checkpoint.folders import write_text_durably
 from dtrain.evidence.beside import torchft
 from dtrain.evidence.compression import compressors, loss
+from dtrain.evidence.elastic import elastic
 from dtrain.evidence.equal_tokens import equal_tokens
 from dtrain.evidence.kernels import kernels
 from dtrain.evidence.lgreco import lgreco
@@ -31,7 +32,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network,
     "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
     "powersgd": powersgd, "slow": slow, "local": local, "torchft": torchft, "overlap": overlap,
-    "equal_tokens": equal_tokens, "suite": suite,
+    "equal_tokens": equal_tokens, "elastic": elastic, "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named
 

@@ -1,0 +1,265 @@
+"""A local update among replicas that come and go.
+
+What a replica sends of a round stays with it until all members have the result. So where one is lost, the others agree
+on who is left (`Members`), send the same again, and go on: only what the lost replica had learned in this round is
+gone. One that comes copies what is declared replicated (anchor, outer momentum, counters) from a member that is as far
+as any, takes part in the round under way with a weight of zero, and trains on from the new anchor. Its inner optimizer
+starts afresh. A member that missed the end of a round, since somebody died in that moment, does as newcomers do.
+
+The place at which members wait for each other, once a round, is `_here`; every other step is a replica's own affair.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.drivers.gloo_transport import PeersLost
+from dtrain.comm.drivers.members import NOBODY, Epoch, Members
+from dtrain.comm.drivers.run import Channel
+from dtrain.comm.drivers.transport import Alone, Transport
+from dtrain.comm.ops import Axis, Broadcast, Flow
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.plans.adaptive import Settled, begun
+from dtrain.comm.schedules.local_update import LocalUpdate
+from dtrain.comm.schedules.parts import Flight, Part
+from dtrain.comm.schedules.rounds import AttachedLocalUpdate
+from dtrain.comm.schedules.sync import sum_over_shards
+
+
+class AttachedElastic(AttachedLocalUpdate):
+    """A `LocalUpdate` among members, at work on one rank. Made by ``attach(..., members=...)``.
+
+    ``position``: how many times it has been where members wait for each other.
+    """
+
+    def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int, members: Members) -> None:
+        _require_elastic(spec)
+        self.pieces, self.channel, self.members = pieces, pieces.channel, members
+        self.position, self._closing, self.parts = NOBODY, False, []
+        # Votes within the replica, which no lost peer disturbs.
+        within: dict[Axis, Transport] = {"replicate": Alone(), "shard": pieces.channel.transports["shard"].twin()}
+        self._within = Channel(within, pieces.channel.meter)
+        members.join(pieces.channel.places["shard"], self._told_by_the_first)
+        while not self._agree(self._entered()):
+            self._break_off()
+        self.newcomer = members.epoch is not None and members.epoch.donor != NOBODY
+        super().__init__(spec, pieces, seed)
+        if self.newcomer:
+            self._take_part()
+        else:
+            self.position = 0
+
+    def settle(self) -> None:
+        if any(flight.handles for part in self.parts for flight in part.flights):
+            raise RuntimeError(
+                f"step {self.steps}: a fragment is under way, and members may come or go until it has arrived; save "
+                "where sync.quiet is True, as it is after each round that is waited for"
+            )
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is under way: the only time at which a checkpoint can be taken."""
+        return not any(part.flights for part in self.parts)
+
+    def close_round(self) -> bool:
+        self._closing = True
+        return super().close_round()
+
+    def detach(self) -> None:
+        self.members.leave()
+        super().detach()
+        self._within.close()
+        self.members.close()
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, spec: str) -> None:
+        mine = f"{self.told} ({self._agreement(spec).hex()})"
+        first = self.members.first_said(mine)
+        if first != mine:
+            raise ValueError(
+                f"this replica was given another sync or another model ({mine}) than the run that it wants to join "
+                f"({first}); give all the same, or name another run"
+            )
+        if not self.newcomer:
+            super()._begin(spec)
+
+    def _over_shards(self, values: Tensor, label: str) -> Tensor:
+        return self._within.run(sum_over_shards(values.cpu()), label)
+
+    def _told_by_the_first(self, number: int) -> int:
+        return int(self._over_shards(torch.tensor([number], dtype=torch.int64), "members"))
+
+    # ---- where members wait for each other ---------------------------------------------------------------------------
+
+    def _here(self) -> None:
+        if self._awaited():
+            called = not self._closing and self.members.called(self.position)
+            if not self._agree(not called):
+                self._regroup()
+            self._wait_for_all()
+
+    def _wait_for_all(self) -> None:
+        while not self._agree(self._arrived()):
+            self._regroup()
+        self.position += 1
+
+    def _awaited(self) -> list[Part]:
+        return [part for part in self.parts if part.flights] if self._closing else self._landing()
+
+    def verify(self) -> bool:
+        try:
+            return super().verify()
+        except RuntimeError as error:
+            if not _is_loss(error):
+                raise
+            self._break_off()  # the next round finds a new epoch
+            return self._agree(True)
+
+    def _arrived(self) -> bool:
+        """Wait for what is awaited; False if a peer was lost on its way."""
+        try:
+            for part in self._awaited():
+                for handle in part.flights[0].handles:
+                    handle.wait()
+        except RuntimeError as error:
+            if not _is_loss(error):
+                raise
+            self._break_off()
+            return False
+        return True
+
+    def _regroup(self) -> None:
+        """Into the next epoch; those who are behind take over the state of one who is not; all send again."""
+        entered = False
+        while not entered:
+            self._break_off()
+            entered = self._agree(self._entered() and self._handed_on())
+        self._send_again()
+
+    def _take_part(self) -> None:
+        """A newcomer's first round: what the others wait for, with nothing of its own in it."""
+        if self._agree(self._handed_on()):
+            self._send_again()
+        else:
+            self._regroup()
+        self._wait_for_all()
+        self._come_down()
+
+    def _send_again(self) -> None:
+        under_way = [(flight.captured, part.number, part, flight) for part in self.parts for flight in part.flights]
+        for _, _, part, flight in sorted(under_way, key=lambda one: one[:2]):
+            flight.branch = self.state.branch()
+            self._launched(part, flight)
+
+    def _break_off(self) -> None:
+        self.members.leave()
+        for channel in self._channels():
+            channel.renew()
+        for part in self.parts:
+            for flight in part.flights:
+                flight.branch.rollback()
+                flight.handles = []
+
+    def _entered(self) -> bool:
+        """Enter the next epoch; False if it came to nothing."""
+        try:
+            self.members.enter(self.position)
+        except PeersLost:
+            return False
+        for channel in self._channels():
+            channel.renew()
+        return True
+
+    def _handed_on(self) -> bool:
+        """Copy the donor's state to those who are behind; False if one of them was lost."""
+        try:
+            self._hand_on(self.members.epoch)
+        except RuntimeError as error:
+            if not _is_loss(error):
+                raise
+            return False
+        return True
+
+    def _channels(self) -> list[Channel]:
+        return list({id(channel): channel for channel in (self.pieces.channel, self.channel)}.values())
+
+    # ---- from a member to those who are behind -----------------------------------------------------------------------
+
+    def _hand_on(self, epoch: Epoch | None) -> None:
+        me = self.members.id
+        if epoch is None or not epoch.behind or me not in (epoch.donor, *epoch.behind):
+            return
+        with self.members.between([epoch.donor, *epoch.behind]) as transport:
+            channel = Channel({"replicate": transport}, self.meter)
+            try:
+                own = self._packed() if me == epoch.donor else None
+                source = sorted([epoch.donor, *epoch.behind]).index(epoch.donor)
+                found = channel.run(_copied(own, source), "hand-over")
+            finally:
+                channel.close()
+        if me != epoch.donor:
+            self._unpack(found)
+
+    def _packed(self) -> Tensor:
+        shared = {name for name, kind in self.state.kinds.items() if kind in ("replicated", "opaque")}
+        tensors = {
+            fqn: {name: tensor.cpu() for name, tensor in named.items() if name in shared}
+            for fqn, named in self.state.tensors.items()
+        }
+        counters = {name: getattr(self, name) for name in self.counters}
+        parts = [(part.captured, part.scalar, [flight.captured for flight in part.flights]) for part in self.parts]
+        buffer = io.BytesIO()
+        torch.save({"tensors": tensors, "counters": counters, "parts": parts, "position": self.position}, buffer)
+        return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+    def _unpack(self, packed: Tensor) -> None:
+        found = torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
+        device = next(iter(self.pieces.read().values()), torch.empty(0)).device
+        tensors = cast(Mapping[str, Mapping[str, Tensor]], found["tensors"])
+        moved = {fqn: {name: t.to(device) for name, t in named.items()} for fqn, named in tensors.items()}
+        self.state.load(moved)
+        for name, value in found["counters"].items():
+            setattr(self, name, value)
+        for part, (captured, scalar, flights) in zip(self.parts, found["parts"], strict=True):
+            part.captured, part.scalar, part.tokens = captured, scalar, self.tokens
+            nothing = {fqn: torch.zeros_like(anchor) for fqn, anchor in self._anchor(part.fqns).items()}
+            part.flights = [Flight(at, self.state.branch(), [], sent=nothing, weight=0.0) for at in flights]
+        self.position = found["position"]
+        self.pieces.write(self._anchor(self.pieces.segments))
+
+
+def _copied(own: Tensor | None, source: int) -> Flow[Tensor]:
+    """The bytes of the rank ``source``; the others have None."""
+    (size,) = yield Broadcast((torch.tensor([own.numel() if own is not None else 0]),), source)
+    (found,) = yield Broadcast((own if own is not None else torch.empty(int(size), dtype=torch.uint8),), source)
+    return found
+
+
+def _is_loss(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, PeersLost):
+        error = error.__cause__
+    return error is not None
+
+
+def _require_elastic(spec: LocalUpdate) -> None:
+    """Raise ``ValueError`` for what keeps replicas together between their rounds."""
+    reasons = {
+        "delay": spec.delay != "none",
+        "outer_state='sharded'": spec.outer_state == "sharded",
+        "warmup_steps": spec.warmup_steps > 0,
+        "a knob that is 'auto'": spec.auto is not None,
+        "a plan that changes by itself": not isinstance(begun(spec.plan, []), Settled),
+        "feedback that keeps the replicas' mean": not spec.weighs,
+    }
+    wrong = [what for what, found in reasons.items() if found]
+    if wrong:
+        raise ValueError(
+            f"replicas cannot come and go with {' and '.join(wrong)}; leave it out, as in diloco(...) and "
+            "streaming_diloco(...) with a compressor or error_feedback(...)"
+        )

@@ -1,0 +1,59 @@
+"""What a local update keeps of a fragment: when it last set out, and what is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dtrain.comm.drivers.run import Handle
+from dtrain.comm.feedback import Compression
+from dtrain.comm.routes import Combined
+from dtrain.comm.state import State
+
+NEVER = -1
+
+
+@dataclass
+class Flight:
+    """A fragment on its way. ``handles``: of its messages; none once it has ended, with ``values`` unless it failed.
+
+    ``sent``: this replica's deltas, None after a resume; ``weight``: what they count.
+    """
+
+    captured: int
+    branch: State
+    handles: list[Handle[Combined]]
+    values: dict[str, Tensor] | None = None
+    sent: dict[str, Tensor] | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A plan as it was when a fragment set out."""
+
+    chosen: Mapping[str, Compression]
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        return tuple(self.chosen.values())
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return self.chosen[fqn]
+
+
+@dataclass
+class Part:
+    """A fragment at work. ``captured``, ``tokens``: the step, and the tokens seen, when it last was.
+
+    ``scalar``: what a `Looking` outer optimizer chose for it.
+    """
+
+    number: int
+    fqns: list[str]
+    captured: int = 0
+    tokens: int = 0
+    scalar: float = 0.0
+    flights: list[Flight] = field(default_factory=list)

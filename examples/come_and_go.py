@@ -1,0 +1,37 @@
+"""DiLoCo among replicas that come and go: each is a run of its own, and they meet at a store.
+
+    dtrain members --port 29400 &
+    for _ in 1 2 3; do python examples/come_and_go.py localhost:29400 & done
+
+Kill one of them, and the others go on; start another one, and it joins at the end of a round.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain import Members, attach, diloco, quantize
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # this replica's own ranks: one
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 1))
+model = DistributedDataParallel(net)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+members = Members(sys.argv[1], replicas=3)
+sync = attach(model, optimizer, diloco(every_steps=20, compress=quantize(bits=8)), members=members)
+
+while sync.steps < 2000:  # a newcomer begins where the others are
+    numbers = torch.Generator().manual_seed(1000 * sync.steps + members.slot)  # this replica's share of the data
+    x = torch.randn(32, 64, generator=numbers)
+    loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+    loss.backward()
+    sync.step()
+    if sync.steps % 200 == 0:
+        print(f"step {sync.steps}: replica {members.slot} of {members.place.size}, loss {loss.item():.2f}")
+
+sync.close_round()
+print(sync.report())
+sync.detach()
+dist.destroy_process_group()

@@ -1,0 +1,194 @@
+"""Replicas that come and go: real processes that are killed, frozen and started in the middle of rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain import Members, attach, co2, diloco, ef21, error_feedback, every_step, lgreco, quantize
+from dtrain.comm.drivers.members import NOBODY, Epoch, propose, serve
+from dtrain.comm.schedules.elastic import _require_elastic
+from dtrain.comm.schedules.local_update import LocalUpdate
+from tests.comm.schedules.elastic_job import LR, Asked, body, loss_of, wait_for
+
+EVERY = 5
+
+
+@contextmanager
+def replicas(out: Path, *asked: Asked) -> Iterator[dict[str, list[subprocess.Popen[bytes]]]]:
+    """The processes of each, by name; none of them outlives the test."""
+    run = [sys.executable, "-m", "tests.comm.schedules.elastic_job"]
+    started: dict[str, list[subprocess.Popen[bytes]]] = {}
+    for one in asked:
+        ranks = [dataclasses.replace(one, rank=rank) for rank in range(one.shards)]
+        started[one.name] = [subprocess.Popen([*run, json.dumps(dataclasses.asdict(rank))]) for rank in ranks]
+    try:
+        yield started
+    finally:
+        for process in (process for ranks in started.values() for process in ranks):
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def ended(out: Path, name: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads((out / f"{name}.json").read_text())
+    return found
+
+
+def among(steps: int, members: dict[int, list[int]]) -> list[list[float]]:
+    """DiLoCo by hand: ``members``: the slots that count in the round that ends at a step. Returns the parameters."""
+    anchor = [p.detach().clone() for p in body().parameters()]
+    momentum = [torch.zeros_like(p) for p in anchor]
+    for end in range(EVERY, steps + 1, EVERY):
+        deltas = [torch.zeros_like(p) for p in anchor]
+        for slot in members[end]:
+            model = body()
+            with torch.no_grad():
+                for p, a in zip(model.parameters(), anchor, strict=True):
+                    p.copy_(a)
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+            for step in range(end - EVERY, end):
+                loss_of(model, step, slot).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            for delta, a, p in zip(deltas, anchor, model.parameters(), strict=True):
+                delta += (a - p.detach()) / len(members[end])
+        for number, delta in enumerate(deltas):
+            momentum[number] = 0.9 * momentum[number] + delta
+            anchor[number] = anchor[number] - 0.7 * (delta + 0.9 * momentum[number])
+    return [p.flatten().tolist() for p in anchor]
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_is_lost(tmp_path: Path) -> None:
+    store = serve(0)
+    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", hold_at=23, hold_for=4)
+    names = [dataclasses.replace(common, name=name) for name in ("a", "b")]
+    dies = dataclasses.replace(common, name="c", strike="die", strike_at=12)
+    late = dataclasses.replace(common, name="late", after="die-c")
+    with replicas(tmp_path, *names, dies, late) as processes:
+        assert [processes[name][0].wait(90) for name in ("a", "b", "late")] == [0, 0, 0]
+        assert processes["c"][0].wait(10) == -signal.SIGKILL
+    found = {name: ended(tmp_path, name) for name in ("a", "b", "late")}
+    assert len({found[name]["digest"] for name in found}) == 1
+    rows = {step: (size, slot) for step, size, slot in found["late"]["rows"]}  # type: ignore[attr-defined]
+    free = next(iter(rows.values()))[1]
+    assert min(rows) in (16, 21, 26, 31) and rows[40] == (3, free)
+    alive = [slot for slot in range(3) if slot != free]
+    joined = min(rows) - 1  # at the end of this round
+    who = {end: [0, 1, 2] if end <= 10 or end > joined else alive for end in range(EVERY, 41, EVERY)}
+    for own, expected in zip(found["a"]["parameters"], among(40, who), strict=True):  # type: ignore[call-overload]
+        torch.testing.assert_close(torch.tensor(own), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_one_that_was_frozen_comes_back_as_a_newcomer(tmp_path: Path) -> None:
+    store = serve(0)
+    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", sync="streaming", steps=60, hold_at=33, hold_for=4)
+    names = [dataclasses.replace(common, name=name) for name in ("a", "b")]
+    frozen = dataclasses.replace(common, name="c", hold_at=-1, strike="freeze", strike_at=12)
+    with replicas(tmp_path, *names, frozen) as processes:
+        wait_for(
+            lambda: all((tmp_path / f"holds-{name}").exists() for name in ("a", "b")), 60
+        )  # they went on without it
+        os.kill(processes["c"][0].pid, signal.SIGCONT)
+        assert [processes[name][0].wait(60) for name in ("a", "b", "c")] == [0, 0, 0]
+    found = [ended(tmp_path, name) for name in ("a", "b", "c")]
+    assert len({one["digest"] for one in found}) == 1
+    sizes = {size for _, size, _ in found[0]["rows"]}  # type: ignore[attr-defined]
+    assert sizes == {2, 3}
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_a_replica_of_two_shards_goes_with_all_its_ranks_and_comes_with_all(tmp_path: Path) -> None:
+    store = serve(0)
+    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", replicas=2, shards=2, steps=25, hold_at=13, hold_for=3)
+    stays, dies = (
+        dataclasses.replace(common, name="a"),
+        dataclasses.replace(common, name="b", strike="die", strike_at=7),
+    )
+    with replicas(tmp_path, stays, dies, dataclasses.replace(common, name="late", after="die-b")) as processes:
+        assert [process.wait(90) for name in ("a", "late") for process in processes[name]] == [0, 0, 0, 0]
+    assert ended(tmp_path, "a")["digest"] == ended(tmp_path, "late")["digest"]
+
+
+# ---- what is decided, and what is refused --------------------------------------------------------------------------
+
+
+@given(
+    st.dictionaries(st.integers(0, 7), st.integers(0, 3), min_size=1),
+    st.dictionaries(st.integers(0, 9), st.integers(-1, 5)),
+    st.sets(st.integers(0, 9)),
+)
+def test_an_epoch_has_who_is_alive_and_ready_and_a_donor_who_is_as_far_as_any(
+    old: dict[int, int], ready: dict[int, int], alive: set[int]
+) -> None:
+    slots = {member: slot for slot, member in enumerate(old)}
+    found = propose(3, Epoch(2, slots, NOBODY, ()), ready, alive.__contains__, wanted=2)
+    if any(member in alive and member not in ready for member in slots):
+        assert found is None  # it is on its way
+        return
+    there = alive & ready.keys()
+    if found is None:
+        assert not there & slots.keys() and len(there) < 2
+        return
+    assert found.slots.keys() == there and len(set(found.slots.values())) == len(there)
+    assert all(found.slots[member] == slots[member] for member in there & slots.keys())
+    furthest = max(ready[member] for member in there)
+    assert found.donor == (NOBODY if furthest < 0 else min(m for m in there if ready[m] == furthest))
+    assert furthest < 0 or set(found.behind) == {member for member in there if ready[member] < furthest}
+    assert Epoch.from_json(found.to_json().encode()) == found
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (co2(every_steps=4), "delay"),
+        (diloco(every_steps="auto"), "'auto'"),
+        (diloco(every_steps=4, outer_state="sharded"), "sharded"),
+        (diloco(every_steps=4, compress=lgreco(error_feedback(quantize(bits=4, block=64)))), "changes by itself"),
+        (diloco(every_steps=4, compress=ef21(quantize(bits=4, block=64))), "keeps the replicas' mean"),
+    ],
+)
+def test_what_keeps_replicas_together_is_refused(spec: LocalUpdate, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        _require_elastic(spec)
+
+
+def test_a_sync_of_every_step_is_refused_before_anybody_is_waited_for() -> None:
+    store = serve(0)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(nn.Linear(2, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        members = Members(f"localhost:{store.port}", replicas=2)
+        with pytest.raises(TypeError, match="rounds of a local update"):
+            attach(model, optimizer, every_step(), members=members)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("address", "error"), [("nowhere", ValueError), ("localhost:1", ConnectionError)])
+def test_a_store_that_is_not_there_is_told(address: str, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"host:port|dtrain members"):
+        Members(address, replicas=2, timeout_seconds=1.0)
