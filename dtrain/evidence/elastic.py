@@ -40,7 +40,10 @@ SEEDS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Asked:
-    """``out``: a folder that all replicas see; ``name``: of this one's files in it."""
+    """``out``: a folder that all replicas see; ``name``: of this one's files in it.
+
+    ``hold_at``: a step at which it waits until a newcomer has come.
+    """
 
     store: str
     out: str
@@ -49,7 +52,7 @@ class Asked:
     steps: int = 300
     every_steps: int = 20
     model: tuple[int, int, int] = (128, 4, 4)
-    pause: float = 0.0
+    hold_at: int = -1
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,13 @@ def main(asked: Asked) -> None:
     first_step, sizes = sync.steps, []
     while sync.steps < asked.steps:
         progress.write_text(f"{os.getpid()} {sync.steps}")
+        if sync.steps == asked.hold_at:
+            wait_for(lambda: members.arrivals > REPLICAS)
         first = (sync.steps * REPLICAS + members.slot) * BATCH
         examples = [text[example_at(asked.seed, first + number, len(text))] for number in range(BATCH)]
         model(_batch(examples)).backward()
         sync.step()
         sizes.append(members.place.size)
-        time.sleep(asked.pause)
     sync.close_round()
     held_out = ByteText(block=BLOCK, split="validation")
     with sync.evaluation(), torch.no_grad():
@@ -127,16 +131,15 @@ def elastic(session: Session) -> Report:
 
 
 @contextlib.contextmanager
-def store() -> Iterator[str]:
+def store(cluster: str = NAME) -> Iterator[str]:
     """``dtrain members`` on the login host."""
-    command, variables = login_command([sys.executable, "-P", "-m", "dtrain", "members", "--port", "29400"], NAME)
-    process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[3].rstrip(";")
-    finally:
-        process.terminate()
-        process.wait()
+    command, variables = login_command([sys.executable, "-P", "-m", "dtrain", "members", "--port", "29400"], cluster)
+    with subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().split()[3].rstrip(";")
+        finally:
+            process.terminate()
 
 
 def trained(asked: Asked, kill_at: int | None = None, begin_at: int | None = None) -> Whole:
