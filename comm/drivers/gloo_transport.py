@@ -5,7 +5,9 @@ On the CPU, also for tensors on a GPU: on slow links, which is what such groups 
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import ctypes
+import threading
 from typing import cast
 
 import torch
@@ -21,23 +23,37 @@ class PeersLost(RuntimeError):
     """A peer is gone or silent, or has left this group."""
 
 
+_ABANDONED: list[tuple[dist.ProcessGroup, list[_Moving]]] = []
+"""Groups that were broken off while something was under way: to end one waits for its peers, who may be silent."""
+
+
 class GlooTransport:
     """An axis on a group of its own. Any failure of it is a lost peer."""
 
     def __init__(self, group: ProcessGroupGloo) -> None:
-        self._group = cast(dist.ProcessGroup, group)  # whose methods a backend has too, untyped
+        self._group: dist.ProcessGroup | None = cast(dist.ProcessGroup, group)  # whose methods a backend has, untyped
         self.rank, self.size = group.rank(), group.size()
+        self._moving: list[_Moving] = []
 
     def issue(self, op: Op) -> _Moving:
-        return _Moving(op, self._group)
+        self._moving = [moving for moving in self._moving if not moving.ended]
+        if self._group is None:
+            raise PeersLost("this group was broken off")
+        moving = _Moving(op, self._group)
+        self._moving.append(moving)
+        return moving
 
     def twin(self) -> GlooTransport:
         raise RuntimeError("whoever made this group makes its twins")
 
     def abort(self) -> None:
-        """Break off what is under way, here and, as they notice, at the peers."""
-        with contextlib.suppress(RuntimeError):
-            self._group.abort()
+        """Break off what is under way here; peers notice by themselves, those at once whose connections close."""
+        group, self._group = self._group, None
+        _ABANDONED[:] = [(old, left) for old, left in _ABANDONED if not all(moving.ended for moving in left)]
+        if group is not None and not all(moving.ended for moving in self._moving):
+            _ABANDONED.append((group, self._moving))
+        for moving in self._moving:
+            moving.break_off()
 
 
 class _Moving:
@@ -47,21 +63,44 @@ class _Moving:
         self._op, self._world = op, group.size()
         sent = outgoing(op, self._world)
         self._device = sent.device
+        self._woken, self._broken_off = threading.Semaphore(0), False
         try:
             self._arrived, self._works = _issued(op, sent.cpu(), group)
         except RuntimeError as error:
             raise PeersLost(f"{error}") from error
+        for work in self._works:
+            work.get_future().add_done_callback(lambda _: self._woken.release())
+
+    @property
+    def ended(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def break_off(self) -> None:
+        """Wake who waits: gloo itself waits for its peers until its timeout."""
+        self._broken_off = True
+        self._woken.release(len(self._works) + 1)
 
     def poll(self) -> bool:
         return True
 
     def wait(self) -> Payload:
+        for _ in self._works:
+            self._woken.acquire()
+        if self._broken_off:
+            raise PeersLost("this group was broken off")
         try:
             for work in self._works:
                 work.wait()
         except RuntimeError as error:
             raise PeersLost(f"{error}") from error
         return reply(self._op, self._arrived.to(self._device), self._world)
+
+
+@atexit.register
+def _leave_behind() -> None:
+    """To destruct a group would wait for its peers; nothing is lost with it but memory of a process that ends."""
+    for group, _ in _ABANDONED:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _issued(op: Op, sent: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.Work]]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -85,7 +86,9 @@ class Members:
         address: "host:port" of the store, see `serve`.
         replicas: how many the first epoch waits for.
         patience_seconds: a replica that has been silent for so long is taken for dead.
-        timeout_seconds: how long an exchange may take, and how long a newcomer waits to be let in.
+        timeout_seconds: how long an exchange may take, and how long a newcomer waits to be let in: longer than a round.
+        grace_seconds: when others have waited for this replica for so long, it ends its round with the steps that it
+            has made; by default they wait.
         run: a name, where one store serves several runs.
 
     Raises ``ValueError`` for what is no address and ``ConnectionError`` if there is no store.
@@ -98,9 +101,10 @@ class Members:
         replicas: int,
         patience_seconds: float = 15.0,
         timeout_seconds: float = 600.0,
+        grace_seconds: float = math.inf,
         run: str = "dtrain",
     ) -> None:
-        self.address, self.replicas, self.run = address, replicas, run
+        self.address, self.replicas, self.run, self.grace = address, replicas, run, grace_seconds
         self.patience, self.timeout = patience_seconds, timeout_seconds
         self.groups: list[GlooTransport] = []
         self.epoch: Epoch | None = None
@@ -141,10 +145,19 @@ class Members:
 
     def called(self, position: int) -> bool:
         """Whether the next epoch is to begin here, since a newcomer waits. All members get the same answer."""
-        now = self._now
-        waiting = [number for number in self._ready(now.number + 1) if number not in now.slots]
-        key, said = f"called/{now.number}/{position}", "yes" if waiting else "no"
-        return bool(self._store.compare_set(key, "", said) == b"yes")
+        waiting = [number for number in self._ready(self._now.number + 1) if number not in self._now.slots]
+        return bool(self._store.compare_set(self._meeting(position), "", "yes" if waiting else "no") == b"yes")
+
+    def late(self, position: int) -> bool:
+        """Whether somebody has waited at ``position`` for as long as the grace lasts, as this replica has heard."""
+        if self.grace == math.inf:
+            return False
+        assert self._pulse is not None
+        return self._pulse.there_for(self._meeting(position)) >= self.grace
+
+    def _meeting(self, position: int) -> str:
+        """What the first member writes that comes to where they wait for each other."""
+        return f"called/{self._now.number}/{position}"
 
     def first_said(self, text: str) -> str:
         """The text that the first replica of this run gave, at this rank's shard."""
@@ -174,7 +187,7 @@ class Members:
             self._arrive()
             raise PeersLost(f"this replica was silent for {self.patience:g} s and was left out; it comes again")
         assert self._pulse is not None
-        self._pulse.watch(found.slots, self.leave)
+        self._pulse.watch(found.slots, f"epoch/{found.number + 1}", self.leave)
         self.groups = [self._group(f"axis{number}", list(found.slots)) for number in range(AXES)]
         return found
 
@@ -262,7 +275,9 @@ class _Pulse:
         self._store, self._own, self._patience = store, own, patience
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._watched: list[int] = []
-        self._on_silence: Callable[[], None] = lambda: None
+        self._successor = ""
+        self._on_end: Callable[[], None] = lambda: None
+        self._key, self._there_since = "", math.inf
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._beat(0)
         self._thread = threading.Thread(target=self._run, name="dtrain-members", daemon=True)
@@ -274,9 +289,16 @@ class _Pulse:
             said = self._listen(member)
             return said != b"gone" and time.monotonic() - self._heard[member][1] < self._patience
 
-    def watch(self, members: Mapping[int, int], on_silence: Callable[[], None]) -> None:
-        """Call ``on_silence`` once, when one of ``members`` is alive no more."""
-        self._watched, self._on_silence = [member for member in members if member != self._own], on_silence
+    def watch(self, members: Iterable[int], successor: str, on_end: Callable[[], None]) -> None:
+        """Call ``on_end`` once, when one of ``members`` is alive no more, or the others have gone on to a successor."""
+        self._watched, self._successor = [member for member in members if member != self._own], successor
+        self._on_end = on_end
+
+    def there_for(self, key: str) -> float:
+        """For how many seconds there has been ``key``, as far as it was asked for; no network is waited for."""
+        if key != self._key:
+            self._key, self._there_since = key, math.inf
+        return time.monotonic() - self._there_since
 
     def end(self) -> None:
         self._ended.set()
@@ -301,9 +323,13 @@ class _Pulse:
             count += 1
             with self._lock:
                 self._beat(count)
-            if not all(self.alive(member) for member in self._watched):
-                self._watched = []
-                self._on_silence()
+            key = self._key
+            if key and self._there_since == math.inf and self._store.check([key]) and key == self._key:
+                self._there_since = time.monotonic()
+            over = bool(self._successor) and self._store.check([self._successor])
+            if over or not all(self.alive(member) for member in self._watched):
+                self._watched, self._successor = [], ""
+                self._on_end()
 
 
 class MembersTransport:

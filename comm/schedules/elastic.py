@@ -4,7 +4,8 @@ What a replica sends of a round stays with it until all members have the result.
 on who is left (`Members`), send the same again, and go on: only what the lost replica had learned in this round is
 gone. One that comes copies what is declared replicated (anchor, outer momentum, counters) from a member that is as far
 as any, takes part in the round under way with a weight of zero, and trains on from the new anchor. Its inner optimizer
-starts afresh. A member that missed the end of a round, since somebody died in that moment, does as newcomers do.
+starts afresh. A member that missed the end of a round, since somebody died in that moment, does as newcomers do. One
+that is slow may end its round with fewer steps, and counts by those that it made.
 
 The place at which members wait for each other, once a round, is `_here`; every other step is a replica's own affair.
 """
@@ -12,6 +13,7 @@ The place at which members wait for each other, once a round, is `_here`; every 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -34,13 +36,14 @@ from dtrain.comm.schedules.sync import sum_over_shards
 class AttachedElastic(AttachedLocalUpdate):
     """A `LocalUpdate` among members, at work on one rank. Made by ``attach(..., members=...)``.
 
-    ``position``: how many times it has been where members wait for each other.
+    ``position``: how often it has been where members wait for each other. ``left_out_steps``: inner steps that this
+    replica did not make since the others had waited long enough (``Members(grace_seconds=...)``).
     """
 
     def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int, members: Members) -> None:
         _require_elastic(spec)
         self.pieces, self.channel, self.members = pieces, pieces.channel, members
-        self.position, self._closing, self.parts = NOBODY, False, []
+        self.position, self._closing, self.parts, self.left_out_steps = NOBODY, False, [], 0
         # Votes within the replica, which no lost peer disturbs.
         within: dict[Axis, Transport] = {"replicate": Alone(), "shard": pieces.channel.transports["shard"].twin()}
         self._within = Channel(within, pieces.channel.meter)
@@ -94,6 +97,14 @@ class AttachedElastic(AttachedLocalUpdate):
 
     def _told_by_the_first(self, number: int) -> int:
         return int(self._over_shards(torch.tensor([number], dtype=torch.int64), "members"))
+
+    def _after_step(self) -> None:
+        super()._after_step()
+        while self.members.grace < math.inf and not self._agree(not self.members.late(self.position)):
+            self.steps += 1  # a step that is left out, since the others wait
+            self.tokens -= 1
+            self.left_out_steps += 1
+            super()._after_step()
 
     # ---- where members wait for each other ---------------------------------------------------------------------------
 

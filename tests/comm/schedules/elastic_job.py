@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -53,6 +54,8 @@ class Asked:
     hold_at: int = -1
     hold_for: int = 0
     after: str = ""
+    pause: float = 0.0
+    grace: float = math.inf
 
 
 def body() -> nn.Sequential:
@@ -80,7 +83,8 @@ def main(asked: Asked) -> None:
     torch.set_num_threads(1)
     model = built(asked.shards)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)  # type: ignore[union-attr]
-    members = Members(asked.address, replicas=asked.replicas, patience_seconds=3.0, timeout_seconds=90.0)
+    patience = {"patience_seconds": 3.0, "timeout_seconds": 90.0, "grace_seconds": asked.grace}
+    members = Members(asked.address, replicas=asked.replicas, **patience)
     attached = attach(model, optimizer, SYNCS[asked.sync](), members=members)  # type: ignore[arg-type]
     assert isinstance(attached, AttachedElastic)
     rows = []
@@ -94,12 +98,13 @@ def main(asked: Asked) -> None:
         if asked.strike and step == asked.strike_at:
             (out / f"{asked.strike}-{asked.name}").touch()
             os.kill(os.getpid(), signal.SIGKILL if asked.strike == "die" else signal.SIGSTOP)
+        time.sleep(asked.pause)
         attached.step()
         rows.append([attached.steps, members.place.size, members.slot])
     attached.close_round()
     with attached.evaluation():
         whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]  # type: ignore[union-attr]
-    parameters = [p.detach().flatten().tolist() for p in whole]
+        parameters = [p.detach().flatten().tolist() for p in whole]
     digest = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()
     if asked.rank == 0:
         kept = {"rows": rows, "digest": digest, "parameters": parameters}

@@ -120,6 +120,20 @@ def test_one_that_was_frozen_comes_back_as_a_newcomer(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
+def test_a_slow_one_ends_its_rounds_with_the_steps_that_it_has_made(tmp_path: Path) -> None:
+    store = serve(0)
+    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", replicas=2, steps=10, grace=0.5)
+    slow = dataclasses.replace(common, name="slow", pause=1.0)
+    with replicas(tmp_path, dataclasses.replace(common, name="fast"), slow) as processes:
+        assert [processes[name][0].wait(90) for name in ("fast", "slow")] == [0, 0]
+    fast, behind = ended(tmp_path, "fast"), ended(tmp_path, "slow")
+    assert fast["digest"] == behind["digest"] and [row[0] for row in fast["rows"]] == list(range(1, 11))  # type: ignore[attr-defined]
+    steps = [row[0] for row in behind["rows"]]  # type: ignore[attr-defined]
+    assert len(steps) < 10 and steps[-1] == 10 and {5, 10} <= set(steps)
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
 def test_a_replica_of_two_shards_goes_with_all_its_ranks_and_comes_with_all(tmp_path: Path) -> None:
     store = serve(0)
     common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", replicas=2, shards=2, steps=25, hold_at=13, hold_for=3)
