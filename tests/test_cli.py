@@ -559,3 +559,15 @@ def test_bad_settings_are_one_error_and_leave_nothing_behind(words: list[str], m
     code, out, error = shell("data", "tokenize", *words)
     assert code == 2 and out == ""
     assert error.startswith("dtrain: error: ") and message in error
+
+
+def test_a_store_for_members_is_served_until_a_signal_and_a_taken_port_is_told() -> None:
+    serving = [sys.executable, "-m", "dtrain", "members", "--port"]
+    with subprocess.Popen([*serving, "0"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        port = re.fullmatch(r"replicas meet at \S+:(\d+); Ctrl-C ends it\n", said)[1]  # type: ignore[index]
+        taken = subprocess.run([*serving, port], capture_output=True, text=True, timeout=50)
+        assert taken.returncode == 1 and f"port {port} cannot be served" in taken.stderr
+        process.terminate()
+        assert process.wait(20) == 0

@@ -357,5 +357,11 @@ class MembersTransport:
 
 
 def serve(port: int, host: str = "0.0.0.0") -> TCPStore:
-    """A store for `Members`, served by this process as long as it holds what is returned. 0: any free port."""
-    return TCPStore(host, port, is_master=True, wait_for_workers=False)
+    """A store for `Members`, served by this process as long as it holds what is returned. 0: any free port.
+
+    Raises ``OSError`` if the port cannot be served.
+    """
+    try:
+        return TCPStore(host, port, is_master=True, wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        raise OSError(f"port {port} cannot be served: {error}") from error

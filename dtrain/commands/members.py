@@ -30,16 +30,14 @@ def add(verbs: Verbs) -> None:
 
 
 def _serve(chosen: argparse.Namespace) -> int:
-    from torch.distributed import DistNetworkError
-
     from dtrain.comm.drivers.members import serve
 
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # before there are other threads to take them
     try:
         store = serve(chosen.port)
-    except DistNetworkError as error:
-        raise DtrainError(
-            f"port {chosen.port} cannot be served ({error}); choose another, or 0 for a free one"
-        ) from error
+    except OSError as error:
+        raise DtrainError(f"{error}; choose another port, or 0 for a free one") from error
     print(f"replicas meet at {socket.gethostname()}:{store.port}; Ctrl-C ends it", flush=True)
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    signal.sigwait(ends)
     return 0

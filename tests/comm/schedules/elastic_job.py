@@ -83,8 +83,9 @@ def main(asked: Asked) -> None:
     torch.set_num_threads(1)
     model = built(asked.shards)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)  # type: ignore[union-attr]
-    patience = {"patience_seconds": 3.0, "timeout_seconds": 90.0, "grace_seconds": asked.grace}
-    members = Members(asked.address, replicas=asked.replicas, **patience)
+    members = Members(
+        asked.address, replicas=asked.replicas, patience_seconds=3.0, timeout_seconds=90.0, grace_seconds=asked.grace
+    )
     attached = attach(model, optimizer, SYNCS[asked.sync](), members=members)  # type: ignore[arg-type]
     assert isinstance(attached, AttachedElastic)
     rows = []
