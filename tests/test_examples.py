@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.comm.drivers.members import serve
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "deepspeed_zero": 4}
 
 
-RESUMES = "save_and_resume"
+RESUMES, MEET = "save_and_resume", "come_and_go"
 
 
 def torchrun(workers: int, name: str, *arguments: str) -> str:
@@ -25,7 +27,7 @@ def torchrun(workers: int, name: str, *arguments: str) -> str:
 
 
 def test_all_are_tested() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, RESUMES}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, RESUMES, MEET}
 
 
 @pytest.mark.processes
@@ -44,3 +46,17 @@ def test_going_on_within_a_round_is_never_having_stopped(tmp_path: Path) -> None
     torchrun(2, RESUMES, str(tmp_path / "twice"), "27")
     again = torchrun(2, RESUMES, str(tmp_path / "twice"), "50")
     assert again == torchrun(2, RESUMES, str(tmp_path / "once"), "50")
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_replicas_that_are_runs_of_their_own_meet_and_learn() -> None:
+    store = serve(0)
+    command = [sys.executable, f"examples/{MEET}.py", f"localhost:{store.port}"]
+    started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=100)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert {slot for text in said for slot in re.findall(r"replica (\d) of 3", text)} == {"0", "1", "2"}
+    for text in said:
+        losses = [float(loss) for loss in re.findall(r"loss (\S+)", text)]
+        assert losses[-1] < 0.2 * losses[0]
