@@ -23,7 +23,14 @@ SETTINGS = {
         for rank in (4, 16, 32)
     },
     "quantization, 4 bits": (("compress@sync.compress=int4_ef",), ("compress@sync.compress=lgreco_quantize",)),
-}
+    "quantization, 5 bits, blocks of 512": (
+        ("compress@sync.compress=int4_ef", "sync.compress.compressor.bits=5", "sync.compress.compressor.block=512"),
+        (
+            "compress@sync.compress=lgreco_quantize", "sync.compress.compress.compressor.bits=5",
+            "sync.compress.compress.compressor.block=512",
+        ),
+    ),
+}  # fmt: skip
 """Uniform, and L-GreCo around it."""
 LINES = {"PowerSGD rank 32": 1.4, "quantization, 4 bits": 1.3}
 LOOKS_EVERY, ROUNDS = 100, 15
