@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dtrain.comm.schedules.onebit_adam import onebit_adam
     from dtrain.comm.schedules.outer import adam, nesterov, sgd
     from dtrain.comm.schedules.post_local_sgd import post_local_sgd
+    from dtrain.comm.schedules.scaffold import fedavg_m, scaffold_m
     from dtrain.comm.schedules.slowmo import slowmo
     from dtrain.comm.schedules.sparta import sparta
     from dtrain.comm.schedules.streaming_diloco import streaming_diloco
@@ -62,6 +63,7 @@ __all__ = [
     "ef21w",
     "error_feedback",
     "every_step",
+    "fedavg_m",
     "fedhyper",
     "lgreco",
     "local_sgd",
@@ -73,6 +75,7 @@ __all__ = [
     "powersgd",
     "quantize",
     "randk",
+    "scaffold_m",
     "sgd",
     "sign",
     "simulate",
@@ -102,6 +105,7 @@ _HOME = {
     "ef21w": "dtrain.comm.plans.ef21w",
     "error_feedback": "dtrain.comm.feedback",
     "every_step": "dtrain.comm.schedules.every_step",
+    "fedavg_m": "dtrain.comm.schedules.scaffold",
     "fedhyper": "dtrain.comm.schedules.fedhyper",
     "lgreco": "dtrain.comm.plans.lgreco",
     "local_sgd": "dtrain.comm.schedules.local_sgd",
@@ -113,6 +117,7 @@ _HOME = {
     "powersgd": "dtrain.comm.compressors.lowrank",
     "quantize": "dtrain.comm.compressors.quantize",
     "randk": "dtrain.comm.compressors.sparse",
+    "scaffold_m": "dtrain.comm.schedules.scaffold",
     "sgd": "dtrain.comm.schedules.outer",
     "sign": "dtrain.comm.compressors.sign",
     "simulate": "dtrain.comm.drivers.simulate",

@@ -15,7 +15,7 @@ from dtrain.comm.combine import combine
 from dtrain.comm.feedback import as_compression
 from dtrain.comm.layout import Named, messages
 from dtrain.comm.ops import Flow
-from dtrain.comm.pieces import Pieces
+from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.routes import all_finite, two_phase
 from dtrain.comm.schedules.guard import gauges, products, repaired
@@ -50,7 +50,11 @@ class AttachedLocalUpdate(Attached):
         self._choosing = Choosing(spec, pieces) if spec.auto is not None else None
         self._averaged = True
         self._anchor_at(pieces.read())
-        pieces.hand_over(self._exchange if spec.warmup_steps else None)
+        pieces.hand_over(self._on_gradients())
+
+    def _on_gradients(self) -> Exchange | None:
+        """What each step's gradients go through on their way to the optimizer."""
+        return self._exchange if self.spec.warmup_steps else None
 
     def weigh(self, tokens: int) -> None:
         """Say, before `step`, how many tokens this replica's step was made from; without it a step counts as one.

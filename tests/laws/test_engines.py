@@ -52,6 +52,7 @@ COMPRESSED = {
     "ef21w": ["sync.compress={_target_:dtrain.ef21w,compressor:{_target_:dtrain.topk,density:0.05},warmup_steps:12}"],
     "onebit_adam": ["sync=onebit_adam", "sync.warmup_steps=6"],
     "dgc": ["sync=dgc", "sync.density=0.05", "sync.warmup_steps=10", "optim=sgd", "optim.inner.momentum=0"],
+    "scaffold_m": ["sync=scaffold_m", "sync.every_steps=4", "sync.beta=0.5", "optim=sgd", "optim.inner.momentum=0"],
 }
 
 
@@ -60,7 +61,10 @@ ELEMENTWISE = [(e, m) for e in ("fsdp", "zero1") for m in ("topk_ef21", "topk_ec
 ODD = [(e, m) for e in ENGINES for m in ("lgreco_powersgd", "onebit_adam")]
 
 
-@pytest.mark.parametrize(("engine", "method"), [*ODD, *ELEMENTWISE])
+CORRECTED = [(e, "scaffold_m") for e in ("ddp", "fsdp", "zero3")]
+
+
+@pytest.mark.parametrize(("engine", "method"), [*ODD, *ELEMENTWISE, *CORRECTED])
 def test_every_state_of_a_compression_comes_back(
     pool: WorkerPool, text: Path, tmp_path: Path, engine: str, method: str
 ) -> None:

@@ -1,0 +1,160 @@
+"""FedAvg-M and SCAFFOLD-M (Cheng et al., arXiv:2306.16504): local steps that are told where the others go.
+
+    step      parameters_i <- parameters_i - lr (beta (gradient_i - c_i + c) + (1 - beta) g)
+    round     d_i = (anchor - parameters_i) / sum(lr);   D = mean_i d_i;   g <- D
+              c_i <- mean gradient_i of the round;   c <- mean_i c_i;   anchor <- anchor - outer lr sum(lr) D
+
+FedAvg-M leaves c_i and c at zero; with beta = 1 it is Local SGD, and SCAFFOLD-M is SCAFFOLD (Karimireddy et al.,
+arXiv:1910.06378, its option II). For data that differ from replica to replica, where Local SGD ends beside the optimum.
+Every replica takes part in each round and steps by plain SGD, so the mean gradients follow from what is known already:
+
+    mean gradient_i = (d_i - (1 - beta) g) / beta + c_i - c;   c <- (D - (1 - beta) g) / beta
+
+Communication: one round every H steps. Bytes: of one parameter exchange per round, control variates cost none.
+Keeps: anchor and g; with control variates c, and c_i of each replica.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.layout import Named
+from dtrain.comm.ops import Flow
+from dtrain.comm.pieces import Exchange, Pieces
+from dtrain.comm.plans.adaptive import bits_of, number_of
+from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.outer import sgd
+from dtrain.comm.schedules.parts import Part
+from dtrain.comm.schedules.rounds import AttachedLocalUpdate
+from dtrain.comm.schedules.sync import Attached
+from dtrain.comm.state import Kind
+
+
+@dataclass(frozen=True)
+class Directed(LocalUpdate):
+    """See `fedavg_m` and `scaffold_m`. ``control``: whether there are control variates."""
+
+    beta: float = 1.0
+    control: bool = False
+
+    def bind(self, pieces: Pieces, seed: int) -> Attached:
+        inner = pieces.optimizer
+        plain = isinstance(inner, torch.optim.SGD) and not any(
+            group["momentum"] or group["weight_decay"] for group in inner.param_groups
+        )
+        if not plain or len({group["lr"] for group in inner.param_groups}) > 1:
+            raise ValueError(
+                f"{'scaffold_m' if self.control else 'fedavg_m'} steps by plain SGD, whose gradients it reads off from "
+                "what was moved; take torch.optim.SGD(lr=...) without momentum and weight decay and with one rate, not "
+                f"{type(inner).__name__}"
+            )
+        return AttachedDirected(self, pieces, seed)
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        own: dict[str, Kind] = {"control": "replicated", "own_control": "per_worker"} if self.control else {}
+        return {**super().kinds, "direction": "replicated", **own}
+
+    @property
+    def weighs(self) -> bool:
+        return False  # c is the mean of all c_i only where all count alike
+
+
+class AttachedDirected(AttachedLocalUpdate):
+    """A `Directed` at work. ``moved``: the sum of the learning rates of this round's steps."""
+
+    spec: Directed
+
+    def __init__(self, spec: Directed, pieces: Pieces, seed: int) -> None:
+        super().__init__(spec, pieces, seed)
+        self.moved = 0.0
+        self._own: dict[str, Tensor] = {}
+
+    def _on_gradients(self) -> Exchange:
+        return self._directed
+
+    def integers(self) -> dict[str, int]:
+        return {**super().integers(), "moved": bits_of(self.moved)}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        super().load_integers(integers)
+        self.moved = number_of(integers["moved"])
+
+    def _directed(self, gradients: Named) -> Flow[dict[str, Tensor]]:
+        """What the optimizer is given in place of this replica's own gradients; nothing is sent."""
+        yield from ()
+        beta, state, found = self.spec.beta, self.state, {}
+        for fqn, gradient in gradients.items():
+            own = gradient
+            if self.spec.control:
+                own = gradient + (state.get(fqn, "control", gradient) - state.get(fqn, "own_control", gradient))
+            found[fqn] = own if beta == 1 else beta * own + (1 - beta) * state.get(fqn, "direction", gradient)
+        return found
+
+    def _after_step(self) -> None:
+        self.moved += float(self.pieces.optimizer.param_groups[0]["lr"])
+        super()._after_step()
+
+    def _capture(self, part: Part) -> dict[str, Tensor]:
+        self._own = super()._capture(part)
+        return self._own
+
+    def _apply(self, part: Part, values: Named | None, mix: float) -> None:
+        beta, state = self.spec.beta, self.state
+        for fqn, mean in (values or {}).items():
+            direction, last = mean / self.moved, state.get(fqn, "direction", mean)
+            if self.spec.control:
+                control, own = state.get(fqn, "control", mean), state.get(fqn, "own_control", mean)
+                told = (self._own[fqn] / self.moved - (1 - beta) * last) / beta
+                state.stage(fqn, "own_control", told + own - control)
+                state.stage(fqn, "control", (direction - (1 - beta) * last) / beta)
+            state.stage(fqn, "direction", direction)
+        super()._apply(part, values, mix)
+        self.moved, self._own = 0.0, {}
+
+
+def fedavg_m(*, every_steps: int = 10, beta: float = 0.1, lr: float = 1.0, compress: Compress = None) -> LocalUpdate:
+    """FedAvg-M: each local step goes along the last round's mean direction, too.
+
+    Args:
+        every_steps: inner steps in a round.
+        beta: what this replica's own gradient counts, in (0, 1]; 1 is Local SGD.
+        lr: of the outer step, in units of what the replicas moved.
+        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+
+    >>> fedavg_m(beta=0.5).beta
+    0.5
+
+    Raises ``ValueError`` for numbers outside their range, and when attached to another optimizer than plain SGD.
+    Source: arXiv:2306.16504.
+    """
+    return _directed(every_steps, beta, lr, compress, control=False)
+
+
+def scaffold_m(*, every_steps: int = 10, beta: float = 1.0, lr: float = 1.0, compress: Compress = None) -> LocalUpdate:
+    """SCAFFOLD-M: local steps that are corrected by how this replica's gradients differ from all replicas'.
+
+    Args: those of `fedavg_m`; with ``beta=1`` it is SCAFFOLD.
+
+    >>> scaffold_m().control
+    True
+
+    Raises ``ValueError`` as `fedavg_m` does. Source: arXiv:2306.16504, arXiv:1910.06378.
+    """
+    return _directed(every_steps, beta, lr, compress, control=True)
+
+
+def _directed(every_steps: int, beta: float, lr: float, compress: Compress, *, control: bool) -> LocalUpdate:
+    if not 0 < beta <= 1:
+        raise ValueError(f"beta is {beta!r}; what a replica's own gradient counts lies in (0, 1]")
+    if not isinstance(every_steps, int):
+        raise ValueError(f"every_steps is {every_steps!r}; give a whole number of steps")
+    made = local_update(every_steps=every_steps, outer=sgd(lr=lr), compress=compress)
+    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    return Directed(**fields, beta=float(beta), control=control)
