@@ -6,8 +6,10 @@ no nearest key, and a keyword that a target takes but its YAML file does not lis
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
+import functools
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,13 +54,13 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     ConfigStore.instance().store(name="schema", node=composable(Config))
     with initialize_config_dir(config_dir=str(folder()), version_base="1.3", job_name="dtrain"):
         choices, values = _split(overrides)
-        composed, given = _run_hydra(choices), choices
+        composed, given = copy.deepcopy(_run_hydra(tuple(choices))), choices
         # Targets first: they decide which other keys there are.
         for of_targets in (True, False):
             plain = _plain(composed)
             checked = [_checked(v, plain) for v in values if v.key_or_group.endswith("_target_") is of_targets]
             given = [*given, *(word for words in checked for word in words)]
-            composed = _run_hydra(given) if checked else composed
+            composed = copy.deepcopy(_run_hydra(tuple(given))) if checked else composed
     sync = str(OmegaConf.select(composed, "hydra.runtime.choices.sync"))
     del composed.hydra
     config = _frozen(composed)
@@ -258,9 +260,10 @@ def _plain(composed: DictConfig) -> dict[str, object]:
     return {key: _without_nothing(value) for key, value in plain.items() if key != "hydra"}
 
 
-def _run_hydra(overrides: list[str]) -> DictConfig:
+@functools.lru_cache(maxsize=64)  # it takes a tenth of a second, and a sweep says the same words often
+def _run_hydra(overrides: tuple[str, ...]) -> DictConfig:
     try:
-        return hydra_compose("config", overrides=overrides, return_hydra_config=True)
+        return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OmegaConfBaseException):
