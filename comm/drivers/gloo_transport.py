@@ -34,13 +34,15 @@ class GlooTransport:
         self._group: dist.ProcessGroup | None = cast(dist.ProcessGroup, group)  # whose methods a backend has, untyped
         self.rank, self.size = group.rank(), group.size()
         self._moving: list[_Moving] = []
+        self._lock = threading.Lock()  # another thread may break it off
 
     def issue(self, op: Op) -> _Moving:
-        self._moving = [moving for moving in self._moving if not moving.ended]
-        if self._group is None:
-            raise PeersLost("this group was broken off")
-        moving = _Moving(op, self._group)
-        self._moving.append(moving)
+        with self._lock:
+            self._moving = [moving for moving in self._moving if not moving.ended]
+            if self._group is None:
+                raise PeersLost("this group was broken off")
+            moving = _Moving(op, self._group)
+            self._moving.append(moving)
         return moving
 
     def twin(self) -> GlooTransport:
@@ -48,12 +50,13 @@ class GlooTransport:
 
     def abort(self) -> None:
         """Break off what is under way here; peers notice by themselves, those at once whose connections close."""
-        group, self._group = self._group, None
-        _ABANDONED[:] = [(old, left) for old, left in _ABANDONED if not all(moving.ended for moving in left)]
-        if group is not None and not all(moving.ended for moving in self._moving):
-            _ABANDONED.append((group, self._moving))
-        for moving in self._moving:
-            moving.break_off()
+        with self._lock:
+            group, self._group = self._group, None
+            _ABANDONED[:] = [(old, left) for old, left in _ABANDONED if not all(moving.ended for moving in left)]
+            if group is not None and not all(moving.ended for moving in self._moving):
+                _ABANDONED.append((group, self._moving))
+            for moving in self._moving:
+                moving.break_off()
 
 
 class _Moving:
