@@ -30,7 +30,6 @@ from dtrain.comm.plans.adaptive import Settled, begun
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.parts import Flight, Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
-from dtrain.comm.schedules.sync import sum_over_shards
 
 
 class AttachedElastic(AttachedLocalUpdate):
@@ -92,8 +91,9 @@ class AttachedElastic(AttachedLocalUpdate):
         if not self.newcomer:
             super()._begin(spec)
 
-    def _over_shards(self, values: Tensor, label: str) -> Tensor:
-        return self._within.run(sum_over_shards(values.cpu()), label)
+    @property
+    def _votes(self) -> Channel:
+        return self._within
 
     def _told_by_the_first(self, number: int) -> int:
         return int(self._over_shards(torch.tensor([number], dtype=torch.int64), "members"))

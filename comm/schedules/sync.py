@@ -18,6 +18,7 @@ from torch import Tensor
 from dtrain.comm.combine import consolidate
 from dtrain.comm.compressors.lowrank import matrices
 from dtrain.comm.drivers.meter import Meter
+from dtrain.comm.drivers.run import Channel
 from dtrain.comm.fused import compile_what_is_due
 from dtrain.comm.ops import AllGather, AllReduce, Broadcast, Flow
 from dtrain.comm.pieces import Pieces
@@ -276,11 +277,14 @@ class Attached(ABC):
 
     def _over_shards(self, values: Tensor, label: str) -> Tensor:
         """The sum over the ranks of this replica. Every rank must call it."""
-        if self.pieces.channel.places["shard"].size == 1:
-            return (
-                values.cpu()
-            )  # at once: on a busy machine the way to the channel's thread and back takes milliseconds
-        return self.pieces.channel.run(sum_over_shards(values.cpu()), label)
+        # At once where there is nobody to ask: the way to a channel's thread and back takes milliseconds under load.
+        alone = self.pieces.channel.places["shard"].size == 1
+        return values.cpu() if alone else self._votes.run(_sum_over_shards(values.cpu()), label)
+
+    @property
+    def _votes(self) -> Channel:
+        """What votes within the replica go through."""
+        return self.pieces.channel
 
 
 def _digest(values: Mapping[str, Tensor]) -> str:
@@ -302,8 +306,7 @@ def _gather(own: Tensor) -> Flow[Tensor]:
     return everybody
 
 
-def sum_over_shards(values: Tensor) -> Flow[Tensor]:
-    """Over the ranks of one replica."""
+def _sum_over_shards(values: Tensor) -> Flow[Tensor]:
     (total,) = yield AllReduce((values,), "sum", axis="shard")
     return total
 
