@@ -298,6 +298,7 @@ class AttachedLocalUpdate(Attached):
 
     def _land_all(self, mix: float) -> bool:
         """Wait for everything that is under way, and apply it."""
+        self._here()
         under_way = [part for part in self.parts if part.flights]
         for part in under_way:
             values = self._landed(part)

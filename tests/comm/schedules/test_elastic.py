@@ -120,6 +120,17 @@ def test_one_that_was_frozen_comes_back_as_a_newcomer(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
+def test_one_that_dies_in_the_last_part_of_a_round_does_not_take_the_others_with_it(tmp_path: Path) -> None:
+    store = serve(0)
+    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", steps=12)  # the last two steps are closed by hand
+    dies = dataclasses.replace(common, name="c", strike="die", strike_at=11)
+    with replicas(tmp_path, *(dataclasses.replace(common, name=name) for name in ("a", "b")), dies) as processes:
+        assert [processes[name][0].wait(90) for name in ("a", "b", "c")] == [0, 0, -signal.SIGKILL]
+    assert ended(tmp_path, "a")["digest"] == ended(tmp_path, "b")["digest"]
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
 def test_a_slow_one_ends_its_rounds_with_the_steps_that_it_has_made(tmp_path: Path) -> None:
     store = serve(0)
     common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", replicas=2, steps=10, grace=0.5)
