@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtrain.collecting import loading
 from dtrain.errors import CHECKPOINTED, INTERRUPTED, ConfigError
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.probe import settle
@@ -31,15 +32,16 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 
 def main(arguments: list[str]) -> int:
     """Train one rank; returns the exit code. Raises what training raises, for the launcher's error file."""
-    import torch
-    import torch.distributed as dist
+    with loading():
+        import torch
+        import torch.distributed as dist
 
-    from dtrain.clock import Clock
-    from dtrain.comm.drivers.mpi import finalize
-    from dtrain.config import load
-    from dtrain.report.progress import printer
-    from dtrain.signals import StopRequest
-    from dtrain.trainer import train
+        from dtrain.clock import Clock
+        from dtrain.comm.drivers.mpi import finalize
+        from dtrain.config import load
+        from dtrain.report.progress import printer
+        from dtrain.signals import StopRequest
+        from dtrain.trainer import train
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")  # about torch's own internals
