@@ -16,7 +16,7 @@ from torch import Tensor
 from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
 from dtrain.comm.compressors.lowrank import LowRank, Matrix, orthonormal
 from dtrain.comm.drivers.packing import packed
-from dtrain.comm.feedback import Compression, as_compression
+from dtrain.comm.feedback import Compression, NoFeedback, as_compression
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Op, Payload, Place
 from dtrain.comm.plans.base import Plan
@@ -55,7 +55,7 @@ def combine(
 
     def send(part: Named, using: Plan) -> Flow[Combined]:
         if route == "all_reduce":
-            return native_mean(part, using, key, state)
+            return native_mean(part, using, key, state, weight)
         return two_phase(part, using, rule, place, key, state, weight)
 
     def dense(part: Named) -> Flow[Combined]:
@@ -82,6 +82,32 @@ def require_mean_for_low_rank(plan: Plan, rule: Aggregator) -> None:
         raise ValueError(
             f"{low} combines factors, of which only a mean makes sense; leave combine out, or choose another compressor"
         )
+
+
+def require_summable(plan: Plan, rule: Aggregator, route: Route, *, weighted: bool = False) -> None:
+    """Raise ``ValueError`` for what a native all-reduce cannot carry. ``weighted``: replicas count differently."""
+    if route not in ("two_phase", "all_reduce"):
+        raise ValueError(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")
+    if route == "two_phase":
+        return
+    for compression in plan.compressions:
+        compressor = compression.compressor
+        if isinstance(compressor, LowRank):
+            continue
+        if not compressor.linear:
+            raise ValueError(
+                f"{compressor} is not linear, so an all-reduce cannot sum its payloads; use route='two_phase'"
+            )
+        if compressor.row_bytes(1) == 4:
+            continue
+        if weighted:
+            raise ValueError(f"an all-reduce of {compressor} cannot weigh replicas; use route='two_phase'")
+        if not isinstance(compression.feedback, NoFeedback):
+            raise ValueError(
+                f"an all-reduce of {compressor} rounds sums where no feedback sees it; use route='two_phase'"
+            )
+    if rule is not rank_order_mean:
+        raise ValueError("an all-reduce has only the mean to offer; use route='two_phase' with another rule")
 
 
 class _Rows:

@@ -133,22 +133,37 @@ def vote(rows: int, finite: bool, weight: float | None, device: torch.device) ->
     return torch.full((rows, 1), weight if finite else 0.0, dtype=torch.float32, device=device)
 
 
-def native_mean(values: Named, plan: Plan, key: Key, state: State) -> Flow[Combined]:
-    """The mean by one native all-reduce, for linear compressors of one dtype. The transport orders the summation."""
+def native_mean(values: Named, plan: Plan, key: Key, state: State, weight: float | None = None) -> Flow[Combined]:
+    """The mean by one native all-reduce, for linear compressors of one dtype. The transport orders the summation.
+
+    ``weight``: as in `two_phase`; for payloads in fp32.
+    """
+    counts = weight if weight is None or all_finite(values) else 0.0
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
     encoded: list[Payload] = []
     for fqn, value in values.items():
         compressor, feedback = _in_rows(chosen[fqn], value)
-        own = replace(key, fqn=fqn)
-        payload = feedback.encode(fqn, value, compressor, 1, own, state)
-        encoded.append(payload)
-    reply = yield AllReduce(tuple(tensor for payload in encoded for tensor in payload), "mean")
+        if counts == 0:
+            feedback.sit_out(fqn, value, state)
+            value = torch.zeros_like(value)
+            encoded.append(compressor.encode(value.view(1, -1), replace(key, fqn=fqn)))
+        else:
+            encoded.append(feedback.encode(fqn, value, compressor, 1, replace(key, fqn=fqn), state))
+    sent = tuple(tensor for payload in encoded for tensor in payload)
+    if counts is None:
+        reply = yield AllReduce(sent, "mean")
+        finite = True
+    else:
+        own = torch.tensor([counts], device=_device(values))
+        *sums, total = yield AllReduce((*(counts * tensor for tensor in sent), own), "sum")
+        finite = float(total) > 0
+        reply = tuple(each.div_(total) for each in sums)
     results = {}
     for (fqn, value), payload in zip(values.items(), _cut(reply, encoded), strict=True):
         compressor, feedback = _in_rows(chosen[fqn], value)
         decoded = compressor.decode(payload, value.numel(), replace(key, fqn=fqn).shared)[0]
         results[fqn] = feedback.result(fqn, decoded, state)
-    return Combined(results, all_finite(results))
+    return Combined(results, finite and all_finite(results))
 
 
 def two_phase_bytes(numels: list[int], compressor: Compressor, world: int, *, weighted: bool = False) -> int:

@@ -1,7 +1,7 @@
 """`attach`: put a sync to work on a model that somebody else built.
 
-The model may be in DDP, sharded by FSDP2, or in a DeepSpeed engine. What differs between them is in one file each;
-everything behind it sees `dtrain.comm.pieces.Pieces` only.
+The model may be in DDP, sharded by FSDP2, in a DeepSpeed engine, or, for local updates, in nothing at all. What differs
+between them is in one file each; everything behind it sees `dtrain.comm.pieces.Pieces` only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.drivers.run import Channel
@@ -41,20 +41,22 @@ def attach(
 
     Args:
         model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` with the shard axis alone); or a DeepSpeed
-            engine of ZeRO stage 1, 2 or 3 whose ``mpu`` names the shard group.
+            engine of ZeRO stage 1, 2 or 3 whose ``mpu`` names the shard group. For a local update, such as `diloco`,
+            also a plain module, each rank a replica.
         optimizer: the inner optimizer; None for a DeepSpeed engine, which has its own.
         sync: made by `every_step`, `diloco`, ...
-        replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default.
-            With FSDP2 and DeepSpeed it must be given.
+        replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default;
+            for a plain module: all ranks. With FSDP2 and DeepSpeed it must be given.
         seed: of stochastic rounding.
         members: where replicas come and go: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
             default process group is then this replica's own; the sync is a local update.
 
-    Raises ``TypeError`` for another kind of model and for complex parameters; ``ValueError`` for a group that is
+    Raises ``TypeError`` for another kind of model, for a sync that a plain module cannot serve, and for complex
+    parameters; ``ValueError`` for a group that is
     missing or does not contain this rank, an optimizer of another model, embeddings with sparse gradients, and ranks
     that do not agree about ``sync`` or the model; and what adapters raise for configurations that they cannot serve.
     """
-    _require_wrapped(model)
+    plain = _is_plain(model)
     _require_servable(model, optimizer)
     if not callable(getattr(sync, "bind", None)):
         raise TypeError(
@@ -65,6 +67,8 @@ def attach(
         return _attached_to_members(model, optimizer, sync, members, seed)
     if replicate_group is None and isinstance(model, DistributedDataParallel):
         replicate_group = model.process_group
+    if replicate_group is None and plain:
+        replicate_group = dist.group.WORLD
     if replicate_group is None:
         raise ValueError(
             f"{type(model).__name__} shards the model, so dtrain cannot know which ranks hold the same shard; pass "
@@ -109,7 +113,7 @@ def _bound(pieces: Pieces, bind: Callable[[Pieces], Attached]) -> Attached:
 
 def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool) -> Pieces:
     """The adapter for ``model``; see `attach`. ``overlap``: the caller waits (`Pieces.finish`) before it clips."""
-    _require_wrapped(model)
+    plain = _is_plain(model)
     if hasattr(model, "zero_optimization_stage"):
         from dtrain.comm.attach.zero import zero_pieces
 
@@ -120,17 +124,33 @@ def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel
         from dtrain.comm.attach.ddp import DDPPieces
 
         return DDPPieces(model, optimizer, channel)
+    if plain:
+        from dtrain.comm.attach.whole import WholePieces
+
+        if channel.places["shard"].size > 1:
+            raise TypeError(
+                f"{type(model).__name__} is a plain module, of which each rank is a replica, and here "
+                f"{channel.places['shard'].size} ranks are one; wrap it in DistributedDataParallel or fully_shard"
+            )
+        return WholePieces(model, optimizer, channel)
     from dtrain.comm.attach.fsdp import FSDPPieces
 
     return FSDPPieces(model, optimizer, channel, overlap=overlap)
 
 
-def _require_wrapped(model: nn.Module) -> None:
-    if not hasattr(model, "zero_optimization_stage") and not isinstance(model, DistributedDataParallel | FSDPModule):
-        raise TypeError(
-            f"attach got a {type(model).__name__}; wrap it in DistributedDataParallel, fully_shard or "
-            "deepspeed.initialize first"
-        )
+def _is_plain(model: nn.Module) -> bool:
+    """Whether every rank holds ``model`` whole, with nothing around it that communicates."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach got a {type(model).__name__}; give the model, an nn.Module")
+    if hasattr(model, "zero_optimization_stage") or isinstance(model, DistributedDataParallel | FSDPModule):
+        return False
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel | FSDPModule | FullyShardedDataParallel):
+            raise TypeError(
+                f"attach got a {type(model).__name__} of which {name or 'itself'} is a {type(module).__name__}; give "
+                "the DistributedDataParallel, or the root of fully_shard; FullyShardedDataParallel is not served"
+            )
+    return True
 
 
 def _require_servable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -9,7 +9,7 @@ buckets after the first step without moving a bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,14 +19,14 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
+from dtrain.comm.attach.whole import WholePieces
 from dtrain.comm.drivers.run import Channel, Handle
-from dtrain.comm.layout import Named, Segment, even_slice, from_rows, is_finite, to_rows, working
-from dtrain.comm.ops import AllGather, AllToAll, Flow, Place
+from dtrain.comm.layout import to_rows, working
+from dtrain.comm.ops import AllToAll, Flow
 from dtrain.comm.pieces import Exchange
 
 
-class DDPPieces:
+class DDPPieces(WholePieces):
     """Pieces of a model in DDP. ``channel`` has both axes; together they span what DDP would average over.
 
     Raises ``ValueError`` for DDP's mixed precision, which keeps the only slot for a hook to itself.
@@ -38,39 +38,15 @@ class DDPPieces:
                 "this DistributedDataParallel was built with mixed_precision, which takes the only communication hook; "
                 "leave it out and run the forward pass in torch.autocast, or train a bf16 model"
             )
-        self.model, self.optimizer, self.channel = model, optimizer, channel
-        self.shard = channel.places["shard"]
-        named = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
-        self.parameters = {name: p for name, p in named.items() if p.numel()}
+        super().__init__(model.module, optimizer, channel)
+        self.model = model
         self.names = {id(p): name for name, p in self.parameters.items()}
-        self.shapes = {name: tuple(p.shape) for name, p in named.items()}
-        self.held = {name: Segment(name, 0, p.numel()) for name, p in self.parameters.items()}
-        rank, size = self.shard.rank, self.shard.size
-        slices = (even_slice(name, p.numel(), part=rank, parts=size) for name, p in self.parameters.items())
-        self.segments = {segment.fqn: segment for segment in slices if segment.numel}
         self._exchange: Exchange | None = None
         self._under_way: list[Handle[None]] = []
         self._backward_ended = 0.0
-        self._guard = StepGuard(optimizer)
-
-    @property
-    def place(self) -> Place:
-        return self.channel.places["replicate"]
-
-    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
-        wanted = [fqn for fqn in self.segments if fqns is None or fqn in fqns]
-        return {fqn: self._own_slice(fqn, self.parameters[fqn].detach()).clone() for fqn in wanted}
-
-    def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
-        wanted = [fqn for fqn in self.parameters if fqns is None or fqn in fqns]
-        whole = self.channel.run(self._gather(dict(values), wanted), "write-back")
-        with torch.no_grad():
-            for fqn, value in whole.items():
-                self.parameters[fqn].copy_(value.view(self.shapes[fqn]))
 
     def hand_over(self, exchange: Exchange | None) -> None:
         self._exchange = exchange
-
         slot = _SLOTS.get(self.model)
         if slot is None:
             slot = _SLOTS[self.model] = _Slot(self.model)
@@ -83,39 +59,11 @@ class DDPPieces:
             self.channel.meter.wait(max(0.0, max(ended) - self._backward_ended) / len(ended), handle.label)
         self._under_way = []
 
-    def gradients_finite(self) -> bool:
-        return all(p.grad is None or is_finite(p.grad) for p in self.parameters.values())
-
-    def unused(self) -> set[str]:
-        return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}
-
-    def step(self) -> None:
-        with self._guard.opened():
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def skip(self) -> None:
-        self.optimizer.zero_grad()
-
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        whole = elementwise_state(self.optimizer, self.parameters, lambda tensor: tensor)
-        owned: dict[str, dict[str, Tensor]] = {}
-        for name, tensors in whole.items():
-            mine = {fqn: tensor for fqn, tensor in tensors.items() if fqn in self.segments}
-            owned[name] = {fqn: t if is_scalar(t) else self._own_slice(fqn, t) for fqn, t in mine.items()}
-        return owned
-
-    def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
-        with torch.no_grad():
-            for fqn, value in parameters.items():
-                self.parameters[fqn].copy_(value.view(self.shapes[fqn]))
-        load_elementwise_state(self.optimizer, self.parameters, optimizer, lambda value, p: value.view(p.shape))
-
     def detach(self) -> None:
         """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
         if self.model in _SLOTS:
             _SLOTS[self.model].pieces = None
-        self._guard.remove()
+        super().detach()
 
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Exchange one bucket's gradients in the background."""
@@ -154,24 +102,6 @@ class DDPPieces:
         whole = yield from self._gather(slices, list(gradients))
         for fqn, gradient in gradients.items():
             gradient.copy_(whole[fqn].view(gradient.shape))
-
-    def _gather(self, slices: Mapping[str, Tensor], fqns: list[str]) -> Flow[dict[str, Tensor]]:
-        """Whole flat tensors of ``fqns`` from every member's slices, across the shard axis."""
-        if self.shard.size == 1:
-            return {fqn: slices[fqn] for fqn in fqns}
-        padded = []
-        for fqn in fqns:
-            width = -(-self.held[fqn].numel // self.shard.size)
-            row = working(self.parameters[fqn].detach().new_zeros(width))
-            if fqn in slices:
-                row[: slices[fqn].numel()] = slices[fqn]
-            padded.append(row)
-        gathered = yield AllGather(tuple(padded), axis="shard")
-        return {fqn: from_rows(rows, self.held[fqn].numel) for fqn, rows in zip(fqns, gathered, strict=True)}
-
-    def _own_slice(self, fqn: str, tensor: Tensor) -> Tensor:
-        segment = self.segments[fqn]
-        return working(tensor.reshape(-1)[segment.offset : segment.stop])
 
 
 class _Slot:

@@ -10,6 +10,7 @@ Keeps: the anchor and the outer momentum.
 
 from __future__ import annotations
 
+from dtrain.comm.combine import Route
 from dtrain.comm.plans.base import Compress
 from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
@@ -23,6 +24,7 @@ def diloco(
     compress: Compress = None,
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
+    route: Route = "two_phase",
 ) -> LocalUpdate:
     """DiLoCo.
 
@@ -32,6 +34,7 @@ def diloco(
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
         outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; fp32 only.
         utilization: the compute utilization that "auto" aims at, in (0, 1).
+        route: "two_phase", or "all_reduce" in fp32; see `local_update`.
 
     >>> diloco().outer == nesterov(lr=0.7, momentum=0.9)
     True
@@ -44,4 +47,5 @@ def diloco(
         compress=compress,
         outer_state=outer_state,
         utilization=utilization,
+        route=route,
     )

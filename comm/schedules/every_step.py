@@ -15,11 +15,9 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from dtrain.comm.aggregators.mean import Aggregator, mean, rank_order_mean
-from dtrain.comm.combine import Route, combine, require_mean_for_low_rank
-from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.aggregators.mean import Aggregator, mean
+from dtrain.comm.combine import Route, combine, require_mean_for_low_rank, require_summable
 from dtrain.comm.drivers.packing import require_zstandard
-from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
@@ -121,27 +119,11 @@ def every_step(
     Raises ``ValueError`` for choices that exclude each other, ``TypeError`` for something that is no compressor.
     """
     plan, rule = as_plan(compress), mean() if combine is None else combine
-    if route not in ("two_phase", "all_reduce"):
-        raise ValueError(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")
     require_mean_for_low_rank(plan, rule)
     if lossless is not None:
         require_zstandard(lossless)
-    if route == "all_reduce":
-        if lossless is not None:
-            raise ValueError("lossless codes parts, which an all-reduce does not have; use route='two_phase'")
-        for compression in plan.compressions:
-            _require_summable(compression)
-        if rule is not rank_order_mean:
-            raise ValueError("an all-reduce has only the mean to offer; use route='two_phase' with another rule")
+    require_summable(plan, rule, route)
+    if route == "all_reduce" and lossless is not None:
+        raise ValueError("lossless codes parts, which an all-reduce does not have; use route='two_phase'")
     warn_of_loss(plan)
     return EveryStep(plan, rule, route, lossless)
-
-
-def _require_summable(compression: Compression) -> None:
-    compressor = compression.compressor
-    if isinstance(compressor, LowRank):
-        return
-    if not compressor.linear:
-        raise ValueError(f"{compressor} is not linear, so an all-reduce cannot sum its payloads; use route='two_phase'")
-    if not isinstance(compression.feedback, NoFeedback) and compressor.row_bytes(1) != 4:
-        raise ValueError(f"an all-reduce of {compressor} rounds sums where no feedback sees it; use route='two_phase'")

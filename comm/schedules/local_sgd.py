@@ -6,6 +6,7 @@ Communication: one round every H steps. Bytes: of one parameter exchange per rou
 
 from __future__ import annotations
 
+from dtrain.comm.combine import Route
 from dtrain.comm.plans.base import Compress
 from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
@@ -18,6 +19,7 @@ def local_sgd(
     compress: Compress = None,
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
+    route: Route = "two_phase",
 ) -> LocalUpdate:
     """Average the replicas' parameters every ``every_steps`` inner steps. Arguments as for `diloco`.
 
@@ -32,4 +34,5 @@ def local_sgd(
         compress=compress,
         outer_state=outer_state,
         utilization=utilization,
+        route=route,
     )

@@ -17,9 +17,10 @@ The anchor is state of its own, fp32; but for eager methods it is bitwise equal 
 and exported. The inner optimizer's state stays where it is: neither averaged nor reset. A replica whose parameters are
 not finite is left out of the mean and goes back to the anchor. Before the first round there may be `warmup_steps` of
 data parallelism. Methods fill in this loop, each in its own file.
-Communication: for each fragment and round `two_phase` flows of some 4 million elements each, behind the inner steps if
-there is an overlap. Bytes: `routes.two_phase_bytes` of them, weighted. Keeps: the anchor, the outer optimizer's state
-and the feedback's; while a fragment is under way, what feedback will keep, and at a checkpoint what arrived.
+Communication: for each fragment and round `two_phase` flows, or native all-reduces, of some 4 million elements each,
+behind the inner steps if there is an overlap. Bytes: `routes.two_phase_bytes` of them, weighted. Keeps: the anchor, the
+outer optimizer's state and the feedback's; while a fragment is under way, what feedback will keep, and at a checkpoint
+what arrived.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
-from dtrain.comm.combine import require_mean_for_low_rank
+from dtrain.comm.combine import Route, require_mean_for_low_rank, require_summable
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.schedules.fragments import WHOLE, Fragments
@@ -57,6 +58,7 @@ class LocalUpdate:
     verify_every: int = 100
     outer_state: OuterState = "replicated"
     auto: Auto | None = None
+    route: Route = "two_phase"
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         from dtrain.comm.schedules.rounds import AttachedLocalUpdate
@@ -104,6 +106,7 @@ def local_update(
     verify_every: int = 100,
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
+    route: Route = "two_phase",
 ) -> LocalUpdate:
     """The general loop, for combinations that have no name of their own.
 
@@ -121,6 +124,8 @@ def local_update(
         verify_every: rounds between two comparisons of what must be equal on all replicas; 0 for none.
         outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; see `sharded`.
         utilization: what "auto" aims at: the part of the time in which nobody waits for the links, in (0, 1).
+        route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own, with fewer passes over
+            memory, for what is sent in fp32: no compressor, low rank, random-k).
 
     Raises ``ValueError`` for numbers outside their range, ``TypeError`` for what is no outer optimizer.
     """
@@ -159,9 +164,10 @@ def local_update(
     plan, rule = as_plan(compress), mean() if combine is None else combine
     require_mean_for_low_rank(plan, rule)
     warn_of_loss(plan)
+    require_summable(plan, rule, route, weighted=True)
     made = LocalUpdate(
         every_steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps, verify_every,
-        outer_state, auto if auto.wanted else None,
+        outer_state, auto if auto.wanted else None, route,
     )  # fmt: skip
     _require_shardable(made)
     return made
@@ -177,6 +183,8 @@ def _require_shardable(spec: LocalUpdate) -> None:
             "outer_state='sharded' sends parameters as they are: a delta can only be compressed where the whole anchor "
             "is. Leave compress out, or keep the outer state replicated"
         )
+    if spec.route != "two_phase":
+        raise ValueError("outer_state='sharded' goes in two phases by itself; leave route out")
     if isinstance(spec.outer, Looking):
         raise ValueError(f"{spec.outer} looks at all of a fragment, of which a replica has a part; use 'replicated'")
     if spec.overlaps:

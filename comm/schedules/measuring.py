@@ -54,8 +54,9 @@ class Choosing:
         def seconds(values: Named) -> float:
             started = time.perf_counter()
             flow = combine(
-                values, plan, self.spec.rule, self.pieces.place, key, State(self.spec.kinds), matrices=matrices
-            )
+                values, plan, self.spec.rule, self.pieces.place, key, State(self.spec.kinds), matrices=matrices,
+                route=self.spec.route,
+            )  # fmt: skip
             self.pieces.channel.run(flow, "trial")
             return time.perf_counter() - started
 

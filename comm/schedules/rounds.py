@@ -262,7 +262,9 @@ class AttachedLocalUpdate(Attached):
         plan = Pinned({fqn: self.plan.of(fqn, key.step) for fqn in sent})
         rule, place, lies = self.spec.rule, self.pieces.place, self.matrices
         flows = [
-            combine(some, plan, rule, place, key, flight.branch, matrices=lies, weight=flight.weight)
+            combine(
+                some, plan, rule, place, key, flight.branch, matrices=lies, route=self.spec.route, weight=flight.weight
+            )
             for some in messages(sent)
         ]
         flight.handles = [self.channel.start(flow, self._label(part)) for flow in flows]

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, diloco, error_feedback, quantize
 from dtrain.bench import wire
 from dtrain.comm import fused
+from dtrain.comm.combine import Route
 from dtrain.comm.plans.base import Compress
 from dtrain.data.text import ByteText
 from dtrain.evidence.launches import NAME, on_hosts
@@ -81,8 +81,8 @@ class _Training:
             outer = torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
             stack.enter_context(_theirs(self.model, self.optimizer, outer, asked.every_steps, lighthouse))
         else:
-            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-            sync = diloco(every_steps=asked.every_steps, compress=CODECS[codec])
+            route: Route = "all_reduce" if codec == OURS else "two_phase"
+            sync = diloco(every_steps=asked.every_steps, compress=CODECS[codec], route=route)
             self.attached = attach(self.model, self.optimizer, sync)
         self.losses: list[float] = []
 
@@ -208,7 +208,8 @@ def torchft_report(found: Mapping[str, Trained], asked: Asked) -> Report:
     body = (
         f"DiLoCo of torchft 0.2.0 and of dtrain on {RANKS} hosts of `dtrain cluster` with links of 1 Gbit/s, all on "
         f"two cores: the same transformer ({asked.model[0]} wide, {asked.model[1]} layers), the same text, rounds of "
-        f"{asked.every_steps} steps, AdamW inside, Nesterov 0.7 / 0.9 outside. {asked.rounds} rounds of each in turn "
+        f"{asked.every_steps} steps, AdamW inside, Nesterov 0.7 / 0.9 outside; both take the plain module, and in "
+        f"fp32 gloo's own all-reduce. {asked.rounds} rounds of each in turn "
         f"after {asked.warmup} of warm-up, of the slowest rank, medians; the ratio is the median of the rounds'. Sent: "
         "by the interface of rank 0's host in a round, headers included. Loss: of the last step on rank 0.\n\n"
         + table(["", "round", "over torchft's", "sent per round", "loss"], rows)

@@ -232,6 +232,11 @@ def refused(case: str) -> str:
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh["shard"])
         group = mesh.get_group("shard")
+    elif case == "shards within a plain module":
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model[0], mesh=mesh["shard"])  # type: ignore[index]
+    elif case == "a plain module of two ranks":
+        group = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")).get_group("replicate")
     elif case == "sparse gradients":
         model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
     elif case == "complex":
@@ -245,8 +250,9 @@ def refused(case: str) -> str:
         model, optimizer = DistributedDataParallel(model), None
     if case == "DDP mixed precision":
         model = DistributedDataParallel(model, mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
+    sync = local_sgd(every_steps=2) if case == "a plain module of two ranks" else every_step()
     try:
-        attach(model, optimizer, every_step(), replicate_group=group)
+        attach(model, optimizer, sync, replicate_group=group)
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "attached"
@@ -536,6 +542,8 @@ def test_a_late_fill_loses_nothing_that_is_accumulated(pool: WorkerPool, keep_ze
         ("no optimizer", "needs its optimizer"),
         ("DDP mixed precision", "takes the only communication hook"),
         ("plain module", "wrap it in DistributedDataParallel"),
+        ("a plain module of two ranks", "is a plain module, of which each rank is a replica"),
+        ("shards within a plain module", "of which 0 is a FSDPLinear"),
         ("the shard group", 'mesh.get_group("replicate")'),
         ("sparse gradients", "sparse=False"),
         ("complex", "torch.view_as_real"),

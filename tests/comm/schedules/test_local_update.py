@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -275,3 +276,17 @@ def test_something_that_is_no_outer_optimizer(outer: object) -> None:
 def test_something_that_is_no_compressor(name: str) -> None:
     with pytest.raises(TypeError, match="compress is 'int8'; give a compressor"):
         MAKERS[name](every_steps=2, compress="int8")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"route": "ring"}, "route is 'ring'; choose 'two_phase' or 'all_reduce'"),
+        ({"route": "all_reduce", "compress": quantize(bits=8)}, "is not linear, so an all-reduce cannot sum"),
+        ({"route": "all_reduce", "compress": cast("bf16")}, "cannot weigh replicas; use route='two_phase'"),
+        ({"route": "all_reduce", "outer_state": "sharded"}, "goes in two phases by itself; leave route out"),
+    ],
+)
+def test_a_route_that_rounds_cannot_take(chosen: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        diloco(**chosen)

@@ -1,0 +1,111 @@
+"""Adapts a model whose parameters every rank holds whole: a plain module, for local updates.
+
+Between two rounds of a local update replicas exchange nothing, so the model needs nothing around it: each rank is a
+replica, and its gradients are the optimizer's own. What crosses the replicas' gradients in a step needs
+DistributedDataParallel (`dtrain.comm.attach.ddp`, which builds on this), whose buckets travel during the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
+from dtrain.comm.drivers.run import Channel
+from dtrain.comm.layout import Named, Segment, even_slice, from_rows, is_finite, working
+from dtrain.comm.ops import AllGather, Flow, Place
+from dtrain.comm.pieces import Exchange
+
+
+class WholePieces:
+    """Pieces of ``module``. Over a shard axis of several members, each answers for its slice of every parameter."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
+        self.optimizer, self.channel = optimizer, channel
+        self.shard = channel.places["shard"]
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in named.items() if p.numel()}
+        self.shapes = {name: tuple(p.shape) for name, p in named.items()}
+        self.held = {name: Segment(name, 0, p.numel()) for name, p in self.parameters.items()}
+        rank, size = self.shard.rank, self.shard.size
+        slices = (even_slice(name, p.numel(), part=rank, parts=size) for name, p in self.parameters.items())
+        self.segments = {segment.fqn: segment for segment in slices if segment.numel}
+        self._guard = StepGuard(optimizer)
+
+    @property
+    def place(self) -> Place:
+        return self.channel.places["replicate"]
+
+    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
+        wanted = [fqn for fqn in self.segments if fqns is None or fqn in fqns]
+        return {fqn: self._own_slice(fqn, self.parameters[fqn].detach()).clone() for fqn in wanted}
+
+    def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
+        wanted = [fqn for fqn in self.parameters if fqns is None or fqn in fqns]
+        whole = values
+        if self.shard.size > 1:
+            whole = self.channel.run(self._gather(values, wanted), "write-back")
+        with torch.no_grad():
+            for fqn in wanted:
+                self.parameters[fqn].copy_(whole[fqn].view(self.shapes[fqn]))
+
+    def hand_over(self, exchange: Exchange | None) -> None:
+        if exchange is not None:
+            raise TypeError(
+                "this sync exchanges gradients, and a plain module has nobody to hand them over during the backward "
+                "pass; wrap it in DistributedDataParallel or fully_shard. Local updates take it as it is"
+            )
+
+    def finish(self) -> None:
+        pass
+
+    def gradients_finite(self) -> bool:
+        return all(p.grad is None or is_finite(p.grad) for p in self.parameters.values())
+
+    def unused(self) -> set[str]:
+        return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}
+
+    def step(self) -> None:
+        with self._guard.opened():
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad()
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        whole = elementwise_state(self.optimizer, self.parameters, lambda tensor: tensor)
+        owned: dict[str, dict[str, Tensor]] = {}
+        for name, tensors in whole.items():
+            mine = {fqn: tensor for fqn, tensor in tensors.items() if fqn in self.segments}
+            owned[name] = {fqn: t if is_scalar(t) else self._own_slice(fqn, t) for fqn, t in mine.items()}
+        return owned
+
+    def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        with torch.no_grad():
+            for fqn, value in parameters.items():
+                self.parameters[fqn].copy_(value.view(self.shapes[fqn]))
+        load_elementwise_state(self.optimizer, self.parameters, optimizer, lambda value, p: value.view(p.shape))
+
+    def detach(self) -> None:
+        self._guard.remove()
+
+    def _gather(self, slices: Mapping[str, Tensor], fqns: list[str]) -> Flow[dict[str, Tensor]]:
+        """Whole flat tensors of ``fqns`` from every member's slices, across the shard axis."""
+        if self.shard.size == 1:
+            return {fqn: slices[fqn] for fqn in fqns}
+        padded = []
+        for fqn in fqns:
+            width = -(-self.held[fqn].numel // self.shard.size)
+            row = working(self.parameters[fqn].detach().new_zeros(width))
+            if fqn in slices:
+                row[: slices[fqn].numel()] = slices[fqn]
+            padded.append(row)
+        gathered = yield AllGather(tuple(padded), axis="shard")
+        return {fqn: from_rows(rows, self.held[fqn].numel) for fqn, rows in zip(fqns, gathered, strict=True)}
+
+    def _own_slice(self, fqn: str, tensor: Tensor) -> Tensor:
+        segment = self.segments[fqn]
+        return working(tensor.reshape(-1)[segment.offset : segment.stop])
