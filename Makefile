@@ -5,6 +5,7 @@
 #   make check     ruff and mypy --strict
 #   make evidence  every timed or long measurement, into docs/evidence/
 # ARGS goes to the command:      make train ARGS="engine=zero2 sync=int8_ef"      make test ARGS="tests/config -x"
+# Two test files run at a time: most tests are processes that wait for each other. A debugger wants ARGS="-n 0 --pdb".
 # PIP_FLAGS goes to pip install: make setup PIP_FLAGS="--extra-index-url URL"     for another build of torch
 
 SHELL := /bin/bash
@@ -54,7 +55,7 @@ train: setup
 	$(BIN)/dtrain train $(ARGS)
 
 test: setup setup-system
-	$(BIN)/python -m pytest -m "not cluster" $(ARGS)
+	$(BIN)/python -m pytest -m "not cluster" -n 2 --dist loadfile $(ARGS)
 
 test-cluster: setup setup-system
 	$(BIN)/python -m pytest -m cluster $(ARGS)
