@@ -125,14 +125,14 @@ def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel
 
         return DDPPieces(model, optimizer, channel)
     if plain:
-        from dtrain.comm.attach.whole import WholePieces
+        from dtrain.comm.attach.module import ModulePieces
 
         if channel.places["shard"].size > 1:
             raise TypeError(
                 f"{type(model).__name__} is a plain module, of which each rank is a replica, and here "
                 f"{channel.places['shard'].size} ranks are one; wrap it in DistributedDataParallel or fully_shard"
             )
-        return WholePieces(model, optimizer, channel)
+        return ModulePieces(model, optimizer, channel)
     from dtrain.comm.attach.fsdp import FSDPPieces
 
     return FSDPPieces(model, optimizer, channel, overlap=overlap)

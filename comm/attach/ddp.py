@@ -19,14 +19,14 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.attach.whole import WholePieces
+from dtrain.comm.attach.module import ModulePieces
 from dtrain.comm.drivers.run import Channel, Handle
 from dtrain.comm.layout import to_rows, working
 from dtrain.comm.ops import AllToAll, Flow
 from dtrain.comm.pieces import Exchange
 
 
-class DDPPieces(WholePieces):
+class DDPPieces(ModulePieces):
     """Pieces of a model in DDP. ``channel`` has both axes; together they span what DDP would average over.
 
     Raises ``ValueError`` for DDP's mixed precision, which keeps the only slot for a hook to itself.

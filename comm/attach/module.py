@@ -19,7 +19,7 @@ from dtrain.comm.ops import AllGather, Flow, Place
 from dtrain.comm.pieces import Exchange
 
 
-class WholePieces:
+class ModulePieces:
     """Pieces of ``module``. Over a shard axis of several members, each answers for its slice of every parameter."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
