@@ -20,7 +20,7 @@ from dtrain.evidence.beside import Trained, torchft_report
 from dtrain.evidence.compression import cells, compressors_report, loss_report
 from dtrain.evidence.equal_tokens import FACTORS, METHODS, SEEDS, equal_tokens_report
 from dtrain.evidence.kernels import Speed, kernels_report
-from dtrain.evidence.lgreco import SETTINGS, lgreco_report, solving_seconds
+from dtrain.evidence.lgreco import PLAIN, SETTINGS, lgreco_report, solving_seconds
 from dtrain.evidence.links import CHOSEN, LOCAL, SLOW, local_report, powersgd_report, slow_report
 from dtrain.evidence.overlap import Found, overlap_report
 from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
@@ -257,7 +257,7 @@ def test_gaps_are_those_of_the_best_rates() -> None:
 )
 def test_lgreco_is_held_to_bytes_loss_and_time(sent: int, loss: float, seconds: float, lines: int) -> None:
     pairs = {what: (run(sent=300), run(sent=200)) for what in SETTINGS}
-    pairs["quantization, 4 bits"] = (run(sent=140), run(sent=sent, last=loss))
+    pairs[PLAIN] = (run(sent=140), run(sent=sent, last=loss))
     report = lgreco_report(pairs, seconds, {"PowerSGD rank 32": seconds})
     assert len(missed(report)) == lines
 
