@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dtrain.comm.schedules.slowmo import slowmo
     from dtrain.comm.schedules.sparta import sparta
     from dtrain.comm.schedules.streaming_diloco import streaming_diloco
+    from dtrain.comm.shared_seed.one_byte import one_byte
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "local_update",
     "mean",
     "nesterov",
+    "one_byte",
     "onebit_adam",
     "post_local_sgd",
     "powersgd",
@@ -112,6 +114,7 @@ _HOME = {
     "local_update": "dtrain.comm.schedules.local_update",
     "mean": "dtrain.comm.aggregators.mean",
     "nesterov": "dtrain.comm.schedules.outer",
+    "one_byte": "dtrain.comm.shared_seed.one_byte",
     "onebit_adam": "dtrain.comm.schedules.onebit_adam",
     "post_local_sgd": "dtrain.comm.schedules.post_local_sgd",
     "powersgd": "dtrain.comm.compressors.lowrank",

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from dtrain import rng, snapshot
 from dtrain.account import Account
@@ -24,12 +25,14 @@ from dtrain.checkpoint import Placement, export, load, read_manifest, write
 from dtrain.checkpoint.folders import step_of, write_text_durably
 from dtrain.clock import TIME_LIMIT, Clock
 from dtrain.comm.schedules.sync import Attached, Sync
+from dtrain.comm.shared_seed.one_byte import AttachedOneByte
 from dtrain.config import Config, instantiate
 from dtrain.config.building import build_model
 from dtrain.control import Control, Report
 from dtrain.data.batches import fetch, positions
 from dtrain.data.order import example_at
 from dtrain.engines import Engine, EngineOptions, build_engine
+from dtrain.engines.base import Batch
 from dtrain.errors import DtrainError, FailedAtTheStart, TooManySkippedSteps
 from dtrain.evaluation import evaluate
 from dtrain.launchers.failure import CONSEQUENCE
@@ -213,9 +216,12 @@ class _Run:
             batches = [self._to_device(fetch(self.data, part)) for part in parts]
             self.engine.set_learning_rate(self.peak_lr * self._lr_factor(step))
             with self.account.computing():
-                loss = self.engine.forward_backward(batches)
-                self.attached.finish()
-                self.engine.clip()
+                if isinstance(self.attached, AttachedOneByte):
+                    loss = self._tried(self.attached, batches)
+                else:
+                    loss = float(self.engine.forward_backward(batches))
+                    self.attached.finish()
+                    self.engine.clip()
                 self.attached.step()
         if self.attached.skipped_in_a_row > settings.max_skipped_steps:
             raise TooManySkippedSteps(
@@ -224,7 +230,17 @@ class _Run:
                 f"the last checkpoint in {self.folder} is as it was"
             )
         self.account.tokens += settings.batch_size * self.tokens_per_example
-        return Report(self._asked(), float(loss), len(indices) * self.tokens_per_example)
+        return Report(self._asked(), loss, len(indices) * self.tokens_per_example)
+
+    def _tried(self, sync: AttachedOneByte, batches: Sequence[Batch]) -> float:
+        """Every direction of this step on these batches, forward only; the mean loss of this replica."""
+        examples = [len(next(iter(batch.values()))) for batch in batches]
+
+        def loss() -> Tensor:
+            parts = [self.engine.evaluate(batch) * count for batch, count in zip(batches, examples, strict=True)]
+            return torch.stack(parts).sum() / sum(examples)
+
+        return sum(sync.estimate(loss) for _ in range(sync.spec.samples)) / sync.spec.samples
 
     def _tell_decisions(self) -> None:
         """What the sync has decided goes into the metrics; a new plan into rank 0's log and the run folder."""

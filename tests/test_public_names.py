@@ -40,6 +40,7 @@ NAMES = [
     "local_update",
     "mean",
     "nesterov",
+    "one_byte",
     "onebit_adam",
     "post_local_sgd",
     "powersgd",

@@ -1,0 +1,153 @@
+"""Steps along directions that everybody can make again: what a step is, and how it changes the parameters.
+
+    x  <-  (1 - lr decay) x  -  lr / (M n)  sum over (worker m, sample k), in this order, of  g_mk z_mk
+
+z_mk is the direction of (step, m, k) over all parameters, g_mk the number that machine m found along it. With common
+directions there is one z_k for all machines, and a rule (median, trimmed mean, majority) makes one number of theirs.
+Scalars are computed in fp64 and rounded to fp32 once; elements are added one direction after the other, whoever holds
+them. So the result has the same bits for any sharding, on any device, in a run and in its replay.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from dtrain.comm.layout import Named, Segment
+from dtrain.comm.shared_seed.code import decode
+from dtrain.comm.shared_seed.philox import Address, SharedRandom
+
+Noise: TypeAlias = Literal["signs", "normal"]
+Seeds: TypeAlias = Literal["per_worker", "common"]
+Rule: TypeAlias = Literal["mean", "median", "trimmed_mean", "majority"]
+
+CHUNK = 2**18
+"""Elements that take all directions of a step before the next ones do: they stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What does not change in a run: how directions are drawn, and how numbers become one.
+
+    ``trimmed``: of "trimmed_mean", how many of the largest and of the smallest are left out.
+    """
+
+    key: int
+    samples: int = 1
+    noise: Noise = "signs"
+    seeds: Seeds = "per_worker"
+    rule: Rule = "mean"
+    trimmed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}; a machine tries at least one direction in a step")
+        if self.seeds == "per_worker" and self.rule != "mean":
+            raise ValueError(
+                f"rule is {self.rule!r}, and each machine has directions of its own, of which only a mean makes sense; "
+                "use seeds='common'"
+            )
+
+    @property
+    def random(self) -> SharedRandom:
+        return SharedRandom(self.key)
+
+    def direction(
+        self, step: int, worker: int, sample: int, segment: Segment, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Elements [start, stop) of ``segment``'s part of a direction, fp32 on the CPU."""
+        stop = segment.numel if stop is None else stop
+        at = Address("direction", step, worker if self.seeds == "per_worker" else 0, sample)
+        draw = self.random.signs if self.noise == "signs" else self.random.normal
+        return draw(at, segment.fqn, stop - start, start=segment.offset + start)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of everybody: ``codes`` holds ``samples`` bytes of each of ``workers``, in their order.
+
+    ``epoch`` counts changes of membership.
+    """
+
+    number: int
+    epoch: int
+    workers: tuple[int, ...]
+    lr: float
+    decay: float
+    codes: bytes
+
+    def __post_init__(self) -> None:
+        if not self.workers or list(self.workers) != sorted(set(self.workers)):
+            raise ValueError(f"the workers of a step are different numbers in ascending order, not {self.workers}")
+        if len(self.codes) % len(self.workers):
+            raise ValueError(f"{len(self.codes)} bytes of {len(self.workers)} workers: not as many of each")
+
+
+def scales(walk: Walk, step: Step) -> Iterator[tuple[int, int, float]]:
+    """(worker, sample, number in fp32 to multiply the direction with), in the order in which they are added."""
+    samples = walk.samples
+    if len(step.codes) != samples * len(step.workers):
+        raise ValueError(
+            f"step {step.number} has {len(step.codes)} bytes of {len(step.workers)} workers, where each sends {samples}"
+        )
+    found = [[decode(step.codes[m * samples + k]) for k in range(samples)] for m in range(len(step.workers))]
+    if walk.seeds == "common":
+        for sample in range(samples):
+            yield 0, sample, _single(-step.lr * _ruled(walk, [row[sample] for row in found]) / samples)
+        return
+    share = samples * len(step.workers)
+    for worker, row in zip(step.workers, found, strict=True):
+        for sample, number in enumerate(row):
+            yield worker, sample, _single(-step.lr * number / share)
+
+
+def walk_on(values: Named, segments: Mapping[str, Segment], walk: Walk, step: Step) -> None:
+    """Change flat fp32 ``values``, the pieces ``segments`` of the parameters, in place as ``step`` says."""
+    moves = [move for move in scales(walk, step) if move[2]]
+    kept = _single(1.0 - step.lr * step.decay)
+    for fqn, value in values.items():
+        segment = segments[fqn]
+        if step.decay:
+            value.mul_(kept)
+        for start in range(0, segment.numel, CHUNK):
+            stop = min(start + CHUNK, segment.numel)
+            part = value[start:stop]
+            for worker, sample, scale in moves:
+                along = walk.direction(step.number, worker, sample, segment, start, stop)
+                # The product is rounded before it is added: a fused multiply-add has other bits, where z is no sign.
+                part.add_(along.mul_(scale).to(part.device))
+
+
+def moved(values: Named, segments: Mapping[str, Segment], walk: Walk, at: tuple[int, int, int], by: float) -> Named:
+    """``values`` + ``by`` z, in tensors of their own; ``at``: step, worker and sample of z."""
+    return {
+        fqn: value + walk.direction(*at, segments[fqn]).mul_(_single(by)).to(value.device)
+        for fqn, value in values.items()
+    }
+
+
+def _ruled(walk: Walk, numbers: list[float]) -> float:
+    if walk.rule == "median":
+        return median(numbers)
+    if walk.rule == "majority":
+        return float(sum(math.copysign(1.0, number) for number in numbers if number)) / len(numbers)
+    if walk.rule == "trimmed_mean":
+        if len(numbers) <= 2 * walk.trimmed:
+            raise ValueError(f"trimmed={walk.trimmed} leaves nothing of {len(numbers)} machines")
+        numbers = sorted(numbers)[walk.trimmed : len(numbers) - walk.trimmed]
+    return math.fsum(numbers) / len(numbers)
+
+
+def _single(number: float) -> float:
+    """Rounded to fp32."""
+    try:
+        rounded: float = struct.unpack("<f", struct.pack("<f", number))[0]
+    except OverflowError:
+        return math.copysign(math.inf, number)
+    return rounded

@@ -1,0 +1,228 @@
+"""The whole run as a log: which machines took part in each step, and their bytes. Replaying it makes the weights again.
+
+    file    = MAGIC, u32 length of the header, header (JSON), u32 CRC-32 of the header, records
+    record  = u32 length of the body, body, u32 CRC-32 of the body
+    body    = u32 step, u32 epoch, f64 lr, f64 decay, u64 digest of the weights after it (0: none), u16 machines,
+              u16 of each, u32 number of bytes, the bytes                                      all little-endian
+
+A record is on the disk before anybody steps along it. What a crash leaves of the last record is cut when the log is
+opened for more; anything else that is wrong in it is refused, with the place. The header says what the bytes mean: the
+run's key and walk, the generator and the code with their versions, and the parameters with their shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from dtrain.comm.shared_seed import code, philox
+from dtrain.comm.shared_seed.directions import Step, Walk
+
+MAGIC = b"dtrain update log 1\n"
+_HEAD = struct.Struct("<IIddQH")
+
+
+class LogError(RuntimeError):
+    """A log that cannot be trusted, or is of another run."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the records of a log mean. ``shapes``: of each trained parameter. ``first``: the first weights' digest."""
+
+    walk: Walk
+    shapes: Mapping[str, tuple[int, ...]]
+    first: int
+    generator: str = philox.VERSION
+    golden: str = field(default_factory=philox.golden)
+    code: str = code.VERSION
+
+    def encoded(self) -> bytes:
+        """As JSON, the same for the same header."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @classmethod
+    def decoded(cls, text: bytes, where: str) -> Header:
+        """Undo `encoded`. Raises `LogError` for a log of another generator or code."""
+        try:
+            kept: dict[str, Any] = json.loads(text)
+            shapes = {fqn: tuple(shape) for fqn, shape in kept.pop("shapes").items()}
+            found = cls(walk=Walk(**kept.pop("walk")), shapes=shapes, **kept)
+        except (ValueError, KeyError, TypeError) as error:
+            raise LogError(f"{where}: its header cannot be read: {error}") from error
+        for what, theirs, ours in (
+            ("generator", found.generator, philox.VERSION),
+            ("generator's numbers", found.golden, philox.golden()),
+            ("code", found.code, code.VERSION),
+        ):
+            if theirs != ours:
+                raise LogError(
+                    f"{where}: its {what} is {theirs!r}, that of this version of dtrain {ours!r}; replay it with the "
+                    "version that wrote it"
+                )
+        return found
+
+    def require(self, other: Header, where: str) -> None:
+        """Raise `LogError` where ``other`` is a log of another run or model."""
+        for what, mine, theirs in (
+            ("way of walking", self.walk, other.walk),
+            ("first weights (their digest)", self.first, other.first),
+        ):
+            if mine != theirs:
+                raise LogError(f"{where} is the log of another run: its {what} is {theirs}, this run's {mine}")
+        differ = sorted(fqn for fqn in {*self.shapes, *other.shapes} if self.shapes.get(fqn) != other.shapes.get(fqn))
+        if differ:
+            fqn = differ[0]
+            raise LogError(
+                f"{where} is the log of another model: {fqn} has the shape {other.shapes.get(fqn, 'none')} there and "
+                f"{self.shapes.get(fqn, 'none')} here ({len(differ)} parameters differ)"
+            )
+
+
+@dataclass(frozen=True)
+class Record:
+    """A step, and the digest of all weights after it; 0 where nobody looked."""
+
+    step: Step
+    digest: int = 0
+
+    def encoded(self) -> bytes:
+        """The body."""
+        s = self.step
+        head = _HEAD.pack(s.number, s.epoch, s.lr, s.decay, self.digest, len(s.workers))
+        return head + struct.pack(f"<{len(s.workers)}HI", *s.workers, len(s.codes)) + s.codes
+
+    @classmethod
+    def decoded(cls, body: bytes) -> Record:
+        """Undo `encoded`. Raises ``ValueError`` or ``struct.error`` for what is no body."""
+        number, epoch, lr, decay, digest, count = _HEAD.unpack_from(body)
+        *workers, size = struct.unpack_from(f"<{count}HI", body, _HEAD.size)
+        codes = body[_HEAD.size + 2 * count + 4 :]
+        if len(codes) != size:
+            raise ValueError(f"{size} bytes are announced, and {len(codes)} follow")
+        return cls(Step(number, epoch, tuple(workers), lr, decay, codes), digest)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A log that was read. ``whole_bytes``: up to the end of the last whole record; ``torn_bytes`` come after it."""
+
+    header: Header
+    records: list[Record]
+    whole_bytes: int
+    torn_bytes: int
+
+
+def read(path: Path) -> Contents:
+    """All of a log. Raises `LogError` with the place for what is damaged; what a crash tore off is counted only."""
+    data = path.read_bytes()
+    where = str(path)
+    if not data.startswith(MAGIC):
+        raise LogError(f"{where} is no update log of this version: it begins with {data[: len(MAGIC)]!r}")
+    text, at = _framed(data, len(MAGIC), f"{where}: the header")
+    if text is None:
+        raise LogError(f"{where}: its header is incomplete; there is nothing to go on with")
+    header = Header.decoded(text, where)
+    records: list[Record] = []
+    while at < len(data):
+        body, after = _framed(data, at, f"{where}: record {len(records)}, at byte {at},")
+        if body is None:
+            break
+        try:
+            record = Record.decoded(body)
+        except (ValueError, struct.error) as error:
+            raise LogError(f"{where}: record {len(records)}, at byte {at}, makes no sense: {error}") from error
+        if records and record.step.number <= records[-1].step.number:
+            raise LogError(
+                f"{where}: step {record.step.number} comes after step {records[-1].step.number}, at byte {at}"
+            )
+        records.append(record)
+        at = after
+    return Contents(header, records, at, len(data) - at)
+
+
+class UpdateLog:
+    """A log that is being written. A context manager."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        """Begin a log at ``path``, or go on with the one that is there, cut after its last whole record.
+
+        Raises `LogError` if it is damaged, or of another run or model.
+        """
+        self.path, self.header = path, header
+        self.records: list[Record] = []
+        if path.exists() and path.stat().st_size:
+            found = read(path)
+            header.require(found.header, str(path))
+            self.records = found.records
+            self._file: BinaryIO = path.open("r+b")
+            self._file.truncate(found.whole_bytes)
+            self._file.seek(0, os.SEEK_END)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb")
+        self._write(MAGIC + _frame(header.encoded()))
+
+    def append(self, record: Record) -> None:
+        """Write ``record`` to the disk. Raises ``ValueError`` for a step that is not behind the last one."""
+        if self.records and record.step.number <= self.records[-1].step.number:
+            raise ValueError(f"step {record.step.number} is not behind step {self.records[-1].step.number}")
+        self._write(_frame(record.encoded()))
+        self.records.append(record)
+
+    def cut(self, steps: int) -> None:
+        """Forget what comes at or after step ``steps``: a run that goes on from an earlier checkpoint."""
+        kept = [record for record in self.records if record.step.number < steps]
+        if len(kept) < len(self.records):
+            size = sum(len(_frame(record.encoded())) for record in kept)
+            self._file.truncate(len(MAGIC) + len(_frame(self.header.encoded())) + size)
+            self._file.seek(0, os.SEEK_END)
+            self.records = kept
+
+    def tail(self, first: int) -> Iterator[Record]:
+        """The records of step ``first`` and later."""
+        return (record for record in self.records if record.step.number >= first)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> UpdateLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _frame(body: bytes) -> bytes:
+    return struct.pack("<I", len(body)) + body + struct.pack("<I", zlib.crc32(body))
+
+
+def _framed(data: bytes, at: int, what: str) -> tuple[bytes | None, int]:
+    """The body at ``at`` and where the next one begins; None if the data end before it does."""
+    if at + 4 > len(data):
+        return None, at
+    (size,) = struct.unpack_from("<I", data, at)
+    end = at + 4 + size + 4
+    if end > len(data):
+        return None, at
+    body = data[at + 4 : end - 4]
+    (checksum,) = struct.unpack_from("<I", data, end - 4)
+    if zlib.crc32(body) != checksum:
+        raise LogError(
+            f"{what} is damaged: its checksum is {checksum:08x}, that of what it holds {zlib.crc32(body):08x}"
+        )
+    return body, end
