@@ -28,6 +28,7 @@ from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.shared_seed.code import encode
 from dtrain.comm.shared_seed.digest import partial, unsigned
 from dtrain.comm.shared_seed.directions import Noise, Rule, Seeds, Step, Walk, moved, walk_on
+from dtrain.comm.shared_seed.philox import Address
 from dtrain.comm.shared_seed.update_log import Header, Record, UpdateLog
 from dtrain.comm.state import Kind, State
 
@@ -162,8 +163,12 @@ class AttachedOneByte(Attached):
         return unsigned(self._over_shards(partial(values, self.pieces.segments), "digest"))
 
     def _loss(self, loss: Callable[[], Tensor]) -> float:
-        """The mean over this replica's ranks; random numbers that it draws are the same each time."""
-        with torch.random.fork_rng(), torch.no_grad():
+        """The mean over this replica's ranks; random numbers that it draws are the same each time, others each step."""
+        worker, sample = self.pieces.channel.places["shard"].rank, len(self._trial.codes)
+        at = Address("forward", self.steps, self.pieces.place.rank, sample)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(at.stream(str(worker)) >> 1)
             value = loss().detach().double().reshape(1)
         return float(self._over_shards(value, "loss")) / self.pieces.channel.places["shard"].size
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import partial
 from pathlib import Path
@@ -175,19 +174,22 @@ def test_misuse_is_told(pool: WorkerPool, case: str, words: str) -> None:
         assert words in message
 
 
-def dropped() -> list[bool]:
-    """Dropout draws the same for both ways, and shifts nobody's random numbers."""
-    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 1))
-    sync = attached_to(copy.deepcopy(model))
+def dropped() -> tuple[bool, int]:
+    """Dropout draws the same both ways and something else in the next step, and shifts nobody's random numbers."""
+    model, seen = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 1)), []
+    model[1].register_forward_hook(lambda module, given, out: seen.append((out == 0).flatten().tolist()))
+    sync = attached_to(model)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    sync.estimate(lambda: loss_of(model, 0, 0))
-    return [torch.equal(torch.rand(3), expected)]
+    for step in range(2):
+        sync.estimate(partial(loss_of, model, 0, step))
+        sync.step()
+    return torch.equal(torch.rand(3), expected), len(set(map(tuple, seen)))
 
 
 def test_random_numbers_of_the_model_are_left_alone(pool: WorkerPool) -> None:
-    assert pool.run(dropped, world=2) == [[True], [True]]
+    assert pool.run(dropped, world=2) == [(True, 2), (True, 2)]
 
 
 def test_what_makes_no_sense_is_refused() -> None:
