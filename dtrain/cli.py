@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import cast
 
 from dtrain import __version__
-from dtrain.commands import Command, bench, cluster, data, doctor, jobs, launch, members, train
+from dtrain.commands import Command, bench, cluster, data, doctor, jobs, launch, log, members, train
 from dtrain.errors import INTERRUPTED, DtrainError
 
-COMMANDS = cast("list[Command]", [train, launch, jobs, doctor, bench, cluster, data, members])
+COMMANDS = cast("list[Command]", [train, launch, jobs, doctor, bench, cluster, data, members, log])
 
 TOP = """\
 examples:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from dtrain.cli import main
 from dtrain.comm.shared_seed.update_log import read
 from dtrain.testing import WorkerPool
 from tests.laws.jobs import ENGINES, run
@@ -34,3 +37,41 @@ def test_all_engines_find_much_the_same(pool: WorkerPool, text: Path, tmp_path: 
     """Round-off may change a byte, so not to the bit: the loss after ten steps."""
     ended = [run(pool, tmp_path / e, text, e, "one_byte", *CHOSEN).losses[10] for e in ("ddp", "fsdp", "zero3")]
     assert ended == pytest.approx(3 * ended[:1], rel=2e-2)
+
+
+def test_a_log_is_told_verified_and_replayed(
+    pool: WorkerPool, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run(pool, tmp_path / "run", text, "fsdp", "one_byte", *CHOSEN, f"sync.log={tmp_path}",
+               "train.checkpoint_every_steps=4", "train.keep_checkpoints=9")  # fmt: skip
+    log, kept = str(tmp_path / "replica-1.log"), tmp_path / "run" / "checkpoints"
+
+    def said(*words: str, code: int = 0) -> str:
+        assert main(["log", *words]) == code
+        told = capsys.readouterr()
+        return told.err if code else told.out
+
+    assert "steps 0 to 9: 10 records, 40 bytes of" in said("info", log)
+    assert "from step 0: machines 0, 1" in said("info", log)
+    early = ["--weights", str(kept / "step-0000000004")]
+    assert "steps 4 to 10: replayed, every digest as in the log" in said("verify", log, *early)
+    out = tmp_path / "made" / "last.safetensors"
+    assert done.digest in said("replay", log, *early, "--out", str(out))
+    assert "name another file" in said("replay", log, *early, "--out", str(out), code=1)
+    assert "steps 4 to 8" in said("replay", log, *early, "--steps", "8", "--out", str(tmp_path / "at-8"))
+    assert "steps 8 to 10" in said("verify", log, "--weights", str(tmp_path / "at-8"))
+
+    content = bytearray((tmp_path / "replica-1.log").read_bytes())
+    (tmp_path / "torn").write_bytes(content[:-3])
+    assert "bytes of a record that a crash tore off follow" in said("info", str(tmp_path / "torn"))
+    content[-20] ^= 1
+    (tmp_path / "damaged").write_bytes(content)
+    assert "record 9, at byte" in said("verify", str(tmp_path / "damaged"), code=1)
+    save_file({"w": torch.zeros(2)}, tmp_path / "other")
+    assert "weights of another model" in said("verify", log, "--weights", str(tmp_path / "other"), code=1)
+    wrong = load_file(out)
+    next(iter(wrong.values())).view(-1)[0] += 1
+    save_file(wrong, tmp_path / "wrong")
+    assert "the log knows no weights" in said("verify", log, "--weights", str(tmp_path / "wrong"), code=1)
+    assert "cannot be read as safetensors" in said("verify", log, "--weights", log, code=1)
+    assert "No such file" in said("info", str(tmp_path / "nothing"), code=1)

@@ -1,0 +1,62 @@
+"""Weights from a log: from the first ones, or from any later ones that the log knows, to any step behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dtrain.comm.layout import Segment
+from dtrain.comm.shared_seed.digest import partial, unsigned
+from dtrain.comm.shared_seed.directions import walk_on
+from dtrain.comm.shared_seed.update_log import Contents, LogError
+
+
+def replay(
+    log: Contents, weights: Mapping[str, Tensor], steps: int | None = None
+) -> tuple[dict[str, Tensor], int, int]:
+    """``weights`` by FQN, whole, walked on up to step ``steps`` (to the end, by default), fp32; and from where to where.
+
+    Where they belong is told by their digest: before step 0, or behind the step whose record has it. The digest of each
+    record that has one is compared. Raises `LogError` for weights that the log does not know or another model's, and at
+    the first step after which weights differ from what the run had.
+    """
+    shapes = {fqn: tuple(shape) for fqn, shape in log.header.shapes.items()}
+    given = {fqn: tuple(tensor.shape) for fqn, tensor in weights.items()}
+    if given != shapes:
+        differ = sorted(fqn for fqn in {*shapes, *given} if shapes.get(fqn) != given.get(fqn))
+        fqn = differ[0]
+        raise LogError(
+            f"these are weights of another model: {fqn} is {given.get(fqn, 'missing')} here and "
+            f"{shapes.get(fqn, 'not there')} in the log ({len(differ)} parameters differ)"
+        )
+    segments = {fqn: Segment(fqn, 0, math.prod(shape)) for fqn, shape in shapes.items()}
+    values = {fqn: weights[fqn].detach().float().reshape(-1).clone() for fqn in shapes}
+    first = _place(log, unsigned(partial(values, segments)))
+    taken = first
+    for record in log.records:
+        if record.step.number < first or (steps is not None and record.step.number >= steps):
+            continue
+        walk_on(values, segments, log.header.walk, record.step)
+        found = unsigned(partial(values, segments)) if record.digest else 0
+        if found != record.digest:
+            raise LogError(
+                f"after step {record.step.number} the weights are not those of the run (digest {found:016x}, in the "
+                f"log {record.digest:016x})"
+            )
+        taken = record.step.number + 1
+    return {fqn: value.view(shapes[fqn]) for fqn, value in values.items()}, first, taken
+
+
+def _place(log: Contents, digest: int) -> int:
+    """The step that comes next for weights of this digest."""
+    if digest == log.header.first:
+        return log.records[0].step.number if log.records else 0
+    for record in log.records:
+        if record.digest == digest:
+            return record.step.number + 1
+    raise LogError(
+        f"the log knows no weights with the digest {digest:016x}; give the first ones, {log.header.first:016x}, or "
+        "those of a checkpoint of the same run"
+    )
