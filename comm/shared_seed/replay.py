@@ -16,7 +16,7 @@ from dtrain.comm.shared_seed.update_log import Contents, LogError
 def replay(
     log: Contents, weights: Mapping[str, Tensor], steps: int | None = None
 ) -> tuple[dict[str, Tensor], int, int]:
-    """``weights`` by FQN, whole, walked on up to step ``steps`` (to the end, by default), fp32; and from where to where.
+    """``weights`` by FQN, whole, walked on up to step ``steps`` (or to the end), fp32; and from where to where.
 
     Where they belong is told by their digest: before step 0, or behind the step whose record has it. The digest of each
     record that has one is compared. Raises `LogError` for weights that the log does not know or another model's, and at
