@@ -216,10 +216,11 @@ class _Run:
             batches = [self._to_device(fetch(self.data, part)) for part in parts]
             self.engine.set_learning_rate(self.peak_lr * self._lr_factor(step))
             with self.account.computing():
+                loss: float | Tensor  # a tensor is not looked at before all is under way
                 if isinstance(self.attached, AttachedOneByte):
                     loss = self._tried(self.attached, batches)
                 else:
-                    loss = float(self.engine.forward_backward(batches))
+                    loss = self.engine.forward_backward(batches)
                     self.attached.finish()
                     self.engine.clip()
                 self.attached.step()
@@ -230,7 +231,7 @@ class _Run:
                 f"the last checkpoint in {self.folder} is as it was"
             )
         self.account.tokens += settings.batch_size * self.tokens_per_example
-        return Report(self._asked(), loss, len(indices) * self.tokens_per_example)
+        return Report(self._asked(), float(loss), len(indices) * self.tokens_per_example)
 
     def _tried(self, sync: AttachedOneByte, batches: Sequence[Batch]) -> float:
         """Every direction of this step on these batches, forward only; the mean loss of this replica."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.drivers.run import Channel
@@ -150,6 +151,12 @@ def _is_plain(model: nn.Module) -> bool:
                 f"attach got a {type(model).__name__} of which {name or 'itself'} is a {type(module).__name__}; give "
                 "the DistributedDataParallel, or the root of fully_shard; FullyShardedDataParallel is not served"
             )
+    cut = next((fqn for fqn, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
+    if cut is not None:
+        raise TypeError(
+            f"{cut} of this {type(model).__name__} is a DTensor, so no rank holds the model whole; give the root of "
+            "fully_shard, sharded over the shard axis alone"
+        )
     return True
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 
@@ -235,6 +236,9 @@ def refused(case: str) -> str:
     elif case == "shards within a plain module":
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(model[0], mesh=mesh["shard"])  # type: ignore[index]
+    elif case == "tensor parallel":
+        mesh = init_device_mesh("cpu", (2,))
+        parallelize_module(model[0], mesh, ColwiseParallel())  # type: ignore[index]
     elif case == "a plain module of two ranks":
         group = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")).get_group("replicate")
     elif case == "sparse gradients":
@@ -543,6 +547,7 @@ def test_a_late_fill_loses_nothing_that_is_accumulated(pool: WorkerPool, keep_ze
         ("DDP mixed precision", "takes the only communication hook"),
         ("plain module", "wrap it in DistributedDataParallel"),
         ("a plain module of two ranks", "is a plain module, of which each rank is a replica"),
+        ("tensor parallel", "0.weight of this Sequential is a DTensor"),
         ("shards within a plain module", "of which 0 is a FSDPLinear"),
         ("the shard group", 'mesh.get_group("replicate")'),
         ("sparse gradients", "sparse=False"),
