@@ -124,12 +124,13 @@ def walk_on(values: Named, segments: Mapping[str, Segment], walk: Walk, step: St
                 part.add_(along.mul_(scale).to(part.device))
 
 
-def moved(values: Named, segments: Mapping[str, Segment], walk: Walk, at: tuple[int, int, int], by: float) -> Named:
-    """``values`` + ``by`` z, in tensors of their own; ``at``: step, worker and sample of z."""
-    return {
-        fqn: value + walk.direction(*at, segments[fqn]).mul_(_single(by)).to(value.device)
-        for fqn, value in values.items()
-    }
+def both_ways(
+    values: Named, segments: Mapping[str, Segment], walk: Walk, at: tuple[int, int, int], by: float
+) -> Iterator[Named]:
+    """``values`` + ``by`` z, then ``values`` - ``by`` z, in tensors of their own; ``at``: step, worker, sample of z."""
+    way = {fqn: walk.direction(*at, segments[fqn]).mul_(_single(by)).to(value.device) for fqn, value in values.items()}
+    yield {fqn: value + way[fqn] for fqn, value in values.items()}
+    yield {fqn: value - way[fqn] for fqn, value in values.items()}
 
 
 def _ruled(walk: Walk, numbers: list[float]) -> float:

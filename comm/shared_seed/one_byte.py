@@ -27,7 +27,7 @@ from dtrain.comm.plans.base import as_plan
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.shared_seed.code import encode
 from dtrain.comm.shared_seed.digest import partial, unsigned
-from dtrain.comm.shared_seed.directions import Noise, Rule, Seeds, Step, Walk, moved, walk_on
+from dtrain.comm.shared_seed.directions import Noise, Rule, Seeds, Step, Walk, both_ways, walk_on
 from dtrain.comm.shared_seed.philox import Address
 from dtrain.comm.shared_seed.update_log import Header, Record, UpdateLog
 from dtrain.comm.state import Kind, State
@@ -100,8 +100,8 @@ class AttachedOneByte(Attached):
                 self._require_repeatable(loss)
                 self._checked = True
             found = []
-            for way in (eps, -eps):
-                self.pieces.write(moved(base, segments, self.walk, at, way))
+            for values in both_ways(base, segments, self.walk, at, eps):
+                self.pieces.write(values)
                 found.append(self._loss(loss))
         finally:
             self.pieces.write(base)

@@ -21,6 +21,7 @@ from dtrain.comm.shared_seed.update_log import read
 from dtrain.testing import WorkerPool
 
 pytestmark = pytest.mark.processes
+STEPS = 30
 
 
 def small() -> nn.Sequential:
@@ -52,7 +53,7 @@ def trained(folder: str, chosen: dict[str, Any]) -> tuple[float, float, list[int
     sync = attached_to(model, decay=0.01, log=folder, **chosen)
     losses, digests = [], []
     before = sync.meter.sent_bytes
-    for step in range(60):
+    for step in range(STEPS):
         loss = partial(loss_of, model, rank, step)
         losses.append(sum(sync.estimate(loss) for _ in range(sync.spec.samples)))
         assert sync.step()
@@ -78,9 +79,9 @@ def test_machines_stay_one_to_the_bit_and_the_log_replays_them(
     everybody = pool.run(trained, str(tmp_path), chosen)
     for first, last, digests, weights, sent in everybody:
         assert last < first or "majority" in chosen.values()
-        assert digests == everybody[0][2] and len(set(digests)) == 60
+        assert digests == everybody[0][2] and len(set(digests)) == STEPS
         assert all(torch.equal(mine, other) for mine, other in zip(weights, everybody[0][3], strict=True))
-        assert sent == 60 * 3 * int(chosen.get("samples", 1))
+        assert sent == STEPS * 3 * int(chosen.get("samples", 1))
     logs = [(tmp_path / f"replica-{rank}.log").read_bytes() for rank in range(4)]
     assert logs == 4 * logs[:1]
     found, model = read(tmp_path / "replica-0.log"), small()
