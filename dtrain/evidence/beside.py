@@ -50,7 +50,7 @@ class Asked:
 
     out: str
     every_steps: int = 10
-    rounds: int = 10
+    rounds: int = 30
     warmup: int = 2
     model: tuple[int, int, int] = (256, 4, 4)
     lr: float = 3e-4
