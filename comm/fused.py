@@ -75,7 +75,7 @@ class Kernel:
         """Compile what has been used enough. Nothing happens where there is no compiler, which is said once."""
         if not self._due or _policy() == "never":
             return
-        for variant, (constants, like) in self._due.items():
+        for variant, (constants, like) in list(self._due.items()):  # flows on other threads add to it meanwhile
             if variant not in self.compiled:
                 self._compile(variant, constants, like)
 

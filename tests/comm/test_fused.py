@@ -142,6 +142,26 @@ def test_what_is_small_or_rare_is_never_compiled(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(out, 2 * large)
 
 
+def test_what_becomes_due_while_others_are_compiled_is_compiled_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow on a channel's thread goes on meanwhile."""
+    kernel, compiled = Kernel(doubled), []
+
+    def compile_(function: object, *_: object) -> object:
+        compiled.append(function)
+        wider = torch.ones(1, fused.SMALLEST // 64, 64 + len(compiled))
+        kernel(wider, torch.empty_like(wider))
+        return function
+
+    monkeypatch.setattr(fused._Compiler, "compile", compile_)
+    monkeypatch.setattr(fused, "WORTHWHILE", fused.SMALLEST)
+    values = torch.ones(1, fused.SMALLEST // 64, 64)
+    kernel(values, torch.empty_like(values))
+    kernel.compile_what_is_due()
+    assert len(compiled) == 1
+    kernel.compile_what_is_due()
+    assert len(compiled) == 2
+
+
 def test_without_a_compiler_it_is_said_once_and_everything_works(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> object:
         raise RuntimeError("No working C++ compiler found")
