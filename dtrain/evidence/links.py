@@ -29,7 +29,9 @@ LOCAL = {
     "co2/12:int8": 0.95,
 }
 """Local updates, and the compute utilization that they are held to."""
+ALONE, ALONE_SECONDS = "nothing/10", 0.8
 LOCAL_SEQUENCES = 5
+"""Tried first; what is measured has as many as make a step without communication take ALONE_SECONDS."""
 
 
 def powersgd(session: Session) -> Report:
@@ -55,8 +57,10 @@ def slow(session: Session) -> Report:
 def local(session: Session) -> Report:
     """Steps of local updates on the same model and links, their rounds included."""
     with devcluster(nodes=4, bandwidth="100mbit", name=NAME):
-        found = steps(session, 4, (*LOCAL,), rounds=4, batch=LOCAL_SEQUENCES, warmup=1)
-    return local_report(found)
+        tried = steps(session, 4, (ALONE,), rounds=2, batch=LOCAL_SEQUENCES, warmup=1)[ALONE].median
+        batch = max(1, round(LOCAL_SEQUENCES * ALONE_SECONDS / tried))
+        found = steps(session, 4, (*LOCAL,), rounds=4, batch=batch, warmup=1, beside=ALONE)
+    return local_report(found, batch)
 
 
 def steps(
@@ -68,11 +72,14 @@ def steps(
     batch: int = 1,
     bucket_mib: float = 25,
     warmup: int = 4,
+    beside: str = "",
 ) -> dict[str, Took]:
     """Steps on the cluster that is up, one rank on each host. Raises ``RuntimeError`` with what was printed."""
 
     def asked(out: str) -> dict[str, object]:
-        return dataclasses.asdict(Asked(out, exchanges, rounds, batch, bucket_mib=bucket_mib, warmup=warmup))
+        return dataclasses.asdict(
+            Asked(out, exchanges, rounds, batch, bucket_mib=bucket_mib, warmup=warmup, beside=beside)
+        )
 
     found = json.loads(on_hosts(session, ranks, "dtrain.evidence.steps", asked).read_text())
     return {name: Took(**took) for name, took in found.items()}
@@ -155,19 +162,21 @@ def slow_report(found: Mapping[str, Took], by_ranks: Mapping[int, int]) -> Repor
     )
 
 
-def local_report(found: Mapping[str, Took]) -> Report:
+def local_report(found: Mapping[str, Took], batch: int) -> Report:
     """Steps by method; compute utilization is the step without communication over the step with it."""
-    alone = found["nothing/10"].median
-    used = {name: alone / took.median for name, took in found.items()}
+    alone = found[ALONE].median
+    used = {name: took.utilization if took.beside else 1.0 for name, took in found.items()}
     rows = [
         [name, in_time(took.median), f"{used[name]:.3f}", in_bytes(took.sent_bytes)] for name, took in found.items()
     ]
     body = (
         "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, all "
-        f"of them on two cores; {LOCAL_SEQUENCES} sequences of 64 tokens for each rank, kernels compiled. Whole rounds "
-        f"in turn, {len(found['nothing/10'].seconds)} of each; a step is a part of a round, of the slowest rank, "
-        "medians. Methods that overlap their rounds are timed from their second one on. *diloco/50:int8*: rounds of 50 "
-        "steps, 8 bits.\n\n" + table(["method", "step", "compute utilization", "sent per step"], rows)
+        f"of them on two cores; {batch} sequences of 64 tokens for each rank, kernels compiled. Whole rounds in turn, "
+        f"{len(found['torch.all_reduce'].seconds)} of each; a step is a part of a round, of the slowest rank, medians. "
+        "Ten steps without communication are timed before and after each; compute utilization is the mean of the two "
+        "over the step between, the median of the rounds. Methods that overlap their rounds are timed from their "
+        "second one on. *diloco/50:int8*: rounds of 50 steps, 8 bits.\n\n"
+        + table(["method", "step", "compute utilization", "sent per step"], rows)
     )
     checks = [at_least(f"compute utilization of {name}", used[name], line) for name, line in LOCAL.items() if line]
     checks.append(at_most("compute utilization of fp32 data parallelism", used["torch.all_reduce"], 0.15))

@@ -5,7 +5,8 @@ JSON names. What is exchanged: "nothing" (in "nothing/10" ten steps are timed as
 ("torch.all_reduce", "torch.powersgd"); or a choice of the group compress, by `attach`, on the two-phase route or, as in
 "bf16:all_reduce", on another. "local_sgd/8:int4_ef" is an average of parameters every 8 steps; what is timed is a step
 of whole rounds then. A method that overlaps its rounds is timed from its second round on, and what it has under way at
-the end is waited for before another one has its turn.
+the end is waited for before another one has its turn. With ``beside``, that exchange is timed before and after each
+other one: a machine's speed changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,22 +46,30 @@ class Asked:
     model: tuple[int, int, int] = (480, 6, 8)
     bucket_mib: float = 25
     warmup: int = 4
+    beside: str = ""
 
 
 @dataclass(frozen=True)
 class Took:
     """Of one exchange: seconds of each step, the slowest rank's; ``sent_bytes``: of the busiest interface, per step.
 
-    ``payload_bytes``: per step, what our meter counted, or torch's PowerSGD hook; 0 for others.
+    ``payload_bytes``: per step, what our meter counted, or torch's PowerSGD hook; 0 for others. ``beside``: seconds of
+    a step of the exchange that was timed before and after it, the mean of both.
     """
 
     seconds: list[float]
     sent_bytes: int
     payload_bytes: int
+    beside: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def utilization(self) -> float:
+        """The step beside it over its own, the median of all rounds."""
+        return statistics.median(alone / own for alone, own in zip(self.beside, self.seconds, strict=True))
 
 
 class _Training:
@@ -129,34 +138,36 @@ def main(asked: Asked) -> None:
     tokens = torch.randint(0, VOCABULARY, (asked.batch, LENGTH + 1), generator=generator)
     batch = {"input": tokens[:, :-1], "target": tokens[:, 1:]}
     trainings = {name: _Training(name, asked) for name in asked.exchanges}
-    seconds: dict[str, list[float]] = {name: [] for name in trainings}
-    sent = dict.fromkeys(trainings, 0)
-    payload = dict.fromkeys(trainings, 0)
     names = list(trainings)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    alone: dict[str, list[float]] = {name: [] for name in names}  # before and after, one after the other
+    sent = dict.fromkeys(names, 0)
+    payload = dict.fromkeys(names, 0)
     for number in range(asked.warmup + asked.rounds):
+        beside = _timed(trainings[asked.beside], batch) if asked.beside else 0.0
         for name in names[number % len(names) :] + names[: number % len(names)]:
+            if name == asked.beside:
+                continue
             training = trainings[name]
             for _ in range(training.before):
                 training.step(batch)
             before, counted = wire.sent(), training.payload()
-            dist.barrier()
-            started = time.perf_counter()
-            for _ in range(training.steps):
-                training.step(batch)
-            took = (time.perf_counter() - started) / training.steps
-            training.settle()
-            dist.barrier()
+            took = _timed(training, batch)
+            moved = wire.busiest(before, wire.sent())[1] // training.steps
+            earlier, beside = beside, _timed(trainings[asked.beside], batch) if asked.beside else 0.0
             if number >= asked.warmup:
                 seconds[name].append(took)
-                sent[name] += wire.busiest(before, wire.sent())[1] // training.steps
+                alone[name].extend((earlier, beside))
+                sent[name] += moved
                 payload[name] += (training.payload() - counted) // training.steps
-    everybody: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everybody, seconds)
+                if asked.beside:
+                    seconds[asked.beside].append(beside)
+    own, longest = _slowest(seconds), _slowest(alone)
     if rank == 0:
         found = {
             name: Took(
-                [max(of_ranks) for of_ranks in zip(*(one[name] for one in everybody), strict=True)],
-                sent[name] // asked.rounds, payload[name] // asked.rounds,
+                own[name], sent[name] // asked.rounds, payload[name] // asked.rounds,
+                [(a + b) / 2 for a, b in zip(longest[name][::2], longest[name][1::2], strict=True)],
             )
             for name in names
         }  # fmt: skip
@@ -165,6 +176,27 @@ def main(asked: Asked) -> None:
         if training.attached is not None:
             training.attached.detach()
     dist.destroy_process_group()
+
+
+def _slowest(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Of each time the slowest rank's. Every rank must call it."""
+    everybody: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everybody, seconds)
+    return {
+        name: [max(of_ranks) for of_ranks in zip(*(one[name] for one in everybody), strict=True)] for name in seconds
+    }
+
+
+def _timed(training: _Training, batch: dict[str, torch.Tensor]) -> float:
+    """Seconds of one of its steps on this rank, in a whole round; then nothing is under way."""
+    dist.barrier()
+    started = time.perf_counter()
+    for _ in range(training.steps):
+        training.step(batch)
+    took = (time.perf_counter() - started) / training.steps
+    training.settle()
+    dist.barrier()
+    return took
 
 
 if __name__ == "__main__":

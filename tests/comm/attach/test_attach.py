@@ -182,6 +182,27 @@ def detached_and_attached_again(kind: str) -> tuple[Tensor, Tensor]:
     return torch.cat([p.detach().reshape(-1) for p in whole]), flat(plain)
 
 
+def gradients_under_a_local_update() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Before, under and after a sync that leaves gradients alone: what DDP left, this rank's own, and the mean."""
+    rank, world, model = dist.get_rank(), dist.get_world_size(), DistributedDataParallel(small())
+    found, attached = [], None
+    for step in range(3):
+        if step == 1:
+            attached = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), diloco(every_steps=100))
+        elif attached is not None:
+            attached.detach()
+        backward(model, rank, step)
+        each = []
+        for other in range(world):
+            plain = small()
+            backward(plain, other, step)
+            each.append(torch.cat([p.grad.reshape(-1) for p in plain.parameters() if p.grad is not None]))
+        left = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+        found.append((left, each[rank], torch.stack(each).mean(0)))
+        model.zero_grad()
+    return found
+
+
 def evaluation_shows_the_anchor() -> tuple[bool, bool, bool]:
     model = DistributedDataParallel(small())
     attached = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), diloco(every_steps=5))
@@ -457,6 +478,14 @@ def test_equal_to_round_off(pool: WorkerPool, job: Callable[[], tuple[Tensor, Te
 def test_fsdp2_of_the_users_own_is_data_parallelism_and_clips_right(pool: WorkerPool, clip: float) -> None:
     for mine, expected in pool.run(dense_on_user_fsdp2, clip):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ddp_leaves_gradients_alone_between_rounds_and_only_then(pool: WorkerPool) -> None:
+    for before, under, after in pool.run(gradients_under_a_local_update, world=2):
+        for left, own, mean in (before, after):
+            torch.testing.assert_close(left, mean)
+            assert not torch.allclose(left, own)
+        assert torch.equal(under[0], under[1])
 
 
 def test_replicas_are_made_equal_first(pool: WorkerPool) -> None:
