@@ -25,7 +25,7 @@ from dtrain.checkpoint import Placement, export, load, read_manifest, write
 from dtrain.checkpoint.folders import step_of, write_text_durably
 from dtrain.clock import TIME_LIMIT, Clock
 from dtrain.comm.schedules.sync import Attached, Sync
-from dtrain.comm.shared_seed.one_byte import AttachedOneByte
+from dtrain.comm.shared_seed.forward_only import ForwardOnly
 from dtrain.config import Config, instantiate
 from dtrain.config.building import build_model
 from dtrain.control import Control, Report
@@ -217,7 +217,7 @@ class _Run:
             self.engine.set_learning_rate(self.peak_lr * self._lr_factor(step))
             with self.account.computing():
                 loss: float | Tensor  # a tensor is not looked at before all is under way
-                if isinstance(self.attached, AttachedOneByte):
+                if isinstance(self.attached, ForwardOnly):
                     loss = self._tried(self.attached, batches)
                 else:
                     loss = self.engine.forward_backward(batches)
@@ -233,7 +233,7 @@ class _Run:
         self.account.tokens += settings.batch_size * self.tokens_per_example
         return Report(self._asked(), float(loss), len(indices) * self.tokens_per_example)
 
-    def _tried(self, sync: AttachedOneByte, batches: Sequence[Batch]) -> float:
+    def _tried(self, sync: ForwardOnly, batches: Sequence[Batch]) -> float:
         """Every direction of this step on these batches, forward only; the mean loss of this replica."""
         examples = [len(next(iter(batch.values()))) for batch in batches]
 
@@ -241,7 +241,7 @@ class _Run:
             parts = [self.engine.evaluate(batch) * count for batch, count in zip(batches, examples, strict=True)]
             return torch.stack(parts).sum() / sum(examples)
 
-        return sum(sync.estimate(loss) for _ in range(sync.spec.samples)) / sync.spec.samples
+        return sum(sync.estimate(loss) for _ in range(sync.walk.samples)) / sync.walk.samples
 
     def _tell_decisions(self) -> None:
         """What the sync has decided goes into the metrics; a new plan into rank 0's log and the run folder."""

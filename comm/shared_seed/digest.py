@@ -37,6 +37,11 @@ def unsigned(total: Tensor) -> int:
     return int(total.item()) % 2**64
 
 
+def signed(digest: int) -> int:
+    """A digest as int64 holds it; ``% 2**64`` undoes it."""
+    return digest - 2**64 if digest >= 2**63 else digest
+
+
 def _mix(x: Tensor) -> Tensor:
     """Spread every bit over all others, as in a 64-bit finalizer; shifts are made logical by masks."""
     x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * _ODD[0]

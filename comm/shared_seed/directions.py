@@ -10,13 +10,15 @@ them. So the result has the same bits for any sharding, on any device, in a run 
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from dtrain.comm.layout import Named, Segment
@@ -26,6 +28,8 @@ from dtrain.comm.shared_seed.philox import Address, SharedRandom
 Noise: TypeAlias = Literal["signs", "normal"]
 Seeds: TypeAlias = Literal["per_worker", "common"]
 Rule: TypeAlias = Literal["mean", "median", "trimmed_mean", "majority"]
+At: TypeAlias = tuple[int, int, int]
+"""Step, worker and sample of a direction."""
 
 CHUNK = 2**18
 """Elements that take all directions of a step before the next ones do: they stay in the cache."""
@@ -48,6 +52,8 @@ class Walk:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}; a machine tries at least one direction in a step")
+        if self.noise not in ("signs", "normal"):
+            raise ValueError(f"noise is {self.noise!r}; choose 'signs' or 'normal'")
         if self.seeds == "per_worker" and self.rule != "mean":
             raise ValueError(
                 f"rule is {self.rule!r}, and each machine has directions of its own, of which only a mean makes sense; "
@@ -58,14 +64,12 @@ class Walk:
     def random(self) -> SharedRandom:
         return SharedRandom(self.key)
 
-    def direction(
-        self, step: int, worker: int, sample: int, segment: Segment, start: int = 0, stop: int | None = None
-    ) -> Tensor:
-        """Elements [start, stop) of ``segment``'s part of a direction, fp32 on the CPU."""
-        stop = segment.numel if stop is None else stop
-        at = Address("direction", step, worker if self.seeds == "per_worker" else 0, sample)
-        draw = self.random.signs if self.noise == "signs" else self.random.normal
-        return draw(at, segment.fqn, stop - start, start=segment.offset + start)
+    def directions(self, ats: Sequence[At], segments: Sequence[Segment]) -> list[Tensor]:
+        """What each direction is at each of ``segments``, one direction after the other; fp32 on the CPU."""
+        alike = self.seeds == "common"
+        places = [Address("direction", step, 0 if alike else worker, sample) for step, worker, sample in ats]
+        draw = self.random.signs_of if self.noise == "signs" else self.random.normal_of
+        return draw([(at, segment) for at in places for segment in segments])
 
 
 @dataclass(frozen=True)
@@ -99,38 +103,59 @@ def scales(walk: Walk, step: Step) -> Iterator[tuple[int, int, float]]:
     found = [[decode(step.codes[m * samples + k]) for k in range(samples)] for m in range(len(step.workers))]
     if walk.seeds == "common":
         for sample in range(samples):
-            yield 0, sample, _single(-step.lr * _ruled(walk, [row[sample] for row in found]) / samples)
+            yield 0, sample, single(-step.lr * _ruled(walk, [row[sample] for row in found]) / samples)
         return
     share = samples * len(step.workers)
     for worker, row in zip(step.workers, found, strict=True):
         for sample, number in enumerate(row):
-            yield worker, sample, _single(-step.lr * number / share)
+            yield worker, sample, single(-step.lr * number / share)
 
 
 def walk_on(values: Named, segments: Mapping[str, Segment], walk: Walk, step: Step) -> None:
     """Change flat fp32 ``values``, the pieces ``segments`` of the parameters, in place as ``step`` says."""
-    moves = [move for move in scales(walk, step) if move[2]]
-    kept = _single(1.0 - step.lr * step.decay)
-    for fqn, value in values.items():
-        segment = segments[fqn]
-        if step.decay:
+    if step.decay:
+        kept = single(1.0 - step.lr * step.decay)
+        for value in values.values():
             value.mul_(kept)
-        for start in range(0, segment.numel, CHUNK):
-            stop = min(start + CHUNK, segment.numel)
-            part = value[start:stop]
-            for worker, sample, scale in moves:
-                along = walk.direction(step.number, worker, sample, segment, start, stop)
+    move(values, segments, walk, [((step.number, worker, sample), by) for worker, sample, by in scales(walk, step)])
+
+
+def move(values: Named, segments: Mapping[str, Segment], walk: Walk, moves: Iterable[tuple[At, float]]) -> None:
+    """Add ``by`` times the direction ``at`` to flat fp32 ``values``, in place, for each of ``moves`` in their order."""
+    needed = [(at, by) for at, by in moves if by]
+    for cells in _cells(segments[fqn] for fqn in values):
+        parts = [values[cell.fqn][cell.offset - segments[cell.fqn].offset :][: cell.numel] for cell in cells]
+        together = max(1, CHUNK // sum(cell.numel for cell in cells))
+        for start in range(0, len(needed), together):
+            some = needed[start : start + together]
+            drawn = iter(walk.directions([at for at, _ in some], cells))
+            for (_, by), part in itertools.product(some, parts):
                 # The product is rounded before it is added: a fused multiply-add has other bits, where z is no sign.
-                part.add_(along.mul_(scale).to(part.device))
+                part.add_(next(drawn).mul_(by).to(part.device))
 
 
-def both_ways(
-    values: Named, segments: Mapping[str, Segment], walk: Walk, at: tuple[int, int, int], by: float
-) -> Iterator[Named]:
-    """``values`` + ``by`` z, then ``values`` - ``by`` z, in tensors of their own; ``at``: step, worker, sample of z."""
-    way = {fqn: walk.direction(*at, segments[fqn]).mul_(_single(by)).to(value.device) for fqn, value in values.items()}
+def both_ways(values: Named, segments: Mapping[str, Segment], walk: Walk, at: At, by: float) -> Iterator[Named]:
+    """``values`` + ``by`` z, then ``values`` - ``by`` z, in tensors of their own."""
+    way = {fqn: torch.zeros_like(value) for fqn, value in values.items()}
+    move(way, segments, walk, [(at, single(by))])
     yield {fqn: value + way[fqn] for fqn, value in values.items()}
     yield {fqn: value - way[fqn] for fqn, value in values.items()}
+
+
+def _cells(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+    """``segments`` in parts of at most CHUNK elements, small ones together."""
+    cells: list[Segment] = []
+    held = 0
+    for segment in segments:
+        for start in range(segment.offset, segment.stop, CHUNK):
+            cell = Segment(segment.fqn, start, min(CHUNK, segment.stop - start))
+            if cells and held + cell.numel > CHUNK:
+                yield cells
+                cells, held = [], 0
+            cells.append(cell)
+            held += cell.numel
+    if cells:
+        yield cells
 
 
 def _ruled(walk: Walk, numbers: list[float]) -> float:
@@ -145,7 +170,7 @@ def _ruled(walk: Walk, numbers: list[float]) -> float:
     return math.fsum(numbers) / len(numbers)
 
 
-def _single(number: float) -> float:
+def single(number: float) -> float:
     """Rounded to fp32."""
     try:
         rounded: float = struct.unpack("<f", struct.pack("<f", number))[0]

@@ -16,11 +16,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from dtrain.comm.layout import Segment
 
 VERSION = "philox4x32-10/1"
 """Of all that turns an address into numbers: whoever replays a log refuses another one."""
@@ -47,6 +52,10 @@ class Address:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+Wanted: TypeAlias = tuple[Address, Segment]
+"""The elements of a segment, of the vector at an address."""
+
+
 @dataclass(frozen=True)
 class SharedRandom:
     """The numbers of one run. ``key``: 64 bits; who knows it can make all of them.
@@ -63,32 +72,60 @@ class SharedRandom:
 
     def signs(self, at: Address, fqn: str, numel: int, *, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
         """-1 or 1 with equal probability, fp32 ``[numel]``: elements [start, start + numel) of parameter ``fqn``."""
-        first, blocks = _span(start, numel, _SIGNS)
-        words = self._words(first, blocks, at.stream(fqn), device)
-        # Bit i of a word, from the lowest, is its element i, whichever byte order the machine has.
-        octets = (words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=words.device)) & 0xFF
-        signs = _sign_table(str(words.device)).index_select(0, octets.flatten()).flatten()
-        return signs[start - first * _SIGNS :][:numel]
+        (drawn,) = self.signs_of([(at, Segment(fqn, start, numel))], device=device)
+        return drawn
 
     def normal(
         self, at: Address, fqn: str, numel: int, *, start: int = 0, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Of mean 0 and variance 1, at most 4.32, fp32 ``[numel]``; otherwise as `signs`."""
-        first, blocks = _span(start, numel, _NORMALS)
-        words = self._words(first, blocks, at.stream(fqn), device)
-        halves = (words.unsqueeze(-1) >> torch.arange(0, 32, 16, device=words.device)) & 0xFFFF
-        return _normal_table(str(words.device)).index_select(0, halves.flatten())[start - first * _NORMALS :][:numel]
+        (drawn,) = self.normal_of([(at, Segment(fqn, start, numel))], device=device)
+        return drawn
 
-    def _words(self, first: int, blocks: int, stream: int, device: torch.device | str) -> Tensor:
-        """``[blocks, 4]`` int64 below 2**32."""
-        number = torch.arange(first, first + blocks, dtype=torch.int64, device=device)
+    def signs_of(self, wanted: Sequence[Wanted], *, device: torch.device | str = "cpu") -> list[Tensor]:
+        """`signs` of each of ``wanted``, drawn at once: many small ones cost what a large one does."""
+        words, cuts = self._words(wanted, _SIGNS, device)
+        # Bit i of a word, from the lowest, is its element i, whichever byte order the machine has.
+        octets = (words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=words.device)) & 0xFF
+        signs = _sign_table(str(words.device)).index_select(0, octets.flatten()).flatten()
+        return [signs[start:stop] for start, stop in cuts]
+
+    def normal_of(self, wanted: Sequence[Wanted], *, device: torch.device | str = "cpu") -> list[Tensor]:
+        """`normal` of each of ``wanted``, drawn at once."""
+        words, cuts = self._words(wanted, _NORMALS, device)
+        halves = (words.unsqueeze(-1) >> torch.arange(0, 32, 16, device=words.device)) & 0xFFFF
+        normal = _normal_table(str(words.device)).index_select(0, halves.flatten())
+        return [normal[start:stop] for start, stop in cuts]
+
+    def uniform(self, at: Address) -> float:
+        """One number in [0, 1), of 53 bits."""
+        words, _ = self._words([(at, Segment("", 0, 1))], 1, "cpu")
+        high, low = words[0, :2].tolist()
+        return float((high << 21) | (low >> 11)) / 2**53
+
+    def _words(
+        self, wanted: Sequence[Wanted], per_block: int, device: torch.device | str
+    ) -> tuple[Tensor, list[tuple[int, int]]]:
+        """``[blocks, 4]`` int64 below 2**32, and between which of all their elements each of ``wanted`` lies."""
+        spans = [_span(segment.offset, segment.numel, per_block) for _, segment in wanted]
+        sizes = torch.tensor([blocks for _, blocks in spans], device=device)
+        ends = list(itertools.accumulate((blocks for _, blocks in spans), initial=0))
+        streams = [at.stream(segment.fqn) for at, segment in wanted]
+
+        def spread(of_each: list[int]) -> Tensor:
+            return torch.tensor(of_each, dtype=torch.int64, device=device).repeat_interleave(sizes)
+
+        shifts = [first - end for (first, _), end in zip(spans, ends, strict=False)]
+        number = torch.arange(ends[-1], device=device) + spread(shifts)
         counter = (
             number & _MASK,
             number >> 32,
-            torch.full_like(number, stream & _MASK),
-            torch.full_like(number, stream >> 32),
+            spread([stream & _MASK for stream in streams]),
+            spread([stream >> 32 for stream in streams]),
         )
-        return torch.stack(philox(counter, (self.key & _MASK, self.key >> 32)), dim=1)
+        starts = [segment.offset - shift * per_block for (_, segment), shift in zip(wanted, shifts, strict=True)]
+        cuts = [(start, start + segment.numel) for start, (_, segment) in zip(starts, wanted, strict=True)]
+        return torch.stack(philox(counter, (self.key & _MASK, self.key >> 32)), dim=1), cuts
 
 
 Quadruple = tuple[Tensor, Tensor, Tensor, Tensor]

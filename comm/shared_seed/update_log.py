@@ -16,7 +16,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -130,6 +130,25 @@ def read(path: Path) -> Contents:
     if text is None:
         raise LogError(f"{where}: its header is incomplete; there is nothing to go on with")
     header = Header.decoded(text, where)
+    records, at = _records(data, at, where)
+    return Contents(header, records, at, len(data) - at)
+
+
+def to_bytes(records: Iterable[Record]) -> bytes:
+    """As they stand in a log."""
+    return b"".join(_frame(record.encoded()) for record in records)
+
+
+def from_bytes(data: bytes) -> list[Record]:
+    """Undo `to_bytes`. Raises `LogError` for what is damaged."""
+    records, end = _records(data, 0, "what was received of a log")
+    if end < len(data):
+        raise LogError(f"what was received of a log ends within record {len(records)}")
+    return records
+
+
+def _records(data: bytes, at: int, where: str) -> tuple[list[Record], int]:
+    """The whole records from byte ``at`` on, and where they end."""
     records: list[Record] = []
     while at < len(data):
         body, after = _framed(data, at, f"{where}: record {len(records)}, at byte {at},")
@@ -145,7 +164,7 @@ def read(path: Path) -> Contents:
             )
         records.append(record)
         at = after
-    return Contents(header, records, at, len(data) - at)
+    return records, at
 
 
 class UpdateLog:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dtrain import attach, one_byte
 from dtrain.comm.layout import Segment
-from dtrain.comm.shared_seed.code import decode
+from dtrain.comm.shared_seed.code import decode, encode
 from dtrain.comm.shared_seed.directions import walk_on
 from dtrain.comm.shared_seed.one_byte import AttachedOneByte
 from dtrain.comm.shared_seed.update_log import read
@@ -100,8 +100,8 @@ def on_a_line(eps: float) -> tuple[float, float, bool]:
     slope = torch.randn(40, generator=torch.Generator().manual_seed(dist.get_rank()))
     before = model.weight.detach().clone()
     sync.estimate(lambda: (model.weight.double() * slope).sum())
-    along = sync.walk.direction(0, dist.get_rank(), 0, Segment("weight", 0, 40))
-    return decode(sync._trial.codes[0]), float(along.double() @ slope.double()), torch.equal(model.weight, before)
+    (along,) = sync.walk.directions([(0, dist.get_rank(), 0)], [Segment("weight", 0, 40)])
+    return decode(encode(sync._numbers[0])), float(along.double() @ slope.double()), torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-1])
