@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dtrain.comm.attach import attach
     from dtrain.comm.compressors.cast import cast
     from dtrain.comm.compressors.lowrank import powersgd
+    from dtrain.comm.compressors.projection import projection
     from dtrain.comm.compressors.quantize import quantize
     from dtrain.comm.compressors.sign import sign
     from dtrain.comm.compressors.sparse import randk, topk
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from dtrain.comm.schedules.slowmo import slowmo
     from dtrain.comm.schedules.sparta import sparta
     from dtrain.comm.schedules.streaming_diloco import streaming_diloco
+    from dtrain.comm.shared_seed.fedkseed import fedkseed
+    from dtrain.comm.shared_seed.ferret import ferret
     from dtrain.comm.shared_seed.one_byte import one_byte
 
 __version__ = "0.1.0"
@@ -66,6 +69,8 @@ __all__ = [
     "every_step",
     "fedavg_m",
     "fedhyper",
+    "fedkseed",
+    "ferret",
     "lgreco",
     "local_sgd",
     "local_update",
@@ -75,6 +80,7 @@ __all__ = [
     "onebit_adam",
     "post_local_sgd",
     "powersgd",
+    "projection",
     "quantize",
     "randk",
     "scaffold_m",
@@ -109,6 +115,8 @@ _HOME = {
     "every_step": "dtrain.comm.schedules.every_step",
     "fedavg_m": "dtrain.comm.schedules.scaffold",
     "fedhyper": "dtrain.comm.schedules.fedhyper",
+    "fedkseed": "dtrain.comm.shared_seed.fedkseed",
+    "ferret": "dtrain.comm.shared_seed.ferret",
     "lgreco": "dtrain.comm.plans.lgreco",
     "local_sgd": "dtrain.comm.schedules.local_sgd",
     "local_update": "dtrain.comm.schedules.local_update",
@@ -118,6 +126,7 @@ _HOME = {
     "onebit_adam": "dtrain.comm.schedules.onebit_adam",
     "post_local_sgd": "dtrain.comm.schedules.post_local_sgd",
     "powersgd": "dtrain.comm.compressors.lowrank",
+    "projection": "dtrain.comm.compressors.projection",
     "quantize": "dtrain.comm.compressors.quantize",
     "randk": "dtrain.comm.compressors.sparse",
     "scaffold_m": "dtrain.comm.schedules.scaffold",

@@ -56,12 +56,15 @@ class Dgc:
     exchange: EveryStep
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
-        inner = pieces.optimizer
-        if not isinstance(inner, torch.optim.SGD) or any(group["momentum"] for group in inner.param_groups):
-            raise ValueError(
-                f"dgc has momentum of its own, so the inner optimizer must be SGD(momentum=0); it is {_told(inner)}"
-            )
+        self.require_inner(pieces.optimizer)
         return self.exchange.bind(pieces, seed)
+
+    def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
+            raise ValueError(
+                f"dgc has momentum of its own, so the inner optimizer must be SGD(momentum=0); it is {_told(optimizer)}"
+            )
 
 
 def dgc(density: float = 0.001, *, momentum: float = 0.9, warmup_steps: int = 0) -> Dgc:

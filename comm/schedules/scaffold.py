@@ -44,17 +44,20 @@ class Directed(LocalUpdate):
     control: bool = False
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
-        inner = pieces.optimizer
-        plain = isinstance(inner, torch.optim.SGD) and not any(
-            group["momentum"] or group["weight_decay"] for group in inner.param_groups
+        self.require_inner(pieces.optimizer)
+        return AttachedDirected(self, pieces, seed)
+
+    def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        plain = isinstance(optimizer, torch.optim.SGD) and not any(
+            group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
         )
-        if not plain or len({group["lr"] for group in inner.param_groups}) > 1:
+        if not plain or len({group["lr"] for group in optimizer.param_groups}) > 1:
             raise ValueError(
                 f"{'scaffold_m' if self.control else 'fedavg_m'} steps by plain SGD, whose gradients it reads off from "
                 "what was moved; take torch.optim.SGD(lr=...) without momentum and weight decay and with one rate, not "
-                f"{type(inner).__name__}"
+                f"{type(optimizer).__name__}"
             )
-        return AttachedDirected(self, pieces, seed)
 
     @property
     def kinds(self) -> dict[str, Kind]:

@@ -62,8 +62,7 @@ def validate(config: Config) -> dict[str, object]:
     problems = [*_ranges(config), *_mesh(config), *_launcher(config), *_engine(config), *_run_folder(config)]
     if problems:
         raise ConfigError("\n".join(problems))
-    _sync(config)
-    _optimizer(config)
+    _optimizer(config, _sync(config))
     data, description = check_data(config)
     _model(config, data)
     return description
@@ -156,21 +155,32 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield f"run.dir={config.run.dir}: {existing} cannot be written to; choose another run.dir"
 
 
-def _sync(config: Config) -> None:
+def _sync(config: Config) -> object:
     sync = instantiate(config.sync, "sync")
     if not callable(getattr(sync, "bind", None)):
         target = config.sync["_target_"]
         raise ConfigError(f"sync: {target} makes a {type(sync).__name__}, no sync: take dtrain.every_step, for example")
+    if getattr(sync, "constant_rate", False) and (config.optim.schedule != "constant" or config.optim.warmup_steps):
+        raise ConfigError(
+            f"sync: {type(sync).__name__} needs one learning rate from the first step to the last, and the schedule is "
+            f"{config.optim.schedule} with {config.optim.warmup_steps} steps of warm-up; set optim.schedule=constant "
+            "optim.warmup_steps=0"
+        )
+    return sync
 
 
-def _optimizer(config: Config) -> None:
-    """Its own checks, on a parameter of one element."""
+def _optimizer(config: Config, sync: object) -> None:
+    """Its own checks, and those of the sync, on a parameter of one element."""
     import torch
 
     optimizer = instantiate(config.optim.inner, "optim.inner", params=[torch.nn.Parameter(torch.zeros(1))])
     if not isinstance(optimizer, torch.optim.Optimizer):
         target = config.optim.inner["_target_"]
         raise ConfigError(f"optim.inner: {target} makes a {type(optimizer).__name__}, no torch.optim.Optimizer")
+    try:
+        getattr(sync, "require_inner", lambda _: None)(optimizer)
+    except ValueError as error:
+        raise ConfigError(f"sync and optim.inner do not go together: {error}") from error
 
 
 def _model(config: Config, data: object) -> None:

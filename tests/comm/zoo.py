@@ -13,6 +13,7 @@ from dtrain.comm.combine import combine
 from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.lowrank import Matrix
+from dtrain.comm.compressors.projection import projection
 from dtrain.comm.compressors.quantize import quantize
 from dtrain.comm.compressors.sign import sign
 from dtrain.comm.compressors.sparse import randk, topk
@@ -62,6 +63,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "sign": sign(block=16),
     "terngrad": terngrad(block=16),
     "compeft": compeft(block=16, density=0.3),
+    "projection": projection(3, block=16),
+    "projection, unbiased": projection(5, block=16, scaled=True),
 }
 
 worlds = st.integers(1, 5)

@@ -33,6 +33,27 @@ def test_a_byte_is_enough_on_every_engine(pool: WorkerPool, text: Path, tmp_path
     assert len(records) == 6 and len({record.digest for record in records}) == 6
 
 
+OTHERS = {
+    "fedkseed": ("optim=sgd", "optim.inner.momentum=0", "optim.inner.lr=0.0005", "optim.schedule=constant",
+                 "optim.warmup_steps=0", "sync.every_steps=4", "sync.directions=64"),
+    "ferret": ("sync.every_steps=4", "sync.directions=4096", "sync.block=4096"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sync", OTHERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_others_train_on_every_engine_too(
+    pool: WorkerPool, text: Path, tmp_path: Path, engine: str, sync: str
+) -> None:
+    """A stop within a round leaves no trace."""
+    chosen = [*OTHERS[sync], "train.steps=10"]
+    whole = run(pool, tmp_path / "whole", text, engine, sync, *chosen)
+    run(pool, tmp_path / "half", text, engine, sync, *chosen, "train.stop_after_steps=6")
+    again = run(pool, tmp_path / "half", text, engine, sync, *chosen)
+    assert again.losses == whole.losses
+    assert again.digest == whole.digest
+
+
 def test_all_engines_find_much_the_same(pool: WorkerPool, text: Path, tmp_path: Path) -> None:
     """Round-off may change a byte, so not to the bit: the loss after six steps."""
     ended = [run(pool, tmp_path / e, text, e, "one_byte", *CHOSEN).losses[6] for e in ("ddp", "fsdp", "zero3")]
