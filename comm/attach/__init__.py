@@ -90,17 +90,23 @@ def _attached_to_members(
 ) -> Attached:
     from dtrain.comm.schedules.elastic import AttachedElastic
     from dtrain.comm.schedules.local_update import LocalUpdate
+    from dtrain.comm.shared_seed.joining import AttachedElasticOneByte
+    from dtrain.comm.shared_seed.one_byte import OneByte
 
-    if not isinstance(sync, LocalUpdate):
+    def bind(pieces: Pieces) -> Attached:
+        if isinstance(sync, LocalUpdate):
+            return AttachedElastic(sync, pieces, seed, members)
+        if isinstance(sync, OneByte):
+            return AttachedElasticOneByte(sync, pieces, seed, members)
         raise TypeError(
-            f"replicas can come and go between the rounds of a local update, such as diloco(...); this is {sync}"
+            "replicas can come and go between the rounds of a local update, such as diloco(...), and between the steps "
+            f"of one_byte(...); this is {sync}"
         )
+
     world = list(range(dist.get_world_size()))
     shard = _new_group([world]) if len(world) > 1 else Alone()
     channel = Channel({"replicate": members.transport(), "shard": shard})
-    return _bound(
-        pieces_of(model, optimizer, channel, overlap=False), lambda pieces: AttachedElastic(sync, pieces, seed, members)
-    )
+    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
 
 
 def _bound(pieces: Pieces, bind: Callable[[Pieces], Attached]) -> Attached:

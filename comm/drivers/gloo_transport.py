@@ -23,6 +23,13 @@ class PeersLost(RuntimeError):
     """A peer is gone or silent, or has left this group."""
 
 
+def is_loss(error: BaseException | None) -> bool:
+    """Whether ``error`` came of a `PeersLost`."""
+    while error is not None and not isinstance(error, PeersLost):
+        error = error.__cause__
+    return error is not None
+
+
 _ABANDONED: list[tuple[dist.ProcessGroup, list[_Moving]]] = []
 """Groups that were broken off while something was under way: to end one waits for its peers, who may be silent."""
 

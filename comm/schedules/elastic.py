@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dtrain.comm.drivers.gloo_transport import PeersLost
+from dtrain.comm.drivers.gloo_transport import PeersLost, is_loss
 from dtrain.comm.drivers.members import NOBODY, Epoch, Members
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.drivers.transport import Alone, Transport
@@ -127,7 +127,7 @@ class AttachedElastic(AttachedLocalUpdate):
         try:
             return super().verify()
         except RuntimeError as error:
-            if not _is_loss(error):
+            if not is_loss(error):
                 raise
             self._break_off()  # the next round finds a new epoch
             return self._agree(True)
@@ -139,7 +139,7 @@ class AttachedElastic(AttachedLocalUpdate):
                 for handle in part.flights[0].handles:
                     handle.wait()
         except RuntimeError as error:
-            if not _is_loss(error):
+            if not is_loss(error):
                 raise
             self._break_off()
             return False
@@ -192,7 +192,7 @@ class AttachedElastic(AttachedLocalUpdate):
         try:
             self._hand_on(self.members.epoch)
         except RuntimeError as error:
-            if not _is_loss(error):
+            if not is_loss(error):
                 raise
             return False
         return True
@@ -252,12 +252,6 @@ def _copied(own: Tensor | None, source: int) -> Flow[Tensor]:
     return found
 
 
-def _is_loss(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, PeersLost):
-        error = error.__cause__
-    return error is not None
-
-
 def _require_elastic(spec: LocalUpdate) -> None:
     """Raise ``ValueError`` for what keeps replicas together between their rounds."""
     reasons = {
@@ -269,6 +263,8 @@ def _require_elastic(spec: LocalUpdate) -> None:
         "feedback that keeps the replicas' mean": not spec.weighs,
     }
     wrong = [what for what, found in reasons.items() if found]
+    if type(spec) is not LocalUpdate:
+        wrong.insert(0, f"{type(spec).__name__}'s own way of rounds")
     if wrong:
         raise ValueError(
             f"replicas cannot come and go with {' and '.join(wrong)}; leave it out, as in diloco(...) and "
