@@ -65,7 +65,7 @@ check: setup
 	$(BIN)/mypy
 
 evidence: setup setup-system
-	@$(BIN)/python -c 'import torchft' 2>/dev/null || $(PIP) torchft  # measured beside ours, used by nothing
+	@$(BIN)/python -c 'import torchft, sklearn' 2>/dev/null || $(PIP) torchft scikit-learn  # measured beside ours, and data
 	$(BIN)/python -m dtrain.evidence $(ARGS)
 
 clean:

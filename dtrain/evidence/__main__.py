@@ -24,6 +24,7 @@ from dtrain.evidence.network import network
 from dtrain.evidence.overlap import overlap
 from dtrain.evidence.page import Circumstances, Report, page
 from dtrain.evidence.runs import Session, say
+from dtrain.evidence.shared_seed import shared_seed
 from dtrain.evidence.stopping import stopping
 from dtrain.evidence.training import default, fifteen, kill, quality, suite
 from dtrain.report import environment
@@ -32,7 +33,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network,
     "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
     "powersgd": powersgd, "slow": slow, "local": local, "torchft": torchft, "overlap": overlap,
-    "equal_tokens": equal_tokens, "elastic": elastic, "suite": suite,
+    "equal_tokens": equal_tokens, "elastic": elastic, "shared_seed": shared_seed, "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named
 
