@@ -21,6 +21,7 @@ from dtrain.evidence.kernels import kernels
 from dtrain.evidence.lgreco import lgreco
 from dtrain.evidence.links import local, powersgd, slow
 from dtrain.evidence.network import network
+from dtrain.evidence.one_byte import one_byte_on_hosts
 from dtrain.evidence.overlap import overlap
 from dtrain.evidence.page import Circumstances, Report, page
 from dtrain.evidence.runs import Session, say
@@ -33,7 +34,8 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "fifteen": fifteen, "quality": quality, "default": default, "kill": kill, "network": network,
     "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
     "powersgd": powersgd, "slow": slow, "local": local, "torchft": torchft, "overlap": overlap,
-    "equal_tokens": equal_tokens, "elastic": elastic, "shared_seed": shared_seed, "suite": suite,
+    "equal_tokens": equal_tokens, "elastic": elastic, "one_byte": one_byte_on_hosts,
+    "shared_seed": shared_seed, "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named
 

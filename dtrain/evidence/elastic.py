@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -163,11 +164,21 @@ def trained(asked: Asked, kill_at: int | None = None, begin_at: int | None = Non
     )  # fmt: skip
 
 
-def submit(asked: Asked) -> None:
-    """A replica as a Slurm job of one node, which Slurm does not start again."""
+class Named(Protocol):
+    """What a program of one replica is asked: among other things, where what it finds goes, under which name."""
+
+    @property
+    def out(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+def submit(asked: Named, module: str = "dtrain.evidence.elastic") -> None:
+    """A replica as a Slurm job of one node, which Slurm does not start again. ``asked``: a dataclass."""
     run = Path(asked.out) / f"run-{asked.name}"
     launch = ["launch", "launcher=slurm", "launcher.nodes=1", "launcher.workers=1", "launcher.max_restarts=0"]
-    program = [sys.executable, "-m", "dtrain.evidence.elastic", json.dumps(dataclasses.asdict(asked))]
+    program = [sys.executable, "-m", module, json.dumps(dataclasses.asdict(asked))]  # type: ignore[call-overload]
     subprocess.run(
         [sys.executable, "-m", "dtrain", *launch, f"run.dir={run}", "--", *program],
         env={**os.environ, "DTRAIN_CLUSTER": os.environ.get("DTRAIN_CLUSTER", NAME)}, check=True, capture_output=True,
