@@ -23,6 +23,7 @@ from dtrain import rng, snapshot
 from dtrain.account import Account
 from dtrain.checkpoint import Placement, export, load, read_manifest, write
 from dtrain.checkpoint.folders import step_of, write_text_durably
+from dtrain.checkpoint.weights import put_into, weights_of
 from dtrain.clock import TIME_LIMIT, Clock
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.comm.shared_seed.forward_only import ForwardOnly
@@ -121,6 +122,8 @@ class _Run:
         self.tokens_per_example = int(cast(Any, self.data).tokens_per_example)
         rng.seed_everything(config.train.seed)
         self.model = build_model(config.model, self.data)
+        if config.run.weights:
+            put_into(self.model, weights_of(Path(config.run.weights)), config.run.weights)
         self.engine = self._engine()
         self.sync = cast(Sync, instantiate(config.sync, "sync"))
         self.attached: Attached = self.sync.bind(self.engine.pieces, config.train.seed)

@@ -100,27 +100,14 @@ def _read(path: Path) -> Contents:
 
 
 def _replayed(found: Contents, path: Path, steps: int | None) -> tuple[dict[str, Tensor], int, int]:
+    from dtrain.checkpoint.weights import weights_of
     from dtrain.comm.shared_seed.replay import replay
     from dtrain.comm.shared_seed.update_log import LogError
 
     try:
-        return replay(found, _weights(path), steps)
+        return replay(found, weights_of(path), steps)
     except LogError as error:
         raise DtrainError(str(error)) from error
-
-
-def _weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from dtrain.checkpoint.export import full_parameters
-
-    if path.is_dir():
-        return full_parameters(path)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DtrainError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def _tell_torn(found: Contents) -> None:

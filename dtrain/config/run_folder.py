@@ -35,9 +35,9 @@ def absolute(config: Config) -> Config:
     resume = config.run.resume
     if resume not in ("auto", "never"):
         resume = str(Path(resume).absolute())
-    return dataclasses.replace(
-        config, run=dataclasses.replace(config.run, dir=str(Path(config.run.dir).absolute()), resume=resume)
-    )
+    weights = str(Path(config.run.weights).absolute()) if config.run.weights else ""
+    folder = str(Path(config.run.dir).absolute())
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder, resume=resume, weights=weights))
 
 
 def previous(config: Config) -> Path | None:

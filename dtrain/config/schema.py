@@ -39,6 +39,9 @@ class RunConfig:
     """The run folder; empty: ``runs/YYYY-mm-dd/HH-MM-SS-<sync>``."""
     resume: str = "auto"
     """``auto`` goes on where ``dir`` left off, ``never`` refuses an existing run, PATH starts from another run's."""
+    weights: str = ""
+    """Parameters to begin with, everything else anew: a safetensors file such as RUN/export/model.safetensors, a
+    checkpoint, or a run that has ended. Empty: the model's own first ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,6 +189,10 @@ def _model(config: Config, data: object) -> None:
 
     try:
         with torch.device("meta"):
-            build_model(config.model, data)
+            model = build_model(config.model, data)
     except Exception:  # some models look at their values while they are made; and only a real one says what is wrong
-        build_model(config.model, data)
+        model = build_model(config.model, data)
+    if config.run.weights:
+        from dtrain.checkpoint.weights import put_into, weights_of
+
+        put_into(model, weights_of(Path(config.run.weights)), f"run.weights={config.run.weights}")

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dtrain.cli import main
+from dtrain.comm.layout import Segment
+from dtrain.comm.shared_seed.digest import partial, unsigned
 from dtrain.comm.shared_seed.update_log import read
 from dtrain.testing import WorkerPool
 from tests.laws.jobs import ENGINES, run
@@ -58,6 +60,19 @@ def test_all_engines_find_much_the_same(pool: WorkerPool, text: Path, tmp_path: 
     """Round-off may change a byte, so not to the bit: the loss after six steps."""
     ended = [run(pool, tmp_path / e, text, e, "one_byte", *CHOSEN).losses[6] for e in ("ddp", "fsdp", "zero3")]
     assert ended == pytest.approx(3 * ended[:1], rel=2e-2)
+
+
+def test_what_was_trained_with_gradients_is_tuned_with_bytes(pool: WorkerPool, text: Path, tmp_path: Path) -> None:
+    trained = run(pool, tmp_path / "dense", text, "fsdp", "dense", "train.steps=20")
+    for engine in ("ddp", "zero3"):
+        tuned = run(pool, tmp_path / engine, text, engine, "one_byte", *CHOSEN, f"sync.log={tmp_path / engine}",
+                    f"run.weights={tmp_path / 'dense'}")  # fmt: skip
+        begun = load_file(tmp_path / "dense" / "export" / "model.safetensors")
+        values = {fqn: tensor.view(-1) for fqn, tensor in begun.items()}
+        segments = {fqn: Segment(fqn, 0, value.numel()) for fqn, value in values.items()}
+        log = read(tmp_path / engine / "replica-0.log")
+        assert log.header.first == unsigned(partial(values, segments))
+        assert tuned.losses[1] < trained.losses[2] and int(tuned.summary["sent_bytes_per_rank"]) < 1000
 
 
 def test_a_log_is_told_verified_and_replayed(
