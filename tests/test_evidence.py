@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.comm.shared_seed.directions import Step
+from dtrain.comm.shared_seed.update_log import Record
 from dtrain.config import compose
 from dtrain.evidence import __main__ as command
 from dtrain.evidence.beside import Asked as AskedBeside
@@ -22,9 +24,13 @@ from dtrain.evidence.equal_tokens import FACTORS, METHODS, SEEDS, equal_tokens_r
 from dtrain.evidence.kernels import Speed, kernels_report
 from dtrain.evidence.lgreco import PLAIN, SETTINGS, lgreco_report, solving_seconds
 from dtrain.evidence.links import CHOSEN, LOCAL, SLOW, local_report, powersgd_report, slow_report
+from dtrain.evidence.one_byte import Asked as AskedOneByte
+from dtrain.evidence.one_byte import Machine, one_byte_report
+from dtrain.evidence.one_byte import Run as OneByteRun
 from dtrain.evidence.overlap import Found, overlap_report
 from dtrain.evidence.page import Check, Circumstances, Report, at_least, at_most, page, table
 from dtrain.evidence.runs import Run, Session, as_figures
+from dtrain.evidence.shared_seed import DRAWN_POOLS, FEDAVG, KINDS, ONE_BYTE, Tuned, shared_seed_report
 from dtrain.evidence.steps import Asked, Took
 from dtrain.evidence.stopping import stopping_report
 from dtrain.evidence.training import (
@@ -359,3 +365,41 @@ def test_every_compressor_and_every_resume_is_in_the_report() -> None:
     assert all(f"| {compressor} | {feedback} |" in report.body for compressor, feedback in one)
     for words in cells().values():
         compose(["run.dir=x", *words])
+
+
+def tuned(end: float, sent: float = 10.0) -> Tuned:
+    curve = {"choose": [end] * 25, "test": [end - 0.3, *[end] * 24], "sent": [sent]}
+    return Tuned("0.1", [curve, curve])
+
+
+@pytest.mark.parametrize(
+    ("ends", "cosine", "slope", "signs", "lines"),
+    [((0.5, 0.9), 0.16, 1.01, 0.8, 0), ((0.9, 0.5), 0.16, 1.0, 0.8, 1), ((0.5, 0.9), 0.2, 0.97, 1.1, 3)],
+)
+def test_shared_randomness_is_held_to_its_lines(
+    ends: tuple[float, float], cosine: float, slope: float, signs: float, lines: int
+) -> None:
+    tried = {name: tuned(0.8) for name in ONE_BYTE} | {"1 machine": tuned(ends[0]), "16 machines": tuned(ends[1])}
+    names = [FEDAVG, "Ferret, K / d = 20%", *DRAWN_POOLS]
+    federated = {(name, kind): tuned(0.85) for name in names for _, kind in KINDS}
+    projected = [{"directions": 64.0, "draws": 2000.0, "cosine": cosine, "norm": 6.2, "slope": slope}]
+    drifts = {"float32": dict.fromkeys((1, 10, 100, 1000), 1e-9)}
+    replayed = {25: 0.25, 50: 0.5, 100: 1.0, 200: 2.0}
+    report = shared_seed_report(tuned(0.95), tried, federated, drifts, projected, replayed, signs)
+    assert len(missed(report)) == lines
+    assert "10 ms a record" in report.body and "| 16 machines | 0.1 |" in report.body
+    assert f"| {FEDAVG} | 0.850 ± 0.000 (0.1) | 0.850 ± 0.000 (0.1) | 2 | 10 |" in report.body
+
+
+@pytest.mark.parametrize(("payload", "digest", "lines"), [(1500, 9, 0), (1503, 9, 1), (1500, 8, 1)])
+def test_a_byte_is_held_to_be_one(payload: int, digest: int, lines: int) -> None:
+    four, three = ((0, 1, 2, 3), b"abcd"), ((0, 1, 2), b"abc")
+    crowds = [four if n < 120 else three for n in range(500)]
+    records = [Record(Step(n, 0, who, 0.1, 0.0, codes), 5) for n, (who, codes) in enumerate(crowds)]
+    machine = Machine("replica-0.log", 0, "", [5.0, 4.0], digest, payload, 9000, 60.0)
+    stayed = OneByteRun({"machine 0": machine}, {"machine 0": records}, 9)
+    other = dataclasses.replace(machine, began=240, came_by="log", digest=9)
+    went = OneByteRun({"machine0": other, "newcomer": other}, {"machine0": records, "newcomer": records[240:]}, 9)
+    report = one_byte_report(stayed, went, AskedOneByte(""))
+    assert len(missed(report)) == lines
+    assert "4, 3 from step 120 machines" in report.body and "the tail of the log" in report.body

@@ -24,6 +24,7 @@ from dtrain.comm.schedules.sync import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.shared_seed.directions import Step, Walk, walk_on
 from dtrain.comm.shared_seed.fedkseed import FedKSeed
+from dtrain.comm.shared_seed.philox import Address, SharedRandom
 from dtrain.evidence import digits
 from dtrain.evidence.digits import PARAMETERS, Zeroth
 from dtrain.evidence.page import Check, Report, at_least, at_most, table
@@ -154,7 +155,7 @@ def shared_seed(session: Session) -> Report:
         outers = {f"0.2, outer {outer:g}": Rounds("ferret", size, 0.2, outer) for outer in (1.0, 3.0, 10.0)}
         federated[f"Ferret, K / d = {share:.0%}", "alike"] = _tuned(cells, outers)
     drifts = {str(kind).removeprefix("torch."): digits.drift(kind, 1000) for kind in (torch.float32, torch.bfloat16)}
-    return shared_seed_report(by_gradients, tried, federated, drifts, projections(), replays())
+    return shared_seed_report(by_gradients, tried, federated, drifts, projections(), replays(), signs_beside_randn())
 
 
 def projections() -> list[dict[str, float]]:
@@ -190,6 +191,21 @@ def replays() -> dict[int, float]:
     return found
 
 
+def signs_beside_randn(count: int = 10_000_000) -> float:
+    """Processor time of so many signs over that of torch.randn of as many, in turn on one core: the median."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    random, ratios = SharedRandom(7), []
+    for step in range(15):
+        started = time.process_time()
+        random.signs(Address("direction", step), "w", count)
+        between = time.process_time()
+        torch.randn(count)
+        ratios.append((between - started) / (time.process_time() - between))
+    torch.set_num_threads(threads)
+    return statistics.median(ratios)
+
+
 def shared_seed_report(
     by_gradients: Tuned,
     tried: Mapping[str, Tuned],
@@ -197,6 +213,7 @@ def shared_seed_report(
     drifts: Mapping[str, Mapping[int, float]],
     projected: Sequence[Mapping[str, float]],
     replayed: Mapping[int, float],
+    signs: float,
 ) -> Report:
     """By method; ``federated``: by method and how the data lie."""
     both = {FIRST_ORDER[0]: by_gradients, **tried}
@@ -206,6 +223,7 @@ def shared_seed_report(
     checks = [
         *_projection_checks(projected),
         at_least("accuracy of 16 machines over that of 1", ends[1] / ends[0], 1.0),
+        at_most("10 million signs over torch.randn of as many, processor time", signs, 1.0),
     ]
     parts = [
         f"Handwritten digits, a network of {PARAMETERS:,} parameters, batches of {digits.BATCH}; accuracy on 397 "
@@ -245,7 +263,7 @@ def shared_seed_report(
         "one byte": {name: dataclasses.asdict(each) for name, each in both.items()},
         "rounds": {f"{name}, {kind}": dataclasses.asdict(each) for (name, kind), each in federated.items()},
         "drift": {name: {str(n): v for n, v in each.items()} for name, each in drifts.items()},
-        "projections": list(projected), "replays": {str(n): seconds for n, seconds in replayed.items()},
+        "projections": list(projected), "replays": {str(n): seconds for n, seconds in replayed.items()}, "signs": signs,
     }  # fmt: skip
     commands = ("python -m dtrain.evidence shared_seed",)
     return Report("Learning where next to nothing is sent", "\n\n".join(parts), commands, tuple(checks), figures)
