@@ -20,19 +20,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dtrain.comm.drivers.gloo_transport import PeersLost, is_loss
+from dtrain.comm.drivers.gloo_transport import is_loss
 from dtrain.comm.drivers.members import NOBODY, Epoch, Members
 from dtrain.comm.drivers.run import Channel
-from dtrain.comm.drivers.transport import Alone, Transport
-from dtrain.comm.ops import Axis, Broadcast, Flow
+from dtrain.comm.ops import Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
+from dtrain.comm.schedules.among import AmongMembers
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.parts import Flight, Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
 
 
-class AttachedElastic(AttachedLocalUpdate):
+class AttachedElastic(AmongMembers, AttachedLocalUpdate):
     """A `LocalUpdate` among members, at work on one rank. Made by ``attach(..., members=...)``.
 
     ``position``: how often it has been where members wait for each other. ``left_out_steps``: inner steps that this
@@ -41,15 +41,9 @@ class AttachedElastic(AttachedLocalUpdate):
 
     def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int, members: Members) -> None:
         _require_elastic(spec)
-        self.pieces, self.channel, self.members = pieces, pieces.channel, members
-        self.position, self._closing, self.parts, self.left_out_steps = NOBODY, False, [], 0
-        # Votes within the replica, which no lost peer disturbs.
-        within: dict[Axis, Transport] = {"replicate": Alone(), "shard": pieces.channel.transports["shard"].twin()}
-        self._within = Channel(within, pieces.channel.meter)
-        members.join(pieces.channel.places["shard"], self._told_by_the_first)
-        while not self._agree(self._entered()):
-            self._break_off()
-        self.newcomer = members.epoch is not None and members.epoch.donor != NOBODY
+        self.channel, self.position, self._closing, self.parts = pieces.channel, NOBODY, False, []
+        self.left_out_steps = 0
+        self._join(pieces, members)
         super().__init__(spec, pieces, seed)
         if self.newcomer:
             self._take_part()
@@ -72,31 +66,15 @@ class AttachedElastic(AttachedLocalUpdate):
         self._closing = True
         return super().close_round()
 
-    def detach(self) -> None:
-        self.members.leave()
-        super().detach()
-        self._within.close()
-        self.members.close()
-
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _begin(self, spec: str) -> None:
-        mine = f"{self.told} ({self._agreement(spec).hex()})"
-        first = self.members.first_said(mine)
-        if first != mine:
-            raise ValueError(
-                f"this replica was given another sync or another model ({mine}) than the run that it wants to join "
-                f"({first}); give all the same, or name another run"
-            )
+        self._require_same_run(f"{self.told} ({self._agreement(spec).hex()})")
         if not self.newcomer:
             super()._begin(spec)
 
-    @property
-    def _votes(self) -> Channel:
-        return self._within
-
-    def _told_by_the_first(self, number: int) -> int:
-        return int(self._over_shards(torch.tensor([number], dtype=torch.int64), "members"))
+    def _position(self) -> int:
+        return self.position
 
     def _after_step(self) -> None:
         super()._after_step()
@@ -169,23 +147,11 @@ class AttachedElastic(AttachedLocalUpdate):
             self._launched(part, flight)
 
     def _break_off(self) -> None:
-        self.members.leave()
-        for channel in self._channels():
-            channel.renew()
+        super()._break_off()
         for part in self.parts:
             for flight in part.flights:
                 flight.branch.rollback()
                 flight.handles = []
-
-    def _entered(self) -> bool:
-        """Enter the next epoch; False if it came to nothing."""
-        try:
-            self.members.enter(self.position)
-        except PeersLost:
-            return False
-        for channel in self._channels():
-            channel.renew()
-        return True
 
     def _handed_on(self) -> bool:
         """Copy the donor's state to those who are behind; False if one of them was lost."""

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dtrain.comm.drivers.gloo_transport import PeersLost, is_loss
+from dtrain.comm.drivers.gloo_transport import is_loss
 from dtrain.comm.drivers.members import NOBODY, Members
 from dtrain.comm.drivers.run import Channel
-from dtrain.comm.drivers.transport import Alone, Transport
 from dtrain.comm.layout import Named
-from dtrain.comm.ops import Axis, Broadcast, Flow
+from dtrain.comm.ops import Broadcast, Flow
 from dtrain.comm.pieces import Pieces
+from dtrain.comm.schedules.among import AmongMembers
 from dtrain.comm.shared_seed.digest import signed
 from dtrain.comm.shared_seed.directions import At, move, walk_on
 from dtrain.comm.shared_seed.one_byte import AttachedOneByte, OneByte, gathered
@@ -34,7 +34,7 @@ ASK_EVERY = 10
 """Steps between two looks for newcomers: a look takes some round trips to the store."""
 
 
-class AttachedElasticOneByte(AttachedOneByte):
+class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
     """A `OneByte` among members, at work on one rank. Made by ``attach(..., members=...)``.
 
     ``came_by``: how a newcomer got here: "log", "weights", or "" for one that was there from the beginning.
@@ -43,19 +43,15 @@ class AttachedElasticOneByte(AttachedOneByte):
     def __init__(self, spec: OneByte, pieces: Pieces, seed: int, members: Members) -> None:
         if not spec.log:
             raise ValueError("machines that come need the log of those that are there; give one_byte(log=FOLDER)")
-        self.pieces, self.members = pieces, members
-        self.came_by = ""
+        self.came_by, self.steps = "", NOBODY
         self.records: list[Record] = []  # since this machine came
-        within: dict[Axis, Transport] = {"replicate": Alone(), "shard": pieces.channel.transports["shard"].twin()}
-        self._within = Channel(within, pieces.channel.meter)  # votes within the replica, which no lost peer disturbs
-        members.join(pieces.channel.places["shard"], self._told_by_the_first)
-        while not self._agree(self._entered()):
-            members.leave()
-        self.newcomer = members.epoch is not None and members.epoch.donor != NOBODY
+        self._join(pieces, members)
         super().__init__(spec, pieces, seed)
         self._asked, self._first_step, self._first = 0, 0, self.digest()
-        if self.newcomer and not self._agree(self._handed_on()):
-            self._regroup()
+        if self.newcomer:
+            self.steps = NOBODY
+            if not self._agree(self._handed_on()):
+                self._regroup()
 
     def step(self) -> bool:
         """As `AttachedOneByte.step`, with whoever is there. Newcomers are let in before it."""
@@ -73,22 +69,10 @@ class AttachedElasticOneByte(AttachedOneByte):
             self._regroup()  # which may bring what the others have done in this step
         return True
 
-    def detach(self) -> None:
-        self.members.leave()
-        super().detach()
-        self._within.close()
-        self.members.close()
-
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _begin(self, spec: str) -> None:
-        mine = f"{spec.partition(', log=')[0]}, seed={self.seed} ({self._agreement('').hex()})"
-        first = self.members.first_said(mine)
-        if first != mine:
-            raise ValueError(
-                f"this machine was given another sync or another model ({mine}) than the run that it wants to join "
-                f"({first}); give all the same, or name another run"
-            )
+        self._require_same_run(f"{spec.partition(', log=')[0]}, seed={self.seed} ({self._agreement('').hex()})")
         if not self.newcomer:
             super()._begin("")
 
@@ -101,12 +85,8 @@ class AttachedElasticOneByte(AttachedOneByte):
         path = Path(self.spec.log) / f"machine-{self.members.id}.log"
         return UpdateLog(path, Header(self.walk, dict(self.pieces.shapes), first))
 
-    @property
-    def _votes(self) -> Channel:
-        return self._within
-
-    def _told_by_the_first(self, number: int) -> int:
-        return int(self._over_shards(torch.tensor([number], dtype=torch.int64), "members"))
+    def _position(self) -> int:
+        return self.steps
 
     def _at(self, sample: int) -> At:
         return self.steps, self.members.id, sample
@@ -138,18 +118,8 @@ class AttachedElasticOneByte(AttachedOneByte):
         """Into the next epoch; who is behind, or comes, catches up."""
         entered = False
         while not entered:
-            self.members.leave()
+            self._break_off()
             entered = self._agree(self._entered() and self._handed_on())
-
-    def _entered(self) -> bool:
-        """Enter the next epoch; False if it came to nothing."""
-        self.pieces.channel.renew()
-        try:
-            self.members.enter(self.steps if self.members.epoch is not None else NOBODY)
-        except PeersLost:
-            return False
-        self.pieces.channel.renew()
-        return True
 
     def _handed_on(self) -> bool:
         """Bring those who are behind to where the donor is; False if one of them was lost."""
