@@ -40,15 +40,14 @@ from dtrain.slurm.devcluster import devcluster
 
 MACHINES, BLOCK, BATCH = 4, 64, 4
 RATE, LATENCY = "10mbit", "10ms"
-SNAPSHOT, KILLED, BEGUN = 180, 120, 230
-"""Steps: when the weights are saved from which a newcomer starts, when a machine is killed, and when it begins."""
 
 
 @dataclass(frozen=True)
 class Asked:
     """``out``: what it found; its folder holds the logs. ``store``: of a run whose machines come and go.
 
-    ``weights``: what it starts from, else the first ones. ``hold_at``: there it waits until a newcomer has come.
+    ``weights``: what it starts from, else the first ones. Steps: ``kill_at``: one machine is killed there; ``save_at``:
+    there weights are saved, from which a newcomer starts; ``begin_at``: it begins; who ``holds`` waits there for it.
     """
 
     out: str
@@ -57,7 +56,10 @@ class Asked:
     steps: int = 500
     model: tuple[int, int, int] = (128, 2, 4)
     weights: str = ""
-    hold_at: int = -1
+    kill_at: int = 120
+    save_at: int = 180
+    begin_at: int = 230
+    holds: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,9 @@ def _trained(sync: AttachedOneByte, model: Transformer, asked: Asked, members: M
     while sync.steps < asked.steps:
         if members is not None:
             (Path(asked.out) / f"{asked.name}.progress").write_text(f"{os.getpid()} {sync.steps}")
-            if sync.steps == SNAPSHOT and members.slot == 0:
+            if sync.steps == asked.save_at and members.slot == 0:
                 torch.save(model.state_dict(), Path(asked.out) / "snapshot.pt")
-            if sync.steps == asked.hold_at:
+            if asked.holds and sync.steps == asked.begin_at:
                 wait_for(lambda: members.arrivals > MACHINES)
         mine = members.id if members is not None else dist.get_rank()
         examples = [text[example_at(1, (sync.steps * 16 + mine) * BATCH + n, len(text))] for n in range(BATCH)]
@@ -152,35 +154,38 @@ def one_byte_on_hosts(session: Session) -> Report:
     """Four machines that stay, and four of which one is killed and another comes."""
     with devcluster(nodes=MACHINES, bandwidth=RATE, latency=LATENCY, name=NAME):
         out = on_hosts(session, MACHINES, "dtrain.evidence.one_byte", lambda path: dataclasses.asdict(Asked(path)))
-        stayed = _read(out.parent, {f"machine {n}": each for n, each in enumerate(json.loads(out.read_text()))})
+        stayed = _read(
+            Asked(""), out.parent, {f"machine {n}": each for n, each in enumerate(json.loads(out.read_text()))}
+        )
         with served() as address:
             folder = session.folder / f"one-byte-{next(session.numbers)}"
             say("one killed, another begun")
-            went = _come_and_go(Asked(str(folder), address))
+            went = come_and_go(Asked(str(folder), address))
     return one_byte_report(stayed, went, Asked(""))
 
 
-def _come_and_go(asked: Asked) -> Run:
+def come_and_go(asked: Asked) -> Run:
+    """Machines that are jobs; one is killed, and later another begins with weights that were saved meanwhile."""
     folder = Path(asked.out)
     folder.mkdir(parents=True)
     names = [f"machine{number}" for number in range(MACHINES)]
     for name in names:
-        submit(dataclasses.replace(asked, name=name, hold_at=BEGUN), "dtrain.evidence.one_byte")
+        submit(dataclasses.replace(asked, name=name, holds=True), "dtrain.evidence.one_byte")
     dies = names.pop()
-    wait_for(lambda: at(folder, dies)[1] >= KILLED)
+    wait_for(lambda: at(folder, dies)[1] >= asked.kill_at)
     os.kill(at(folder, dies)[0], signal.SIGKILL)
-    wait_for(lambda: at(folder, names[0])[1] >= BEGUN)
+    wait_for(lambda: at(folder, names[0])[1] >= asked.begin_at)
     snapshot = str(folder / "snapshot.pt")
     submit(dataclasses.replace(asked, name="newcomer", weights=snapshot), "dtrain.evidence.one_byte")
     names.append("newcomer")
     wait_for(lambda: all((folder / f"{name}.json").exists() for name in names))
-    return _read(folder, {name: json.loads((folder / f"{name}.json").read_text()) for name in names})
+    return _read(asked, folder, {name: json.loads((folder / f"{name}.json").read_text()) for name in names})
 
 
-def _read(folder: Path, found: Mapping[str, Mapping[str, object]]) -> Run:
+def _read(asked: Asked, folder: Path, found: Mapping[str, Mapping[str, object]]) -> Run:
     machines = {name: Machine(**each) for name, each in found.items()}  # type: ignore[arg-type]
     logs = {name: read(folder / "log" / each.log) for name, each in machines.items()}
-    first = {fqn: p.detach() for fqn, p in built(Asked("")).named_parameters()}
+    first = {fqn: p.detach() for fqn, p in built(asked).named_parameters()}
     whole = next(log for log in logs.values() if log.records[0].step.number == 0)
     torch.set_num_threads(1)  # beside other processes a second thread is waited for longer than it helps
     replay(whole, first)  # which compares the digest after each step with the log's
@@ -217,8 +222,9 @@ def one_byte_report(stayed: Run, went: Run, asked: Asked) -> Report:
     body = (
         f"{asked.steps} steps, one direction each, of a transformer of 0.4 million parameters on {MACHINES} hosts of "
         f"`dtrain cluster`, links of {RATE} and {LATENCY}. First four machines that stay; then four, each a Slurm job "
-        f"of its own, of which one is killed with SIGKILL at step {KILLED}, and another submitted at step {BEGUN} with "
-        f"the weights of step {SNAPSHOT}: {', '.join(changes)} machines. Loss: mean of both ways, of the first step "
+        f"of its own, of which one is killed with SIGKILL at step {asked.kill_at}, and another submitted at step "
+        f"{asked.begin_at} with the weights of step {asked.save_at}: {', '.join(changes)} machines. Loss: mean of both "
+        "ways, of the first step "
         "and of the last 50.\n\n"
         + table(["machine", "from step", "came by", "loss", "in the end", "payload", "interface"], rows)
         + f"\n\nWhat the interface counts above the payload is headers and acknowledgements: "
