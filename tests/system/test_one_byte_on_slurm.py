@@ -11,7 +11,7 @@ from dtrain.evidence.one_byte import Asked, come_and_go
 from dtrain.slurm.devcluster import Cluster
 from tests.system.conftest import NAME
 
-pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 def test_survivors_and_newcomers_stay_equal_at_every_step(
