@@ -83,6 +83,8 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
         if self.pieces.channel.places["shard"].rank:
             return None
         path = Path(self.spec.log) / f"machine-{self.members.id}.log"
+        if self.records:  # of what came before weights were copied
+            path = path.with_stem(f"{path.stem}-{self._first_step}")
         return UpdateLog(path, Header(self.walk, dict(self.pieces.shapes), first))
 
     def _position(self) -> int:
@@ -168,11 +170,11 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
         channel.run(_from(source, torch.zeros(PROBE, dtype=torch.uint8)), "hand-over")
         copying = (time.perf_counter() - started) / PROBE * 4 * sum(value.numel() for value in values.values())
         walking = (there - here) * self.walk.samples * self.members.place.size * self._direction_seconds()
-        by_log = self._agree(here != NOBODY and walking < copying)
+        came_now = self.newcomer and not self.came_by
+        by_log = self._agree(here != NOBODY and (not came_now or walking < copying))  # others lack a step at most
         copies = channel.run(gathered(torch.tensor([int(not by_log)])), "hand-over")
         (tail,) = channel.run(_from(source, torch.zeros(max(1, tail_bytes), dtype=torch.uint8)), "hand-over")
         copied = channel.run(_from(source, *values.values()), "hand-over") if copies.any() else ()
-        came_now = self.newcomer and not self.came_by
         if by_log:
             if came_now:
                 self._begin_at(here)
@@ -202,7 +204,7 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
         self._first_step, self._first = step, self.digest()
         if self.log is not None:
             self.log.close()
-        self.log = self._log_of(self._first)
+        self.log, self.records = self._log_of(self._first), []
 
     @property
     def _last(self) -> int:

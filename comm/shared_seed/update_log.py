@@ -192,7 +192,10 @@ class UpdateLog:
     def append(self, record: Record) -> None:
         """Write ``record`` to the disk. Raises ``ValueError`` for a step that is not behind the last one."""
         if self.records and record.step.number <= self.records[-1].step.number:
-            raise ValueError(f"step {record.step.number} is not behind step {self.records[-1].step.number}")
+            raise ValueError(
+                f"step {record.step.number} is not behind step {self.records[-1].step.number} of {self.path}, which "
+                "holds a run that was begun before: load its state to go on with it, or give another folder"
+            )
         self._write(_frame(record.encoded()))
         self.records.append(record)
 
