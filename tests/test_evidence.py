@@ -331,7 +331,9 @@ def test_overlap_hides_what_fits_and_the_rest_is_seen(short: float, long: float,
 def test_local_updates_are_held_to_the_loss_of_data_parallelism(diloco: float, streaming: float, lines: int) -> None:
     losses = dict(zip(METHODS, (2.0, diloco, streaming), strict=True))
     swept = {(name, factor): run(last=losses[name] + abs(factor - 1)) for name in METHODS for factor in FACTORS}
-    report = equal_tokens_report(swept, {name: [run(last=loss)] * len(SEEDS) for name, loss in losses.items()})
+    repeated = {name: [run(last=loss)] * len(SEEDS) for name, loss in losses.items()}
+    report = equal_tokens_report(swept, repeated, {"from scratch": run(last=2.3)})
+    assert "| from scratch | - | - | - | 1 | 2.3000, one seed | +15.00% |" in report.body
     assert len(missed(report)) == lines
 
 

@@ -22,6 +22,7 @@ def diloco(
     every_steps: Knob = 100,
     outer: OuterOptimizer | None = None,
     compress: Compress = None,
+    warmup_steps: int = 0,
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
     route: Route = "two_phase",
@@ -32,6 +33,7 @@ def diloco(
         every_steps: H, the inner steps in a round; or "auto", see `knobs`.
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default, the paper's choice.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        warmup_steps: steps of data parallelism before the first round; the paper's runs begin after 24,000 of 88,000.
         outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; fp32 only.
         utilization: the compute utilization that "auto" aims at, in (0, 1).
         route: "two_phase", or "all_reduce" in fp32; see `local_update`.
@@ -45,6 +47,7 @@ def diloco(
         every_steps=every_steps,
         outer=nesterov() if outer is None else outer,
         compress=compress,
+        warmup_steps=warmup_steps,
         outer_state=outer_state,
         utilization=utilization,
         route=route,

@@ -27,6 +27,7 @@ def streaming_diloco(
     mix: float | None = None,
     outer: OuterOptimizer | None = None,
     compress: Compress = None,
+    warmup_steps: int = 0,
     pattern: Pattern = "strided",
     fragments_by_name: Sequence[Sequence[str]] = (),
     staggered: bool = True,
@@ -43,6 +44,7 @@ def streaming_diloco(
             and 0.5 with a longer one, by default.
         outer: the outer optimizer; ``nesterov(lr=0.4, momentum=0.9)`` by default, the paper's choice.
         compress: a compressor for the deltas, for example ``quantize(grid="e3m0")``, the paper's 4 bits.
+        warmup_steps: steps of data parallelism before the first round.
         pattern: "strided" (every P-th block) or "sequential" (neighbours).
         fragments_by_name: instead of blocks, shell patterns over parameter names, a list for each fragment.
         staggered: fragments take turns within the period; otherwise all are exchanged at once.
@@ -70,5 +72,6 @@ def streaming_diloco(
         fragments=cut,
         overlap_steps=overlap_steps,
         mix=mix,
+        warmup_steps=warmup_steps,
         utilization=utilization,
     )

@@ -95,6 +95,8 @@ EQUAL: dict[str, tuple[Sync, Sync]] = {
     ),
     "SlowMo without momentum is Local SGD": (slowmo(every_steps=3, momentum=0), local_sgd(every_steps=3)),
     "a warm-up without end is data parallelism": (post_local_sgd(every_steps=2, warmup_steps=99), every_step()),
+    "as before DiLoCo": (diloco(every_steps=2, warmup_steps=99), every_step()),
+    "and Streaming DiLoCo": (streaming_diloco(every_steps=3, layers_per_fragment=1, warmup_steps=99), every_step()),
     "after its warm-up it is Local SGD": (post_local_sgd(every_steps=3, warmup_steps=0), local_sgd(every_steps=3)),
     "feedback of a compressor that loses nothing is none": (
         diloco(every_steps=3, compress=error_feedback(cast("fp32"))),
