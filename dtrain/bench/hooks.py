@@ -40,7 +40,7 @@ __all__ = ["GROUPS", "HOOKS", "LEAST_WARMUP", "Hook", "disagreeing", "error", "g
 R = TypeVar("R")
 
 COMPRESS = Path(__file__).resolve().parent.parent / "configs" / "compress"
-SUMMABLE = ("bf16", "fp16", "none", "powersgd16_ef", "powersgd_ef", "randk_ef")
+SUMMABLE = ("bf16", "fp16", "none", "powersgd16_ef", "powersgd_ef", "projection_ef", "randk_ef")
 """Choices of the group compress that the transport's own all-reduce can carry."""
 AS_ALL_REDUCE = ":all_reduce"
 

@@ -82,7 +82,7 @@ def counted(method: Method) -> Counts:
     interface = transmitted() - interface
     meter = attached.meter.sent_bytes - meter
     new = {op: count - messages.get(op, 0) for op, count in messages_of(attached.meter).items()}
-    sizes = ddp._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+    sizes = ddp._get_ddp_logging_data().get("rebuilt_bucket_sizes", "")  # none where DDP leaves gradients alone
     attached.detach()
     return Counts(
         numels=[parameter.numel() for parameter in ddp.parameters()],

@@ -58,12 +58,12 @@ def test_the_mean_of_many_rounds_is_the_delta() -> None:
     values = {"a": draw(1, 100), "b": 5 * draw(2, 90)}
     x = torch.cat([values["a"], values["b"]])
     mean = torch.zeros_like(x)
-    for number in range(2000):
+    for number in range(500):
         found = told([values], number, block=50, budget=40)[0].values
-        mean += torch.cat([found["a"], found["b"]]) / 2000
+        mean += torch.cat([found["a"], found["b"]]) / 500
     for block, own in zip(mean.split(50), x.split(50), strict=True):
-        assert float(block @ own / (own @ own)) == pytest.approx(1.0, abs=0.04)
-    assert float(mean @ x / (x @ x)) == pytest.approx(1.0, abs=0.02)
+        assert float(block @ own / (own @ own)) == pytest.approx(1.0, abs=0.08)
+    assert float(mean @ x / (x @ x)) == pytest.approx(1.0, abs=0.03)
 
 
 def test_machines_leave_out_different_things() -> None:

@@ -22,6 +22,7 @@ from dtrain import Members, attach, ferret, one_byte
 from dtrain.comm.drivers.members import serve
 from dtrain.comm.shared_seed.replay import replay
 from dtrain.comm.shared_seed.update_log import LogError, from_bytes, read, to_bytes
+from tests.comm.schedules.elastic_job import wait_for
 from tests.comm.shared_seed.machine_job import Asked, built
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -56,6 +57,7 @@ def test_one_is_killed_and_another_comes(tmp_path: Path, width: int, slow_second
     ]
     with machines(*asked[:3]) as early:
         assert early["c"].wait(60) == -9
+        wait_for(lambda: any(len(read(log).records) >= 20 for log in tmp_path.glob("*.log")))  # without it
         with machines(asked[3]) as late:
             assert late["d"].wait(60) == 0
         assert [early[name].wait(60) for name in "ab"] == [0, 0]
