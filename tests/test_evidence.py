@@ -21,6 +21,7 @@ from dtrain.evidence.beside import Asked as AskedBeside
 from dtrain.evidence.beside import Trained, torchft_report
 from dtrain.evidence.compression import cells, compressors_report, loss_report
 from dtrain.evidence.equal_tokens import FACTORS, METHODS, SEEDS, equal_tokens_report
+from dtrain.evidence.fine_tuning import fine_tuning_report
 from dtrain.evidence.kernels import Speed, kernels_report
 from dtrain.evidence.lgreco import PLAIN, SETTINGS, lgreco_report, solving_seconds
 from dtrain.evidence.links import CHOSEN, LOCAL, SLOW, local_report, powersgd_report, slow_report
@@ -405,3 +406,11 @@ def test_a_byte_is_held_to_be_one(payload: int, digest: int, lines: int) -> None
     report = one_byte_report(stayed, went, AskedOneByte(""))
     assert len(missed(report)) == lines
     assert "4, 3 from step 120 machines" in report.body and "the tail of the log" in report.body
+
+
+@pytest.mark.parametrize(("after", "lines"), [(2.0, 0), (6.0, 1)])
+def test_tuning_is_held_to_learning_something(after: float, lines: int) -> None:
+    found = {("one byte", 1e-5): run(last=after), ("one byte", 1e-4): run(last=7.0), ("Ferret", 1e-3): run()}
+    report = fine_tuning_report(run(), found)
+    assert len(missed(report)) == lines
+    assert f"1e-05: {after:.4f}, 0.0001: 7.0000" in report.body and "lr 0.001" in "".join(report.figures)

@@ -37,7 +37,7 @@ Gap: TypeAlias = Callable[[Tensor, Tensor, Round], Tensor]
 def gap_aware(now: Tensor, then: Tensor, this: Round) -> Tensor:
     """See the module. 1 where the inner learning rate is 0."""
     reach = this.inner_lr * this.every_steps
-    return 1 + (now - then).abs() / reach if reach > 0 else now.new_ones(())
+    return (now - then).abs_().div_(reach).add_(1) if reach > 0 else now.new_ones(())
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def diloco(
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default, the paper's choice.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
         warmup_steps: steps of data parallelism before the first round; the paper's runs begin after 24,000 of 88,000.
-        outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; fp32 only.
+        outer_state: "sharded" (1 / M of anchor and outer momentum on each of M replicas; fp32 only) or "offloaded" (in
+            host memory between rounds); "replicated" by default.
         utilization: the compute utilization that "auto" aims at, in (0, 1).
         route: "two_phase", or "all_reduce" in fp32; see `local_update`.
 

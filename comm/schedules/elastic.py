@@ -222,7 +222,7 @@ def _require_elastic(spec: LocalUpdate) -> None:
     """Raise ``ValueError`` for what keeps replicas together between their rounds."""
     reasons = {
         "delay": spec.delay != "none",
-        "outer_state='sharded'": spec.outer_state == "sharded",
+        f"outer_state={spec.outer_state!r}": spec.outer_state != "replicated",
         "warmup_steps": spec.warmup_steps > 0,
         "a knob that is 'auto'": spec.auto is not None,
         "a plan that changes by itself": not isinstance(begun(spec.plan, []), Settled),

@@ -26,7 +26,7 @@ what arrived.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
 from dtrain.comm.combine import Route, require_mean_for_low_rank, require_summable
@@ -39,7 +39,7 @@ from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.state import Kind
 
 Delay: TypeAlias = Literal["none", "stale", "eager"]
-OuterState: TypeAlias = Literal["replicated", "sharded"]
+OuterState: TypeAlias = Literal["replicated", "sharded", "offloaded"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class LocalUpdate:
     route: Route = "two_phase"
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
+        from dtrain.comm.schedules.offloaded import AttachedOffloaded
         from dtrain.comm.schedules.rounds import AttachedLocalUpdate
         from dtrain.comm.schedules.sharded import AttachedSharded
 
-        if self.outer_state == "sharded":
-            return AttachedSharded(self, pieces, seed)
-        return AttachedLocalUpdate(self, pieces, seed)
+        at_work = {"replicated": AttachedLocalUpdate, "sharded": AttachedSharded, "offloaded": AttachedOffloaded}
+        return at_work[self.outer_state](self, pieces, seed)
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -122,7 +122,8 @@ def local_update(
         delay: "stale" and "eager" overlap a whole round; see the module.
         warmup_steps: steps of data parallelism before the first round.
         verify_every: rounds between two comparisons of what must be equal on all replicas; 0 for none.
-        outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; see `sharded`.
+        outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas, "offloaded" keeps them in
+            host memory between rounds; see `sharded` and `offloaded`.
         utilization: what "auto" aims at: the part of the time in which nobody waits for the links, in (0, 1).
         route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own, with fewer passes over
             memory, for what is sent in fp32: no compressor, low rank, random-k).
@@ -174,9 +175,9 @@ def local_update(
 
 
 def _require_shardable(spec: LocalUpdate) -> None:
-    if spec.outer_state not in ("replicated", "sharded"):
-        raise ValueError(f"outer_state is {spec.outer_state!r}; choose 'replicated' or 'sharded'")
-    if spec.outer_state == "replicated":
+    if spec.outer_state not in get_args(OuterState):
+        raise ValueError(f"outer_state is {spec.outer_state!r}; choose 'replicated', 'sharded' or 'offloaded'")
+    if spec.outer_state != "sharded":
         return
     if spec.plan != as_plan(None):
         raise ValueError(

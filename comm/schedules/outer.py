@@ -75,17 +75,16 @@ class Momentum:
         return {"momentum": "replicated"} if self.momentum else {}
 
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
-        direction = delta
-        if self.momentum:
-            direction = (self.momentum * state.get(fqn, "momentum", anchor)).add_(delta)
+        if not self.momentum:
+            clipped = delta if self.clip is None else delta.clamp(-self.clip, self.clip)
+            return _along(anchor, self.lr * clipped)
+        kept = (self.momentum * state.get(fqn, "momentum", anchor)).add_(delta)
         if self.clip is not None:
-            direction = direction.clamp(-self.clip, self.clip)
-        if self.momentum:
-            state.stage(fqn, "momentum", direction)
-            if self.nesterov:
-                direction = (self.momentum * direction).add_(delta)
-        moved = self.lr * direction
-        return torch.sub(anchor, moved, out=moved)
+            kept.clamp_(-self.clip, self.clip)
+        state.stage(fqn, "momentum", kept)
+        if self.nesterov:
+            return _along(anchor, (self.momentum * kept).add_(delta).mul_(self.lr))
+        return _along(anchor, self.lr * kept)
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,11 @@ class SlowMomentum:
         slow = self.momentum * state.get(fqn, "momentum", anchor) + delta / now.inner_lr
         state.stage(fqn, "momentum", slow)
         return anchor - self.lr * now.inner_lr * slow
+
+
+def _along(anchor: Tensor, moved: Tensor) -> Tensor:
+    """``anchor - moved``, in the place of ``moved``: fresh memory costs more than the arithmetic."""
+    return torch.sub(anchor, moved, out=moved)
 
 
 def sgd(*, lr: float = 1.0, momentum: float = 0.0, clip: float | None = None) -> Momentum:

@@ -337,7 +337,7 @@ class AttachedLocalUpdate(Attached):
             for fqn, delta in values.items():
                 anchor = self.state.get(fqn, "anchor", delta)
                 self.state.stage(fqn, "anchor", self.spec.outer.step(fqn, anchor, delta, self.state, now))
-            self.state.commit()
+                self.state.commit()  # one by one, so that the next one takes the memory of the last
         self._merge(part, mix)
 
     def _this_round(self) -> Round:

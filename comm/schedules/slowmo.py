@@ -31,7 +31,8 @@ def slowmo(
         lr: alpha, the slow learning rate.
         momentum: beta, the slow momentum, in [0, 1).
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
-        outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas; fp32 only.
+        outer_state: "sharded" (1 / M of anchor and outer momentum on each of M replicas; fp32 only) or "offloaded" (in
+            host memory between rounds); "replicated" by default.
         utilization: the compute utilization that "auto" aims at, in (0, 1).
 
     >>> slowmo().outer

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dtrain.comm.plans.base import Compress
 from dtrain.comm.schedules.fragments import FirstRound, Pattern, fragments
 from dtrain.comm.schedules.knobs import Knob
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
 
 
@@ -28,6 +28,7 @@ def streaming_diloco(
     outer: OuterOptimizer | None = None,
     compress: Compress = None,
     warmup_steps: int = 0,
+    outer_state: OuterState = "replicated",
     pattern: Pattern = "strided",
     fragments_by_name: Sequence[Sequence[str]] = (),
     staggered: bool = True,
@@ -45,6 +46,7 @@ def streaming_diloco(
         outer: the outer optimizer; ``nesterov(lr=0.4, momentum=0.9)`` by default, the paper's choice.
         compress: a compressor for the deltas, for example ``quantize(grid="e3m0")``, the paper's 4 bits.
         warmup_steps: steps of data parallelism before the first round.
+        outer_state: "offloaded": in host memory, but for the fragment whose round begins or ends.
         pattern: "strided" (every P-th block) or "sequential" (neighbours).
         fragments_by_name: instead of blocks, shell patterns over parameter names, a list for each fragment.
         staggered: fragments take turns within the period; otherwise all are exchanged at once.
@@ -73,5 +75,6 @@ def streaming_diloco(
         overlap_steps=overlap_steps,
         mix=mix,
         warmup_steps=warmup_steps,
+        outer_state=outer_state,
         utilization=utilization,
     )

@@ -107,5 +107,5 @@ def test_evaluation_shows_the_anchor_and_puts_the_parameters_back() -> None:
 def test_what_it_does_not_go_with(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         local_update(every_steps=3, outer=sgd(), outer_state="sharded", **arguments)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="outer_state is 'halved'; choose 'replicated' or 'sharded'"):
+    with pytest.raises(ValueError, match="outer_state is 'halved'; choose 'replicated', 'sharded' or 'offloaded'"):
         local_update(every_steps=3, outer=sgd(), outer_state="halved")  # type: ignore[arg-type]
