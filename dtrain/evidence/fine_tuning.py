@@ -20,10 +20,10 @@ REPLICAS, BASE_STEPS = 2, 600
 MESH = ("engine=ddp", f"mesh.replicate={REPLICAS}", "mesh.shard=1", f"launcher.workers={REPLICAS}")
 PLAIN = ("optim=sgd", "optim.inner.momentum=0")
 METHODS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
-    "data parallelism, AdamW": (("sync=dense", "train.steps=400"), (3e-4, 1e-3, 3e-3)),
-    "Ferret, AdamW": (("sync=ferret", "train.steps=400", "sync.outer.lr=3"), (3e-4, 1e-3, 3e-3)),
-    "one byte": (("sync=one_byte", "train.steps=1000", "sync.samples=2", *PLAIN), (1e-5, 3e-5, 1e-4)),
-    "FedKSeed": (("sync=fedkseed", "train.steps=1000", *PLAIN), (1e-5, 3e-5, 1e-4)),
+    "data parallelism, AdamW": (("sync=dense", "train.steps=200"), (3e-4, 1e-3, 3e-3)),
+    "Ferret, AdamW": (("sync=ferret", "train.steps=200", "sync.outer.lr=3"), (3e-4, 1e-3, 3e-3)),
+    "one byte": (("sync=one_byte", "train.steps=400", "sync.samples=2", *PLAIN), (3e-4, 1e-3, 3e-3)),
+    "FedKSeed": (("sync=fedkseed", "train.steps=400", *PLAIN), (1e-4, 3e-4, 1e-3)),
 }
 """By name: what to run, and the inner learning rates to choose from."""
 
