@@ -229,9 +229,9 @@ class _Run:
                 self.attached.step()
         if self.attached.skipped_in_a_row > settings.max_skipped_steps:
             raise TooManySkippedSteps(
-                f"step {step}: {self.attached.skipped_in_a_row} steps in a row had NaN or Inf in a gradient, more than "
-                f"train.max_skipped_steps={settings.max_skipped_steps}; lower the learning rate or look at the data; "
-                f"the last checkpoint in {self.folder} is as it was"
+                f"step {step}: {self.attached.skipped_in_a_row} steps in a row had no finite gradient or loss, more "
+                f"than train.max_skipped_steps={settings.max_skipped_steps}; lower the learning rate or "
+                f"look at the data; the last checkpoint in {self.folder} is as it was"
             )
         self.account.tokens += settings.batch_size * self.tokens_per_example
         return Report(self._asked(), float(loss), len(indices) * self.tokens_per_example)

@@ -210,10 +210,8 @@ class Attached(ABC):
     def report(self) -> str:
         """One line for people: what was sent and what it cost."""
         meter = self.meter
-        return (
-            f"{self.steps} steps, {self.skipped} skipped, sent {meter.sent_bytes / 1e6:.1f} MB, "
-            f"{meter.exposed_seconds:.2f} s exposed"
-        )
+        sent = f"{meter.sent_bytes / 1e6:.1f} MB" if meter.sent_bytes >= 1e5 else f"{meter.sent_bytes:,} bytes"
+        return f"{self.steps} steps, {self.skipped} skipped, sent {sent}, {meter.exposed_seconds:.2f} s exposed"
 
     def detach(self) -> None:
         """Stop syncing and leave the model as it was found."""

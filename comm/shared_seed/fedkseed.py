@@ -59,10 +59,11 @@ class FedKSeed:
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ``ValueError`` for an inner optimizer that does not go with it."""
         require_plain_sgd(optimizer, "fedkseed")
-        if any(group["weight_decay"] for group in optimizer.param_groups):
+        decay = max(group["weight_decay"] for group in optimizer.param_groups)
+        if decay:
             raise ValueError(
                 f"fedkseed makes the weights anew from the first ones and a sum along {self.directions} directions, "
-                "which weight decay is none of; leave it out"
+                f"which weight decay ({decay}) is none of; set it to 0: optim.inner.weight_decay=0"
             )
 
 

@@ -9,6 +9,7 @@ machine, with directions of its own, would drift away from the others.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from dtrain.comm.layout import Named
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import as_plan
-from dtrain.comm.schedules.sync import Attached
+from dtrain.comm.schedules.sync import MANY_SKIPPED, Attached
 from dtrain.comm.shared_seed.digest import partial, unsigned
 from dtrain.comm.shared_seed.directions import At, Walk, both_ways
 from dtrain.comm.shared_seed.philox import Address
@@ -38,6 +39,7 @@ class ForwardOnly(Attached):
         self.unusable = 0
         self._numbers: list[float] = []  # found since the last step
         self._checked = False
+        self._unusable_in_a_row = 0
         pieces.hand_over(None)
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
@@ -64,10 +66,19 @@ class ForwardOnly(Attached):
         finally:
             self.pieces.write(base)
         number = (found[0] - found[1]) / (2 * self.eps)
-        if not math.isfinite(number):
-            self.unusable += 1
+        self._unusable_in_a_row = 0 if math.isfinite(number) else self._unusable_in_a_row + 1
+        self.unusable += not math.isfinite(number)
+        if self._unusable_in_a_row == MANY_SKIPPED:
+            warnings.warn(
+                f"{MANY_SKIPPED} losses in a row were not finite here, at step {self.steps} the last ({found}): this "
+                "machine says nothing; look at its data, or lower the learning rate",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
         self._numbers.append(number)
         return (found[0] + found[1]) / 2
+
+    def report(self) -> str:
+        return super().report() + (f", {self.unusable} losses not finite" if self.unusable else "")
 
     def digest(self) -> int:
         """Of every element of the parameters, the same for every sharding. Every rank must call it."""
@@ -89,6 +100,7 @@ class ForwardOnly(Attached):
 
     def _count(self, ok: bool) -> bool:
         """A step has ended; ``ok``: the parameters have moved."""
+        self.pieces.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers of torch ask for it
         self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
         self.skipped += not ok
         self.steps += 1
@@ -104,11 +116,20 @@ class ForwardOnly(Attached):
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(at.stream(str(worker)) >> 1)
-            value = loss().detach().double().reshape(1)
+            value = loss()
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"estimate(loss) calls loss() for the mean loss, a tensor of one element; it gave {given}")
+        value = value.detach().double().reshape(1)
         return float(self._over_shards(value, "loss")) / self.pieces.channel.places["shard"].size
 
     def _require_repeatable(self, loss: Callable[[], Tensor]) -> None:
-        once, again = self._loss(loss), self._loss(loss)
+        watch = torch.nn.modules.module.register_module_forward_hook(_refuse_statistics)
+        try:
+            once = self._loss(loss)
+        finally:
+            watch.remove()
+        again = self._loss(loss)
         if once != again and not (math.isnan(once) and math.isnan(again)):
             raise RuntimeError(
                 f"the loss is {once!r}, and with the same parameters {again!r}: take the batch before estimate(...), "
@@ -122,12 +143,23 @@ class ForwardOnly(Attached):
         pass
 
 
+def _refuse_statistics(module: torch.nn.Module, inputs: object, output: object) -> None:
+    """A hook behind forward. Raise ``RuntimeError`` for a layer that counts what it sees, each machine for itself."""
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
+        raise RuntimeError(
+            f"{type(module).__name__} in train() changes its statistics in every forward pass, on each machine "
+            "otherwise; put it into eval()"
+        )
+
+
 def require_plain_sgd(inner: torch.optim.Optimizer, sync: str) -> None:
     """Raise ``ValueError`` unless ``inner`` is SGD without momentum, of one learning rate and weight decay."""
     if not isinstance(inner, torch.optim.SGD) or any(group["momentum"] for group in inner.param_groups):
+        momenta = sorted({group.get("momentum", 0) for group in inner.param_groups})
+        given = f"SGD with momentum {momenta[-1]}" if isinstance(inner, torch.optim.SGD) else type(inner).__name__
         raise ValueError(
-            f"{sync} takes its steps itself and reads its rate from the optimizer; give it torch.optim.SGD(lr=...) "
-            f"without momentum, not {type(inner).__name__}"
+            f"{sync} takes its steps itself and reads its rate from the optimizer, here {given}; give it "
+            "torch.optim.SGD(lr=...) without momentum: optim=sgd optim.inner.momentum=0"
         )
     if len({(group["lr"], group["weight_decay"]) for group in inner.param_groups}) > 1:
         raise ValueError(f"{sync} has one learning rate and one weight decay; make one parameter group")

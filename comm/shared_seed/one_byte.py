@@ -76,8 +76,9 @@ class AttachedOneByte(ForwardOnly):
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
         super().load_integers(integers)
+        start = self.digest() if self.spec.log else 0
         if self.log is not None:
-            self.log.cut(self.steps)
+            self.log.go_on(self.steps, start)
 
     def _mine(self) -> Tensor:
         """What was found since the last step, [samples] bytes."""

@@ -16,7 +16,9 @@ from dtrain.comm.shared_seed.update_log import Contents, LogError
 def replay(
     log: Contents, weights: Mapping[str, Tensor], steps: int | None = None
 ) -> tuple[dict[str, Tensor], int, int]:
-    """``weights`` by FQN, whole, walked on up to step ``steps`` (or to the end), fp32; and from where to where.
+    """``weights`` by FQN, whole, walked on up to step ``steps`` (or to the end).
+
+    Returns (the weights, fp32; the step that they began at; the number of steps that they have now).
 
     Where they belong is told by their digest: before step 0, or behind the step whose record has it. The digest of each
     record that has one is compared. Raises `LogError` for weights that the log does not know or another model's, and at
@@ -51,12 +53,14 @@ def replay(
 
 def _place(log: Contents, digest: int) -> int:
     """The step that comes next for weights of this digest."""
-    if digest == log.header.first:
-        return log.records[0].step.number if log.records else 0
+    before = log.records[0].step.number if log.records else 0
+    start = log.header.start or log.header.first
+    if digest == start:
+        return before
     for record in log.records:
         if record.digest == digest:
             return record.step.number + 1
     raise LogError(
-        f"the log knows no weights with the digest {digest:016x}; give the first ones, {log.header.first:016x}, or "
-        "those of a checkpoint of the same run"
+        f"the log knows no weights with the digest {digest:016x}; give those before step {before}, with which it "
+        f"begins ({start:016x}), or those of a checkpoint of the same run after that"
     )

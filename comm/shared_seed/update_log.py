@@ -6,18 +6,21 @@
               u16 of each, u32 number of bytes, the bytes                                      all little-endian
 
 A record is on the disk before anybody steps along it. What a crash leaves of the last record is cut when the log is
-opened for more; anything else that is wrong in it is refused, with the place. The header says what the bytes mean: the
-run's key and walk, the generator and the code with their versions, and the parameters with their shapes.
+opened for more; anything else that is wrong in it is refused, with the place. A run that begins again, or goes on
+behind the end of its log, begins another one; the old one stays beside it, as NAME.log.1. The header says what the
+bytes mean: the run's key and walk, the generator and the code with their versions, the parameters with their shapes.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -35,11 +38,16 @@ class LogError(RuntimeError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the records of a log mean. ``shapes``: of each trained parameter. ``first``: the first weights' digest."""
+    """What the records of a log mean. ``shapes``: of each trained parameter.
+
+    ``first``: the digest of the run's first weights. ``start``: of those before the first record, where that is another
+    step than the run's first; else 0.
+    """
 
     walk: Walk
     shapes: Mapping[str, tuple[int, ...]]
     first: int
+    start: int = 0
     generator: str = philox.VERSION
     golden: str = field(default_factory=philox.golden)
     code: str = code.VERSION
@@ -73,10 +81,13 @@ class Header:
         """Raise `LogError` where ``other`` is a log of another run or model."""
         for what, mine, theirs in (
             ("way of walking", self.walk, other.walk),
-            ("first weights (their digest)", self.first, other.first),
+            ("first weights' digest", f"{self.first:016x}", f"{other.first:016x}"),
         ):
             if mine != theirs:
-                raise LogError(f"{where} is the log of another run: its {what} is {theirs}, this run's {mine}")
+                raise LogError(
+                    f"{where} is the log of another run: its {what} is {theirs}, this run's {mine}; give this run "
+                    "another folder for its log"
+                )
         differ = sorted(fqn for fqn in {*self.shapes, *other.shapes} if self.shapes.get(fqn) != other.shapes.get(fqn))
         if differ:
             fqn = differ[0]
@@ -120,9 +131,9 @@ class Contents:
     torn_bytes: int
 
 
-def read(path: Path) -> Contents:
+def read(path: str | Path) -> Contents:
     """All of a log. Raises `LogError` with the place for what is damaged; what a crash tore off is counted only."""
-    data = path.read_bytes()
+    data = Path(path).read_bytes()
     where = str(path)
     if not data.startswith(MAGIC):
         raise LogError(f"{where} is no update log of this version: it begins with {data[: len(MAGIC)]!r}")
@@ -131,6 +142,7 @@ def read(path: Path) -> Contents:
         raise LogError(f"{where}: its header is incomplete; there is nothing to go on with")
     header = Header.decoded(text, where)
     records, at = _records(data, at, where)
+    _require_torn(data[at:], header.walk.samples, f"{where}: record {len(records)}, at byte {at},")
     return Contents(header, records, at, len(data) - at)
 
 
@@ -167,6 +179,17 @@ def _records(data: bytes, at: int, where: str) -> tuple[list[Record], int]:
     return records, at
 
 
+def _require_torn(rest: bytes, samples: int, what: str) -> None:
+    """Raise `LogError` where ``rest`` is no beginning of a record: its length was damaged, and whole records follow."""
+    if len(rest) < 4 + _HEAD.size:
+        return
+    (announced,) = struct.unpack_from("<I", rest)
+    *_, machines = _HEAD.unpack_from(rest, 4)
+    size = _HEAD.size + 2 * machines + 4 + machines * samples
+    if announced != size:
+        raise LogError(f"{what} is damaged: it announces {announced} bytes, and {machines} machines take {size}")
+
+
 class UpdateLog:
     """A log that is being written. A context manager."""
 
@@ -177,27 +200,44 @@ class UpdateLog:
         """
         self.path, self.header = path, header
         self.records: list[Record] = []
+        self._appended = False
         if path.exists() and path.stat().st_size:
             found = read(path)
             header.require(found.header, str(path))
-            self.records = found.records
+            self.header, self.records = found.header, found.records
             self._file: BinaryIO = path.open("r+b")
             self._file.truncate(found.whole_bytes)
             self._file.seek(0, os.SEEK_END)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb")
-        self._write(MAGIC + _frame(header.encoded()))
+        self._begin(header)
 
     def append(self, record: Record) -> None:
         """Write ``record`` to the disk. Raises ``ValueError`` for a step that is not behind the last one."""
-        if self.records and record.step.number <= self.records[-1].step.number:
-            raise ValueError(
-                f"step {record.step.number} is not behind step {self.records[-1].step.number} of {self.path}, which "
-                "holds a run that was begun before: load its state to go on with it, or give another folder"
-            )
+        step = record.step.number
+        if self.records and step <= self.records[-1].step.number:
+            if self._appended or step > self.records[0].step.number:
+                raise ValueError(
+                    f"step {step} is not behind step {self.records[-1].step.number} of {self.path}, which holds a run "
+                    "that was begun before: load its state to go on with it, or give another folder"
+                )
+            self._set_aside(f"the run begins again at step {step}")
+            self._begin(self.header)
         self._write(_frame(record.encoded()))
+        self._appended = True
         self.records.append(record)
+
+    def go_on(self, steps: int, start: int) -> None:
+        """Go on at step ``steps``, with weights of the digest ``start``: forget what comes later.
+
+        A log that ends before that could not be replayed any further: another one begins.
+        """
+        self.cut(steps)
+        if not steps or (self.records and self.records[-1].step.number == steps - 1):
+            return
+        if self.records:
+            self._set_aside(f"it ends at step {self.records[-1].step.number}, and the run goes on at step {steps}")
+        self._begin(replace(self.header, start=start))
 
     def cut(self, steps: int) -> None:
         """Forget what comes at or after step ``steps``: a run that goes on from an earlier checkpoint."""
@@ -222,6 +262,18 @@ class UpdateLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _begin(self, header: Header) -> None:
+        self.header, self.records = header, []
+        self._file = self.path.open("wb")
+        self._write(MAGIC + _frame(header.encoded()))
+
+    def _set_aside(self, why: str) -> None:
+        self.close()
+        taken = {path.name for path in self.path.parent.iterdir()}
+        number = next(n for n in itertools.count(1) if f"{self.path.name}.{n}" not in taken)
+        kept = self.path.rename(f"{self.path}.{number}")
+        warnings.warn(f"{self.path}: {why}; it is kept as {kept}, and another log begins", RuntimeWarning, stacklevel=2)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)

@@ -24,6 +24,9 @@ examples:
   dtrain log info runs/x/log/replica-0.log
   dtrain log verify runs/x/log/replica-0.log --weights runs/x/checkpoints/step-0000000100
   dtrain log replay runs/x/log/replica-0.log --weights base.safetensors --steps 500 --out at-500.safetensors
+
+Digests of a log (16 digits) are sums over every bit, equal for every sharding; replay also tells the
+parameters_digest (SHA-256) that the run's summary.json has.
 """
 
 
@@ -54,11 +57,15 @@ def _info(chosen: argparse.Namespace) -> int:
         first, last = records[0].step, records[-1].step
         sent = sum(len(record.step.codes) for record in records)
         print(f"steps {first.number} to {last.number}: {len(records)} records, {sent:,} bytes of {found.whole_bytes:,}")
-        epoch = -1
+        part, expected = None, first.number
         for record in records:
-            if record.step.epoch != epoch:
-                epoch = record.step.epoch
-                print(f"  from step {record.step.number}: machines {', '.join(map(str, record.step.workers))}")
+            step = record.step
+            if step.number != expected:
+                print(f"  steps {expected} to {step.number - 1} are missing")
+            if (step.epoch, step.workers) != part:
+                part = step.epoch, step.workers
+                print(f"  from step {step.number}: machines {', '.join(map(str, step.workers))}")
+            expected = step.number + 1
         print(f"weights after step {last.number}: {records[-1].digest:016x}")
     else:
         print("no steps yet")
@@ -84,15 +91,20 @@ def _replay(chosen: argparse.Namespace) -> int:
     if chosen.out.exists():
         raise DtrainError(f"{chosen.out} exists; name another file, or remove it")
     values, first, end = _replayed(_read(chosen.log), chosen.weights, chosen.steps)
+    if chosen.steps is not None and end < chosen.steps:
+        raise DtrainError(f"{chosen.log} ends after {end} steps, and --steps is {chosen.steps}; give no more")
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(values, chosen.out)
-    print(f"steps {first} to {end} replayed; {chosen.out} has the digest {digest(values)}")
+    print(f"steps {first} to {end} replayed; {chosen.out} has the parameters_digest {digest(values)}")
     return 0
 
 
 def _read(path: Path) -> Contents:
     from dtrain.comm.shared_seed.update_log import LogError, read
 
+    if path.is_dir():
+        there = ", ".join(sorted(each.name for each in path.glob("*.log"))) or "none"
+        raise DtrainError(f"{path} is a folder; give one of its logs ({there})")
     try:
         return read(path)
     except (OSError, LogError) as error:

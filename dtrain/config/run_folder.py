@@ -31,13 +31,15 @@ CONFIG, ENVIRONMENT, DATA, OUTCOME, CHECKPOINTS, LOCK = (
 
 
 def absolute(config: Config) -> Config:
-    """The configuration with absolute paths in ``run``, so that it means the same wherever a worker starts."""
+    """The configuration with absolute paths, so that it means the same wherever a worker starts."""
     resume = config.run.resume
     if resume not in ("auto", "never"):
         resume = str(Path(resume).absolute())
     weights = str(Path(config.run.weights).absolute()) if config.run.weights else ""
     folder = str(Path(config.run.dir).absolute())
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder, resume=resume, weights=weights))
+    run = dataclasses.replace(config.run, dir=folder, resume=resume, weights=weights)
+    log = {"log": str(Path(str(config.sync["log"])).absolute())} if config.sync.get("log") else {}
+    return dataclasses.replace(config, run=run, sync={**config.sync, **log})
 
 
 def previous(config: Config) -> Path | None:

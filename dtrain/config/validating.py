@@ -23,7 +23,7 @@ from dtrain.config.schema import (
     Config,
 )
 from dtrain.config.targets import closest, hint, instantiate
-from dtrain.errors import ConfigError
+from dtrain.errors import CheckpointError, ConfigError
 
 AT_LEAST_ONE = (
     "mesh.replicate", "mesh.shard", "launcher.workers", "launcher.threads_per_worker", "launcher.nodes",
@@ -160,12 +160,6 @@ def _sync(config: Config) -> object:
     if not callable(getattr(sync, "bind", None)):
         target = config.sync["_target_"]
         raise ConfigError(f"sync: {target} makes a {type(sync).__name__}, no sync: take dtrain.every_step, for example")
-    if getattr(sync, "constant_rate", False) and (config.optim.schedule != "constant" or config.optim.warmup_steps):
-        raise ConfigError(
-            f"sync: {type(sync).__name__} needs one learning rate from the first step to the last, and the schedule is "
-            f"{config.optim.schedule} with {config.optim.warmup_steps} steps of warm-up; set optim.schedule=constant "
-            "optim.warmup_steps=0"
-        )
     return sync
 
 
@@ -181,6 +175,12 @@ def _optimizer(config: Config, sync: object) -> None:
         getattr(sync, "require_inner", lambda _: None)(optimizer)
     except ValueError as error:
         raise ConfigError(f"sync and optim.inner do not go together: {error}") from error
+    if getattr(sync, "constant_rate", False) and (config.optim.schedule != "constant" or config.optim.warmup_steps):
+        raise ConfigError(
+            f"sync: {type(sync).__name__} needs one learning rate from the first step to the last, and the schedule is "
+            f"{config.optim.schedule} with {config.optim.warmup_steps} steps of warm-up; set optim.schedule=constant "
+            "optim.warmup_steps=0"
+        )
 
 
 def _model(config: Config, data: object) -> None:
@@ -195,4 +195,7 @@ def _model(config: Config, data: object) -> None:
     if config.run.weights:
         from dtrain.checkpoint.weights import put_into, weights_of
 
-        put_into(model, weights_of(Path(config.run.weights)), f"run.weights={config.run.weights}")
+        try:
+            put_into(model, weights_of(Path(config.run.weights)), f"run.weights={config.run.weights}")
+        except CheckpointError as error:
+            raise ConfigError(f"{error}; give a safetensors file, a checkpoint or a run of this model") from error

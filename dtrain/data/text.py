@@ -142,7 +142,10 @@ def find_files(path: str | Path | None, suffixes: Sequence[str] = SUFFIXES) -> d
         files = (Path(folder, name) for name in names if name.endswith(wanted))
         found.update({file.relative_to(root).as_posix(): file for file in files})
     if not found:
-        raise DataError(f"no file below {str(root)!r} ends in {' or '.join(wanted) or 'one of no suffixes'}")
+        raise DataError(
+            f"no file below {str(root)!r} ends in {' or '.join(wanted) or 'one of no suffixes'}; say how yours end, "
+            "for example data.suffixes=[.h,.rst]"
+        )
     return dict(sorted(found.items()))
 
 

@@ -35,6 +35,33 @@ def test_a_byte_is_enough_on_every_engine(pool: WorkerPool, text: Path, tmp_path
     assert len(records) == 6 and len({record.digest for record in records}) == 6
 
 
+def test_a_run_that_begins_again_keeps_the_log_of_before(pool: WorkerPool, text: Path, tmp_path: Path) -> None:
+    """As after a death before the first checkpoint."""
+    log = tmp_path / "log"
+    done = [run(pool, tmp_path / n, text, "ddp", "one_byte", *CHOSEN, f"sync.log={log}") for n in ("once", "again")]
+    assert done[0].digest == done[1].digest
+    assert (log / "replica-1.log").read_bytes() == (log / "replica-1.log.1").read_bytes()
+
+
+def test_more_replicas_go_on_with_logs_of_their_own(
+    pool: WorkerPool, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [*CHOSEN, f"sync.log={tmp_path / 'log'}"]
+    run(pool, tmp_path / "run", text, "ddp", "one_byte", *chosen, "train.stop_after_steps=4")
+    done = run(pool, tmp_path / "run", text, "ddp", "one_byte", *chosen, mesh=(4, 1))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-0000000004"
+    assert checkpoint.is_dir()
+    for replica in (0, 3):
+        out = tmp_path / f"replayed-{replica}"
+        words = [str(tmp_path / "log" / f"replica-{replica}.log"), "--weights", str(checkpoint), "--out", str(out)]
+        assert main(["log", "replay", *words]) == 0
+        assert done.digest in capsys.readouterr().out
+    assert main(["log", "info", str(tmp_path / "log" / "replica-0.log")]) == 0
+    assert "from step 4: machines 0, 1, 2, 3" in capsys.readouterr().out
+    assert main(["log", "info", str(tmp_path / "log")]) == 1
+    assert "is a folder; give one of its logs (replica-0.log, replica-1.log" in capsys.readouterr().err
+
+
 OTHERS = {
     "fedkseed": ("optim=sgd", "optim.inner.momentum=0", "optim.inner.lr=0.0005", "optim.schedule=constant",
                  "optim.warmup_steps=0", "sync.every_steps=4", "sync.directions=64"),

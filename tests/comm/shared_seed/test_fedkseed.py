@@ -155,8 +155,8 @@ def test_another_learning_rate_is_refused() -> None:
     ("optimizer", "said"),
     [
         (torch.optim.SGD([torch.zeros(1)], lr=0.1, weight_decay=0.1), "weight decay"),
-        (torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9), "without momentum"),
-        (torch.optim.AdamW([torch.zeros(1)]), "not AdamW"),
+        (torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9), "here SGD with momentum 0.9; give it"),
+        (torch.optim.AdamW([torch.zeros(1)]), "here AdamW; give it"),
     ],
     ids=["decay", "momentum", "adam"],
 )

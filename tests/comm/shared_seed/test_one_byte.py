@@ -151,11 +151,17 @@ def misused(case: str) -> str:
         assert isinstance(sync, AttachedOneByte)
         if case == "step first":
             sync.step()
+        if case == "BatchNorm":
+            sync.estimate(lambda: model(torch.ones(3, 6)).mean())
+        if case == "no mean":
+            sync.estimate(lambda: torch.zeros(3))
+        if case == "a number":
+            sync.estimate(lambda: 0.5)  # type: ignore[arg-type, return-value]
         if case == "another batch":
             sync.estimate(lambda: loss_of(model, 0, next(seen)))
         for _ in range(2):
             sync.estimate(lambda: loss_of(model, 0, 0))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         return str(error)
     return ""
 
@@ -163,8 +169,11 @@ def misused(case: str) -> str:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("adam", "without momentum, not AdamW"),
-        ("momentum", "without momentum, not SGD"),
+        ("adam", "here AdamW; give it torch.optim.SGD(lr=...) without momentum"),
+        ("momentum", "here SGD with momentum 0.9; give it torch.optim.SGD(lr=...) without momentum"),
+        ("BatchNorm", "BatchNorm1d in train() changes its statistics in every forward pass"),
+        ("no mean", "a tensor of one element; it gave a tensor of shape (3,)"),
+        ("a number", "a tensor of one element; it gave float"),
         ("step first", "0 of 1 directions were tried"),
         ("another batch", "take the batch before estimate(...)"),
         ("too many", "all 1 directions of this step were tried"),
