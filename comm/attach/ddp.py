@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ class DDPPieces(ModulePieces):
         slot = _SLOTS.get(self.model)
         if slot is None:
             slot = _SLOTS[self.model] = _Slot(self.model)
-        slot.pieces = self
+        slot.pieces = ref(self)
 
     def finish(self) -> None:
         ended = [handle.ended_at for handle in self._under_way]
@@ -115,12 +115,13 @@ class _Slot:
     """The one hook that a DDP model takes in its life, and who answers to it now: nobody while nothing is attached."""
 
     def __init__(self, model: DistributedDataParallel) -> None:
-        self.pieces: DDPPieces | None = None
+        self.pieces: ref[DDPPieces] | None = None  # DDP's C++ holds the hook, where no garbage collector looks
         group = model.process_group  # not the model itself: its hook must not keep it alive
 
         # DDP inspects the hook's name and annotations, which `from __future__ import annotations` turns into strings.
         def hook(state, bucket):  # type: ignore[no-untyped-def]
-            return _averaged(bucket, group) if self.pieces is None else self.pieces.on_bucket(bucket)
+            pieces = None if self.pieces is None else self.pieces()
+            return _averaged(bucket, group) if pieces is None else pieces.on_bucket(bucket)
 
         try:
             model.register_comm_hook(None, hook)

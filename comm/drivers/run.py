@@ -16,6 +16,7 @@ import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
@@ -94,6 +95,15 @@ class _Running:
     travelling: Travelling
 
 
+_OPEN: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def close_all(timeout_seconds: float) -> None:
+    """Close every channel of this process that is still open."""
+    for channel in list(_OPEN):
+        channel.close(timeout_seconds)
+
+
 class Channel:
     """All that one rank sends: a transport for each axis, a worker thread, and a meter.
 
@@ -114,6 +124,7 @@ class Channel:
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="dtrain-channel", daemon=True)
         self._thread.start()
+        _OPEN.add(self)
         # A thread that is still inside the transport while the interpreter goes down aborts the whole process.
         atexit.register(self.close, timeout_seconds=2.0)
 
@@ -156,6 +167,7 @@ class Channel:
     def close(self, timeout_seconds: float | None = None) -> None:
         """Finish what was started and end the worker thread. The process groups stay as they are."""
         atexit.unregister(self.close)
+        _OPEN.discard(self)
         self._closed = True
         if self._thread.is_alive():
             self._queue.put(self)

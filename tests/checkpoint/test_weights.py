@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dtrain.checkpoint.weights import put_into, weights_of
 from dtrain.config import compose
 from dtrain.config.validating import validate
-from dtrain.errors import CheckpointError
+from dtrain.errors import CheckpointError, ConfigError
 
 
 class Tied(nn.Module):
@@ -59,7 +59,7 @@ def test_weights_of_another_model(change: dict[str, Tensor | None], said: str) -
 def test_they_are_looked_at_before_anything_is_launched(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
     base = [f"run.dir={tmp_path / 'run'}", "engine=ddp"]
-    with pytest.raises(CheckpointError, match=r"run\.weights=.*other\.safetensors holds weights of another model"):
+    with pytest.raises(ConfigError, match=r"run\.weights=.*other\.safetensors holds weights of another model"):
         validate(compose([*base, f"run.weights={tmp_path / 'other.safetensors'}"]))
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+    with pytest.raises(ConfigError, match="cannot be read as safetensors"):
         validate(compose([*base, f"run.weights={tmp_path / 'nothing'}"]))
