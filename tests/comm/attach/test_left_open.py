@@ -19,12 +19,14 @@ pytestmark = pytest.mark.processes
 
 def dropped(kind: str) -> int:
     """A step; how many threads of gloo there are in the end."""
-    model: torch.nn.Module
+    model: torch.nn.Module = small()
+    group = None
     if kind == "ddp":
-        model, group = DistributedDataParallel(small()), None
+        model = DistributedDataParallel(model)
     else:
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-        model, group = fully_shard(small(), mesh=mesh["shard"]), mesh.get_group("replicate")
+        fully_shard(model, mesh=mesh["shard"])
+        group = mesh.get_group("replicate")
     sync = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), every_step(), replicate_group=group)
     backward(model, 0, 0)
     sync.step()
