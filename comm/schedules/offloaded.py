@@ -57,18 +57,9 @@ class AttachedOffloaded(AttachedLocalUpdate):
     def _after_step(self) -> None:
         super()._after_step()
         self._stow()
-        for part in self._needed_at(self.steps + 1):
+        due = [self.parts[number] for number in self._due(ahead=1)]
+        for part in (*due, *self._landing(ahead=1)):
             self._ahead |= self._copies(part.fqns)
-
-    def _needed_at(self, step: int) -> list[Part]:
-        """What sets out or lands at ``step``, as far as that is known before it."""
-        numbers = self.spec.fragments.due(step - self.spec.warmup_steps, len(self.parts), self.spec.every_steps)
-        landing = step - self.spec.overlap_steps
-        return [
-            part
-            for part in self.parts
-            if part.number in numbers or any(flight.captured == landing for flight in part.flights)
-        ]
 
     def _capture(self, part: Part) -> dict[str, Tensor]:
         self._fetch(part.fqns)

@@ -171,18 +171,18 @@ class AttachedLocalUpdate(Attached):
         self._here()
         self._come_down()
 
-    def _due(self) -> list[int]:
-        """Numbers of the fragments that set out at this step."""
-        step = self.steps - self.spec.warmup_steps
+    def _due(self, ahead: int = 0) -> list[int]:
+        """Numbers of the fragments that set out at this step, or so many later."""
+        step = self.steps + ahead - self.spec.warmup_steps
         return self.spec.fragments.due(step, len(self.parts), self.spec.every_steps)
 
     def _set_out(self) -> list[tuple[Part, dict[str, Tensor]]]:
         """Send off what is due at this step."""
         return [(self.parts[number], self._capture(self.parts[number])) for number in self._due()]
 
-    def _landing(self) -> list[Part]:
-        """What is to be applied at this step."""
-        captured = self.steps - self.spec.overlap_steps
+    def _landing(self, ahead: int = 0) -> list[Part]:
+        """What is to be applied at this step, or so many later as far as it has set out."""
+        captured = self.steps + ahead - self.spec.overlap_steps
         return [part for part in self.parts if part.flights and part.flights[0].captured == captured]
 
     def _here(self) -> None:
