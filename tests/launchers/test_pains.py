@@ -75,8 +75,8 @@ def test_pain_2_who_hosts_the_meeting_does_not_depend_on_names() -> None:
 
 @pytest.mark.processes
 def test_pain_4_without_scontrol_a_job_ends_and_never_falls_back_to_this_host(slurm: FakeSlurm, tmp_path: Path) -> None:
-    job = launcher().submit(["python", "-c", "print('ran')"], folder=tmp_path / "job")
     (slurm.folder / "bin" / "scontrol").unlink()
+    job = launcher().submit(["python", "-c", "print('ran')"], folder=tmp_path / "job")
     end = tmp_path / "job" / "end.json"
     deadline = time.monotonic() + 30
     while not end.exists():
