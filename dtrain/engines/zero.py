@@ -95,6 +95,8 @@ class ZeroEngine(Engine):
 
     def close(self) -> None:
         self.deepspeed.destroy()
+        for module in self.deepspeed.module.modules():
+            _forget_deepspeed(module)
 
     @property
     def gradient_norm(self) -> float:
@@ -104,6 +106,19 @@ class ZeroEngine(Engine):
     @gradient_norm.setter
     def gradient_norm(self, value: float) -> None:
         pass  # DeepSpeed keeps it
+
+
+def _forget_deepspeed(module: nn.Module) -> None:
+    """Torch keeps an autograd node that leads to the model of stage 3; no way is left from there to engine and groups.
+
+    Groups of gloo have threads that wake a hundred times a second, and a process may go on to train another model.
+    """
+    module._forward_hooks.clear()
+    module._forward_pre_hooks.clear()
+    for name in ("pre_bwd_fn", "post_bwd_fn"):
+        vars(module).pop(name, None)
+    for parameter in module.parameters(recurse=False):
+        vars(parameter).clear()
 
 
 def _config(options: EngineOptions, stage: int) -> dict[str, object]:

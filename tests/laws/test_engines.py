@@ -144,3 +144,18 @@ def test_bf16_accumulation_and_recomputation_train_and_resume(
     assert again.losses == whole.losses
     assert again.digest == whole.digest
     assert whole.losses[12] < whole.losses[1]
+
+
+def threads_of_gloo() -> int:
+    return sum(name.read_text() == "gloo_tcp_loop\n" for name in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_that_trains_again_keeps_no_groups_of_what_has_ended(
+    pool: WorkerPool, text: Path, tmp_path: Path, engine: str
+) -> None:
+    found = []
+    for number in range(2):
+        run(pool, tmp_path / str(number), text, engine, "dense", "train.steps=2", mesh=(2, 1))
+        found.append(pool.run(threads_of_gloo, world=2)[0])
+    assert found[0] == found[1]
