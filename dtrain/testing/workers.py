@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
 
@@ -36,7 +37,6 @@ class WorkerPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("spawn")
         self._teams: dict[int, list[tuple[BaseProcess, Connection]]] = {}
 
     def run(self, function: Callable[..., R], *arguments: object, world: int = 0, seconds: float = 120) -> list[R]:
@@ -72,8 +72,8 @@ class WorkerPool:
     def _team(self, world: int) -> list[tuple[BaseProcess, Connection]]:
         team = self._teams.setdefault(world, [])
         while len(team) < world:
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = multiprocessing.Pipe()
+            process = _context().Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             team.append((process, ours))
@@ -84,6 +84,38 @@ class WorkerPool:
             connection.close()
             process.kill()
             process.join()
+
+
+class Forked:
+    """``function(*arguments)`` in a process of its own, which may come and go; see `WorkerPool` for what is pickled."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self._process = _context().Process(target=function, args=arguments, daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def wait(self, seconds: float) -> int:
+        """Its exit code, -N where signal N ended it. Raises ``TimeoutError``."""
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            raise TimeoutError(f"process {self.pid} has not ended after {seconds:g} s")
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """End it now, if it has not ended."""
+        self._process.kill()
+        self._process.join()
+
+
+def _context() -> ForkServerContext:
+    """Processes are forked off one that has done nothing but imports, which take seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dtrain.testing.loaded"])
+    return context
 
 
 def _collect(connections: list[Connection], deadline: float) -> list[Any]:

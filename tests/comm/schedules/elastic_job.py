@@ -1,4 +1,4 @@
-"""One rank of a replica that trains among members: ``python -m tests.comm.schedules.elastic_job JSON``."""
+"""One rank of a replica that trains among members."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,7 +118,3 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
     while not condition():
         assert time.monotonic() < until, "nothing came"
         time.sleep(0.02)
-
-
-if __name__ == "__main__":
-    main(Asked(**json.loads(sys.argv[1])))

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,26 +23,24 @@ from dtrain import Members, attach, co2, diloco, ef21, error_feedback, every_ste
 from dtrain.comm.drivers.members import NOBODY, Epoch, propose, serve
 from dtrain.comm.schedules.elastic import _require_elastic
 from dtrain.comm.schedules.local_update import LocalUpdate
-from tests.comm.schedules.elastic_job import LR, Asked, body, loss_of, wait_for
+from dtrain.testing.workers import Forked
+from tests.comm.schedules.elastic_job import LR, Asked, body, loss_of, main, wait_for
 
 EVERY = 5
 
 
 @contextmanager
-def replicas(out: Path, *asked: Asked) -> Iterator[dict[str, list[subprocess.Popen[bytes]]]]:
+def replicas(out: Path, *asked: Asked) -> Iterator[dict[str, list[Forked]]]:
     """The processes of each, by name; none of them outlives the test."""
-    run = [sys.executable, "-m", "tests.comm.schedules.elastic_job"]
-    started: dict[str, list[subprocess.Popen[bytes]]] = {}
+    started: dict[str, list[Forked]] = {}
     for one in asked:
         ranks = [dataclasses.replace(one, rank=rank) for rank in range(one.shards)]
-        started[one.name] = [subprocess.Popen([*run, json.dumps(dataclasses.asdict(rank))]) for rank in ranks]
+        started[one.name] = [Forked(main, rank) for rank in ranks]
     try:
         yield started
     finally:
         for process in (process for ranks in started.values() for process in ranks):
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            process.kill()
 
 
 def ended(out: Path, name: str) -> dict[str, object]:

@@ -1,11 +1,10 @@
-"""One machine of a run of one_byte that others join: ``python -m tests.comm.shared_seed.machine_job JSON``."""
+"""One machine of a run of one_byte that others join."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -83,7 +82,3 @@ def main(asked: Asked) -> None:
     (out / f"{asked.name}.json").write_text(json.dumps(found))
     torch.save(model.state_dict(), out / f"{asked.name}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Asked(**json.loads(sys.argv[1])))

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,24 +20,22 @@ from dtrain import Members, attach, ferret, one_byte
 from dtrain.comm.drivers.members import serve
 from dtrain.comm.shared_seed.replay import replay
 from dtrain.comm.shared_seed.update_log import LogError, from_bytes, read, to_bytes
+from dtrain.testing.workers import Forked
 from tests.comm.schedules.elastic_job import wait_for
-from tests.comm.shared_seed.machine_job import Asked, built
+from tests.comm.shared_seed.machine_job import Asked, built, main
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
 
 @contextmanager
-def machines(*asked: Asked) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def machines(*asked: Asked) -> Iterator[dict[str, Forked]]:
     """Their processes by name; none of them outlives the test."""
-    run = [sys.executable, "-m", "tests.comm.shared_seed.machine_job"]
-    started = {one.name: subprocess.Popen([*run, json.dumps(dataclasses.asdict(one))]) for one in asked}
+    started = {one.name: Forked(main, one) for one in asked}
     try:
         yield started
     finally:
         for process in started.values():
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            process.kill()
 
 
 @pytest.mark.parametrize(("width", "slow_seconds", "came_by"), [(16, 0.0, "log"), (16, 1e6, "weights")])
