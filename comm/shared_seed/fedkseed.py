@@ -82,6 +82,8 @@ class AttachedFedKSeed(ForwardOnly):
         self.sums = [0.0] * spec.directions  # A
         self.seen = [(0.0, 1)] * spec.directions  # for "pro": sum of amounts, and how many; one of 0 to begin with
         self.own: list[tuple[int, float]] = []  # of this round
+        self._borders: list[float] = []  # of the odds, added up; they change with the round
+        self._drawn = -1, 0  # the direction of a step
         for fqn, value in pieces.read().items():
             self.state.stage(fqn, "first", value)
         self.state.commit()
@@ -140,6 +142,7 @@ class AttachedFedKSeed(ForwardOnly):
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
         super().load_integers(integers)
+        self._borders, self._drawn = [], (-1, 0)
         if number_of(integers["rate"]) != self.rate:
             raise ValueError(
                 f"this run had the learning rate {number_of(integers['rate'])!r}, and its weights are sums along it; "
@@ -158,11 +161,18 @@ class AttachedFedKSeed(ForwardOnly):
 
     def _chosen(self) -> int:
         """The direction that this replica tries in this step."""
-        drawn = self.walk.random.uniform(Address("seed", self.steps, self.pieces.place.rank))
+        step, chosen = self._drawn
+        if step != self.steps:
+            chosen = self._draw(self.walk.random.uniform(Address("seed", self.steps, self.pieces.place.rank)))
+            self._drawn = self.steps, chosen
+        return chosen
+
+    def _draw(self, number: float) -> int:
         if self.spec.sampling == "uniform":
-            return int(drawn * self.spec.directions)
-        borders = list(itertools.accumulate(odds([amount / times for amount, times in self.seen])))
-        return min(bisect.bisect_right(borders, drawn * borders[-1]), self.spec.directions - 1)
+            return int(number * self.spec.directions)
+        if not self._borders:
+            self._borders = list(itertools.accumulate(odds([amount / times for amount, times in self.seen])))
+        return min(bisect.bisect_right(self._borders, number * self._borders[-1]), self.spec.directions - 1)
 
     def _end_round(self) -> None:
         missing = self.spec.every_steps - len(self.own)
@@ -182,7 +192,7 @@ class AttachedFedKSeed(ForwardOnly):
                     amount, times = self.seen[s]
                     self.seen[s] = amount + min(abs(number), LARGEST), times + 1
         self.pieces.write(self._made())
-        self.own, self.tokens = [], 0
+        self.own, self.tokens, self._borders = [], 0, []
         self.rounds += 1
 
     def _made(self) -> Named:

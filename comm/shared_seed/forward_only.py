@@ -115,7 +115,11 @@ class ForwardOnly(Attached):
         at = Address("forward", self.steps, self.pieces.place.rank, sample)
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(at.stream(str(worker)) >> 1)
+            seed = at.stream(str(worker)) >> 1
+            # Not torch.manual_seed: where no GPU is, it writes down each call, with its stack, for one that may come.
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed(seed)
             value = loss()
         if not isinstance(value, Tensor) or value.numel() != 1:
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,8 +99,8 @@ class SharedRandom:
 
     def uniform(self, at: Address) -> float:
         """One number in [0, 1), of 53 bits."""
-        words, _ = self._words([(at, Segment("", 0, 1))], 1, "cpu")
-        high, low = words[0, :2].tolist()
+        stream = at.stream("")
+        high, low, _, _ = philox((0, 0, stream & _MASK, stream >> 32), (self.key & _MASK, self.key >> 32))
         return float((high << 21) | (low >> 11)) / 2**53
 
     def _words(
@@ -128,11 +128,11 @@ class SharedRandom:
         return torch.stack(philox(counter, (self.key & _MASK, self.key >> 32)), dim=1), cuts
 
 
-Quadruple = tuple[Tensor, Tensor, Tensor, Tensor]
+Word = TypeVar("Word", int, Tensor)
 
 
-def philox(counter: Quadruple, key: tuple[int, int]) -> Quadruple:
-    """Philox4x32-10 of counters, int64 tensors of one shape that hold 32 bits each; the four words, likewise."""
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10 of a counter; the four words. Numbers of 32 bits, or int64 tensors of one shape that hold them."""
     x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -151,11 +151,10 @@ def golden(count: int = 64) -> str:
     return hashlib.blake2b(repr((VERSION, codes)).encode(), digest_size=8).hexdigest()
 
 
-def _product(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product of 32-bit numbers. In 16-bit halves: 64 bits would overflow int64."""
-    upper, lower = x * (by >> 16), x * (by & 0xFFFF)
-    middle = upper + (lower >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (lower & 0xFFFF)
+def _product(x: Word, by: int) -> tuple[Word, Word]:
+    """High and low 32 bits of a product of 32-bit numbers. int64 wraps around, and keeps all 64 bits of it."""
+    both = x * by
+    return (both >> 32) & _MASK, both & _MASK
 
 
 def _span(start: int, numel: int, per_block: int) -> tuple[int, int]:
