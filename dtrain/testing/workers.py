@@ -27,6 +27,7 @@ class WorkerPool:
     that it has ever seen, and compares the numbers across ranks) stays equal among them.
 
     Functions and arguments are pickled: functions must be importable in the workers under the name of their module.
+    Processes are forked off a server that the first of them starts: they see the environment variables of that moment.
 
     >>> from dtrain.testing import WorkerPool
     >>> import torch.distributed as dist
