@@ -130,12 +130,14 @@ class Tuned:
 def _tuned(cells: _Cells, of_rate: Callable[[float], object], rates: Sequence[float], told: str = "{:g}") -> Tuned:
     """The best of ``rates``; while the largest one is, one that is larger by the same factor is tried too."""
     tried = list(rates)
-    while True:
+    best = tried[0]
+    while len(rates) > 1:
         found = [curve["choose"][-1] for curve in cells.all([(of_rate(rate), TUNING) for rate in tried])]
         best = tried[found.index(max(found))]
-        if best != tried[-1] or len(rates) == 1:
-            return Tuned(told.format(best), cells.all([(of_rate(best), seed) for seed in SEEDS]))
+        if best != tried[-1]:
+            break
         tried.append(best * round(best / tried[-2]))
+    return Tuned(told.format(best), cells.all([(of_rate(best), seed) for seed in SEEDS]))
 
 
 def shared_seed(session: Session) -> Report:

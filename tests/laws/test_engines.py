@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.testing import WorkerPool
+from tests.comm.attach.test_left_open import threads_of_gloo
 from tests.laws.conftest import Undisturbed
 from tests.laws.jobs import ENGINES, FIFTEEN, run
 
@@ -144,10 +145,6 @@ def test_bf16_accumulation_and_recomputation_train_and_resume(
     assert again.losses == whole.losses
     assert again.digest == whole.digest
     assert whole.losses[12] < whole.losses[1]
-
-
-def threads_of_gloo() -> int:
-    return sum(name.read_text() == "gloo_tcp_loop\n" for name in Path("/proc/self/task").glob("*/comm"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
