@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "deepspeed_zero": 4}
 
 
-RESUMES, MEET = "save_and_resume", "come_and_go"
+RESUMES, MEET, ONE_BYTE = "save_and_resume", "come_and_go", "one_byte_members"
 
 
 def torchrun(workers: int, name: str, *arguments: str) -> str:
@@ -27,7 +27,7 @@ def torchrun(workers: int, name: str, *arguments: str) -> str:
 
 
 def test_all_are_tested() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, RESUMES, MEET}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, RESUMES, MEET, ONE_BYTE}
 
 
 @pytest.mark.processes
@@ -51,12 +51,28 @@ def test_going_on_within_a_round_is_never_having_stopped(tmp_path: Path) -> None
 @pytest.mark.processes
 @pytest.mark.timeout(120)
 def test_replicas_that_are_runs_of_their_own_meet_and_learn() -> None:
-    store = serve(0)
-    command = [sys.executable, f"examples/{MEET}.py", f"localhost:{store.port}"]
-    started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [process.communicate(timeout=100)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0]
+    said = three_members(MEET)
     assert {slot for text in said for slot in re.findall(r"replica (\d) of 3", text)} == {"0", "1", "2"}
     for text in said:
         losses = [float(loss) for loss in re.findall(r"loss (\S+)", text)]
         assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_machines_that_tell_a_byte_end_with_the_same_weights(tmp_path: Path) -> None:
+    said = three_members(ONE_BYTE, str(tmp_path))
+    assert len({digest for text in said for digest in re.findall(r"with the weights (\w{16})", text)}) == 1
+    for text in said:
+        losses = [float(loss) for loss in re.findall(r"loss (\S+)", text)]
+        assert losses[-1] < 0.2 * losses[0]
+        assert "its log of 400 steps makes them again" in text
+
+
+def three_members(name: str, *arguments: str) -> list[str]:
+    store = serve(0)
+    command = [sys.executable, f"examples/{name}.py", f"localhost:{store.port}", *arguments]
+    started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=100)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    return said

@@ -4,9 +4,10 @@ One channel has one worker thread (with CUDA tensors: one side stream too) and o
 really travels while the model computes. Its process groups belong to it alone: two threads that enqueue collectives
 on one group in different orders would hang. Any axis may have another transport than torch.distributed.
 
-The ops of flows that are under way together are enqueued in the order (wave, flow), where op r of flow b belongs to
-wave b + r: all ranks start the same flows in the same order, so all ranks enqueue the same ops in the same order, and
-flow b + 1 is encoded while the ops of flow b travel. `flush`, and every wait, ends a batch of flows on all ranks.
+The ops of flows that are under way together are enqueued by waves, where op r of flow b belongs to wave b + r, and the
+first op of the flow that begins comes before the others of its wave: all ranks start the same flows in the same order,
+so all ranks enqueue the same ops in the same order, flow b + 1 is encoded and set out while the ops of flow b travel,
+and its ops travel while flow b is decoded. `flush`, and every wait, ends a batch of flows on all ranks.
 """
 
 from __future__ import annotations
@@ -184,8 +185,9 @@ class Channel:
         running: list[_Running] = []
         item = self._next(running)
         while isinstance(item, _Job):
+            first = self._begin(item)
             running = [after for flow in running if (after := self._advance(flow)) is not None]
-            if (first := self._begin(item)) is not None:
+            if first is not None:
                 running.append(first)
             item = self._next(running)
         while running:

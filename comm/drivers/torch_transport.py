@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dtrain.comm.drivers.pairwise import all_to_all
 from dtrain.comm.drivers.transport import outgoing, reply
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Op, Payload, Shift
 
@@ -58,6 +59,9 @@ class Collective:
                 if sent.numel():
                     self._add(dist.all_gather(list(arrived.unbind()), sent[0], group=group, async_op=True))
             case AllToAll():
+                if sent.is_cpu:
+                    arrived, self._works = all_to_all(sent, group)
+                    return arrived
                 arrived = torch.empty_like(sent)
                 if sent.numel():
                     self._add(dist.all_to_all_single(arrived, sent, group=group, async_op=True))
@@ -72,7 +76,8 @@ class Collective:
                     arrived.copy_(sent)
                 elif sent.numel():
                     to, origin = dist.get_global_rank(group, destination), dist.get_global_rank(group, source)
-                    pair = [dist.P2POp(dist.isend, sent, to, group), dist.P2POp(dist.irecv, arrived, origin, group)]
+                    # The receive first: `pairwise`.
+                    pair = [dist.P2POp(dist.irecv, arrived, origin, group), dist.P2POp(dist.isend, sent, to, group)]
                     self._works.extend(dist.batch_isend_irecv(pair))
         return arrived
 

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -66,6 +66,16 @@ class Attached(ABC):
     def meter(self) -> Meter:
         """What this rank has sent, and how long it stood waiting."""
         return self.pieces.channel.meter
+
+    def estimate(self, loss: Callable[[], Tensor]) -> float:
+        """What methods of forward passes only are stepped from: see `ForwardOnly.estimate`.
+
+        Raises ``RuntimeError`` here: this method is stepped from gradients.
+        """
+        raise RuntimeError(
+            f"{type(self).__name__} is stepped from gradients: call loss.backward() before step(); estimate(...) "
+            "is for one_byte and fedkseed"
+        )
 
     def finish(self) -> None:
         """Block until the gradients are those that the optimizer may use."""

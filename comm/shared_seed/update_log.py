@@ -7,8 +7,9 @@
 
 A record is on the disk before anybody steps along it. What a crash leaves of the last record is cut when the log is
 opened for more; anything else that is wrong in it is refused, with the place. A run that begins again, or goes on
-behind the end of its log, begins another one; the old one stays beside it, as NAME.log.1. The header says what the
-bytes mean: the run's key and walk, the generator and the code with their versions, the parameters with their shapes.
+anywhere else than at the end of its log, begins another one; the old one stays beside it, as NAME.log.1. The header
+says what the bytes mean: the run's key and walk, the generator and the code with their versions, the parameters with
+their shapes.
 """
 
 from __future__ import annotations
@@ -228,25 +229,26 @@ class UpdateLog:
         self.records.append(record)
 
     def go_on(self, steps: int, start: int) -> None:
-        """Go on at step ``steps``, with weights of the digest ``start``: forget what comes later.
+        """Go on at step ``steps``, with weights of the digest ``start``.
 
-        A log that ends before that could not be replayed any further: another one begins.
+        What comes later in this log, of a run that came further than its checkpoint or of another branch from it, is
+        not forgotten: the old log stays beside the one that goes on. A log that ends before that could not be replayed
+        any further: another one begins.
         """
-        self.cut(steps)
-        if not steps or (self.records and self.records[-1].step.number == steps - 1):
+        if not self.records:
+            if steps:
+                self._begin(replace(self.header, start=start))
             return
-        if self.records:
-            self._set_aside(f"it ends at step {self.records[-1].step.number}, and the run goes on at step {steps}")
-        self._begin(replace(self.header, start=start))
-
-    def cut(self, steps: int) -> None:
-        """Forget what comes at or after step ``steps``: a run that goes on from an earlier checkpoint."""
-        kept = [record for record in self.records if record.step.number < steps]
-        if len(kept) < len(self.records):
-            size = sum(len(_frame(record.encoded())) for record in kept)
-            self._file.truncate(len(MAGIC) + len(_frame(self.header.encoded())) + size)
-            self._file.seek(0, os.SEEK_END)
+        kept, last = [record for record in self.records if record.step.number < steps], self.records[-1].step.number
+        if last == steps - 1:
+            return
+        self._set_aside(f"it ends at step {last}, and the run goes on at step {steps}")
+        if kept and kept[-1].step.number == steps - 1:
+            self._begin(self.header)
+            self._write(to_bytes(kept))
             self.records = kept
+        else:
+            self._begin(replace(self.header, start=start if steps else 0))
 
     def tail(self, first: int) -> Iterator[Record]:
         """The records of step ``first`` and later."""

@@ -59,7 +59,7 @@ def local(session: Session) -> Report:
     with devcluster(nodes=4, bandwidth="100mbit", name=NAME):
         tried = steps(session, 4, (ALONE,), rounds=2, batch=LOCAL_SEQUENCES, warmup=1)[ALONE].median
         batch = max(1, round(LOCAL_SEQUENCES * ALONE_SECONDS / tried))
-        found = steps(session, 4, (*LOCAL,), rounds=4, batch=batch, warmup=1, beside=ALONE)
+        found = steps(session, 4, (*LOCAL,), rounds=6, batch=batch, warmup=1, beside=ALONE)
     return local_report(found, batch)
 
 

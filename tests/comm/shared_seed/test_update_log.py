@@ -163,13 +163,24 @@ def test_a_log_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_steps_come_one_after_the_other(tmp_path: Path) -> None:
     written(tmp_path / "log", 3)
-    with UpdateLog(tmp_path / "log", header()) as log:
-        with pytest.raises(ValueError, match="step 2 is not behind step 2"):
-            log.append(Record(steps(3)[2]))
-        log.go_on(1, start=5)
-        log.append(Record(steps(1, first=1)[0]))
-        assert [record.step.number for record in log.tail(1)] == [1]
-    assert [record.step.number for record in read(tmp_path / "log").records] == [0, 1]
+    with UpdateLog(tmp_path / "log", header()) as log, pytest.raises(ValueError, match="step 2 is not behind step 2"):
+        log.append(Record(steps(3)[2]))
+
+
+def test_a_run_that_goes_on_within_its_log_leaves_the_rest_of_it_beside(tmp_path: Path) -> None:
+    """A death behind the last checkpoint, or another branch from it."""
+    written(tmp_path / "log", 3)
+    before = (tmp_path / "log").read_bytes()
+    for number in (1, 2):
+        with UpdateLog(tmp_path / "log", header()) as log:
+            with pytest.warns(RuntimeWarning, match=f"ends at step 2, and the run goes on at step 1; .*log.{number}"):
+                log.go_on(1, start=5)
+            log.append(Record(steps(2)[1]))
+            log.append(Record(steps(3)[2], digest=number))
+            assert [record.step.number for record in log.tail(1)] == [1, 2]
+    assert (tmp_path / "log.1").read_bytes() == before
+    assert [record.step.number for record in read(tmp_path / "log").records] == [0, 1, 2]
+    assert read(tmp_path / "log").header == header()
 
 
 def test_a_run_that_begins_again_leaves_its_old_log_as_it_was(tmp_path: Path) -> None:

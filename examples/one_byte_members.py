@@ -1,0 +1,45 @@
+"""Training by forward passes only, one byte a machine and sample, among machines that come and go.
+
+    dtrain members --port 29400 &
+    for _ in 1 2 3; do python examples/one_byte_members.py localhost:29400 runs/log & done
+
+Kill one of them, and the others go on; start another one, and it walks along a log to where they are. In the end all
+have the same weights, to the bit, and so has who replays a log.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain import Members, attach, one_byte
+from dtrain.comm.shared_seed.replay import replay
+from dtrain.comm.shared_seed.update_log import read
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # this machine's own ranks: one
+torch.manual_seed(0)
+net = torch.nn.Linear(32, 1)
+first = {name: value.clone() for name, value in net.state_dict().items()}
+model = DistributedDataParallel(net)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.02)  # read for its rate, never stepped
+members = Members(sys.argv[1], replicas=3)
+sync = attach(model, optimizer, one_byte(samples=2, log=sys.argv[2]), members=members)
+
+while sync.steps < 400:  # a newcomer begins where the others are
+    step = sync.steps
+    numbers = torch.Generator().manual_seed(1000 * step + members.id)  # this machine's share of the data
+    x = torch.randn(64, 32, generator=numbers)
+    for _ in range(2):
+        loss = sync.estimate(lambda x=x: (model(x) - x.sum(1, keepdim=True)).square().mean())
+    sync.step()
+    if step % 100 == 99:
+        print(f"step {step}: machine {members.id} of {members.place.size}, loss {loss:.3f}")
+
+print(f"{sync.report()}\nmachine {members.id} ends with the weights {sync.digest():016x}")
+if sync.came_by != "weights":  # else its log begins with weights that it copied
+    weights, _, steps = replay(read(f"{sys.argv[2]}/machine-{members.id}.log"), first)
+    assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())
+    print(f"its log of {steps} steps makes them again")
+sync.detach()
+dist.destroy_process_group()
