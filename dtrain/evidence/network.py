@@ -146,7 +146,7 @@ def network_report(
         f"alpha {1e3 * found.alpha:.2f} ms, beta {8 / found.beta / 1e6:.1f} Mbit/s, fitted at two hosts alone; the "
         "times of three and four are predicted.\n\n"
         + table(["ranks", "bytes", "measured ms", "predicted ms", "off"], lines)
-        + "\n\nAll-to-all of 16 MB over four hosts at 100 Mbit/s, by gloo (`all_to_all`) and on dtrain's channel, which "
+        + "\n\nAll-to-all of 16 MB over four hosts at 100 Mbit/s, by gloo (`all_to_all`) and on the channel, which "
         "posts every receive before any send:\n\n"
         + table(["", "ms", "of the rate"], [[r.op, f"{r.p50_ms:.0f}", f"{r.of_link:.2f}"] for r in scattered])
     )
