@@ -3,8 +3,9 @@
     dtrain members --port 29400 &
     for _ in 1 2 3; do python examples/one_byte_members.py localhost:29400 runs/log & done
 
-Kill one of them, and the others go on; start another one, and it walks along a log to where they are. In the end all
-have the same weights, to the bit, and so has who replays a log.
+Kill one of them, and the others go on; start another one, and it walks along a log to where they are, or takes over
+their weights where that is faster, as with so few parameters. In the end all have the same weights, to the bit, and so
+has who replays a log. Give each run a folder of its own.
 """
 
 import sys
@@ -17,16 +18,17 @@ from dtrain import Members, attach, one_byte
 from dtrain.comm.shared_seed.replay import replay
 from dtrain.comm.shared_seed.update_log import read
 
+address, folder, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 5000
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # this machine's own ranks: one
 torch.manual_seed(0)
 net = torch.nn.Linear(32, 1)
 first = {name: value.clone() for name, value in net.state_dict().items()}
 model = DistributedDataParallel(net)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.02)  # read for its rate, never stepped
-members = Members(sys.argv[1], replicas=3)
-sync = attach(model, optimizer, one_byte(samples=2, log=sys.argv[2]), members=members)
+members = Members(address, replicas=3)
+sync = attach(model, optimizer, one_byte(samples=2, log=folder), members=members)
 
-while sync.steps < 400:  # a newcomer begins where the others are
+while sync.steps < steps:  # a newcomer begins where the others are
     step = sync.steps
     numbers = torch.Generator().manual_seed(1000 * step + members.id)  # this machine's share of the data
     x = torch.randn(64, 32, generator=numbers)
@@ -34,12 +36,12 @@ while sync.steps < 400:  # a newcomer begins where the others are
         loss = sync.estimate(lambda x=x: (model(x) - x.sum(1, keepdim=True)).square().mean())
     sync.step()
     if step % 100 == 99:
-        print(f"step {step}: machine {members.id} of {members.place.size}, loss {loss:.3f}")
+        print(f"step {step}: machine {members.id}, one of {members.place.size}, loss {loss:.3f}")
 
 print(f"{sync.report()}\nmachine {members.id} ends with the weights {sync.digest():016x}")
 if sync.came_by != "weights":  # else its log begins with weights that it copied
-    weights, _, steps = replay(read(f"{sys.argv[2]}/machine-{members.id}.log"), first)
+    weights, _, replayed = replay(read(f"{folder}/machine-{members.id}.log"), first)
     assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())
-    print(f"its log of {steps} steps makes them again")
+    print(f"its log of {replayed} steps makes them again")
 sync.detach()
 dist.destroy_process_group()

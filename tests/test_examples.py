@@ -61,7 +61,7 @@ def test_replicas_that_are_runs_of_their_own_meet_and_learn() -> None:
 @pytest.mark.processes
 @pytest.mark.timeout(120)
 def test_machines_that_tell_a_byte_end_with_the_same_weights(tmp_path: Path) -> None:
-    said = three_members(ONE_BYTE, str(tmp_path))
+    said = three_members(ONE_BYTE, str(tmp_path), "400")
     assert len({digest for text in said for digest in re.findall(r"with the weights (\w{16})", text)}) == 1
     for text in said:
         losses = [float(loss) for loss in re.findall(r"loss (\S+)", text)]

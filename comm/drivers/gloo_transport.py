@@ -37,6 +37,8 @@ _ABANDONED: list[tuple[dist.ProcessGroup, list[_Moving]]] = []
 class GlooTransport:
     """An axis on a group of its own. Any failure of it is a lost peer."""
 
+    in_stream_order = False
+
     def __init__(self, group: ProcessGroupGloo) -> None:
         self._group: dist.ProcessGroup | None = cast(dist.ProcessGroup, group)  # whose methods a backend has, untyped
         self.rank, self.size = group.rank(), group.size()
@@ -129,8 +131,5 @@ def _issued(op: Op, sent: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, lis
             arrived, options = sent.clone(), BroadcastOptions()
             options.rootRank = source
             return arrived, [] if empty else [group.broadcast([arrived], options)]
-        case Shift(destination=destination, source=source):
-            arrived = torch.empty_like(sent)
-            if destination == source == group.rank():
-                return arrived.copy_(sent), []
-            return arrived, [] if empty else [group.send([sent], destination, 0), group.recv([arrived], source, 0)]
+        case Shift():
+            raise TypeError("there is no Shift here: gloo does not tell when a send or a receive has ended")

@@ -335,6 +335,8 @@ class _Pulse:
 class MembersTransport:
     """The replicate axis between the members of whatever epoch it is."""
 
+    in_stream_order = False
+
     def __init__(self, members: Members, index: int) -> None:
         self._members, self._index = members, index
 

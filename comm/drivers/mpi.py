@@ -89,6 +89,8 @@ def finalize() -> None:
 class MpiTransport:
     """A communicator that is used by nothing else. ``timeout_seconds``: how long `wait` waits before it fails."""
 
+    in_stream_order = False
+
     def __init__(self, comm: MPI.Comm, timeout_seconds: float = TIMEOUT_SECONDS, watch: Watch | None = None) -> None:
         self._comm = comm
         self._timeout_seconds = timeout_seconds

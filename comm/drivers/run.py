@@ -7,7 +7,8 @@ on one group in different orders would hang. Any axis may have another transport
 The ops of flows that are under way together are enqueued by waves, where op r of flow b belongs to wave b + r, and the
 first op of the flow that begins comes before the others of its wave: all ranks start the same flows in the same order,
 so all ranks enqueue the same ops in the same order, flow b + 1 is encoded and set out while the ops of flow b travel,
-and its ops travel while flow b is decoded. `flush`, and every wait, ends a batch of flows on all ranks.
+and its ops travel while flow b is decoded. With NCCL the beginner comes last: the stream would hold the others up until
+its tensors are computed. `flush`, and every wait, ends a batch of flows on all ranks.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Channel:
         }
         self.meter = meter if meter is not None else Meter()
         self.places = _places(self.transports)
+        self._beginner_first = not any(transport.in_stream_order for transport in self.transports.values())
         self._queue: queue.SimpleQueue[_Job | _Renewal | Channel | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
@@ -185,8 +187,10 @@ class Channel:
         running: list[_Running] = []
         item = self._next(running)
         while isinstance(item, _Job):
-            first = self._begin(item)
+            first = self._begin(item) if self._beginner_first else None
             running = [after for flow in running if (after := self._advance(flow)) is not None]
+            if not self._beginner_first:
+                first = self._begin(item)
             if first is not None:
                 running.append(first)
             item = self._next(running)

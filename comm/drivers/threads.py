@@ -68,6 +68,10 @@ class Seat:
     size: int
     twins: int = 0
 
+    @property
+    def in_stream_order(self) -> bool:
+        return False
+
     def issue(self, op: Op) -> Arrived:
         return Arrived(self.meeting.exchange(self.rank, op))
 

@@ -17,6 +17,7 @@ class TorchTransport:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self.rank, self.size = group.rank(), group.size()
+        self.in_stream_order = dist.get_backend(group) == "nccl"
 
     def issue(self, op: Op) -> Collective:
         """Hand ``op`` to torch.distributed, as one packed message."""

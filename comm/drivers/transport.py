@@ -36,6 +36,11 @@ class Transport(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def in_stream_order(self) -> bool:
+        """Whether ops wait, on the GPU, for all that was enqueued before them; the same on all ranks."""
+        ...
+
     def issue(self, op: Op) -> Travelling:
         """Put ``op`` on the wire. All ranks issue the same ops in the same order."""
         ...
@@ -48,7 +53,7 @@ class Transport(Protocol):
 class Alone:
     """An axis of one rank: the reply is what was sent, at once and without a copy."""
 
-    rank, size = 0, 1
+    rank, size, in_stream_order = 0, 1, False
 
     def issue(self, op: Op) -> Arrived:
         match op:

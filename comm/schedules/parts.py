@@ -19,7 +19,8 @@ NEVER = -1
 class Flight:
     """A fragment on its way. ``handles``: of its messages; none once it has ended, with ``values`` unless it failed.
 
-    ``sent``: this replica's deltas, None after a resume; ``weight``: what they count.
+    ``sent``: this replica's deltas, None after a resume; ``weight``: what they count. ``products``: of each message,
+    see `guard`.
     """
 
     captured: int
@@ -28,6 +29,7 @@ class Flight:
     values: dict[str, Tensor] | None = None
     sent: dict[str, Tensor] | None = None
     weight: float | None = None
+    products: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

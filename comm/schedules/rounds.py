@@ -277,7 +277,12 @@ class AttachedLocalUpdate(Attached):
         """Wait for it, and agree on what it brought."""
         if not flight.handles:
             return
-        arrived, flight.handles = [handle.wait() for handle in flight.handles], []
+        arrived, flight.products = [], []
+        for handle in flight.handles:
+            arrived.append(message := handle.wait())
+            if flight.sent is not None:  # while the next message travels
+                flight.products.append(products(flight.sent, message.values))
+        flight.handles = []
         if self._agree(all(message.finite for message in arrived)):
             flight.branch.commit()
             flight.values = {fqn: value for message in arrived for fqn, value in message.values.items()}
@@ -292,8 +297,8 @@ class AttachedLocalUpdate(Attached):
             self.state.drop(fqn, "arrived")
         if flight.values is None:
             self.failed_rounds += 1
-        elif flight.sent is not None:
-            self.gauges |= gauges(self._over_shards(products(flight.sent, flight.values), "gauges"))
+        elif flight.products:
+            self.gauges |= gauges(self._over_shards(torch.stack(flight.products).sum(0), "gauges"))
         label = self._label(part)
         self.gauges |= {"staleness": self.steps - flight.captured, f"sent_bytes.{label}": self.meter.sent_as(label)}
         return flight.values

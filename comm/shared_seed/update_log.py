@@ -20,7 +20,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -202,13 +202,13 @@ class UpdateLog:
         self.path, self.header = path, header
         self.records: list[Record] = []
         self._appended = False
+        self._file: BinaryIO | None = None
         if path.exists() and path.stat().st_size:
             found = read(path)
             header.require(found.header, str(path))
             self.header, self.records = found.header, found.records
-            self._file: BinaryIO = path.open("r+b")
+            self._file = path.open("ab")
             self._file.truncate(found.whole_bytes)
-            self._file.seek(0, os.SEEK_END)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         self._begin(header)
@@ -222,8 +222,7 @@ class UpdateLog:
                     f"step {step} is not behind step {self.records[-1].step.number} of {self.path}, which holds a run "
                     "that was begun before: load its state to go on with it, or give another folder"
                 )
-            self._set_aside(f"the run begins again at step {step}")
-            self._begin(self.header)
+            self._begin_beside(replace(self.header, start=0), [], f"the run begins again at step {step}")
         self._write(_frame(record.encoded()))
         self._appended = True
         self.records.append(record)
@@ -232,30 +231,34 @@ class UpdateLog:
         """Go on at step ``steps``, with weights of the digest ``start``.
 
         What comes later in this log, of a run that came further than its checkpoint or of another branch from it, is
-        not forgotten: the old log stays beside the one that goes on. A log that ends before that could not be replayed
-        any further: another one begins.
+        not forgotten: the old log stays beside the one that goes on. A log that ends before that, or came to other
+        weights there, could not be replayed any further: another one begins.
         """
-        if not self.records:
-            if steps:
-                self._begin(replace(self.header, start=start))
+        if self._ends_at(self.records, steps, start):
             return
-        kept, last = [record for record in self.records if record.step.number < steps], self.records[-1].step.number
-        if last == steps - 1:
-            return
-        self._set_aside(f"it ends at step {last}, and the run goes on at step {steps}")
-        if kept and kept[-1].step.number == steps - 1:
-            self._begin(self.header)
-            self._write(to_bytes(kept))
-            self.records = kept
-        else:
-            self._begin(replace(self.header, start=start if steps else 0))
+        kept = [record for record in self.records if record.step.number < steps]
+        header = self.header
+        if not self._ends_at(kept, steps, start):
+            kept, header = [], replace(header, start=start if steps else 0)
+        if self.records:
+            last = self.records[-1]
+            why = f"it ends at step {last.step.number} with the weights {last.digest:016x}"
+            self._begin_beside(header, kept, f"{why}, and the run goes on at step {steps} with {start:016x}")
+        elif header != self.header:
+            self._begin(header)
+
+    @staticmethod
+    def _ends_at(records: list[Record], steps: int, start: int) -> bool:
+        """Whether a run that has made so many steps, to weights of the digest ``start``, can go on behind these."""
+        return bool(records) and records[-1].step.number == steps - 1 and records[-1].digest in (0, start)
 
     def tail(self, first: int) -> Iterator[Record]:
         """The records of step ``first`` and later."""
         return (record for record in self.records if record.step.number >= first)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> UpdateLog:
         return self
@@ -265,19 +268,29 @@ class UpdateLog:
     ) -> None:
         self.close()
 
-    def _begin(self, header: Header) -> None:
-        self.header, self.records = header, []
-        self._file = self.path.open("wb")
-        self._write(MAGIC + _frame(header.encoded()))
+    def _begin(self, header: Header, records: Sequence[Record] = ()) -> None:
+        """Another log in the place of this one, there whole or not at all."""
+        self.header, self.records = header, list(records)
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        with fresh.open("wb") as file:
+            file.write(MAGIC + _frame(header.encoded()) + to_bytes(records))
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.path)
+        if self._file is not None:
+            self._file.close()
+        self._file = self.path.open("ab")
 
-    def _set_aside(self, why: str) -> None:
-        self.close()
+    def _begin_beside(self, header: Header, records: Sequence[Record], why: str) -> None:
+        """Another log; this one stays beside it."""
         taken = {path.name for path in self.path.parent.iterdir()}
         number = next(n for n in itertools.count(1) if f"{self.path.name}.{n}" not in taken)
         kept = self.path.rename(f"{self.path}.{number}")
-        warnings.warn(f"{self.path}: {why}; it is kept as {kept}, and another log begins", RuntimeWarning, stacklevel=2)
+        self._begin(header, records)
+        warnings.warn(f"{self.path}: {why}; it is kept as {kept}, and another log begins", RuntimeWarning, stacklevel=3)
 
     def _write(self, data: bytes) -> None:
+        assert self._file is not None
         self._file.write(data)
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -30,8 +30,9 @@ LOCAL = {
 }
 """Local updates, and the compute utilization that they are held to."""
 ALONE, ALONE_SECONDS = "nothing/10", 0.8
-LOCAL_SEQUENCES = 5
-"""Tried first; what is measured has as many as make a step without communication take ALONE_SECONDS."""
+LOCAL_SEQUENCES, LOCAL_LENGTH = 20, 16
+"""Tried first; what is measured has as many as make a step without communication take ALONE_SECONDS: short ones, as one
+of 64 tokens takes a fifth of that."""
 
 
 def powersgd(session: Session) -> Report:
@@ -57,9 +58,10 @@ def slow(session: Session) -> Report:
 def local(session: Session) -> Report:
     """Steps of local updates on the same model and links, their rounds included."""
     with devcluster(nodes=4, bandwidth="100mbit", name=NAME):
-        tried = steps(session, 4, (ALONE,), rounds=2, batch=LOCAL_SEQUENCES, warmup=1)[ALONE].median
+        length = LOCAL_LENGTH
+        tried = steps(session, 4, (ALONE,), rounds=4, batch=LOCAL_SEQUENCES, length=length, warmup=1)[ALONE].median
         batch = max(1, round(LOCAL_SEQUENCES * ALONE_SECONDS / tried))
-        found = steps(session, 4, (*LOCAL,), rounds=6, batch=batch, warmup=1, beside=ALONE)
+        found = steps(session, 4, (*LOCAL,), rounds=6, batch=batch, length=length, warmup=1, beside=ALONE)
     return local_report(found, batch)
 
 
@@ -70,6 +72,7 @@ def steps(
     *,
     rounds: int,
     batch: int = 1,
+    length: int = 64,
     bucket_mib: float = 25,
     warmup: int = 4,
     beside: str = "",
@@ -78,7 +81,7 @@ def steps(
 
     def asked(out: str) -> dict[str, object]:
         return dataclasses.asdict(
-            Asked(out, exchanges, rounds, batch, bucket_mib=bucket_mib, warmup=warmup, beside=beside)
+            Asked(out, exchanges, rounds, batch, length, bucket_mib=bucket_mib, warmup=warmup, beside=beside)
         )
 
     found = json.loads(on_hosts(session, ranks, "dtrain.evidence.steps", asked).read_text())
@@ -171,7 +174,8 @@ def local_report(found: Mapping[str, Took], batch: int) -> Report:
     ]
     body = (
         "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, all "
-        f"of them on two cores; {batch} sequences of 64 tokens for each rank, kernels compiled. Whole rounds in turn, "
+        f"of them on two cores; {batch} sequences of {LOCAL_LENGTH} tokens for each rank, kernels compiled. Whole "
+        "rounds in turn, "
         f"{len(found['torch.all_reduce'].seconds)} of each; a step is a part of a round, of the slowest rank, medians. "
         "Ten steps without communication are timed before and after each; compute utilization is the mean of the two "
         "over the step between, the median of the rounds. Methods that overlap their rounds are timed from their "

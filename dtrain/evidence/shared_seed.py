@@ -49,6 +49,7 @@ ONE_BYTE: dict[str, tuple[Zeroth, tuple[float, ...]]] = {
     ),
     "4 machines, one bit": (Zeroth(4, 0, code="one bit"), (1e-3, 2e-3, 4e-3, 8e-3)),
     "4 machines, normal directions": (Zeroth(4, 0, noise="normal"), (4e-3, 8e-3, 16e-3, 32e-3)),
+    "4 machines, the rate of normal directions": (Zeroth(4, 0), (32e-3,)),
 }
 KINDS = ((False, "alike"), (True, "two classes each"))
 POOLS = (8, 64, 512, 4096)

@@ -32,17 +32,18 @@ from dtrain.config import compose, instantiate
 from dtrain.models.transformer import Transformer
 
 ONE_BUCKET_MIB = 1 << 14
-VOCABULARY, LENGTH = 257, 64
+VOCABULARY = 257
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What to measure. ``model``: dim, layers and heads. ``batch``: sequences of 64 tokens for each rank."""
+    """What to measure. ``model``: dim, layers and heads. ``batch``: sequences of ``length`` tokens for each rank."""
 
     out: str
     exchanges: tuple[str, ...]
     rounds: int
     batch: int = 1
+    length: int = 64
     model: tuple[int, int, int] = (480, 6, 8)
     bucket_mib: float = 25
     warmup: int = 4
@@ -78,7 +79,7 @@ class _Training:
     def __init__(self, name: str, asked: Asked) -> None:
         torch.manual_seed(0)
         dim, layers, heads = asked.model
-        model = Transformer(dim=dim, layers=layers, heads=heads, vocab_size=VOCABULARY, max_length=LENGTH)
+        model = Transformer(dim=dim, layers=layers, heads=heads, vocab_size=VOCABULARY, max_length=asked.length)
         # torch's PowerSGD hook dies with two buckets.
         cap = ONE_BUCKET_MIB if name == "torch.powersgd" else asked.bucket_mib
         self.model = DistributedDataParallel(model, bucket_cap_mb=cap)
@@ -135,7 +136,7 @@ def main(asked: Asked) -> None:
     fused.WORTHWHILE = 0  # a long run has its kernels compiled; here they are in the warm-up
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
-    tokens = torch.randint(0, VOCABULARY, (asked.batch, LENGTH + 1), generator=generator)
+    tokens = torch.randint(0, VOCABULARY, (asked.batch, asked.length + 1), generator=generator)
     batch = {"input": tokens[:, :-1], "target": tokens[:, 1:]}
     trainings = {name: _Training(name, asked) for name in asked.exchanges}
     names = list(trainings)

@@ -169,18 +169,35 @@ def test_steps_come_one_after_the_other(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_within_its_log_leaves_the_rest_of_it_beside(tmp_path: Path) -> None:
     """A death behind the last checkpoint, or another branch from it."""
+    first = written(tmp_path / "first", 1)
     written(tmp_path / "log", 3)
     before = (tmp_path / "log").read_bytes()
     for number in (1, 2):
         with UpdateLog(tmp_path / "log", header()) as log:
-            with pytest.warns(RuntimeWarning, match=f"ends at step 2, and the run goes on at step 1; .*log.{number}"):
-                log.go_on(1, start=5)
+            with pytest.warns(RuntimeWarning, match=f"ends at step 2 .* on at step 1 with .*log.{number}"):
+                log.go_on(1, start=digest(first))
             log.append(Record(steps(2)[1]))
             log.append(Record(steps(3)[2], digest=number))
             assert [record.step.number for record in log.tail(1)] == [1, 2]
     assert (tmp_path / "log.1").read_bytes() == before
     assert [record.step.number for record in read(tmp_path / "log").records] == [0, 1, 2]
     assert read(tmp_path / "log").header == header()
+
+
+def test_a_branch_does_not_go_on_behind_another_one_that_is_as_long(tmp_path: Path) -> None:
+    one = written(tmp_path / "log", 3)
+    with UpdateLog(tmp_path / "log", header()) as log:
+        with pytest.warns(RuntimeWarning, match="ends at step 2 with the weights .* on at step 3 with 0+5"):
+            log.go_on(3, start=5)
+        log.append(Record(steps(1, first=3)[0]))
+    assert read(tmp_path / "log").header == replace(header(), start=5)
+    with UpdateLog(tmp_path / "log.1", header()) as log:
+        log.go_on(3, start=digest(one))
+        assert len(log.records) == 3
+    with UpdateLog(tmp_path / "log", header()) as log:  # and now from the beginning: of the run's first weights
+        with pytest.warns(RuntimeWarning, match="begins again at step 0"):
+            log.append(Record(steps(1)[0]))
+        assert log.header == header()
 
 
 def test_a_run_that_begins_again_leaves_its_old_log_as_it_was(tmp_path: Path) -> None:
@@ -201,7 +218,7 @@ def test_a_run_that_goes_on_behind_the_end_of_its_log_begins_another_one(tmp_pat
     for values in (later, end):
         walk_on(values, SEGMENTS, WALK, steps(1, first=5)[0])
     with UpdateLog(tmp_path / "log", header()) as log:
-        with pytest.warns(RuntimeWarning, match="it ends at step 2, and the run goes on at step 5"):
+        with pytest.warns(RuntimeWarning, match="it ends at step 2 .* the run goes on at step 5"):
             log.go_on(5, digest(weights()))
         log.append(Record(steps(1, first=5)[0]))
     with UpdateLog(tmp_path / "log", header()) as log:  # of the same run still
