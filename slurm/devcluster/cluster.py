@@ -23,12 +23,13 @@ LOGIN_NUMBER = 254
 MOST_HOSTS = 64
 MOST_KILL_WAIT = 65533
 CUBIC = "allowed-congestion-control"
+OWNER = "owner"
 ENDING_SECONDS = 5.0
 
 
 def up(
     *, nodes: int = 4, bandwidth: str = "1gbit", latency: str = "none", name: str = "dev", cpus_per_node: int = 8,
-    kill_wait: int = 5,
+    kill_wait: int = 5, bound: bool = False,
 ) -> Facts:  # fmt: skip
     """Start a cluster and return when Slurm calls all its hosts idle. What fails half-way is taken down again.
 
@@ -37,6 +38,8 @@ def up(
         bandwidth: of every host's link, in both directions: "100mbit", "1gbit", "none".
         latency: one way, between any two hosts: "10ms", or "none" (the links are then bridged by the kernel).
         kill_wait: seconds between SIGTERM and SIGKILL, as Slurm's KillWait.
+        bound: to the process that calls: when it has ended without taking the cluster down, the next ``up`` of that
+            name does so first. Otherwise a cluster outlives whoever started it.
 
     Raises:
         BadRequest: the machine lacks something, the name is taken, or a value makes no sense. Nothing was made.
@@ -53,7 +56,9 @@ def up(
     if not 0 <= kill_wait <= MOST_KILL_WAIT:
         raise BadRequest(f"--kill-wait {kill_wait}: Slurm takes 0 to {MOST_KILL_WAIT} seconds")
     daemons.check_machine(tun=seconds > 0)
-    _take(name)
+    if _inherit(name):
+        down(name)
+    _take(name, bound=bound)
     computing = tuple(f"c{number}" for number in range(1, nodes + 1))
     addresses = {host: f"{NETWORK}.{number}" for number, host in enumerate(computing, 1)}
     addresses["login"] = f"{NETWORK}.{LOGIN_NUMBER}"
@@ -72,7 +77,20 @@ def up(
         raise
 
 
-def _take(name: str) -> None:
+def _inherit(name: str) -> bool:
+    """Whether a cluster of that name is left of a process that has ended; it is then bound to this one."""
+    owner = state.ROOT / name / OWNER
+    if not owner.exists():
+        return False
+    with explained(f"cannot see whose cluster {name} is"), state.locked():
+        # Looked at again, under the lock: of two that find it at once, one inherits and the other finds that one alive.
+        if not owner.exists() or state.alive(owner.read_text()):
+            return False
+        owner.write_text(state.this_process())
+        return True
+
+
+def _take(name: str, *, bound: bool = False) -> None:
     """Make the cluster's folder. Whoever makes it owns the name: two at once must not take each other down."""
     folder = state.ROOT / name
     # Under the lock, as a cluster that goes away at the same time would put the old value of the kernel's setting back.
@@ -81,9 +99,11 @@ def _take(name: str) -> None:
             raise BadRequest(f"cluster {name} is up, or left something behind: dtrain cluster down --name {name}")
         folder.mkdir()
         try:
+            if bound:
+                (folder / OWNER).write_text(state.this_process())
             links.allow_cubic(state.ROOT / CUBIC)
         except BaseException:
-            folder.rmdir()
+            shutil.rmtree(folder)
             raise
 
 
@@ -282,12 +302,12 @@ class Cluster:
 def devcluster(
     *, nodes: int = 4, bandwidth: str = "1gbit", latency: str = "none", name: str = "dev", kill_wait: int = 5
 ) -> Iterator[Cluster]:
-    """A cluster that is up within the block.
+    """A cluster that is up within the block. If this process is killed, the next cluster of that name clears it away.
 
     with devcluster(nodes=2, bandwidth="100mbit") as cluster:
         print(cluster.run(["srun", "-N2", "hostname"]).stdout)
     """
-    facts = up(nodes=nodes, bandwidth=bandwidth, latency=latency, name=name, kill_wait=kill_wait)
+    facts = up(nodes=nodes, bandwidth=bandwidth, latency=latency, name=name, kill_wait=kill_wait, bound=True)
     try:
         yield Cluster(facts)
     finally:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
-    "BadRequest", "ClusterError", "Facts", "Rate", "explained", "locked", "named", "parse_latency", "parse_rate",
-    "running",
+    "BadRequest", "ClusterError", "Facts", "Rate", "alive", "explained", "locked", "named", "parse_latency",
+    "parse_rate", "running", "this_process",
 ]  # fmt: skip
 
 ROOT = Path("/run/dtrain")
@@ -76,6 +76,26 @@ def locked() -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def this_process() -> str:
+    """The calling process, named so that no later one is taken for it: its number and when it began."""
+    return f"{os.getpid()} {_began(os.getpid())}"
+
+
+def alive(process: str) -> bool:
+    """Whether a process that `this_process` named still runs. A text cut off half-way names none."""
+    number, _, began = process.partition(" ")
+    with contextlib.suppress(OSError, ValueError):
+        return began != "" and _began(int(number)) == began
+    return False
+
+
+def _began(pid: int) -> str:
+    """When a process began, in ticks of the machine; a zombie has ended and has none."""
+    # The name of a program, in brackets, may hold spaces and brackets itself.
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return "" if words[0] in "ZX" else words[19]
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,23 @@ def test_a_killed_cluster_is_taken_down_to_the_last_trace() -> None:
     assert traces("killed") == NOTHING
 
 
+def test_a_cluster_whose_block_was_killed_makes_room_for_the_next_of_its_name() -> None:
+    program = """
+from dtrain.slurm.devcluster import devcluster
+with devcluster(nodes=2, name="orphan"):
+    print("up", flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
+        with pytest.raises(ClusterError, match="cluster orphan is up"):
+            up(name="orphan")
+        owner.kill()
+    with devcluster(nodes=1, name="orphan") as cluster:
+        assert cluster.run(["srun", "hostname"]).stdout == "c1\n"
+    assert traces("orphan") == NOTHING
+
+
 def test_an_up_that_is_killed_half_way_is_taken_down_to_the_last_trace() -> None:
     starting = subprocess.Popen([sys.executable, "-m", "dtrain", "cluster", "up", "--nodes", "6", "--name", "half"])
     with starting:

@@ -177,6 +177,28 @@ def test_a_name_that_is_taken_is_refused_and_left_alone(machine: Path) -> None:
     assert (state.ROOT / "dev").is_dir()
 
 
+def test_one_of_a_process_that_has_ended_is_inherited_once_and_one_of_a_living_process_is_not(machine: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as owner:
+        cluster._take("dev")
+        (state.ROOT / "dev" / cluster.OWNER).write_text(f"{owner.pid} {state._began(owner.pid)}")
+        assert not cluster._inherit("dev")
+        owner.kill()
+        owner.wait()
+    assert [cluster._inherit("dev"), cluster._inherit("dev")] == [True, False]
+    with pytest.raises(BadRequest, match="cluster dev is up"):
+        up()
+    assert not cluster._inherit("none")
+
+
+def test_a_process_is_told_from_one_that_got_its_number_later_and_from_a_zombie() -> None:
+    assert state.alive(state.this_process())
+    assert not state.alive(f"{os.getpid()} 1") and not state.alive(str(os.getpid())) and not state.alive("")
+    with subprocess.Popen(["true"]) as ending:
+        named = f"{ending.pid} {state._began(ending.pid)}"
+        os.waitid(os.P_PID, ending.pid, os.WEXITED | os.WNOWAIT)
+        assert not state.alive(named)
+
+
 def test_a_folder_that_cannot_be_removed_is_told(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (state.ROOT / "dev").mkdir(parents=True)
 
