@@ -4,11 +4,11 @@ One channel has one worker thread (with CUDA tensors: one side stream too) and o
 really travels while the model computes. Its process groups belong to it alone: two threads that enqueue collectives
 on one group in different orders would hang. Any axis may have another transport than torch.distributed.
 
-The ops of flows that are under way together are enqueued by waves, where op r of flow b belongs to wave b + r, and the
-first op of the flow that begins comes before the others of its wave: all ranks start the same flows in the same order,
-so all ranks enqueue the same ops in the same order, flow b + 1 is encoded and set out while the ops of flow b travel,
-and its ops travel while flow b is decoded. With NCCL the beginner comes last: the stream would hold the others up until
-its tensors are computed. `flush`, and every wait, ends a batch of flows on all ranks.
+The ops of flows that are under way together are enqueued by waves, where op r of flow b belongs to wave b + r, and in a
+wave the youngest flow comes first: all ranks start the same flows in the same order, so all ranks enqueue the same ops
+in the same order, flow b + 1 is encoded and set out while the ops of flow b travel, and while one flow is decoded an op
+of another travels. With NCCL the youngest comes last: the stream would hold the others up until its tensors are
+computed. `flush`, and every wait, ends a batch of flows on all ranks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -121,7 +122,7 @@ class Channel:
         }
         self.meter = meter if meter is not None else Meter()
         self.places = _places(self.transports)
-        self._beginner_first = not any(transport.in_stream_order for transport in self.transports.values())
+        self._youngest_first = not any(transport.in_stream_order for transport in self.transports.values())
         self._queue: queue.SimpleQueue[_Job | _Renewal | Channel | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
@@ -187,20 +188,26 @@ class Channel:
         running: list[_Running] = []
         item = self._next(running)
         while isinstance(item, _Job):
-            first = self._begin(item) if self._beginner_first else None
-            running = [after for flow in running if (after := self._advance(flow)) is not None]
-            if not self._beginner_first:
-                first = self._begin(item)
-            if first is not None:
-                running.append(first)
+            running = self._wave(running, item)
             item = self._next(running)
         while running:
-            running = [after for flow in running if (after := self._advance(flow)) is not None]
+            running = self._wave(running)
         if isinstance(item, _Renewal):
             self._failure = None
             self.places.update(_places(self.transports))
             item.done.set()
         return not isinstance(item, Channel)
+
+    def _wave(self, running: list[_Running], beginner: _Job | None = None) -> list[_Running]:
+        """Bring every flow one op further, and ``beginner`` to its first; returns those that go on, oldest first."""
+        moves = [partial(self._advance, flow) for flow in running]
+        if beginner is not None:
+            moves.append(partial(self._begin, beginner))
+        if self._youngest_first:
+            after = [move() for move in reversed(moves)][::-1]
+        else:
+            after = [move() for move in moves]
+        return [flow for flow in after if flow is not None]
 
     def _next(self, running: list[_Running]) -> _Job | _Renewal | Channel | None:
         """The next in the queue. Until it comes, ops that move only while somebody polls them (MPI) are polled."""
