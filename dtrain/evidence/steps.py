@@ -6,7 +6,8 @@ JSON names. What is exchanged: "nothing" (in "nothing/10" ten steps are timed as
 "bf16:all_reduce", on another. "local_sgd/8:int4_ef" is an average of parameters every 8 steps; what is timed is a step
 of whole rounds then. A method that overlaps its rounds is timed from its second round on, and what it has under way at
 the end is waited for before another one has its turn. With ``beside``, that exchange is timed before and after each
-other one: a machine's speed changes from minute to minute.
+other one: a machine's speed changes from minute to minute. Exchanges whose rounds are short may be timed several times
+in their turn, by ``again``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ VOCABULARY = 257
 
 @dataclass(frozen=True)
 class Asked:
-    """What to measure. ``model``: dim, layers and heads. ``batch``: sequences of ``length`` tokens for each rank."""
+    """What to measure. ``model``: dim, layers and heads. ``batch``: sequences of ``length`` tokens for each rank.
+
+    ``again``: by exchange, how often it is timed in its turn; once where it is not named.
+    """
 
     out: str
     exchanges: tuple[str, ...]
@@ -48,6 +52,7 @@ class Asked:
     bucket_mib: float = 25
     warmup: int = 4
     beside: str = ""
+    again: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,8 @@ def main(asked: Asked) -> None:
     payload = dict.fromkeys(names, 0)
     for number in range(asked.warmup + asked.rounds):
         beside = _timed(trainings[asked.beside], batch) if asked.beside else 0.0
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        turn = names[number % len(names) :] + names[: number % len(names)]
+        for name in (each for each in turn for _ in range(asked.again.get(each, 1))):
             if name == asked.beside:
                 continue
             training = trainings[name]
@@ -167,7 +173,8 @@ def main(asked: Asked) -> None:
     if rank == 0:
         found = {
             name: Took(
-                own[name], sent[name] // asked.rounds, payload[name] // asked.rounds,
+                own[name], sent[name] // (asked.rounds * asked.again.get(name, 1)),
+                payload[name] // (asked.rounds * asked.again.get(name, 1)),
                 [(a + b) / 2 for a, b in zip(longest[name][::2], longest[name][1::2], strict=True)],
             )
             for name in names
