@@ -6,7 +6,6 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from dtrain.evidence.launches import NAME, on_hosts
 from dtrain.evidence.page import Report, at_least, at_most, table
@@ -23,16 +22,14 @@ CHOSEN = "powersgd16_ef"
 SLOW = ("nothing", "torch.all_reduce", "int8_ef", "int4_ef", "topk_ef", "powersgd_ef", CHOSEN)
 SEQUENCES, BUCKET_MIB = 10, 6
 LOCAL = {
-    "nothing/10": 0.0,
+    "nothing/50": 0.0,
     "torch.all_reduce": 0.0,
     "diloco/50:int8": 0.93,
     "streaming_diloco/50:e3m0": 0.95,
     "co2/12:int8": 0.95,
 }
 """Local updates, and the compute utilization that they are held to."""
-AGAIN = {"co2/12:int8": 3}
-"""Its rounds are a quarter as long as the others', and told from noise by more of them."""
-ALONE, ALONE_SECONDS = "nothing/10", 0.8
+ALONE, ALONE_SECONDS = "nothing/50", 0.8
 LOCAL_SEQUENCES, LOCAL_LENGTH = 20, 16
 """Tried first; what is measured has as many as make a step without communication take ALONE_SECONDS: short ones, as one
 of 64 tokens takes a fifth of that."""
@@ -62,9 +59,10 @@ def local(session: Session) -> Report:
     """Steps of local updates on the same model and links, their rounds included."""
     with devcluster(nodes=4, bandwidth="100mbit", name=NAME):
         length = LOCAL_LENGTH
-        tried = steps(session, 4, (ALONE,), rounds=4, batch=LOCAL_SEQUENCES, length=length, warmup=1)[ALONE].median
+        alone = steps(session, 4, (ALONE,), rounds=1, batch=LOCAL_SEQUENCES, length=length, warmup=1, apart=True)
+        tried = alone[ALONE].median
         batch = max(1, round(LOCAL_SEQUENCES * ALONE_SECONDS / tried))
-        found = steps(session, 4, (*LOCAL,), rounds=6, batch=batch, length=length, warmup=1, beside=ALONE, again=AGAIN)
+        found = steps(session, 4, (*LOCAL,), rounds=5, batch=batch, length=length, warmup=1, beside=ALONE, apart=True)
     return local_report(found, batch)
 
 
@@ -79,12 +77,12 @@ def steps(
     bucket_mib: float = 25,
     warmup: int = 4,
     beside: str = "",
-    again: Mapping[str, int] = MappingProxyType({}),
+    apart: bool = False,
 ) -> dict[str, Took]:
     """Steps on the cluster that is up, one rank on each host. Raises ``RuntimeError`` with what was printed."""
 
     def asked(out: str) -> dict[str, object]:
-        how = {"bucket_mib": bucket_mib, "warmup": warmup, "beside": beside, "again": dict(again)}
+        how = {"bucket_mib": bucket_mib, "warmup": warmup, "beside": beside, "apart": apart}
         return dataclasses.asdict(Asked(out, exchanges, rounds, batch, length, **how))  # type: ignore[arg-type]
 
     found = json.loads(on_hosts(session, ranks, "dtrain.evidence.steps", asked).read_text())
@@ -176,12 +174,12 @@ def local_report(found: Mapping[str, Took], batch: int) -> Report:
         [name, in_time(took.median), f"{used[name]:.3f}", in_bytes(took.sent_bytes)] for name, took in found.items()
     ]
     body = (
-        "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, all "
-        f"of them on two cores; {batch} sequences of {LOCAL_LENGTH} tokens for each rank, kernels compiled. Whole "
-        f"rounds in turn, {len(found['torch.all_reduce'].seconds)} of each, and of CO2, whose rounds are short, "
-        f"{len(found['co2/12:int8'].seconds)}; a step is a part of a round, of the slowest rank, medians. "
-        "Ten steps without communication are timed before and after each; compute utilization is the mean of the two "
-        "over the step between, the median of the rounds. Methods that overlap their rounds are timed from their "
+        "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, "
+        f"each kept to one core, which they share evenly; {batch} sequences of {LOCAL_LENGTH} tokens for each rank, "
+        f"kernels compiled. Whole rounds of some {ALONE.partition('/')[2]} steps in turn, "
+        f"{len(found['torch.all_reduce'].seconds)} times; a step is a part of that, of the slowest rank, medians. As "
+        "many steps without communication are timed before and after; compute utilization is the mean of the two over "
+        "the step between, the median of the rounds. Methods that overlap their rounds are timed from their "
         "second one on. *diloco/50:int8*: rounds of 50 steps, 8 bits.\n\n"
         + table(["method", "step", "compute utilization", "sent per step"], rows)
     )

@@ -6,13 +6,14 @@ JSON names. What is exchanged: "nothing" (in "nothing/10" ten steps are timed as
 "bf16:all_reduce", on another. "local_sgd/8:int4_ef" is an average of parameters every 8 steps; what is timed is a step
 of whole rounds then. A method that overlaps its rounds is timed from its second round on, and what it has under way at
 the end is waited for before another one has its turn. With ``beside``, that exchange is timed before and after each
-other one: a machine's speed changes from minute to minute. Exchanges whose rounds are short may be timed several times
-in their turn, by ``again``.
+other one, and of local updates as many rounds as come next to its steps: a machine's speed changes from minute to
+minute, and blocks of fewer steps come out slower.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -40,7 +41,7 @@ VOCABULARY = 257
 class Asked:
     """What to measure. ``model``: dim, layers and heads. ``batch``: sequences of ``length`` tokens for each rank.
 
-    ``again``: by exchange, how often it is timed in its turn; once where it is not named.
+    ``apart``: every rank keeps to one processor, which it shares with equally many others.
     """
 
     out: str
@@ -52,7 +53,7 @@ class Asked:
     bucket_mib: float = 25
     warmup: int = 4
     beside: str = ""
-    again: dict[str, int] = field(default_factory=dict)
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class _Training:
         self.model = DistributedDataParallel(model, bucket_cap_mb=cap)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
         self.local, self.steps, self.before = name.startswith("nothing"), 1, 0
-        if self.local and "/" in name:
-            self.steps = int(name.partition("/")[2])
+        if self.local:
+            self.steps = _steps_of(name)
         self.attached = None
         self.theirs = PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
         if name == "torch.powersgd":
@@ -111,6 +112,8 @@ class _Training:
                 self.before = self.steps
             if getattr(sync, "delay", "none") != "none":
                 self.steps *= 2
+            if asked.beside and self.steps > 1:
+                self.steps *= max(1, round(_steps_of(asked.beside) / self.steps))
         self.finish: Callable[[], object] = optimizer.step if self.attached is None else self.attached.step
         self.optimizer = optimizer
 
@@ -136,6 +139,9 @@ class _Training:
 
 def main(asked: Asked) -> None:
     """Measure, on every rank alike."""
+    if asked.apart:  # before there are other threads, which do as the one that starts them
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[int(os.environ["RANK"]) % len(processors)]})
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     fused.WORTHWHILE = 0  # a long run has its kernels compiled; here they are in the warm-up
@@ -151,8 +157,7 @@ def main(asked: Asked) -> None:
     payload = dict.fromkeys(names, 0)
     for number in range(asked.warmup + asked.rounds):
         beside = _timed(trainings[asked.beside], batch) if asked.beside else 0.0
-        turn = names[number % len(names) :] + names[: number % len(names)]
-        for name in (each for each in turn for _ in range(asked.again.get(each, 1))):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             if name == asked.beside:
                 continue
             training = trainings[name]
@@ -173,8 +178,7 @@ def main(asked: Asked) -> None:
     if rank == 0:
         found = {
             name: Took(
-                own[name], sent[name] // (asked.rounds * asked.again.get(name, 1)),
-                payload[name] // (asked.rounds * asked.again.get(name, 1)),
+                own[name], sent[name] // asked.rounds, payload[name] // asked.rounds,
                 [(a + b) / 2 for a, b in zip(longest[name][::2], longest[name][1::2], strict=True)],
             )
             for name in names
@@ -184,6 +188,11 @@ def main(asked: Asked) -> None:
         if training.attached is not None:
             training.attached.detach()
     dist.destroy_process_group()
+
+
+def _steps_of(name: str) -> int:
+    """Steps that are timed as one of "nothing/10"."""
+    return int(name.partition("/")[2] or 1)
 
 
 def _slowest(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
