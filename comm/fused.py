@@ -17,10 +17,13 @@ import types
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Constant: TypeAlias = int | float | bool | None
+"""What a kernel is made for, other than tensors."""
 SMALLEST = 1 << 16
 """Elements of a first argument from which a compiled kernel is used: below, starting it costs what it saves."""
 WORTHWHILE = 1 << 28
@@ -52,9 +55,9 @@ class Kernel:
         self.__name__, self.__doc__ = function.__name__, function.__doc__
         self.compiled: dict[Hashable, Callable[..., None]] = {}
         self._seen: dict[Hashable, int] = {}
-        self._due: dict[Hashable, tuple[dict[str, int | bool], list[_Like]]] = {}
+        self._due: dict[Hashable, tuple[dict[str, Constant], list[_Like]]] = {}
 
-    def __call__(self, *tensors: Tensor, **constants: int | bool) -> None:
+    def __call__(self, *tensors: Tensor, **constants: Constant) -> None:
         elements = tensors[0].numel()
         shapes = ((tensor.dtype, tensor.shape[0] == 1, tensor.shape[-1]) for tensor in tensors)
         variant = (*constants.items(), *shapes, tensors[0].device)
@@ -79,7 +82,7 @@ class Kernel:
             if variant not in self.compiled:
                 self._compile(variant, constants, like)
 
-    def _compile(self, variant: Hashable, constants: dict[str, int | bool], like: list[_Like]) -> None:
+    def _compile(self, variant: Hashable, constants: dict[str, Constant], like: list[_Like]) -> None:
         self.compiled[variant] = _Compiler.compile(self.function, constants, like)
 
 
@@ -90,7 +93,7 @@ class _Compiler:
 
     @classmethod
     def compile(
-        cls, function: Callable[..., None], constants: dict[str, int | bool], like: list[_Like]
+        cls, function: Callable[..., None], constants: dict[str, Constant], like: list[_Like]
     ) -> Callable[..., None]:
         """``function`` with ``constants``, compiled for tensors of any size that lie as ``like``, or as it is."""
 

@@ -24,10 +24,20 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from dtrain.comm.fused import kernel
 from dtrain.comm.plans.base import Compress
 from dtrain.comm.schedules.knobs import Knob
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update
-from dtrain.comm.schedules.outer import PLAIN, OuterOptimizer, Round, sgd
+from dtrain.comm.schedules.outer import (
+    PLAIN,
+    Momentum,
+    OuterOptimizer,
+    Round,
+    in_one_pass,
+    momentum_step,
+    sgd,
+    writable,
+)
 from dtrain.comm.state import Kind, State
 
 Gap: TypeAlias = Callable[[Tensor, Tensor, Round], Tensor]
@@ -71,6 +81,51 @@ class Penalized:
         return self.outer.step(fqn, anchor, delta / self.gap(anchor, then, now), state, now)
 
 
+@kernel
+def gap_aware_step(
+    delta: Tensor, reach: Tensor, anchor: Tensor, then: Tensor, momentum: Tensor,
+    *, lr: float, factor: float, nesterov: bool, clip: float | None,
+) -> None:  # fmt: skip
+    """`momentum_step` from ``anchor`` to ``then``, which was the last one, by the delta over its gap, as `gap_aware`
+    has it; ``reach`` [1, 1, 1].
+    """
+    gap = (anchor - then).abs_().div_(reach).add_(1)
+    then.copy_(anchor)
+    momentum_step.function(delta / gap, then, momentum, lr=lr, factor=factor, nesterov=nesterov, clip=clip)
+
+
+@dataclass(frozen=True)
+class GapAware:
+    """`Penalized` by `gap_aware`, of an outer step with momentum: in one pass over memory."""
+
+    outer: Momentum
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {**self.outer.kinds, "then": "replicated"}
+
+    @property
+    def uses_inner_lr(self) -> bool:
+        return True
+
+    def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
+        return self._moved(fqn, anchor, delta, state, now, copy=True)
+
+    def step_(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
+        return self._moved(fqn, anchor, delta, state, now, copy=False)
+
+    def _moved(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round, *, copy: bool) -> Tensor:
+        begun, reach, constants = state.known(fqn, "then"), now.inner_lr * now.every_steps, self.outer.constants
+        moved, momentum = (writable(state, fqn, name, anchor, copy=copy) for name in ("then", "momentum"))
+        state.stage(fqn, "then", anchor)
+        if begun and reach > 0:
+            numbers = anchor.new_full((1, 1, 1), reach)
+            in_one_pass(gap_aware_step, (delta, anchor, moved, momentum), numbers, constants=constants)
+        else:
+            in_one_pass(momentum_step, (delta, moved.copy_(anchor), momentum), constants=constants)
+        return moved
+
+
 def co2(
     *,
     every_steps: Knob = 12,
@@ -98,7 +153,9 @@ def co2(
     """
     heavy_ball = sgd(lr=lr, momentum=momentum, clip=clip)
     rule = _rule(gap)
-    outer = heavy_ball if rule is None else Penalized(heavy_ball, rule)
+    outer: OuterOptimizer = heavy_ball if rule is None else Penalized(heavy_ball, rule)
+    if rule is gap_aware and momentum:
+        outer = GapAware(heavy_ball)
     return local_update(every_steps=every_steps, outer=outer, compress=compress, delay="stale")
 
 

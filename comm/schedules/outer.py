@@ -8,17 +8,24 @@ Adam (FedAdam, arXiv:2003.00295):           m = b1 m + (1 - b1) d;  v = b2 v + (
 SlowMo (arXiv:1910.00643), g the inner lr:  m = mu m + d / g;      anchor -= lr g m
 
 Keeps: one fp32 momentum for each element if mu is not 0, equal on all replicas; Adam two.
+
+Memory is what an outer step waits for: on CPU those with momentum make one pass over it, in the place of what is there
+already (`InPlace`, `fused`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
+from dtrain.comm.compressors.blocks import by_blocks
+from dtrain.comm.fused import Constant, Kernel, kernel
 from dtrain.comm.state import Kind, State
+
+BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,42 @@ class Looking(OuterOptimizer, Protocol):
         """The fragment's next scalar, from those sums and the last one, which was 0 in the beginning."""
 
 
+@runtime_checkable
+class InPlace(OuterOptimizer, Protocol):
+    """An outer optimizer that can also write into the memory of what it reads."""
+
+    def step_(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
+        """`step`, with the same bits, in the memory of ``anchor`` and of what ``state`` has committed."""
+
+
+# Kernels: blocks [1, n, block]; what is read, then what is read and written.
+
+
+@kernel
+def momentum_step(
+    delta: Tensor, anchor: Tensor, momentum: Tensor, *, lr: float, factor: float, nesterov: bool, clip: float | None
+) -> None:
+    """Move ``anchor`` by a step with momentum."""
+    momentum.mul_(factor).add_(delta)
+    if clip is not None:
+        momentum.clamp_(-clip, clip)
+    along = (factor * momentum).add_(delta) if nesterov else momentum
+    anchor.sub_(lr * along)
+
+
+def in_one_pass(step: Kernel, flat: Sequence[Tensor], *numbers: Tensor, constants: Mapping[str, Constant]) -> None:
+    """Run ``step`` over tensors ``flat`` [n], with ``numbers`` behind the first of them.
+
+    On GPU it runs as it is written: there what is compiled may round once for twice.
+    """
+    run = step if flat[0].device.type == "cpu" else step.function
+
+    def blocks(first: Tensor, *others: Tensor) -> None:
+        run(first, *numbers, *others, **constants)
+
+    by_blocks(blocks, [(tensor.unsqueeze(0), 1, 1) for tensor in flat], flat[0].numel(), BLOCK)
+
+
 @dataclass(frozen=True)
 class Momentum:
     """See `sgd` and `nesterov`."""
@@ -74,17 +117,24 @@ class Momentum:
     def kinds(self) -> dict[str, Kind]:
         return {"momentum": "replicated"} if self.momentum else {}
 
+    @property
+    def constants(self) -> dict[str, Constant]:
+        """Of `momentum_step`."""
+        return {"lr": self.lr, "factor": self.momentum, "nesterov": self.nesterov, "clip": self.clip}
+
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
-        if not self.momentum:
-            clipped = delta if self.clip is None else delta.clamp(-self.clip, self.clip)
-            return _along(anchor, self.lr * clipped)
-        kept = (self.momentum * state.get(fqn, "momentum", anchor)).add_(delta)
-        if self.clip is not None:
-            kept.clamp_(-self.clip, self.clip)
-        state.stage(fqn, "momentum", kept)
-        if self.nesterov:
-            return _along(anchor, (self.momentum * kept).add_(delta).mul_(self.lr))
-        return _along(anchor, self.lr * kept)
+        return self._moved(fqn, anchor.clone(), delta, state, copy=True)
+
+    def step_(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
+        return self._moved(fqn, anchor, delta, state, copy=False)
+
+    def _moved(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, *, copy: bool) -> Tensor:
+        if self.momentum:
+            momentum = writable(state, fqn, "momentum", anchor, copy=copy)
+            in_one_pass(momentum_step, (delta, anchor, momentum), constants=self.constants)
+        else:
+            anchor.sub_(self.lr * (delta if self.clip is None else delta.clamp(-self.clip, self.clip)))
+        return anchor
 
 
 @dataclass(frozen=True)
@@ -134,9 +184,11 @@ class SlowMomentum:
         return anchor - self.lr * now.inner_lr * slow
 
 
-def _along(anchor: Tensor, moved: Tensor) -> Tensor:
-    """``anchor - moved``, in the place of ``moved``: fresh memory costs more than the arithmetic."""
-    return torch.sub(anchor, moved, out=moved)
+def writable(state: State, fqn: str, name: str, like: Tensor, *, copy: bool) -> Tensor:
+    """What is committed, or a ``copy`` of it, or zeros if there is nothing yet; staged, and to be written to."""
+    found = state.get(fqn, name, like)
+    state.stage(fqn, name, found := found.clone() if copy else found)
+    return found
 
 
 def sgd(*, lr: float = 1.0, momentum: float = 0.0, clip: float | None = None) -> Momentum:

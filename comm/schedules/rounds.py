@@ -22,7 +22,7 @@ from dtrain.comm.schedules.guard import gauges, products, repaired
 from dtrain.comm.schedules.knobs import Knobs
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.measuring import Choosing
-from dtrain.comm.schedules.outer import Looking, Round
+from dtrain.comm.schedules.outer import InPlace, Looking, Round
 from dtrain.comm.schedules.parts import NEVER, Flight, Part, Pinned
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
@@ -339,9 +339,11 @@ class AttachedLocalUpdate(Attached):
             if isinstance(self.spec.outer, Looking):
                 part.scalar = self._chosen(self.spec.outer, values, part.scalar)
                 now = replace(now, scalar=part.scalar)
+            outer = self.spec.outer
+            step = outer.step_ if isinstance(outer, InPlace) else outer.step
             for fqn, delta in values.items():
                 anchor = self.state.get(fqn, "anchor", delta)
-                self.state.stage(fqn, "anchor", self.spec.outer.step(fqn, anchor, delta, self.state, now))
+                self.state.stage(fqn, "anchor", step(fqn, anchor, delta, self.state, now))
                 self.state.commit()  # one by one, so that the next one takes the memory of the last
         self._merge(part, mix)
 

@@ -19,6 +19,8 @@ from dtrain.comm.fused import Kernel
 from dtrain.comm.ops import Payload, Place
 from dtrain.comm.plans.base import as_plan
 from dtrain.comm.routes import two_phase
+from dtrain.comm.schedules.co2 import co2
+from dtrain.comm.schedules.outer import InPlace, Round, nesterov
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 
@@ -65,6 +67,20 @@ def test_compiled_kernels_give_the_same_bits(
         expected = everything(compressor, values, others)
         monkeypatch.setenv("DTRAIN_COMPILE", "always")
         assert all(torch.equal(a, b) for a, b in zip(everything(compressor, values, others), expected, strict=True))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rule", [nesterov(), co2().outer], ids=["nesterov", "co2"])
+def test_compiled_outer_steps_give_the_same_bits(rule: InPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for policy in ("never", "always"):
+        monkeypatch.setenv("DTRAIN_COMPILE", policy)
+        state, anchor = State(rule.kinds), rows(1, 4000, 1)[0]
+        for step in range(4):
+            anchor = rule.step_("w", anchor, rows(1, 4000, 2 + step)[0], state, Round(1e-3 * step, 12))
+            state.commit()
+        found.append([anchor, *state.tensors["w"].values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("grid", ["max_min", "symmetric", "qsgd", "e3m0", "natural"])

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.comm.schedules.outer import Momentum, nesterov, sgd
+from dtrain.comm.schedules.co2 import Penalized, co2, gap_aware
+from dtrain.comm.schedules.outer import InPlace, Momentum, Round, nesterov, sgd
 from dtrain.comm.state import State
 from tests.comm.zoo import NUMELS, draw, seeds
 
@@ -98,3 +99,31 @@ def test_bad_arguments(make: Callable[..., Momentum], arguments: dict[str, float
 def test_nesterov_without_momentum_is_refused() -> None:
     with pytest.raises(ValueError, match=r"without momentum is plain SGD; use sgd\(lr=...\)"):
         nesterov(lr=0.7, momentum=0.0)
+
+
+@pytest.mark.parametrize("rule", [*RULES.values(), co2().outer, co2(clip=None, gap="none").outer], ids=str)
+@pytest.mark.parametrize("numel", [0, 1, 700, 2048])
+def test_in_place_it_gives_the_same_bits(rule: InPlace, numel: int) -> None:
+    state, in_place = State(rule.kinds), State(rule.kinds)
+    anchor = draw(1, numel)
+    here = anchor.clone()
+    for step in range(4):
+        delta, now = draw(2 + step, numel), Round(0.1 * (step % 3), 5)
+        kept = delta.clone()
+        anchor = rule.step("w", anchor, delta, state, now)
+        state.commit()
+        here = rule.step_("w", here, delta, in_place, now)
+        in_place.commit()
+        assert torch.equal(here, anchor) and torch.equal(delta, kept)
+        for name in rule.kinds:
+            assert torch.equal(state.tensors["w"][name], in_place.tensors["w"][name])
+
+
+def test_the_gap_in_one_pass_is_that_of_the_rule() -> None:
+    fused, composed = co2().outer, Penalized(sgd(momentum=0.2, clip=1.0), gap_aware)
+    states, anchors = (State(fused.kinds), State(composed.kinds)), [draw(1, 900), draw(1, 900)]
+    for step in range(4):
+        for number, rule in enumerate((fused, composed)):
+            anchors[number] = rule.step("w", anchors[number], draw(2 + step, 900), states[number], Round(0.1, 5))
+            states[number].commit()
+        torch.testing.assert_close(anchors[0], anchors[1])
