@@ -156,22 +156,20 @@ def main(asked: Asked) -> None:
     sent = dict.fromkeys(names, 0)
     payload = dict.fromkeys(names, 0)
     for number in range(asked.warmup + asked.rounds):
-        beside = _timed(trainings[asked.beside], batch) if asked.beside else 0.0
+        beside = _timed(trainings[asked.beside], batch)[0] if asked.beside else 0.0
         for name in names[number % len(names) :] + names[: number % len(names)]:
             if name == asked.beside:
                 continue
             training = trainings[name]
             for _ in range(training.before):
                 training.step(batch)
-            before, counted = wire.sent(), training.payload()
-            took = _timed(training, batch)
-            moved = wire.busiest(before, wire.sent())[1] // training.steps
-            earlier, beside = beside, _timed(trainings[asked.beside], batch) if asked.beside else 0.0
+            took, moved, paid = _timed(training, batch)
+            earlier, beside = beside, _timed(trainings[asked.beside], batch)[0] if asked.beside else 0.0
             if number >= asked.warmup:
                 seconds[name].append(took)
                 alone[name].extend((earlier, beside))
                 sent[name] += moved
-                payload[name] += (training.payload() - counted) // training.steps
+                payload[name] += paid
                 if asked.beside:
                     seconds[asked.beside].append(beside)
     own, longest = _slowest(seconds), _slowest(alone)
@@ -204,16 +202,20 @@ def _slowest(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
     }
 
 
-def _timed(training: _Training, batch: dict[str, torch.Tensor]) -> float:
-    """Seconds of one of its steps on this rank, in a whole round; then nothing is under way."""
+def _timed(training: _Training, batch: dict[str, torch.Tensor]) -> tuple[float, int, int]:
+    """Of one of its steps on this rank, in a whole round: seconds, bytes sent and payload. Then nothing is under way.
+
+    A method that overlaps its rounds has one under way at the beginning, too.
+    """
     dist.barrier()
-    started = time.perf_counter()
+    before, counted, started = wire.sent(), training.payload(), time.perf_counter()
     for _ in range(training.steps):
         training.step(batch)
-    took = (time.perf_counter() - started) / training.steps
+    took = time.perf_counter() - started
+    moved, paid = wire.busiest(before, wire.sent())[1], training.payload() - counted
     training.settle()
     dist.barrier()
-    return took
+    return took / training.steps, moved // training.steps, paid // training.steps
 
 
 if __name__ == "__main__":
