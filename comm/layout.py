@@ -90,6 +90,11 @@ Named = Mapping[str, Tensor]
 """Flat tensors by FQN, fp32 or, for models in fp64, fp64: one rank's segments of gradients, parameters or deltas."""
 
 
+def copied(values: Named) -> dict[str, Tensor]:
+    """``values`` in memory of their own."""
+    return {fqn: value.clone() for fqn, value in values.items()}
+
+
 def messages(values: Named, elements: int = MESSAGE) -> list[dict[str, Tensor]]:
     """``values`` in their order, in groups of some ``elements``, at least one: while one travels, the next is encoded.
 

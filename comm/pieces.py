@@ -48,10 +48,11 @@ class Pieces(Protocol):
     def place(self) -> Place:
         """This rank on the replicate axis."""
 
-    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Copies of the current values of ``segments``, fp32: those that the inner optimizer steps from.
+    def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
+        """The current values of ``segments``, fp32: those that the inner optimizer steps from.
 
-        ``fqns``: of these parameters only.
+        ``fqns``: of these parameters only. Without ``copy`` they may be the engine's own memory, to be used before the
+        next step and never written to.
         """
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:

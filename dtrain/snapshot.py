@@ -98,7 +98,7 @@ def _elementwise(attached: Attached) -> set[str]:
 
 
 def _device(pieces: Pieces) -> torch.device:
-    return next(iter(pieces.read().values()), torch.empty(0)).device
+    return next(iter(pieces.read(copy=False).values()), torch.empty(0)).device
 
 
 def _kind(name: str, kind: str) -> Kind:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, load_elementwise_state
 from dtrain.comm.drivers.run import Channel, Handle
-from dtrain.comm.layout import Named, Segment, is_finite, working
+from dtrain.comm.layout import Named, Segment, copied, is_finite, working
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Exchange
 
@@ -68,9 +68,10 @@ class FSDPPieces:
     def place(self) -> Place:
         return self.channel.places["replicate"]
 
-    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
+    def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
         wanted = {fqn: p for fqn, p in self.parameters.items() if fqns is None or fqn in fqns}
-        return {fqn: working(_local(p.detach())).clone() for fqn, p in wanted.items()}
+        own = {fqn: working(_local(p.detach())) for fqn, p in wanted.items()}
+        return copied(own) if copy else own
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         # A unit that a forward pass without backward left gathered, the root for one, would go on with the old values.

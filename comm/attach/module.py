@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
 from dtrain.comm.drivers.run import Channel
-from dtrain.comm.layout import Named, Segment, even_slice, from_rows, is_finite, working
+from dtrain.comm.layout import Named, Segment, copied, even_slice, from_rows, is_finite, working
 from dtrain.comm.ops import AllGather, Flow, Place
 from dtrain.comm.pieces import Exchange
 
@@ -38,9 +38,10 @@ class ModulePieces:
     def place(self) -> Place:
         return self.channel.places["replicate"]
 
-    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
+    def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
         wanted = [fqn for fqn in self.segments if fqns is None or fqn in fqns]
-        return {fqn: self._own_slice(fqn, self.parameters[fqn].detach()).clone() for fqn in wanted}
+        own = {fqn: self._own_slice(fqn, self.parameters[fqn].detach()) for fqn in wanted}
+        return copied(own) if copy else own
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         wanted = [fqn for fqn in self.parameters if fqns is None or fqn in fqns]

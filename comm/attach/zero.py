@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtrain.comm.attach.optimizer import StepGuard, is_scalar, require_elementwise
 from dtrain.comm.drivers.run import Channel
-from dtrain.comm.layout import Named, Segment, is_finite
+from dtrain.comm.layout import Named, Segment, copied, is_finite
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Exchange
 
@@ -58,8 +58,9 @@ class ZeroPieces(ABC):
     def place(self) -> Place:
         return self.channel.places["replicate"]
 
-    def read(self, fqns: Collection[str] | None = None) -> dict[str, Tensor]:
-        return {fqn: self._master(home).clone() for fqn, home in self.homes.items() if fqns is None or fqn in fqns}
+    def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
+        own = {fqn: self._master(home) for fqn, home in self.homes.items() if fqns is None or fqn in fqns}
+        return copied(own) if copy else own
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         for fqn, value in values.items():

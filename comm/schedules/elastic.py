@@ -27,6 +27,7 @@ from dtrain.comm.ops import Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
 from dtrain.comm.schedules.among import AmongMembers
+from dtrain.comm.schedules.guard import square
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.parts import Flight, Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
@@ -197,7 +198,7 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
 
     def _unpack(self, packed: Tensor) -> None:
         found = torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
-        device = next(iter(self.pieces.read().values()), torch.empty(0)).device
+        device = next(iter(self.pieces.read(copy=False).values()), torch.empty(0)).device
         tensors = cast(Mapping[str, Mapping[str, Tensor]], found["tensors"])
         moved = {fqn: {name: t.to(device) for name, t in named.items()} for fqn, named in tensors.items()}
         self.state.load(moved)
@@ -206,7 +207,10 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
         for part, (captured, scalar, flights) in zip(self.parts, found["parts"], strict=True):
             part.captured, part.scalar, part.tokens = captured, scalar, self.tokens
             nothing = {fqn: torch.zeros_like(anchor) for fqn, anchor in self._anchor(part.fqns).items()}
-            part.flights = [Flight(at, self.state.branch(), [], sent=nothing, weight=0.0) for at in flights]
+            part.flights = [
+                Flight(at, self.state.branch(), [], sent=nothing, weight=0.0, products=[square(nothing)])
+                for at in flights
+            ]
         self.position = found["position"]
         self.pieces.write(self._anchor(self.pieces.segments))
 

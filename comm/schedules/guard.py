@@ -39,19 +39,30 @@ def repaired(state: State, place: Place) -> Flow[list[int]]:
     return wrong
 
 
+def square(own: Named) -> Tensor:
+    """The sum of the squares of ``own``, 0-dim. NaN or infinite where any of them is, or where it is too large.
+
+    >>> square({"w": torch.ones(2), "b": torch.ones(1)})
+    tensor(3.)
+    """
+    return torch.stack([torch.dot(x, x) for x in own.values()]).sum() if own else torch.zeros(())
+
+
 def products(own: Named, mean: Named) -> Tensor:
-    """Of a replica's deltas with themselves, of the mean ones with themselves, and of both: [3], of this rank's pieces.
+    """Of the mean deltas with themselves, and with a replica's own: [2], of this rank's pieces.
 
     >>> products({"w": torch.ones(2)}, {"w": torch.tensor([1.0, -1.0])})
-    tensor([2., 2., 0.])
+    tensor([2., 0.])
     """
-    pairs = [(own[fqn], value) for fqn, value in mean.items()]
-    rows = [torch.stack([torch.dot(a, a), torch.dot(b, b), torch.dot(a, b)]) for a, b in pairs]
-    return torch.stack(rows).sum(0) if rows else torch.zeros(3)
+    rows = [torch.stack([torch.dot(value, value), torch.dot(own[fqn], value)]) for fqn, value in mean.items()]
+    return torch.stack(rows).sum(0) if rows else torch.zeros(2)
 
 
 def gauges(sums: Tensor) -> dict[str, float]:
-    """From `products` of all pieces: how far this replica had drifted from the anchor, and how well replicas agree."""
+    """How far this replica had drifted from the anchor, and how well replicas agree.
+
+    ``sums`` [3]: over all pieces, the `square` of the replica's deltas, then their `products`.
+    """
     drift, moved, product = sums.tolist()
     cosine = product / math.sqrt(drift * moved) if drift * moved > 0 else 0.0
     return {"drift": math.sqrt(drift), "mean_delta": math.sqrt(moved), "delta_cosine": cosine}

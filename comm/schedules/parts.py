@@ -19,8 +19,8 @@ NEVER = -1
 class Flight:
     """A fragment on its way. ``handles``: of its messages; none once it has ended, with ``values`` unless it failed.
 
-    ``sent``: this replica's deltas, None after a resume; ``weight``: what they count. ``products``: of each message,
-    see `guard`.
+    ``sent``: this replica's deltas, None after a resume; ``weight``: what they count. ``products``: the square of the
+    deltas, then the products of each message, see `guard`.
     """
 
     captured: int

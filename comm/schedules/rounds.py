@@ -18,7 +18,7 @@ from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.routes import all_finite, two_phase
-from dtrain.comm.schedules.guard import gauges, products, repaired
+from dtrain.comm.schedules.guard import gauges, products, repaired, square
 from dtrain.comm.schedules.knobs import Knobs
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.measuring import Choosing
@@ -241,19 +241,20 @@ class AttachedLocalUpdate(Attached):
 
     def _capture(self, part: Part) -> dict[str, Tensor]:
         """Send off what this replica has learned of ``part``, and return it."""
-        now = self.pieces.read(part.fqns)
-        deltas = {fqn: torch.sub(self.state.get(fqn, "anchor", x), x, out=x) for fqn, x in now.items()}
-        weight = float(self.tokens - part.tokens) if self.spec.weighs else None
-        if not self._agree(all_finite(deltas)) and self.spec.weighs:
+        now = self.pieces.read(part.fqns, copy=False)
+        deltas = {fqn: self.state.get(fqn, "anchor", x) - x for fqn, x in now.items()}
+        weight, moved = float(self.tokens - part.tokens) if self.spec.weighs else None, square(deltas)
+        finite = bool(moved.isfinite()) or all_finite(deltas)  # the square of what is finite may be too large
+        if not self._agree(finite) and self.spec.weighs:
             deltas, weight = {fqn: torch.zeros_like(delta) for fqn, delta in deltas.items()}, 0.0
+            moved = torch.zeros_like(moved)
             self.left_out += 1
             self._merge(part, 0.0)
         key = Key(self.seed, self.steps, self.pieces.place.rank)
         self._measure(deltas, key)
         part.captured, part.tokens = self.steps, self.tokens
-        part.flights.append(
-            self._launched(part, Flight(self.steps, self.state.branch(), [], sent=deltas, weight=weight))
-        )
+        flight = Flight(self.steps, self.state.branch(), [], sent=deltas, weight=weight, products=[moved])
+        part.flights.append(self._launched(part, flight))
         return deltas
 
     def _launched(self, part: Part, flight: Flight) -> Flight:
@@ -277,7 +278,8 @@ class AttachedLocalUpdate(Attached):
         """Wait for it, and agree on what it brought."""
         if not flight.handles:
             return
-        arrived, flight.products = [], []
+        arrived = []
+        del flight.products[1:]  # of what was under way before replicas came or went
         for handle in flight.handles:
             arrived.append(message := handle.wait())
             if flight.sent is not None:  # while the next message travels
@@ -298,7 +300,9 @@ class AttachedLocalUpdate(Attached):
         if flight.values is None:
             self.failed_rounds += 1
         elif flight.products:
-            self.gauges |= gauges(self._over_shards(torch.stack(flight.products).sum(0), "gauges"))
+            moved, *others = flight.products
+            found = torch.cat([moved.view(1), torch.stack(others).sum(0)])
+            self.gauges |= gauges(self._over_shards(found, "gauges"))
         label = self._label(part)
         self.gauges |= {"staleness": self.steps - flight.captured, f"sent_bytes.{label}": self.meter.sent_as(label)}
         return flight.values
@@ -358,7 +362,7 @@ class AttachedLocalUpdate(Attached):
     def _merge(self, part: Part, mix: float, anchor: Named | None = None) -> None:
         merged = self._anchor(part.fqns) if anchor is None else dict(anchor)
         if mix:
-            live = self.pieces.read(part.fqns)
+            live = self.pieces.read(part.fqns, copy=False)
             merged = {fqn: mix * live[fqn] + (1 - mix) * anchor for fqn, anchor in merged.items()}
         self.pieces.write(merged, part.fqns)
 
@@ -372,7 +376,7 @@ class AttachedLocalUpdate(Attached):
 
     def _require_anchor(self) -> None:
         """Raise ``RuntimeError`` if somebody has loaded other weights since the anchor was taken."""
-        live = self.pieces.read()
+        live = self.pieces.read(copy=False)
         if any(not torch.equal(anchor, live[fqn]) for fqn, anchor in self._anchor(live).items()):
             raise RuntimeError(
                 "the model was changed after attach, whose anchor is what it held then: load weights to start from "

@@ -171,7 +171,7 @@ class Attached(ABC):
         must call it at the same step.
         """
         self.settle()
-        digest = _digest(self.pieces.read())
+        digest = _digest(self.pieces.read(copy=False))
         return {
             "tensors": self.state.tensors, "integers": self.integers(), "parameters": digest, "place": self._place(),
             "sync": self.told,
@@ -197,7 +197,7 @@ class Attached(ABC):
             raise ValueError(
                 f"this state was taken by {state['place']}, and this is {self._place()}; every rank loads its own files"
             )
-        if state.get("parameters") not in (None, _digest(self.pieces.read())):
+        if state.get("parameters") not in (None, _digest(self.pieces.read(copy=False))):
             raise ValueError(
                 "the model does not hold the parameters that this rank had when this state was taken; on every rank: "
                 "attach, then load the model's and the optimizer's states, then the sync's, each from this rank's own "

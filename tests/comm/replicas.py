@@ -13,7 +13,7 @@ from torch import Tensor
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.drivers.threads import Meeting
 from dtrain.comm.drivers.transport import Alone
-from dtrain.comm.layout import Named, Segment, is_finite
+from dtrain.comm.layout import Named, Segment, copied, is_finite
 from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Exchange
 from dtrain.comm.schedules.sync import Attached, Sync
@@ -54,8 +54,9 @@ class Replica:
     def place(self) -> Place:
         return self.channel.places["replicate"]
 
-    def read(self, fqns: Collection[str] | None = None) -> Parameters:
-        return {fqn: value.clone() for fqn, value in self.values.items() if fqns is None or fqn in fqns}
+    def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> Parameters:
+        own = {fqn: value for fqn, value in self.values.items() if fqns is None or fqn in fqns}
+        return copied(own) if copy else own
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         for fqn, value in values.items():
