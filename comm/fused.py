@@ -58,20 +58,22 @@ class Kernel:
         self._due: dict[Hashable, tuple[dict[str, Constant], list[_Like]]] = {}
 
     def __call__(self, *tensors: Tensor, **constants: Constant) -> None:
-        elements = tensors[0].numel()
-        shapes = ((tensor.dtype, tensor.shape[0] == 1, tensor.shape[-1]) for tensor in tensors)
+        elements, always = tensors[0].numel(), _policy() == "always"
+        if elements < SMALLEST and not always:
+            self.function(*tensors, **constants)
+            return
+        shapes = [(tensor.dtype, tensor.shape[0] == 1, tensor.shape[-1]) for tensor in tensors]
         variant = (*constants.items(), *shapes, tensors[0].device)
-        if _policy() == "always" and variant not in self.compiled:
+        if always and variant not in self.compiled:
             self._compile(variant, constants, [_Like.of(tensor) for tensor in tensors])
-        if elements >= SMALLEST or _policy() == "always":
-            found = self.compiled.get(variant)
-            if found is not None:
-                with torch.no_grad():
-                    found(*tensors)
-                return
-            self._seen[variant] = self._seen.get(variant, 0) + elements
-            if self._seen[variant] >= WORTHWHILE and variant not in self._due:
-                self._due[variant] = (constants, [_Like.of(tensor) for tensor in tensors])
+        found = self.compiled.get(variant)
+        if found is not None:
+            with torch.no_grad():
+                found(*tensors)
+            return
+        self._seen[variant] = self._seen.get(variant, 0) + elements
+        if self._seen[variant] >= WORTHWHILE and variant not in self._due:
+            self._due[variant] = (constants, [_Like.of(tensor) for tensor in tensors])
         self.function(*tensors, **constants)
 
     def compile_what_is_due(self) -> None:

@@ -78,12 +78,13 @@ def working(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def is_finite(value: Tensor) -> bool:
-    """Whether there is no NaN and no infinity in ``value``; in one pass that writes nothing."""
-    if not value.numel() or math.isfinite(float(value.sum())):  # nothing brings a sum back from NaN or infinity
+def is_finite(*values: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in ``values``, of one device; in one pass that writes nothing."""
+    sums = [value.sum() for value in values]  # nothing brings a sum back from NaN or infinity
+    if not sums or math.isfinite(float(torch.stack(sums).sum())):
         return True
-    least, most = torch.aminmax(value)  # a sum of large numbers may be beyond the largest
-    return math.isfinite(float(least)) and math.isfinite(float(most))
+    extremes = [torch.aminmax(value) for value in values if value.numel()]  # large numbers may sum up to infinity
+    return all(math.isfinite(float(least)) and math.isfinite(float(most)) for least, most in extremes)
 
 
 Named = Mapping[str, Tensor]

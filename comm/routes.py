@@ -77,11 +77,11 @@ def two_phase(
         own = replace(key, fqn=fqn, phase="answer")
         quick = one_pass(compressor) if combine is rank_order_mean and votes.alike else None
         if quick is not None:
-            chunk = quick.decode_mean(encoded, width)
+            chunk, answer = quick.encode_mean(encoded, width, own)
         else:
             rows = compressor.decode(encoded, width, own.shared)
             chunk = combine(rows) if votes.alike else among(combine, rows, votes.weights)
-        answer = compressor.encode(chunk.unsqueeze(0), own)
+            answer = compressor.encode(chunk.unsqueeze(0), own)
         if feedback.kinds:
             start = min(place.rank * width, value.numel())
             error = (chunk - compressor.decode(answer, width, own.shared)[0])[: value.numel() - start]
@@ -200,7 +200,7 @@ class _Double:
 
 def all_finite(values: Named) -> bool:
     """Whether there is no NaN and no infinity in any of ``values``."""
-    return all(is_finite(value) for value in values.values())
+    return is_finite(*values.values())
 
 
 def _device(values: Named) -> torch.device:

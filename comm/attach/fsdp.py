@@ -97,7 +97,7 @@ class FSDPPieces:
 
     def gradients_finite(self) -> bool:
         grads = [p.grad for p in self.parameters.values()]
-        return all(g is None or is_finite(_local(g)) for g in grads)
+        return is_finite(*(_local(g) for g in grads if g is not None))
 
     def unused(self) -> set[str]:
         return set()  # whatever was exchanged is stepped with

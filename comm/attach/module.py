@@ -63,7 +63,7 @@ class ModulePieces:
         pass
 
     def gradients_finite(self) -> bool:
-        return all(p.grad is None or is_finite(p.grad) for p in self.parameters.values())
+        return is_finite(*(p.grad for p in self.parameters.values() if p.grad is not None))
 
     def unused(self) -> set[str]:
         return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}

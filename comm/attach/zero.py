@@ -87,7 +87,7 @@ class ZeroPieces(ABC):
         self._exchanged = True
 
     def gradients_finite(self) -> bool:
-        return all(is_finite(self._gradient(home)) for home in self.homes.values())
+        return is_finite(*(self._gradient(home) for home in self.homes.values()))
 
     def unused(self) -> set[str]:
         return set()  # whatever was exchanged is stepped with

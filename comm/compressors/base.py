@@ -49,15 +49,15 @@ class OnePass(Protocol):
     def encode_sum(self, rows: Tensor, others: Tensor) -> tuple[Payload, Tensor] | None:
         """``encode(rows + others)``, and ``rows + others`` less what it decodes to; None where it has to be two."""
 
-    def decode_mean(self, payload: Payload, width: int) -> Tensor:
-        """The mean [width] of the decoded rows, added up from the first to the last."""
+    def encode_mean(self, payload: Payload, width: int, key: Key) -> tuple[Tensor, Payload]:
+        """The mean [width] of the decoded rows, added up from the first to the last; and it encoded as one row."""
 
 
 def one_pass(compressor: object) -> OnePass | None:
     """``compressor``, if it is a `OnePass`. (isinstance of a Protocol takes microseconds, for every parameter.)"""
     kind = type(compressor)
     if kind not in _KNOWN:
-        _KNOWN[kind] = hasattr(kind, "encode_sum") and hasattr(kind, "decode_mean")
+        _KNOWN[kind] = hasattr(kind, "encode_sum") and hasattr(kind, "encode_mean")
     return cast(OnePass, compressor) if _KNOWN[kind] else None
 
 

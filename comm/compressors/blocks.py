@@ -123,7 +123,7 @@ def by_blocks(run: Callable[..., None], tensors: Sequence[Laid], width: int, blo
         views = []
         for number, (tensor, numerator, denominator) in enumerate(tensors):
             each = bytes_of(size, numerator, denominator) if numerator else denominator
-            part = tensor[:, offsets[number] : offsets[number] + count * each]
+            part = tensor.narrow(1, offsets[number], count * each)
             offsets[number] += count * each
-            views.append(part.unflatten(1, (count, each)))
+            views.append(part.view(-1, count, each))
         run(*views)

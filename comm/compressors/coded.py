@@ -1,4 +1,4 @@
-"""What quantizers share: rows in blocks, each coded in a few bits beside fp32 numbers of its own, by five kernels."""
+"""What quantizers share: rows in blocks, each coded in a few bits beside fp32 numbers of its own, by six kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from dtrain.comm.seeds import Key
 class Kernels(NamedTuple):
     """On blocks [m, n, block] fp32, noise alike in [0, 1), packed [m, n, bytes of a block], numbers [m, n, `numbers`].
 
-    Each writes into what it names last: the codes and the numbers; with ``sum`` also what they do not say; the blocks.
+    Each writes into what it names last: the codes and the numbers; with ``sum`` also what they do not say; the blocks;
+    with ``encode_mean`` these, then the codes and the numbers.
     """
 
     nearest: Callable[..., None]
@@ -28,6 +29,7 @@ class Kernels(NamedTuple):
     sum: Callable[..., None]
     decode: Callable[..., None]
     mean: Callable[..., None]
+    encode_mean: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,19 @@ class Coded(RowWise, ABC):
         laid = [(packed, self.bits, 8), (numbers.flatten(1), 0, self.numbers), (mean, 1, 1)]
         by_blocks(partial(self.kernels.mean, world=packed.shape[0]), laid, width, self.block)
         return mean[0]
+
+    def encode_mean(self, payload: Payload, width: int, key: Key) -> tuple[Tensor, Payload]:
+        """`decode_mean`, and it encoded as one row; in one pass where rounding is not random."""
+        if self.rounding != "nearest":
+            decoded = self.decode_mean(payload, width)
+            return decoded, self.encode(decoded.unsqueeze(0), key)
+        packed, numbers = payload
+        mean = numbers.new_empty(1, width)
+        answer, own = self._room(mean)
+        laid = [(packed, self.bits, 8), (numbers.flatten(1), 0, self.numbers), (mean, 1, 1)]
+        laid += [(answer, self.bits, 8), (own, 0, self.numbers)]
+        by_blocks(partial(self.kernels.encode_mean, world=packed.shape[0]), laid, width, self.block)
+        return mean[0], (answer, self._by_block(own))
 
     def row_bytes(self, width: int) -> int:
         return packed_bytes(width, self.bits, self.block) + 4 * self.numbers * -(-width // self.block)

@@ -115,13 +115,30 @@ def mean_of_blocks(
     packed: Tensor, scale: Tensor, mean: Tensor, *, bits: int, powers: bool, norm: bool, world: int
 ) -> None:
     """The mean of ``world`` coded rows of blocks, added up in their order; [1, n, block]."""
-    total = _levels(unpack_bits(packed[0], bits, mean.shape[-1]), bits, powers) * scale[0]
+    mean.copy_(_mean(packed, scale, mean.shape[-1], bits, powers, world))
+
+
+@kernel
+def encode_mean(
+    packed: Tensor, scale: Tensor, mean: Tensor, answer: Tensor, own: Tensor,
+    *, bits: int, powers: bool, norm: bool, world: int,
+) -> None:  # fmt: skip
+    """`mean_of_blocks`, and the codes of it, rounded to the nearest."""
+    total = _mean(packed, scale, mean.shape[-1], bits, powers, world).unsqueeze(0)
+    largest = _scale(total, norm)
+    answer.copy_(pack_bits(_codes(total, largest, 0.5, bits, powers), bits))
+    own.copy_(largest)
+    mean.copy_(total)
+
+
+KERNELS = (encode_nearest, encode_stochastic, encode_sum_nearest, decode_blocks, mean_of_blocks, encode_mean)
+
+
+def _mean(packed: Tensor, scale: Tensor, size: int, bits: int, powers: bool, world: int) -> Tensor:
+    total = _levels(unpack_bits(packed[0], bits, size), bits, powers) * scale[0]
     for rank in range(1, world):
-        total = total + _levels(unpack_bits(packed[rank], bits, mean.shape[-1]), bits, powers) * scale[rank]
-    mean.copy_(total / world)
-
-
-KERNELS = (encode_nearest, encode_stochastic, encode_sum_nearest, decode_blocks, mean_of_blocks)
+        total = total + _levels(unpack_bits(packed[rank], bits, size), bits, powers) * scale[rank]
+    return total / world
 
 
 def _scale(blocks: Tensor, norm: bool) -> Tensor:

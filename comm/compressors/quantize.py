@@ -45,7 +45,7 @@ class Quantize(Coded):
 
     @property
     def kernels(self) -> Kernels:
-        each = (encode_nearest, encode_stochastic, encode_sum_nearest, decode_blocks, mean_of_blocks)
+        each = (encode_nearest, encode_stochastic, encode_sum_nearest, decode_blocks, mean_of_blocks, encode_mean)
         return Kernels(*(partial(kernel, bits=self.bits) for kernel in each))
 
 
@@ -84,10 +84,24 @@ def decode_blocks(packed: Tensor, scales: Tensor, blocks: Tensor, *, bits: int) 
 @kernel
 def mean_of_blocks(packed: Tensor, scales: Tensor, mean: Tensor, *, bits: int, world: int) -> None:
     """The mean of ``world`` coded rows of blocks, added up in their order; [1, n, block]."""
-    total = _values(packed[0], scales[0], mean.shape[-1], bits)
+    mean.copy_(_mean(packed, scales, mean.shape[-1], bits, world))
+
+
+@kernel
+def encode_mean(
+    packed: Tensor, scales: Tensor, mean: Tensor, answer: Tensor, own: Tensor, *, bits: int, world: int
+) -> None:
+    """`mean_of_blocks`, and the codes of it, rounded to the nearest."""
+    total = _mean(packed, scales, mean.shape[-1], bits, world).unsqueeze(0)
+    _store(_grid(total, 0.5, bits), answer, own, bits)
+    mean.copy_(total)
+
+
+def _mean(packed: Tensor, scales: Tensor, size: int, bits: int, world: int) -> Tensor:
+    total = _values(packed[0], scales[0], size, bits)
     for rank in range(1, world):
-        total = total + _values(packed[rank], scales[rank], mean.shape[-1], bits)
-    mean.copy_(total / world)
+        total = total + _values(packed[rank], scales[rank], size, bits)
+    return total / world
 
 
 def _values(packed: Tensor, scales: Tensor, size: int, bits: int) -> Tensor:

@@ -71,7 +71,7 @@ class Replica:
             self._exchanged = True
 
     def gradients_finite(self) -> bool:
-        return all(is_finite(gradient) for gradient in self.gradients.values())
+        return is_finite(*self.gradients.values())
 
     def unused(self) -> set[str]:
         return set()

@@ -45,6 +45,8 @@ def everything(compressor: Quantize | Even | Powers, values: Tensor, others: Ten
         compressor.decode(payload, values.shape[1], KEY),
         compressor.decode_mean(payload, values.shape[1]),
     ]
+    mean, answer = compressor.encode_mean(payload, values.shape[1], KEY)
+    found += [mean, *answer]
     both = compressor.encode_sum(values, others)
     return found if both is None else [*found, *both[0], both[1]]
 
@@ -94,7 +96,12 @@ def test_one_pass_is_two(grid: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(payload, two, strict=True))
     decoded = compressor.decode(two, 700, KEY)
     assert torch.equal(left, values + others - decoded)
-    assert torch.equal(compressor.decode_mean(two, 700), rank_order_mean(decoded))
+    mean = rank_order_mean(decoded)
+    assert torch.equal(compressor.decode_mean(two, 700), mean)
+    for one in (compressor, replace(compressor, rounding="stochastic")):
+        chunk, answer = one.encode_mean(two, 700, KEY)
+        expected = [mean, *one.encode(mean.unsqueeze(0), KEY)]
+        assert all(torch.equal(a, b) for a, b in zip([chunk, *answer], expected, strict=True))
     assert replace(compressor, rounding="stochastic").encode_sum(values, others) is None
 
 

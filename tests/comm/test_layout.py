@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.comm.layout import Segment, chunk_width, even_slice, from_rows, to_rows
+from dtrain.comm.layout import Segment, chunk_width, even_slice, from_rows, is_finite, to_rows
 from tests.comm.zoo import NUMELS, draw, seeds
 
 parts_of_a_whole = st.integers(1, 9)
@@ -61,3 +62,19 @@ def test_segments_sort_by_name_and_place() -> None:
     assert sorted([three, two, one]) == [one, two, three]
     assert one.stop == two.offset == 3
     assert len({one, Segment("a", 0, 3)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([], True),
+        ([torch.ones(3), torch.empty(0), torch.ones(2, dtype=torch.bfloat16)], True),
+        ([torch.full((4,), 3e38)], True),  # whose sum is not
+        ([torch.full((2,), 3e38), torch.full((2,), -3e38)], True),
+        ([torch.ones(3), torch.tensor([1.0, float("inf")])], False),
+        ([torch.tensor([float("inf")]), torch.tensor([-float("inf")])], False),
+        ([torch.full((4,), 3e38), torch.tensor([float("nan")])], False),
+    ],
+)
+def test_what_is_finite(values: list[torch.Tensor], finite: bool) -> None:
+    assert is_finite(*values) is finite
