@@ -62,7 +62,7 @@ def local(session: Session) -> Report:
         alone = steps(session, 4, (ALONE,), rounds=1, batch=LOCAL_SEQUENCES, length=length, warmup=1, apart=True)
         tried = alone[ALONE].median
         batch = max(1, round(LOCAL_SEQUENCES * ALONE_SECONDS / tried))
-        found = steps(session, 4, (*LOCAL,), rounds=5, batch=batch, length=length, warmup=1, beside=ALONE, apart=True)
+        found = steps(session, 4, (*LOCAL,), rounds=7, batch=batch, length=length, warmup=1, beside=ALONE, apart=True)
     return local_report(found, batch)
 
 
