@@ -12,6 +12,7 @@ in the first phase of a weighted mean four bytes, the weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,10 +56,11 @@ def two_phase(
     values are not finite; None: all count alike, and none may be left out.
     """
     world = place.size
-    finite = all_finite(values)
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
     outgoing: list[Payload] = []
+    sums = []
     for fqn, value in values.items():
+        sums.append(value.sum())  # here, so that what is encoded next is in the caches
         compressor, feedback = _in_rows(chosen[fqn], value)
         own = replace(key, fqn=fqn, phase="send")
         if weight == 0:
@@ -66,6 +68,7 @@ def two_phase(
             outgoing.append(compressor.encode(to_rows(value, world), own))
         else:
             outgoing.append(feedback.encode(fqn, value, compressor, world, own, state))
+    finite = all_finite(values, sums)
     incoming = yield AllToAll(_joined(outgoing, vote(world, finite, weight, _device(values))))
     votes = Votes(incoming[-1].flatten().tolist(), place)
     finite = votes.passed if weight is None else votes.anybody
@@ -90,13 +93,14 @@ def two_phase(
     gathered = yield AllGather(_joined(answers, vote(1, finite, None, _device(values))))
     finite = bool(gathered[-1].all())
 
-    results = {}
+    results, sums = {}, []
     for (fqn, value), encoded in zip(values.items(), _cut(gathered, answers), strict=True):
         compressor, feedback = _in_rows(chosen[fqn], value)
         width, shared = chunk_width(value.numel(), world), replace(key, fqn=fqn).shared
         rows = compressor.decode(tuple(tensor.flatten(0, 1) for tensor in encoded), width, shared)
-        results[fqn] = feedback.result(fqn, from_rows(rows, value.numel()), state)
-    return Combined(results, finite and all_finite(results))
+        results[fqn] = result = feedback.result(fqn, from_rows(rows, value.numel()), state)
+        sums.append(result.sum())
+    return Combined(results, finite and all_finite(results, sums))
 
 
 @dataclass(frozen=True)
@@ -198,9 +202,9 @@ class _Double:
         return payload[0] if self.single == IDENTITY else self.single.decode(payload, width, key).double()
 
 
-def all_finite(values: Named) -> bool:
-    """Whether there is no NaN and no infinity in any of ``values``."""
-    return is_finite(*values.values())
+def all_finite(values: Named, sums: Sequence[Tensor] | None = None) -> bool:
+    """Whether there is no NaN and no infinity in any of ``values``; ``sums`` over each, if they were taken already."""
+    return is_finite(*values.values(), sums=sums)
 
 
 def _device(values: Named) -> torch.device:

@@ -13,7 +13,7 @@ far the anchor has moved meanwhile, in units of what the inner optimizer may mov
 
 or a number, or a rule of one's own.
 Communication: one round every H steps, behind all of the next round. Bytes: of one parameter exchange per round.
-Keeps: the anchor and the momentum; with a penalty the last anchor, too.
+Keeps: the anchor and the momentum; with a rule of one's own, or without momentum, the last anchor, too.
 """
 
 from __future__ import annotations
@@ -83,47 +83,45 @@ class Penalized:
 
 @kernel
 def gap_aware_step(
-    delta: Tensor, reach: Tensor, anchor: Tensor, then: Tensor, momentum: Tensor,
+    delta: Tensor, reach: Tensor, anchor: Tensor, momentum: Tensor,
     *, lr: float, factor: float, nesterov: bool, clip: float | None,
 ) -> None:  # fmt: skip
-    """`momentum_step` from ``anchor`` to ``then``, which was the last one, by the delta over its gap, as `gap_aware`
-    has it; ``reach`` [1, 1, 1].
-    """
-    gap = (anchor - then).abs_().div_(reach).add_(1)
-    then.copy_(anchor)
-    momentum_step.function(delta / gap, then, momentum, lr=lr, factor=factor, nesterov=nesterov, clip=clip)
+    """`momentum_step` by the delta over its gap, as `gap_aware` has it; ``reach`` [1, 1, 1]."""
+    gap = (lr * momentum).abs_().div_(reach).add_(1)
+    momentum_step.function(delta / gap, anchor, momentum, lr=lr, factor=factor, nesterov=nesterov, clip=clip)
 
 
 @dataclass(frozen=True)
 class GapAware:
-    """`Penalized` by `gap_aware`, of an outer step with momentum: in one pass over memory."""
+    """`Penalized` by `gap_aware`, of a heavy ball, which knows how far the anchor has moved: lr times its momentum.
+
+    So nothing more is kept, and it is one pass over memory.
+    """
 
     outer: Momentum
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        return {**self.outer.kinds, "then": "replicated"}
+        return self.outer.kinds
 
     @property
     def uses_inner_lr(self) -> bool:
         return True
 
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
-        return self._moved(fqn, anchor, delta, state, now, copy=True)
+        return self._moved(fqn, anchor.clone(), delta, state, now, copy=True)
 
     def step_(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
         return self._moved(fqn, anchor, delta, state, now, copy=False)
 
     def _moved(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round, *, copy: bool) -> Tensor:
-        begun, reach, constants = state.known(fqn, "then"), now.inner_lr * now.every_steps, self.outer.constants
-        moved, momentum = (writable(state, fqn, name, anchor, copy=copy) for name in ("then", "momentum"))
-        state.stage(fqn, "then", anchor)
-        if begun and reach > 0:
-            numbers = anchor.new_full((1, 1, 1), reach)
-            in_one_pass(gap_aware_step, (delta, anchor, moved, momentum), numbers, constants=constants)
+        momentum, reach = writable(state, fqn, "momentum", anchor, copy=copy), now.inner_lr * now.every_steps
+        flat, constants = (delta, anchor, momentum), self.outer.constants
+        if reach > 0:
+            in_one_pass(gap_aware_step, flat, anchor.new_full((1, 1, 1), reach), constants=constants)
         else:
-            in_one_pass(momentum_step, (delta, moved.copy_(anchor), momentum), constants=constants)
-        return moved
+            in_one_pass(momentum_step, flat, constants=constants)
+        return anchor
 
 
 def co2(

@@ -27,7 +27,6 @@ from dtrain.comm.ops import Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
 from dtrain.comm.schedules.among import AmongMembers
-from dtrain.comm.schedules.guard import square
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.parts import Flight, Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
@@ -208,7 +207,7 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
             part.captured, part.scalar, part.tokens = captured, scalar, self.tokens
             nothing = {fqn: torch.zeros_like(anchor) for fqn, anchor in self._anchor(part.fqns).items()}
             part.flights = [
-                Flight(at, self.state.branch(), [], sent=nothing, weight=0.0, products=[square(nothing)])
+                Flight(at, self.state.branch(), [], sent=nothing, weight=0.0, products=[torch.zeros((), device=device)])
                 for at in flights
             ]
         self.position = found["position"]

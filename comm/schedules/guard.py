@@ -39,13 +39,17 @@ def repaired(state: State, place: Place) -> Flow[list[int]]:
     return wrong
 
 
-def square(own: Named) -> Tensor:
-    """The sum of the squares of ``own``, 0-dim. NaN or infinite where any of them is, or where it is too large.
+def differences(anchor: Named, now: Named) -> tuple[dict[str, Tensor], Tensor]:
+    """``anchor - now``, and the sum of its squares, 0-dim. NaN or infinite where any of it is, or it is too large.
 
-    >>> square({"w": torch.ones(2), "b": torch.ones(1)})
-    tensor(3.)
+    >>> differences({"w": torch.ones(2)}, {"w": torch.zeros(2)})
+    ({'w': tensor([1., 1.])}, tensor(2.))
     """
-    return torch.stack([torch.dot(x, x) for x in own.values()]).sum() if own else torch.zeros(())
+    deltas, squares = {}, []
+    for fqn, x in now.items():
+        deltas[fqn] = delta = anchor[fqn] - x
+        squares.append(torch.dot(delta, delta))  # here, where it is in the caches
+    return deltas, torch.stack(squares).sum() if squares else torch.zeros(())
 
 
 def products(own: Named, mean: Named) -> Tensor:
@@ -61,7 +65,7 @@ def products(own: Named, mean: Named) -> Tensor:
 def gauges(sums: Tensor) -> dict[str, float]:
     """How far this replica had drifted from the anchor, and how well replicas agree.
 
-    ``sums`` [3]: over all pieces, the `square` of the replica's deltas, then their `products`.
+    ``sums`` [3]: over all pieces, the square of the replica's `differences`, then their `products`.
     """
     drift, moved, product = sums.tolist()
     cosine = product / math.sqrt(drift * moved) if drift * moved > 0 else 0.0

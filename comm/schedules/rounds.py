@@ -18,7 +18,7 @@ from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.routes import all_finite, two_phase
-from dtrain.comm.schedules.guard import gauges, products, repaired, square
+from dtrain.comm.schedules.guard import differences, gauges, products, repaired
 from dtrain.comm.schedules.knobs import Knobs
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.measuring import Choosing
@@ -242,8 +242,8 @@ class AttachedLocalUpdate(Attached):
     def _capture(self, part: Part) -> dict[str, Tensor]:
         """Send off what this replica has learned of ``part``, and return it."""
         now = self.pieces.read(part.fqns, copy=False)
-        deltas = {fqn: self.state.get(fqn, "anchor", x) - x for fqn, x in now.items()}
-        weight, moved = float(self.tokens - part.tokens) if self.spec.weighs else None, square(deltas)
+        deltas, moved = differences({fqn: self.state.get(fqn, "anchor", x) for fqn, x in now.items()}, now)
+        weight = float(self.tokens - part.tokens) if self.spec.weighs else None
         finite = bool(moved.isfinite()) or all_finite(deltas)  # the square of what is finite may be too large
         if not self._agree(finite) and self.spec.weighs:
             deltas, weight = {fqn: torch.zeros_like(delta) for fqn, delta in deltas.items()}, 0.0

@@ -6,8 +6,8 @@ JSON names. What is exchanged: "nothing" (in "nothing/10" ten steps are timed as
 "bf16:all_reduce", on another. "local_sgd/8:int4_ef" is an average of parameters every 8 steps; what is timed is a step
 of whole rounds then. A method that overlaps its rounds is timed from its second round on, and what it has under way at
 the end is waited for before another one has its turn. With ``beside``, that exchange is timed before and after each
-other one, and of local updates as many rounds as come next to its steps: a machine's speed changes from minute to
-minute, and blocks of fewer steps come out slower.
+other one (before only, where that is a single step), and of local updates as many rounds as come next to its steps: a
+machine's speed changes from minute to minute, and blocks of fewer steps come out slower.
 """
 
 from __future__ import annotations
@@ -169,13 +169,14 @@ def _measure(asked: Asked) -> None:
             for _ in range(training.before):
                 training.step(batch)
             took, moved, paid = _timed(training, batch)
-            earlier, beside = beside, _timed(trainings[asked.beside], batch)[0] if asked.beside else 0.0
+            earlier, again = beside, bool(asked.beside) and training.steps > 1 and number >= asked.warmup
+            beside = _timed(trainings[asked.beside], batch)[0] if again else earlier
             if number >= asked.warmup:
                 seconds[name].append(took)
                 alone[name].extend((earlier, beside))
                 sent[name] += moved
                 payload[name] += paid
-                if asked.beside:
+                if again:
                     seconds[asked.beside].append(beside)
     own, longest = _slowest(seconds), _slowest(alone)
     if rank == 0:
