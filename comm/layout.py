@@ -8,7 +8,7 @@ padding are an engine's private matter and change from run to run, so nothing is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,14 +78,14 @@ def working(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def is_finite(*values: Tensor, sums: Sequence[Tensor] | None = None) -> bool:
+def is_finite(*values: Tensor, sums: list[Tensor] | None = None) -> bool:
     """Whether there is no NaN and no infinity in ``values``, of one device; in one pass that writes nothing.
 
     ``sums``: over each of them, where that was taken on the way.
     """
     if sums is None:
         sums = [value.sum() for value in values]  # nothing brings a sum back from NaN or infinity
-    if not sums or math.isfinite(float(torch.stack(list(sums)).sum())):
+    if not sums or math.isfinite(float(torch.stack(sums).sum())):
         return True
     extremes = [torch.aminmax(value) for value in values if value.numel()]  # large numbers may sum up to infinity
     return all(math.isfinite(float(least)) and math.isfinite(float(most)) for least, most in extremes)

@@ -12,7 +12,6 @@ in the first phase of a weighted mean four bytes, the weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -202,7 +201,7 @@ class _Double:
         return payload[0] if self.single == IDENTITY else self.single.decode(payload, width, key).double()
 
 
-def all_finite(values: Named, sums: Sequence[Tensor] | None = None) -> bool:
+def all_finite(values: Named, sums: list[Tensor] | None = None) -> bool:
     """Whether there is no NaN and no infinity in any of ``values``; ``sums`` over each, if they were taken already."""
     return is_finite(*values.values(), sums=sums)
 

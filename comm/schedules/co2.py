@@ -13,7 +13,7 @@ far the anchor has moved meanwhile, in units of what the inner optimizer may mov
 
 or a number, or a rule of one's own.
 Communication: one round every H steps, behind all of the next round. Bytes: of one parameter exchange per round.
-Keeps: the anchor and the momentum; with a rule of one's own, or without momentum, the last anchor, too.
+Keeps: the anchor and the momentum; with another penalty than this gap, or without momentum, the last anchor, too.
 """
 
 from __future__ import annotations

@@ -178,7 +178,8 @@ def local_report(found: Mapping[str, Took], batch: int) -> Report:
         f"each kept to one core, which they share evenly; {batch} sequences of {LOCAL_LENGTH} tokens for each rank, "
         f"kernels compiled. Whole rounds of some {ALONE.partition('/')[2]} steps in turn, "
         f"{len(found['torch.all_reduce'].seconds)} times; a step is a part of that, of the slowest rank, medians. As "
-        "many steps without communication are timed before and after; compute utilization is the mean of the two over "
+        "many steps without communication are timed before and after (before only, of fp32's single step); "
+        "compute utilization is the mean of the two over "
         "the step between, the median of the rounds. Methods that overlap their rounds are timed from their "
         "second one on. *diloco/50:int8*: rounds of 50 steps, 8 bits.\n\n"
         + table(["method", "step", "compute utilization", "sent per step"], rows)

@@ -120,7 +120,8 @@ def test_in_place_it_gives_the_same_bits(rule: InPlace, numel: int) -> None:
 
 
 def test_the_gap_in_one_pass_is_that_of_the_rule() -> None:
-    fused, composed = co2().outer, Penalized(sgd(momentum=0.2, clip=1.0), gap_aware)
+    fused, composed = co2(lr=0.6).outer, Penalized(sgd(lr=0.6, momentum=0.2, clip=1.0), gap_aware)
+    assert set(fused.kinds) == {"momentum"}
     states, anchors = (State(fused.kinds), State(composed.kinds)), [draw(1, 900), draw(1, 900)]
     for step in range(4):
         for number, rule in enumerate((fused, composed)):
