@@ -238,10 +238,12 @@ def test_a_sweep_goes_on_with_what_it_has_not_run(tmp_path: Path, monkeypatch: p
         return run(last=float(len(trained)))
 
     monkeypatch.setattr(Session, "train", train)
-    for _ in range(2):
+    for reused in (0, 2):
         session = Session(tmp_path / "new", tmp_path / "kept")
         assert session.cell("a", "b").validation == 1.0
         assert session.cell("a").validation == 2.0
+        assert session.cell("a").validation == 2.0
+        assert len(session.reused) == reused
     assert trained == [("a", "b"), ("a",)]
 
 

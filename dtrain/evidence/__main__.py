@@ -90,12 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         revision = circumstances().revision  # before this command itself changes files
         for name in chosen.names or [name for name in REPORTS if name not in LATER]:
             made = dataclasses.replace(circumstances(), revision=revision)
+            session.reused.clear()
             try:
                 report = REPORTS[name](session)
             except RuntimeError as error:
                 say(f"{name}: MISSED, as a run failed: {error}")
                 missed = True
                 continue
+            if session.reused:
+                kept = f"{len(session.reused)} of its runs were made by earlier commands, at revisions of their time"
+                made = dataclasses.replace(made, sweep=kept)
             write(name, report, made, chosen.out)
             missed = missed or not all(check.met for check in report.checks)
     return int(missed)

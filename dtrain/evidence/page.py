@@ -33,13 +33,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Where, when and with what a report was made. ``load``: processes that wanted a core in the minute before."""
+    """Where, when and with what a report was made. ``load``: processes that wanted a core in the minute before.
+
+    ``sweep``: how many of its runs were kept from earlier commands, which other revisions may have made.
+    """
 
     machine: str
     date: str
     revision: str
     versions: str
     load: str
+    sweep: str = "no run was kept from an earlier command"
 
 
 def at_most(what: str, value: float, limit: float, unit: str = "") -> Check:

@@ -59,25 +59,28 @@ class Run:
 class Session:
     """Runs commands, each in a folder of its own below ``folder``; the same command is run once.
 
-    ``kept``: where `cell` keeps what it has run, so that a sweep that was cut off goes on where it was.
+    ``kept``: where `cell` keeps what it has run, so that a sweep that was cut off goes on where it was. ``made``: what
+    this session has put there. ``reused``: what it has found there.
     """
 
     folder: Path
     kept: Path
     done: dict[tuple[str, ...], Run] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
+    made: set[Path] = field(default_factory=set)
+    reused: set[Path] = field(default_factory=set)
 
     def cell(self, *overrides: str) -> Run:
         """`train`, unless ``kept`` has this run already."""
         path = self._path(overrides)
-        if not path.exists():
+        if not self._has(path):
             self.train(*overrides).write(path)
         return Run.read(path)
 
     def resumed_cell(self, step: int, *overrides: str) -> tuple[Run, Run]:
         """`cell`, and the same run gone on with from its checkpoint of ``step``."""
         path = self._path((*overrides, f"resumed at {step}"))
-        if not path.exists() or not self._path(overrides).exists():
+        if not self._has(path, self._path(overrides)):
             every = (f"train.checkpoint_every_steps={step}", "train.keep_checkpoints=100")
             with self.training(*overrides, *every) as whole:
                 pass
@@ -89,6 +92,12 @@ class Session:
             shutil.rmtree(whole.folder)
             shutil.rmtree(resumed.folder)
         return Run.read(self._path(overrides)), Run.read(path)
+
+    def _has(self, *paths: Path) -> bool:
+        """Whether all of them are kept; if not, they are about to be made."""
+        has = all(path.exists() for path in paths)
+        (self.reused if has else self.made).update(set(paths) - self.made)
+        return has
 
     def _path(self, key: Sequence[str]) -> Path:
         return self.kept / f"{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:24]}.json"
