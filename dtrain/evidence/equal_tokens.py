@@ -64,9 +64,10 @@ def equal_tokens_report(
         spread = statistics.stdev(run.validation for run in runs)
         rows.append([name, *at_rates, f"{best[name]:g}", f"{means[name]:.4f} ± {spread:.4f}",
                      f"{means[name] / dense - 1:+.2%}", *_bytes(runs[0])])  # fmt: skip
+    same_seed = repeated["data parallelism"][0].validation
     for name, run in scratch.items():
         rows.append([name, *("-" for _ in factors), "1", f"{run.validation:.4f}, one seed",
-                     f"{run.validation / dense - 1:+.2%}", *_bytes(run)])  # fmt: skip
+                     f"{run.validation / same_seed - 1:+.2%}", *_bytes(run)])  # fmt: skip
     checks = []
     for name, (other, line) in LINES.items():
         off = 100 * (means[name] / means[other] - 1)
@@ -78,7 +79,7 @@ def equal_tokens_report(
         f"default one) with one seed, then at its best one with {len(SEEDS)} seeds: mean and standard deviation. "
         f"DiLoCo and Streaming DiLoCo begin after {WARMUP} steps of data parallelism, a quarter of the run as in "
         "DiLoCo's paper, whose bytes count. Outside they take Nesterov 0.9 / 0.6, found on the first seed; below, what "
-        "DiLoCo ends with otherwise. "
+        "DiLoCo ends with otherwise, on the first seed and off that of data parallelism. "
         f"Losses in nats per byte, of {LESS_NOISE[1].partition('=')[2]} examples.\n\n"
         + table(
             ["", *(f"lr x {factor:g}" for factor in factors), "best lr", "loss", "off", "sent per rank", "less"], rows
