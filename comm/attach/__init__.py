@@ -193,7 +193,12 @@ def _own_groups(replicate_group: dist.ProcessGroup) -> dict[Axis, dist.ProcessGr
     if sorted(rank for group in peers for rank in group) != list(range(dist.get_world_size())):
         raise ValueError(f"the replicate groups {peers} do not hold each of the {dist.get_world_size()} ranks once")
     shards = [list(members) for members in zip(*peers, strict=True)]
-    return {"replicate": _new_group(peers), "shard": _new_group(shards) if len(peers) > 1 else Alone()}
+    groups: dict[Axis, dist.ProcessGroup | Transport] = {
+        "replicate": _new_group(peers),
+        "shard": _new_group(shards) if len(peers) > 1 else Alone(),
+    }
+    _gathered([])  # all have connected: whoever is refused next, and ends, does not break that off
+    return groups
 
 
 def _gathered(ranks: list[int]) -> set[tuple[int, ...]]:

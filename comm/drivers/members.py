@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import threading
 import time
@@ -25,10 +26,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from dtrain.comm.drivers.gloo_transport import GlooTransport, PeersLost
+from dtrain.comm.drivers.reaching import reach
 from dtrain.comm.drivers.transport import Travelling
 from dtrain.comm.ops import Op, Place
 
+log = logging.getLogger(__name__)
+
 BEAT_SECONDS, POLL_SECONDS = 1.0, 0.05
+CONNECT_SECONDS = 60.0
 AXES = 2  # flights travel beside what is waited for
 NOBODY = -1
 
@@ -79,6 +84,18 @@ def propose(number: int, before: Epoch | None, ready: Mapping[int, int], alive: 
     return Epoch(number, slots, donor, tuple(member for member in slots if ready[member] < furthest))
 
 
+def changes(before: Epoch | None, now: Epoch) -> str:
+    """What is new in an epoch, for people.
+
+    >>> changes(Epoch(0, {0: 0, 1: 1}, -1, ()), Epoch(1, {0: 0, 2: 1}, 0, (2,)))
+    'replicas [1] are lost, replicas [2] have come, going on with 2'
+    """
+    old, new = set(before.slots if before else now.slots), set(now.slots)
+    lost = [f"replicas {sorted(old - new)} are lost"] * bool(old - new)
+    come = [f"replicas {sorted(new - old)} have come"] * bool(new - old)
+    return ", ".join([*lost, *come, f"going on with {len(new)}" if before else f"in, as one of {len(new)}"])
+
+
 class Members:
     """One rank's part in a run whose replicas come and go, for `attach`.
 
@@ -91,7 +108,8 @@ class Members:
             has made; by default they wait.
         run: a name, where one store serves several runs.
 
-    Raises ``ValueError`` for what is no address and ``ConnectionError`` if there is no store.
+    Raises ``ValueError`` for what is no address and ``ConnectionError`` if no store answers within a minute; it says
+    after five seconds that it waits. When replicas come or go, each says so through ``logging``.
     """
 
     def __init__(
@@ -189,6 +207,8 @@ class Members:
         assert self._pulse is not None
         self._pulse.watch(found.slots, f"epoch/{found.number + 1}", self.leave)
         self.groups = [self._group(f"axis{number}", list(found.slots)) for number in range(AXES)]
+        if self._shard.rank == 0:
+            log.warning("replica %d: %s", self.id, changes(before, found))
         return found
 
     @contextlib.contextmanager
@@ -218,6 +238,7 @@ class Members:
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"the store's address is {self.address!r}; give host:port")
+        reach(host, int(port), min(CONNECT_SECONDS, self.timeout))
         try:
             store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=self.timeout))
         except (dist.DistStoreError, dist.DistNetworkError) as error:

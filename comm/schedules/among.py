@@ -12,7 +12,7 @@ from dtrain.comm.drivers.run import Channel
 from dtrain.comm.drivers.transport import Alone, Transport
 from dtrain.comm.ops import Axis
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.schedules.sync import Attached
+from dtrain.comm.schedules.sync import Attached, unlike
 
 
 class AmongMembers(Attached):
@@ -68,8 +68,8 @@ class AmongMembers(Attached):
         first = self.members.first_said(mine)
         if first != mine:
             raise ValueError(
-                f"this replica was given another sync or another model ({mine}) than the run that it wants to join "
-                f"({first}); give all the same, or name another run"
+                f"this replica was given another sync or another model ({unlike(mine, first)}) than the run that it "
+                f"wants to join ({unlike(first, mine)}); give all the same, or name another run"
             )
 
     @property

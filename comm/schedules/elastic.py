@@ -69,7 +69,7 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _begin(self, spec: str) -> None:
-        self._require_same_run(f"{self.told} ({self._agreement(spec).hex()})")
+        self._require_same_run(f"{self.told}; all of it and the model: {self._agreement(spec).hex()}")
         if not self.newcomer:
             super()._begin(spec)
 

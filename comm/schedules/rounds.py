@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -34,6 +33,9 @@ class AttachedLocalUpdate(Attached):
 
     parameters_kind: Kind = "per_worker"
     counters = (*Attached.counters, "rounds", "cycles", "failed_rounds", "left_out", "repairs", "tokens")
+    settings: tuple[str, ...] = (
+        "every_steps", "outer", "rule", "fragments", "overlap_steps", "mix", "delay", "warmup_steps", "auto",
+    )  # fmt: skip
 
     def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
         super().__init__(pieces, State(spec.kinds), spec.plan, seed, spec)
@@ -77,6 +79,7 @@ class AttachedLocalUpdate(Attached):
         return equal
 
     def close_round(self) -> bool:
+        self._require_live("close_round()")
         if self.steps <= self.spec.warmup_steps:
             return False
         delayed = self.spec.delay != "none"
@@ -96,14 +99,8 @@ class AttachedLocalUpdate(Attached):
                 for fqn, value in (flight.values or {}).items():
                     self.state.tensors[fqn]["arrived"] = value
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        live = self.pieces.read()
-        self.pieces.write(self._anchor(live))
-        try:
-            yield
-        finally:
-            self.pieces.write(live)
+    def _to_evaluate(self) -> dict[str, Tensor]:
+        return self._anchor(self.pieces.segments)
 
     def report(self) -> str:
         line = super().report()
@@ -308,7 +305,7 @@ class AttachedLocalUpdate(Attached):
         return flight.values
 
     def _land_all(self, mix: float) -> bool:
-        """Wait for everything that is under way, and apply it."""
+        """Wait for everything that is under way, and apply it; with ``mix`` where there were steps since it set out."""
         self._here()
         under_way = [part for part in self.parts if part.flights]
         for part in under_way:
@@ -316,7 +313,7 @@ class AttachedLocalUpdate(Attached):
             if self.spec.delay == "eager":
                 nothing = {fqn: torch.zeros_like(anchor) for fqn, anchor in self._anchor(part.fqns).items()}
                 values = self._blended(values, nothing)
-            self._apply(part, values, mix)
+            self._apply(part, values, mix if part.captured < self.steps else 0.0)
         return bool(under_way)
 
     def _go_on(self, part: Part, arrived: Named | None, fresh: Named) -> None:

@@ -72,6 +72,7 @@ class Directed(LocalUpdate):
 class AttachedDirected(AttachedLocalUpdate):
     """A `Directed` at work. ``moved``: the sum of the learning rates of this round's steps."""
 
+    settings = (*AttachedLocalUpdate.settings, "beta", "control")
     spec: Directed
 
     def __init__(self, spec: Directed, pieces: Pieces, seed: int) -> None:

@@ -46,6 +46,7 @@ class AttachedSparta(Attached):
 
     parameters_kind: Kind = "per_worker"
     counters = (*Attached.counters, "left_out")
+    settings = ("density", "every_steps")
 
     def __init__(self, spec: Sparta, pieces: Pieces, seed: int) -> None:
         super().__init__(pieces, State({}), as_compression(None), seed, spec)

@@ -47,6 +47,9 @@ class Attached(ABC):
     counters: tuple[str, ...] = ("steps", "skipped", "skipped_in_a_row")
     """Attributes that a checkpoint keeps."""
 
+    settings: tuple[str, ...] = ()
+    """Fields of the spec that a state belongs to, beside the compressors."""
+
     def __init__(self, pieces: Pieces, state: State, plan: Plan, seed: int, spec: object) -> None:
         self.pieces = pieces
         self.seed = seed
@@ -58,7 +61,10 @@ class Attached(ABC):
         self.gauges: dict[str, float] = {}
         self.decisions: list[str] = []  # for people, who take them out
         self.matrices = matrices(pieces.segments, pieces.shapes)
-        self.told = f"{type(self).__name__}: {_without_addresses('; '.join(map(str, plan.compressions)))}"
+        own = (f"{name}={getattr(spec, name)}" for name in self.settings)
+        method = f"{type(self).__name__}: {'; '.join(map(str, plan.compressions))}"
+        self.told = _without_addresses("; ".join([method, *own]))
+        self._shows = False
         self._warn_of_rules(plan)
         self._begin(f"{spec}")
 
@@ -87,6 +93,7 @@ class Attached(ABC):
         Returns False if some rank's gradient was not finite: then no rank has stepped, no state has changed, and
         ``skipped`` has gone up.
         """
+        self._require_live("step()")
         self.finish()
         compile_what_is_due()
         ok = self._agree(self._gradients_ok() and self.pieces.gradients_finite())
@@ -161,8 +168,34 @@ class Attached(ABC):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Within it the model holds the parameters that are to be evaluated and exported."""
-        yield
+        """Within it the model holds the parameters that are to be evaluated and exported; they are not trained there.
+
+        Every rank must enter it.
+        """
+        shown = self._to_evaluate()
+        if shown is None:
+            yield
+            return
+        live, before = self.pieces.read(), self._shows
+        self.pieces.write(shown)
+        self._shows = True
+        try:
+            yield
+        finally:
+            self._shows = before
+            self.pieces.write(live)
+
+    def _to_evaluate(self) -> dict[str, Tensor] | None:
+        """What `evaluation` shows; None for the parameters as they are."""
+        return None
+
+    def _require_live(self, what: str) -> None:
+        """Raise ``RuntimeError`` within `evaluation`, at whose end whatever ``what`` changes would be lost."""
+        if self._shows:
+            raise RuntimeError(
+                f"{what} within sync.evaluation(), where the model holds what is to be evaluated; call it behind that "
+                "block"
+            )
 
     def state_dict(self) -> dict[str, object]:
         """Plain tensors, integers and text: ``{"tensors": {fqn: {name: tensor}}, "integers": ..., "parameters": ...}``.
@@ -170,6 +203,7 @@ class Attached(ABC):
         Each rank has its own. The last entry is a digest of this rank's parameters, which are saved apart. Every rank
         must call it at the same step.
         """
+        self._require_live("state_dict()")
         self.settle()
         digest = _digest(self.pieces.read(copy=False))
         return {
@@ -180,18 +214,20 @@ class Attached(ABC):
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from `state_dict`, after the model's and the optimizer's own states have been loaded.
 
-        Raises ``KeyError`` or ``ValueError`` for the state of another method, ``ValueError`` if the model does not hold
-        the parameters that this rank had when the state was taken. A state whose "sync" entry was taken out is loaded
-        into another compressor as far as the names of what both keep agree.
+        Raises ``ValueError`` for the state of another method, or one with other settings, and if the model does not
+        hold the parameters that this rank had when the state was taken. A state whose "sync" entry was taken out is
+        loaded as far as the names of what both keep agree.
         """
         found = state if isinstance(state, Mapping) else {}
         tensors, integers = found.get("tensors"), found.get("integers")
         if not isinstance(tensors, Mapping) or not isinstance(integers, Mapping):
             raise TypeError("the state of a sync is {'tensors': {fqn: {name: tensor}}, 'integers': {name: int}}")
-        if state.get("sync") not in (None, self.told):
+        saved = state.get("sync")
+        if saved not in (None, self.told):
             raise ValueError(
-                f"this state was saved with {state['sync']}, and this is {self.told}; attach what it was saved with, "
-                "or take out its entry 'sync' if the change is meant"
+                f"this state was saved with {unlike(str(saved), self.told)}, and this is "
+                f"{unlike(self.told, str(saved))}; attach what it was saved with, or take out its entry 'sync' if the "
+                "change is meant"
             )
         if state.get("place") not in (None, self._place()):
             raise ValueError(
@@ -205,9 +241,9 @@ class Attached(ABC):
             )
         try:
             self.state.load(tensors)
+            self.load_integers({name: int(value) for name, value in integers.items()})
         except KeyError as error:
-            raise KeyError(f"this state was saved with another sync: {error.args[0]}") from error
-        self.load_integers({name: int(value) for name, value in integers.items()})
+            raise ValueError(f"this state was saved with another sync: {error.args[0]}") from error
 
     def integers(self) -> dict[str, int]:
         return {**{name: getattr(self, name) for name in self.counters}, **self.plan.integers()}
@@ -302,6 +338,16 @@ def _digest(values: Mapping[str, Tensor]) -> str:
         found.update(fqn.encode())
         found.update(values[fqn].contiguous().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def unlike(one: str, other: str) -> str:
+    """The settings of ``one``, as `Attached.told` has them, that ``other`` does not have.
+
+    >>> unlike("Attached: fp32; every_steps=5; mix=0.0", "Attached: fp32; every_steps=6; mix=0.0")
+    'every_steps=5'
+    """
+    others = other.split("; ")
+    return "; ".join(part for part in one.split("; ") if part not in others) or "nothing else"
 
 
 def _without_addresses(text: str) -> str:

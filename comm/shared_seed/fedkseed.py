@@ -16,8 +16,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -94,6 +93,7 @@ class AttachedFedKSeed(ForwardOnly):
 
     def step(self) -> bool:
         """Go along what was tried; at the end of a round gather, and make the weights anew. False if not usable."""
+        self._require_live("step()")
         if self._rate() != self.rate:
             raise RuntimeError(
                 f"the learning rate was {self.rate!r} and is {self._rate()!r}; fedkseed makes the weights from sums "
@@ -113,22 +113,14 @@ class AttachedFedKSeed(ForwardOnly):
         return usable
 
     def close_round(self) -> bool:
+        self._require_live("close_round()")
         open_round = bool(self.own)
         if open_round:
             self._end_round()
         return open_round
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        if not self.own:
-            yield
-            return
-        live = self.pieces.read()
-        self.pieces.write(self._made())
-        try:
-            yield
-        finally:
-            self.pieces.write(live)
+    def _to_evaluate(self) -> dict[str, Tensor] | None:
+        return dict(self._made()) if self.own else None
 
     def integers(self) -> dict[str, int]:
         own = {"rate": bits_of(self.rate)}

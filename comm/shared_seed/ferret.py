@@ -61,6 +61,7 @@ class AttachedFerret(AttachedLocalUpdate):
     """A `Ferret` at work."""
 
     spec: Ferret
+    settings = (*AttachedLocalUpdate.settings, "directions", "block", "shrink")
 
     def __init__(self, spec: Ferret, pieces: Pieces, seed: int) -> None:
         held = sum(segment.numel for segment in pieces.segments.values())

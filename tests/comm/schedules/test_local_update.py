@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtrain import diloco, error_feedback, local_sgd, nesterov, quantize, sgd
+from dtrain import (
+    adam,
+    co2,
+    diloco,
+    error_feedback,
+    local_sgd,
+    nesterov,
+    quantize,
+    sgd,
+    streaming_diloco,
+)
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import cast
@@ -290,3 +300,45 @@ def test_something_that_is_no_compressor(name: str) -> None:
 def test_a_route_that_rounds_cannot_take(chosen: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         diloco(**chosen)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (diloco(every_steps=8), "every_steps=5, and this is every_steps=8;"),
+        (diloco(every_steps=5, outer=adam(lr=0.01)), "this is outer=Adam(lr=0.01,"),
+        (co2(every_steps=5), "overlap_steps=0; delay=none, and this is"),
+        (streaming_diloco(every_steps=5, overlap_steps=2, layers_per_fragment=1), "overlap_steps=0"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused_with_what_differs(other: LocalUpdate, words: str) -> None:
+    saved, loaded = Replicas(diloco(every_steps=5), 1), Replicas(other, 1)
+    saved.train(7)
+    state = saved.attached[0].state_dict()
+    loaded.pieces[0].write(saved.live(0))
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")) as refused:
+        loaded.attached[0].load_state_dict(state)
+    assert "take out its entry 'sync'" in str(refused.value) and "verify_every" not in str(refused.value)
+    loaded.attached[0].load_state_dict(Replicas(other, 1).attached[0].state_dict() | {"parameters": None})
+
+
+def test_a_state_of_other_fragments_is_refused_even_where_the_change_is_meant() -> None:
+    saved = Replicas(streaming_diloco(every_steps=6, overlap_steps=2, layers_per_fragment=1), 1)
+    saved.train(7)
+    state = saved.attached[0].state_dict() | {"sync": None, "parameters": None}
+    whole = Replicas(diloco(every_steps=6, outer=nesterov(lr=0.4, momentum=0.9)), 1)
+    with pytest.raises(ValueError, match="this state was saved with another sync"):
+        whole.attached[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("what", ["step", "close_round", "state_dict"])
+def test_nothing_is_trained_or_saved_where_the_model_shows_the_anchor(what: str) -> None:
+    replicas = Replicas(diloco(every_steps=5), 1)
+    replicas.train(3)
+    attached, live = replicas.attached[0], replicas.live(0)
+    with attached.evaluation(), attached.evaluation():
+        pass
+    with attached.evaluation(), pytest.raises(RuntimeError, match=rf"{what}\(\) within sync.evaluation\(\)"):
+        getattr(attached, what)()
+    assert equal(replicas.live(0), live) and attached.steps == 3
+    replicas.train(1)

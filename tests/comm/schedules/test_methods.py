@@ -322,15 +322,17 @@ def test_a_round_that_failed_on_its_way_is_resumed_as_failed() -> None:
     assert again.attached[0].integers() == replicas.attached[0].integers()
 
 
+@pytest.mark.parametrize("steps", [11, 12])
 @pytest.mark.parametrize("name", METHODS)
-def test_at_the_end_nothing_that_was_learned_is_left_behind(name: str) -> None:
-    """Outer SGD with lr 1: the anchor is then the mean of all progress, however much of it was under way."""
+def test_at_the_end_nothing_that_was_learned_is_left_behind(name: str, steps: int) -> None:
+    """Within a round and where one has just set out: the models are then the anchor."""
     replicas = Replicas(METHODS[name], 2)
-    replicas.train(11)
+    replicas.train(steps)
     replicas.all(lambda rank: replicas.attached[rank].close_round())
     assert all(not part.flights for part in replicas.attached[0].parts)  # type: ignore[attr-defined]
     if METHODS[name].delay != "eager":
         assert equal(replicas.kept(1, "anchor"), replicas.anchor)
+    assert all(equal(replicas.live(rank), replicas.kept(rank, "anchor")) for rank in range(2))
     again = replicas.all(lambda rank: replicas.attached[rank].close_round())
     assert again == [False, False]
 
