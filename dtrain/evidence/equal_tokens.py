@@ -33,8 +33,15 @@ OTHERWISE = {
     "DiLoCo, outer 0.7 / 0.9, the paper's": (
         "sync=diloco", f"sync.every_steps={EVERY}", f"sync.warmup_steps={WARMUP}", "compress@sync.compress=none",
     ),
+    "DiLoCo, 8 bits, rounds of 50": (
+        "sync=diloco", "sync.every_steps=50", *SHORT[1:], "compress@sync.compress=int8",
+    ),
+    "Streaming DiLoCo, E3M0, outer 0.4 / 0.9, the paper's": (
+        "sync=streaming_diloco", f"sync.every_steps={EVERY}", f"sync.warmup_steps={WARMUP}",
+    ),
+    "CO2 without warm-up, 8 bits, rounds of 12": ("sync=co2", "sync.every_steps=12", "compress@sync.compress=int8"),
 }  # fmt: skip
-"""What it ends with from the first step on, or with other outer steps; one seed."""
+"""From the first step on, with other outer steps, or otherwise; one seed."""
 LINES = {"DiLoCo": ("data parallelism", 3.0), "Streaming DiLoCo, E3M0": ("DiLoCo", 2.0)}
 
 
@@ -78,8 +85,8 @@ def equal_tokens_report(
         "steps, equal batches: equal tokens. Each method at three learning rates of the inner AdamW (factors of the "
         f"default one) with one seed, then at its best one with {len(SEEDS)} seeds: mean and standard deviation. "
         f"DiLoCo and Streaming DiLoCo begin after {WARMUP} steps of data parallelism, a quarter of the run as in "
-        "DiLoCo's paper, whose bytes count. Outside they take Nesterov 0.9 / 0.6, found on the first seed; below, what "
-        "DiLoCo ends with otherwise, on the first seed and off that of data parallelism. "
+        "DiLoCo's paper, whose bytes count. Outside they take Nesterov 0.9 / 0.6, found on the first seed; below, how "
+        "it ends otherwise, on the first seed and off that of data parallelism. "
         f"Losses in nats per byte, of {LESS_NOISE[1].partition('=')[2]} examples.\n\n"
         + table(
             ["", *(f"lr x {factor:g}" for factor in factors), "best lr", "loss", "off", "sent per rank", "less"], rows
