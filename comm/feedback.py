@@ -321,4 +321,7 @@ def as_compression(compress: Compressor | LowRank | Compression | None) -> Compr
         return compress
     if isinstance(compress, Compressor | LowRank):
         return Compression(compress, NoFeedback())
-    raise TypeError(f"compress is {compress!r}; give a compressor, as quantize(bits=8), or error_feedback(...) of one")
+    typed = f"; on the command line compress@sync.compress={compress}" if isinstance(compress, str) else ""
+    raise TypeError(
+        f"compress is {compress!r}; give a compressor, as quantize(bits=8), or error_feedback(...) of one{typed}"
+    )

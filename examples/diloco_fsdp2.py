@@ -29,6 +29,7 @@ for step in range(200):
     if dist.get_rank() == 0 and step % 66 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 
+sync.close_round()  # the steps since the last round count, too
 with sync.evaluation():  # the model now holds the anchor: what is to be evaluated and exported
     x = torch.randn(256, 64)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()

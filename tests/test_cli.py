@@ -215,17 +215,31 @@ def test_a_folder_that_is_in_use_is_refused(train: Shell, launches: Launches) ->
 # ---- good input ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (("train.steps=9",), "sync.every_steps=20 is more than the 9 steps there are: the replicas train alone"),
+        (("train.steps=30", "sync.warmup_steps=30"), "sync.warmup_steps=30 is all of train.steps=30: the run ends in"),
+    ],
+)
+def test_rounds_that_are_longer_than_the_run_are_warned_of(
+    train: Shell, launches: Launches, words: tuple[str, ...], warning: str
+) -> None:
+    code, _, error = train("engine=ddp", *words)
+    assert code == 0 and error.startswith(f"dtrain: warning: {warning}") and error.count("\n") == 1
+
+
 def test_training_writes_the_run_folder_and_launches_the_workers_on_it(
     train: Shell, launches: Launches, tmp_path: Path
 ) -> None:
-    code, out, error = train("engine=ddp", "launcher.max_restarts=7", "train.steps=9")
+    code, out, error = train("engine=ddp", "launcher.max_restarts=7", "train.steps=29")
     folder = tmp_path / "here" / "run"
     (asked,) = launches.asked
     assert code == 0 and error == ""
     assert asked["argv"] == [sys.executable, "-u", "-m", "dtrain.worker", str(folder / "config.yaml")]
     assert (asked["workers"], asked["max_restarts"], asked["log_folder"]) == (4, 7, folder / "logs")
     config = load(folder / "config.yaml")
-    assert (config.engine.name, config.train.steps, config.run.dir) == ("ddp", 9, str(folder))
+    assert (config.engine.name, config.train.steps, config.run.dir) == ("ddp", 29, str(folder))
     assert json.loads((folder / "data.json").read_text())["sha256"]
     assert f"run {folder} starts: 4 workers, 2 replicas x 2 shards, ddp" in out and "loss 1.500" in out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shlex
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import dtrain
 from dtrain import every_step
 from dtrain.cli import main
 from dtrain.comm.seeds import Key
@@ -84,3 +87,13 @@ def test_the_compressor_of_the_docs_is_one() -> None:
     check_compressor(halves)
     assert halves.decode(halves.encode(rows, Key(0, 0)), 3, Key(0, 0)).tolist() == [[0.5, -3.0, 1.0]]
     assert every_step(compress=halves).plan.compressions[0].compressor is halves
+
+
+def test_the_defaults_in_the_table_of_local_updates_are_the_functions() -> None:
+    page = (ROOT / "docs" / "local_updates" / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", page[page.index("| function | defaults") :], re.MULTILINE)
+    assert len(rows) == 11
+    for name, told in rows:
+        found = inspect.signature(getattr(dtrain, name)).parameters
+        for argument, value in re.findall(r"`(\w+)=([^`]*)`", told):
+            assert found[argument].default == ast.literal_eval(value), (name, argument)

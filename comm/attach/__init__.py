@@ -88,6 +88,7 @@ def attach(
 def _attached_to_members(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, sync: Sync, members: Members, seed: int
 ) -> Attached:
+    from dtrain.comm.drivers.members import Members
     from dtrain.comm.schedules.elastic import AttachedElastic
     from dtrain.comm.schedules.local_update import LocalUpdate
     from dtrain.comm.shared_seed.joining import AttachedElasticOneByte
@@ -103,6 +104,8 @@ def _attached_to_members(
             f"of one_byte(...); this is {sync}"
         )
 
+    if not isinstance(members, Members):
+        raise TypeError(f'members is {members!r}; give Members("host:port", replicas=...)')
     world = list(range(dist.get_world_size()))
     shard = _new_group([world]) if len(world) > 1 else Alone()
     channel = Channel({"replicate": members.transport(), "shard": shard})

@@ -56,7 +56,8 @@ class ModulePieces:
         if exchange is not None:
             raise TypeError(
                 "this sync exchanges gradients, and a plain module has nobody to hand them over during the backward "
-                "pass; wrap it in DistributedDataParallel or fully_shard. Local updates take it as it is"
+                "pass; wrap it in DistributedDataParallel or fully_shard. Local updates take it as it is, if they have "
+                "no warmup_steps, which are data parallelism"
             )
 
     def finish(self) -> None:

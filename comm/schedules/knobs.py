@@ -111,10 +111,12 @@ def choose(auto: Auto, asked: Knobs, found: Measured, shapes: Shapes, *, whole_r
         every = min(MOST_STEPS, max(LEAST_STEPS, overlap + 1, _up(enough), _up(fits)))
     mix = (0.5 if overlap > 1 else 0.0) if auto.mix else asked.mix
     expected = every * step / (every * step + exposed)
-    parts = f"{len(taken)} fragments of up to {max(taken):.3g} s" if len(taken) > 1 else f"one of {taken[0]:.3g} s"
+    parts = f"{len(taken)} fragments of up to {max(taken):.3g} s" if len(taken) > 1 else "all of it at once"
+    least = ", the least that is chosen" if auto.every_steps and every == LEAST_STEPS else ""
+    blocks = f", layers_per_fragment={cut.layers}" if cut.layers else ""
     text = (
         f"a step takes {found.step:.3g} s and the exchanges of a round {sum(taken):.3g} s, {parts}: every_steps={every}"
-        f" and overlap_steps={overlap} leave {exposed:.3g} s of a round exposed, a compute utilization of "
+        f"{least}, overlap_steps={overlap}{blocks} leave {exposed:.3g} s of a round exposed, a compute utilization of "
         f"{expected:.1%} (asked for: {auto.utilization:.1%})"
     )
     return replace(asked, every_steps=every, overlap_steps=overlap, mix=mix, fragments=cut), text

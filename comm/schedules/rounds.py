@@ -81,6 +81,7 @@ class AttachedLocalUpdate(Attached):
     def close_round(self) -> bool:
         self._require_live("close_round()")
         if self.steps <= self.spec.warmup_steps:
+            self._follow()
             return False
         delayed = self.spec.delay != "none"
         landed = not delayed and self._land_all(self.spec.mix)
@@ -93,14 +94,15 @@ class AttachedLocalUpdate(Attached):
         return bool(open_parts) or landed
 
     def settle(self) -> None:
+        self._follow()
         for part in self.parts:
             for flight in part.flights:
                 self._end(flight)
                 for fqn, value in (flight.values or {}).items():
                     self.state.tensors[fqn]["arrived"] = value
 
-    def _to_evaluate(self) -> dict[str, Tensor]:
-        return self._anchor(self.pieces.segments)
+    def _to_evaluate(self) -> dict[str, Tensor] | None:
+        return None if self._warming else self._anchor(self.pieces.segments)
 
     def report(self) -> str:
         line = super().report()
@@ -212,6 +214,15 @@ class AttachedLocalUpdate(Attached):
         self.parts = [Part(number, fqns, before.captured, before.tokens) for number, fqns in enumerate(cut)]
         if why:
             self.decisions.append(why)
+
+    @property
+    def _warming(self) -> bool:
+        return 0 < self.steps < self.spec.warmup_steps
+
+    def _follow(self) -> None:
+        """In the warm-up, where the replicas are equal, the anchor is brought to them when somebody wants it."""
+        if self._warming:
+            self._anchor_at(self.pieces.read())
 
     def _stay_together(self) -> None:
         """A step of the warm-up has ended: the replicas are equal, and the anchor moves with them at its end."""

@@ -37,6 +37,7 @@ class AttachedSharded(AttachedLocalUpdate):
 
     def settle(self) -> None:
         """Gather what a checkpoint needs into ``state``; it is dropped again before the next round."""
+        super().settle()
         for name in self.owned.kinds:
             for fqn, whole in self._gathered(name, self.pieces.segments).items():
                 self.state.tensors.setdefault(fqn, {})[name] = whole

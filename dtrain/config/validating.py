@@ -128,14 +128,23 @@ def _launcher(config: Config) -> Iterator[str]:
 
 def warnings(config: Config) -> list[str]:
     """What will run, but most likely not as it was meant."""
+    found, steps = [], config.train.steps
     per_node = config.launcher.workers // max(1, config.launcher.nodes)
     if config.launcher.nodes > 1 and config.mesh.shard > per_node:
-        return [
+        found.append(
             f"a replica of {config.mesh.shard} shards spans several nodes of {per_node} workers, so the engine's own "
             "traffic, which no sync makes smaller, crosses the slow links; mesh.shard is best at most "
             f"{per_node} here"
-        ]
-    return []
+        )
+    warmup, every = config.sync.get("warmup_steps", 0), config.sync.get("every_steps", 0)
+    if isinstance(warmup, int) and warmup >= steps:
+        found.append(f"sync.warmup_steps={warmup} is all of train.steps={steps}: the run ends in its warm-up")
+    elif isinstance(every, int) and isinstance(warmup, int) and every > steps - warmup:
+        found.append(
+            f"sync.every_steps={every} is more than the {steps - warmup} steps there are: the replicas train alone and "
+            "are combined once, at the end"
+        )
+    return found
 
 
 def _engine(config: Config) -> Iterator[str]:

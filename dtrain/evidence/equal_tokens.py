@@ -40,6 +40,9 @@ OTHERWISE = {
         "sync=streaming_diloco", f"sync.every_steps={EVERY}", f"sync.warmup_steps={WARMUP}",
     ),
     "CO2 without warm-up, 8 bits, rounds of 12": ("sync=co2", "sync.every_steps=12", "compress@sync.compress=int8"),
+    "CO2 as well, without its penalty": (
+        "sync=co2", "sync.every_steps=12", "sync.gap=none", "compress@sync.compress=int8",
+    ),
 }  # fmt: skip
 """From the first step on, with other outer steps, or otherwise; one seed."""
 LINES = {"DiLoCo": ("data parallelism", 3.0), "Streaming DiLoCo, E3M0": ("DiLoCo", 2.0)}

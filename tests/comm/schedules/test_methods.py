@@ -34,10 +34,10 @@ from dtrain import (
 from dtrain.comm.layout import messages
 from dtrain.comm.schedules import rounds
 from dtrain.comm.schedules.co2 import gap_aware
-from dtrain.comm.schedules.local_update import LocalUpdate
+from dtrain.comm.schedules.local_update import LocalUpdate, OuterState
 from dtrain.comm.schedules.outer import Round
 from dtrain.comm.schedules.sync import Sync
-from tests.comm.replicas import Replicas, common, equal, quadratic
+from tests.comm.replicas import Parameters, Replicas, common, equal, quadratic
 from tests.comm.zoo import draw, named
 
 E3M0 = quantize("e3m0", block=16)
@@ -320,6 +320,26 @@ def test_a_round_that_failed_on_its_way_is_resumed_as_failed() -> None:
     assert replicas.attached[0].failed_rounds >= 1  # type: ignore[attr-defined]
     assert all(equal(again.live(rank), replicas.live(rank)) for rank in range(2))
     assert again.attached[0].integers() == replicas.attached[0].integers()
+
+
+@pytest.mark.parametrize("state", ["replicated", "sharded", "offloaded"])
+def test_in_the_warm_up_the_anchor_is_what_the_replicas_hold(state: OuterState) -> None:
+    """So that what is evaluated, saved or exported there is trained."""
+    replicas = Replicas(diloco(every_steps=2, warmup_steps=5, outer_state=state), 2)
+    replicas.train(3)
+    live = replicas.live(0)
+
+    def shown(rank: int) -> Parameters:
+        with replicas.attached[rank].evaluation():
+            return replicas.live(rank)
+
+    assert all(equal(one, live) for one in replicas.all(shown))
+    replicas.all(lambda rank: replicas.attached[rank].settle())
+    assert equal(replicas.anchor, live)
+    replicas.train(1)
+    assert replicas.all(lambda rank: replicas.attached[rank].close_round()) == [False, False]
+    replicas.all(lambda rank: replicas.attached[rank].settle())
+    assert equal(replicas.anchor, replicas.live(0)) and not equal(replicas.live(0), live)
 
 
 @pytest.mark.parametrize("steps", [11, 12])
