@@ -43,6 +43,9 @@ OTHERWISE = {
     "CO2 as well, without its penalty": (
         "sync=co2", "sync.every_steps=12", "sync.gap=none", "compress@sync.compress=int8",
     ),
+    "CO2 as well, outer lr 0.5": (
+        "sync=co2", "sync.every_steps=12", "sync.lr=0.5", "compress@sync.compress=int8",
+    ),
 }  # fmt: skip
 """From the first step on, with other outer steps, or otherwise; one seed."""
 LINES = {"DiLoCo": ("data parallelism", 3.0), "Streaming DiLoCo, E3M0": ("DiLoCo", 2.0)}
