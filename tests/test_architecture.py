@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = ("comm", "launchers", "configs", "slurm")
 
-FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, CONSTRUCTOR_PARAMETERS, PUBLIC_METHODS = 400, 600, 60, 7, 15
+FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, CONSTRUCTOR_PARAMETERS, PUBLIC_METHODS = 600, 600, 60, 7, 15
 
 TOUCH_TORCH_DISTRIBUTED = {
     "comm/drivers/*.py": "drivers perform the collectives that algorithms only describe",
