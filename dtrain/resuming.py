@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dtrain.checkpoint import newest, verify
+from dtrain.comm.drivers.telling import told_by_all
 from dtrain.config import Config
 from dtrain.errors import ResumeError
 
@@ -19,16 +20,17 @@ def find_checkpoint(config: Config) -> Path | None:
 
     Raises ``ResumeError`` if ``run.resume`` is a path without a usable checkpoint.
     """
-    found: list[Path | str | None] = [None]
+    found: dict[str, str | None] = {}
     if dist.get_rank() == 0:
         try:
-            found[0] = look(Path(config.run.dir), config.run.resume, set_aside=True)
+            path = look(Path(config.run.dir), config.run.resume, set_aside=True)
+            found = {"path": str(path) if path is not None else None}
         except Exception as error:  # the others are waiting; they must not wait for a rank that is gone
-            found[0] = f"{error}"
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], str):
-        raise ResumeError(found[0])
-    return found[0]
+            found = {"error": f"{error}"}
+    found = told_by_all(found)[0]
+    if "error" in found:
+        raise ResumeError(f"{found['error']}")
+    return Path(found["path"]) if found["path"] is not None else None
 
 
 def own_checkpoint(path: Path | None, folder: Path) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from dtrain.collecting import loading
 from dtrain.errors import CHECKPOINTED, INTERRUPTED, ConfigError
+from dtrain.launchers import meeting
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.probe import settle
 from dtrain.launchers.record import ATTEMPT
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", **meeting.of_environment())
     try:
         # A few seconds less than the launcher waits, so that the stacks of a rank that hangs reach its log.
         grace = max(1.0, config.launcher.grace_seconds - 5)

@@ -23,13 +23,13 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
+from dtrain.launchers import meeting
 from dtrain.launchers.failure import CONSEQUENCE, Ending, Failure, read_error, read_log_end, root_cause, signal_name
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def launch(
     log_folder = log_folder.resolve()
     log_folder.mkdir(parents=True, exist_ok=True)
     extra = {"OMP_NUM_THREADS": str(threads_per_worker), "PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(os.getpid())}
-    extra |= environment or {}
+    extra |= {**meeting.on_loopback(), **(environment or {})}
     with _StopSignals() as stop, _agent_environment(), _agent_log(log_folder / "launcher.log"):
         run = _Run(log_folder, workers, max_restarts, grace_seconds, extra, on_restart)
         agent = _agent(argv, run, stop)
@@ -266,10 +266,8 @@ class _Run:
 
 def _agent(argv: Sequence[str], run: _Run, stop: _StopSignals) -> LocalElasticAgent:
     """The elastic agent that ``elastic_launch`` would build, but it stops for ``stop`` and reports to ``run``."""
-    import torch.distributed.elastic.rendezvous.registry as rendezvous
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
 
     class Agent(LocalElasticAgent):
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, object]:
@@ -296,8 +294,6 @@ def _agent(argv: Sequence[str], run: _Run, stop: _StopSignals) -> LocalElasticAg
             collected: RunResult = super()._monitor_workers(worker_group)  # all have ended
             return collected
 
-    # 127.0.0.1 by name: the host's own name need not resolve, and the workers get this address as MASTER_ADDR.
-    parameters = RendezvousParameters("c10d", "127.0.0.1:0", uuid.uuid4().hex, 1, 1, "127.0.0.1", timeout=900)
     # The agent substitutes "${local_rank}" in arguments, so a dollar sign must be doubled to arrive as one.
     shell = [part.replace("$", "$$") for part in ("-c", INTO_LOG, "worker", *argv)]
     spec = WorkerSpec(
@@ -305,10 +301,10 @@ def _agent(argv: Sequence[str], run: _Run, stop: _StopSignals) -> LocalElasticAg
         local_world_size=run.workers,
         entrypoint="/bin/sh",
         args=tuple(shell),
-        rdzv_handler=rendezvous.get_rendezvous_handler(parameters),
+        rdzv_handler=meeting.one_machine(),
         max_restarts=run.max_restarts,
         monitor_interval=0.1,
-        local_addr="127.0.0.1",
+        local_addr=meeting.LOOPBACK,
     )
     return Agent(spec, _logs_specs(run), shutdown_timeout=int(PEER_SECONDS))
 
@@ -338,8 +334,6 @@ def _logs_specs(run: _Run) -> LogsSpecs:
 def _agent_environment() -> Iterator[None]:
     """What the agent reads from its own environment, put back afterwards."""
     wanted = {
-        # Else a restart reuses the store of the first attempt, and gloo reads addresses of dead processes from it.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours; the list may not be empty
     }
     before = {name: os.environ.get(name) for name in wanted}

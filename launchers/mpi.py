@@ -38,6 +38,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal, NoReturn
 
+from dtrain.launchers import meeting
+
 __all__ = ["Mpirun", "NoMpirun", "Ranks", "carried", "find_mpirun", "leave", "line", "nodes_of_slurm", "run"]
 
 Kind = Literal["openmpi", "mpich"]
@@ -245,6 +247,8 @@ def complete(
     library = mpirun.library()
     if library and not {"MPI4PY_LIBMPI", "MPI4PY_MPIABI"} & {*inherited}:
         ours["MPI4PY_LIBMPI"] = library
+    if here and len({host for host, _ in hosts}) <= 1:
+        ours |= meeting.on_loopback()
     return replace(ranks, environment={**ours, **ranks.environment})
 
 

@@ -34,6 +34,7 @@ TOUCH_TORCH_DISTRIBUTED = {
     "dtrain/worker.py": "joins and leaves the default process group",
     "dtrain/resuming.py": "rank 0's choice of the checkpoint goes to all ranks before there is a mesh to send it over",
     "dtrain/testing/*.py": "make the process groups of tests",
+    "launchers/meeting.py": "serves the store where ranks of one machine meet; no collective is called there",
     "launchers/local.py": "torch.distributed.elastic starts the workers; no collective is called there",
 }
 """Files that may name torch.distributed at all, and why. All others are pure, and are tested without processes."""

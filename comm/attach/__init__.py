@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.drivers.run import Channel
+from dtrain.comm.drivers.telling import told_by_all
 from dtrain.comm.drivers.transport import Alone, Transport
 from dtrain.comm.ops import Axis
 
@@ -205,9 +206,7 @@ def _own_groups(replicate_group: dist.ProcessGroup) -> dict[Axis, dist.ProcessGr
 
 
 def _gathered(ranks: list[int]) -> set[tuple[int, ...]]:
-    everybody: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everybody, ranks)
-    return {tuple(group) for group in everybody}
+    return {tuple(group) for group in told_by_all(ranks)}
 
 
 def _new_group(partition: list[list[int]] | list[tuple[int, ...]]) -> dist.ProcessGroup:

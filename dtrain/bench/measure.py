@@ -7,7 +7,7 @@ import socket
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from dtrain.bench.ops import Case, bus_factor, prepare
 from dtrain.bench.rows import Row
 from dtrain.bench.settings import Settings, link_mbit
 from dtrain.comm.drivers.run import Channel
+from dtrain.comm.drivers.telling import told_by_all
 
 __all__ = ["Bench", "Told", "row"]
 
@@ -87,9 +88,8 @@ class Bench:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         sent = max(0, round((sent - (len(times) + asked + 1) * self._overhead.get(interface, 0.0)) / len(times)))
         told = Told(times, interface, sent // ranks_here, wrong + case.wrong(), load, socket.gethostname())
-        everybody: list[Told | None] = [None] * self._channel.places["replicate"].size
-        dist.all_gather_object(everybody, told, group=self._control)
-        return row(op, backend, settings, case.bytes, [one for one in everybody if one is not None], like=like)
+        everybody = [Told(**{**one, "load": Load(**one["load"])}) for one in told_by_all(asdict(told), self._control)]
+        return row(op, backend, settings, case.bytes, everybody, like=like)
 
     def _once(self, case: Case) -> float:
         """Seconds of one iteration on this rank."""

@@ -22,6 +22,7 @@ from dtrain.bench.ops import Case
 from dtrain.bench.rows import Row, append
 from dtrain.bench.settings import Settings
 from dtrain.comm.drivers.run import Channel
+from dtrain.launchers import meeting
 from dtrain.launchers.environment import Environment
 from dtrain.report.environment import record
 
@@ -33,7 +34,7 @@ def main(what: str, path: Path) -> None:
     settings = Settings.read(path)
     device = _device()
     native = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(native)
+    dist.init_process_group(native, **meeting.of_environment())
     rank, world = dist.get_rank(), dist.get_world_size()
     control = _group(world, "gloo")
     if settings.transport == "mpi":

@@ -26,6 +26,7 @@ from dtrain import attach, diloco, error_feedback, quantize
 from dtrain.bench import wire
 from dtrain.comm import fused
 from dtrain.comm.combine import Route
+from dtrain.comm.drivers.telling import told_by_all
 from dtrain.comm.plans.base import Compress
 from dtrain.data.text import ByteText
 from dtrain.evidence.launches import NAME, on_hosts
@@ -140,7 +141,7 @@ def main(asked: Asked) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     served = LighthouseServer(bind="[::]:0", min_replicas=world, join_timeout_ms=1000) if rank == 0 else None
     where = [served.address() if served is not None else ""]
-    dist.broadcast_object_list(where)
+    where = told_by_all(where)[0]
     names = [THEIRS, *CODECS]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     sent = dict.fromkeys(names, 0)
@@ -162,8 +163,7 @@ def main(asked: Asked) -> None:
         for training in trainings.values():
             if training.attached is not None:
                 training.attached.detach()
-    everybody: list[dict[str, list[float]]] = [{} for _ in range(world)]
-    dist.all_gather_object(everybody, seconds)
+    everybody = told_by_all(seconds)
     if rank == 0:
         found = {
             name: Trained(

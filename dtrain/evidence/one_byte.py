@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import HashStore
 
 from dtrain import Members, attach, one_byte
 from dtrain.bench import wire
+from dtrain.comm.drivers.telling import told_by_all
 from dtrain.comm.shared_seed.joining import AttachedElasticOneByte
 from dtrain.comm.shared_seed.one_byte import AttachedOneByte
 from dtrain.comm.shared_seed.replay import replay
@@ -113,10 +114,9 @@ def main(asked: Asked) -> None:
     if asked.store:
         (folder / f"{asked.name}.json").write_text(json.dumps(dataclasses.asdict(found)))
     else:
-        everybody: list[Machine | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, found)
+        everybody = told_by_all(dataclasses.asdict(found))
         if dist.get_rank() == 0:
-            Path(asked.out).write_text(json.dumps([dataclasses.asdict(each) for each in everybody if each is not None]))
+            Path(asked.out).write_text(json.dumps(everybody))
         dist.barrier()
     dist.destroy_process_group()
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, quantize, sgd, streaming_diloco
 from dtrain.comm import fused
+from dtrain.comm.drivers.telling import told_by_all
 from dtrain.comm.schedules.sync import Attached
 from dtrain.evidence.launches import NAME, on_hosts
 from dtrain.evidence.page import Report, at_most, table
@@ -60,8 +61,7 @@ def main(asked: Asked) -> None:
     steps: list[float] = []
     exposed = [_exposed(overlap, batch, steps) for overlap in (0, OVERLAP)]
     own = [statistics.median(steps), *exposed]
-    everybody: list[list[float]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everybody, own)
+    everybody = told_by_all(own)
     if dist.get_rank() == 0:
         found = Found(*(max(of_ranks) for of_ranks in zip(*everybody, strict=True)))
         Path(asked.out).write_text(json.dumps(dataclasses.asdict(found)))

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.bench import wire
 from dtrain.comm import fused
 from dtrain.comm.attach import attach
+from dtrain.comm.drivers.telling import told_by_all
 from dtrain.config import compose, instantiate
 from dtrain.models.transformer import Transformer
 
@@ -200,8 +201,7 @@ def _steps_of(name: str) -> int:
 
 def _slowest(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
     """Of each time the slowest rank's. Every rank must call it."""
-    everybody: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everybody, seconds)
+    everybody = told_by_all(seconds)
     return {
         name: [max(of_ranks) for of_ranks in zip(*(one[name] for one in everybody), strict=True)] for name in seconds
     }

@@ -14,6 +14,8 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
 
+from dtrain.launchers import meeting
+
 R = TypeVar("R")
 
 CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "its process has died")
@@ -46,11 +48,9 @@ class WorkerPool:
         Returns what each rank returned. Raises ``RuntimeError`` with the traceback of the rank that caused it all, or
         ``TimeoutError`` naming the ranks that have not answered; all processes are then replaced before the next job.
         """
-        from torch._C._distributed_c10d import TCPStore
-
         world = world or self.size
         team = self._team(world)
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = meeting.listening(meeting.LOOPBACK)
         for rank, (_, connection) in enumerate(team):
             connection.send((function, arguments, rank, world, store.port))
         try:
