@@ -51,12 +51,15 @@ class Control:
 
     def sums(self, numbers: Sequence[float]) -> list[float]:
         """Elementwise sums over all ranks, added in rank order. Blocks."""
-        rows = self.channel.run(_gather(numbers), "evaluation")
-        return [sum(column) for column in zip(*rows, strict=True)]
+        return [sum(column) for column in zip(*self.rows(numbers, "evaluation"), strict=True)]
+
+    def rows(self, numbers: Sequence[float], label: str) -> list[list[float]]:
+        """What each rank has given, in rank order: ``[world][len(numbers)]``. Blocks."""
+        return self.channel.run(_gather(numbers), label)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
-        self.channel.run(_gather([0.0]), "barrier")
+        self.rows([0.0], "barrier")
 
 
 def _gather(numbers: Sequence[float]) -> Flow[list[list[float]]]:

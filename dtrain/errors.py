@@ -7,10 +7,14 @@
     │   ├── ModelError                  2   a model that does not return a scalar loss
     │   └── FailedAtTheStart            2   anything else that went wrong before the first step was done
     ├── CheckpointError                 1   a checkpoint that is damaged, incomplete or of another model
-    ├── TooManySkippedSteps             1   NaN or Inf in the gradients, more often than train.max_skipped_steps allows
+    ├── WouldRecur                      2   started again it would fail in the same way: it is not started again
+    │   ├── TooManySkippedSteps         2   NaN or Inf in the gradients, more often than train.max_skipped_steps allows
+    │   ├── NotFinite                   2   NaN or Inf in what a checkpoint would hold
+    │   └── FailedTwice                 2   the same error at the same step, also after a restart
     └── WorkerFailed                    1   a worker process died and the restarts are used up
 
-``exit_code`` is what the command ``dtrain`` returns for the error. Two further codes are no errors: ``CHECKPOINTED``
+``exit_code`` is what the command ``dtrain`` returns for the error, and what tells every launcher whether to start the
+ranks again: after 2 none does. Two further codes are no errors: ``CHECKPOINTED``
 (checkpointed after a signal from the scheduler, to be run again) and ``INTERRUPTED`` (ended by the user, after a
 checkpoint).
 """
@@ -57,8 +61,22 @@ class CheckpointError(DtrainError):
     """A checkpoint that cannot be read, or that belongs to another model, method or layout."""
 
 
-class TooManySkippedSteps(DtrainError):
-    """More steps were skipped for NaN or Inf gradients than ``train.max_skipped_steps`` allows."""
+class WouldRecur(DtrainError):
+    """A failure of what is computed: runs are reproducible, so from the same checkpoint it would come again."""
+
+    exit_code: ClassVar[int] = BAD_CONFIG
+
+
+class TooManySkippedSteps(WouldRecur):
+    """More steps were skipped for NaN or Inf gradients than ``train.max_skipped_steps`` allows, or the last ones."""
+
+
+class NotFinite(WouldRecur):
+    """Parameters, optimizer or sync state that hold NaN or Inf, so that no checkpoint of them is written."""
+
+
+class FailedTwice(WouldRecur):
+    """An error of the model, the data or the engine that a restart from the last checkpoint met again."""
 
 
 class WorkerFailed(DtrainError):

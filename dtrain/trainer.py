@@ -22,7 +22,9 @@ from torch import Tensor
 from dtrain import rng, snapshot
 from dtrain.account import Account
 from dtrain.checkpoint import Placement, export, load, read_manifest, write
+from dtrain.checkpoint.finite import first_not_finite
 from dtrain.checkpoint.folders import step_of, write_text_durably
+from dtrain.checkpoint.state import OPAQUE
 from dtrain.checkpoint.weights import put_into, weights_of
 from dtrain.clock import TIME_LIMIT, Clock
 from dtrain.comm.schedules.sync import Attached, Sync
@@ -34,8 +36,9 @@ from dtrain.data.batches import fetch, positions
 from dtrain.data.order import example_at
 from dtrain.engines import Engine, EngineOptions, build_engine
 from dtrain.engines.base import Batch
-from dtrain.errors import DtrainError, FailedAtTheStart, TooManySkippedSteps
+from dtrain.errors import DtrainError, FailedAtTheStart, FailedTwice, NotFinite, TooManySkippedSteps
 from dtrain.evaluation import evaluate
+from dtrain.failing import Failed
 from dtrain.launchers.failure import CONSEQUENCE
 from dtrain.lr import learning_rate_factor
 from dtrain.mesh import build_mesh
@@ -49,11 +52,15 @@ Reason = Literal["finished", "stopped", "signal"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `train` ended: at which step, and why. ``signal``: the number of the signal, or 0."""
+    """How `train` ended: at which step, and why. ``signal``: the number of the signal, or 0.
+
+    ``withheld``: there is no checkpoint of that step, as steps were being skipped when the signal came.
+    """
 
     reason: Reason
     step: int
     signal: int
+    withheld: bool = False
 
 
 def train(
@@ -75,8 +82,9 @@ def train(
         on_step: called after each step with its number (fault injection in tests).
         on_row: called on rank 0 with each row that goes into metrics.jsonl.
 
-    Raises ``TooManySkippedSteps``, and what data sets, models, engines and checkpoints raise; before the first step was
-    done ``FailedAtTheStart`` instead of most of it.
+    Raises ``TooManySkippedSteps``, ``NotFinite``, and what data sets, models, engines and checkpoints raise; before the
+    first step was done ``FailedAtTheStart`` instead of most of it, and ``FailedTwice`` where an attempt before this one
+    failed in the same way at the same step.
     """
     run: _Run | None = None
     try:
@@ -84,11 +92,14 @@ def train(
         run.on_row = on_row
         return run.loop(on_step)
     except Exception as error:
-        if (run and run.attached.steps) or _may_pass(error):
+        if _may_pass(error):
+            raise
+        final = _final(error, run, Path(config.run.dir))
+        if final is None:
             raise
         traceback.print_exception(error)  # into this rank's log, all of it
         # With the traceback of the error itself, whose last frame is where a person has to look.
-        raise FailedAtTheStart(_at_the_start(error)).with_traceback(error.__traceback__) from None
+        raise final.with_traceback(error.__traceback__) from None
     finally:
         if run:
             run.close()
@@ -100,9 +111,16 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, DtrainError | OSError) or of_links
 
 
-def _at_the_start(error: Exception) -> str:
+def _final(error: Exception, run: _Run | None, folder: Path) -> DtrainError | None:
+    """What to raise instead, so that nobody starts the run again; None if a restart may help, as far as is known."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-    return f"{type(error).__name__}: {error}{notes}; no step was done yet, so it would happen again: not started again"
+    what = f"{type(error).__name__}: {error}{notes}"
+    step = run.attached.steps if run else 0
+    if run is None or not step:
+        return FailedAtTheStart(f"{what}; no step was done yet, so it would happen again: not started again")
+    if Failed(step, what).again(folder, run.mesh.rank):
+        return FailedTwice(f"{what}; step {step} failed like this before it was started again, too: not started again")
+    return None
 
 
 class _Run:
@@ -128,8 +146,11 @@ class _Run:
         self.sync = cast(Sync, instantiate(config.sync, "sync"))
         self.attached: Attached = self.sync.bind(self.engine.pieces, config.train.seed)
         self.account = Account(self.mesh.channel.meter, self.mesh.control.meter)
+        self.damaged: list[str] = []
         self.resumed_from = self._resume()
         self.saved = self.resumed_from if own_checkpoint(self.resumed_from, self.folder) else None
+        self.due = False  # a checkpoint, which waits for a step that is not skipped
+        self.not_finite, self.withheld = "", 0  # why one could not be written, and how often in a row
         self.metrics = self._metrics()
         self.first_step, self.started = self.attached.steps, time.monotonic()
         self.plan_changes = self.attached.plan.changes
@@ -159,7 +180,7 @@ class _Run:
     def _resume(self) -> Path | None:
         """Go on from the newest checkpoint, if there is one: sets parameters, state, generators and accounts."""
         seed, rank = self.config.train.seed, self.mesh.rank
-        path = find_checkpoint(self.config)
+        path = find_checkpoint(self.config, self.damaged.append)
         if path is None:
             rng.seed_everything(seed, rank)
             return None
@@ -189,6 +210,8 @@ class _Run:
         end = min(settings.steps, settings.stop_after_steps or settings.steps)
         stop = 0
         self.clock.check()
+        for text in self.damaged:
+            self._log({"step": self.attached.steps, "decision": text})
         if self.attached.steps == 0:
             self._evaluate()
         while self.attached.steps < end and not stop:
@@ -200,9 +223,11 @@ class _Run:
             if settings.evaluate_every_steps and step % settings.evaluate_every_steps == 0 and step != end:
                 stop = self._collect() or stop
                 self._evaluate()
-            if settings.checkpoint_every_steps and step % settings.checkpoint_every_steps == 0 and step != end:
+            every = settings.checkpoint_every_steps
+            self.due = (self.due or (every > 0 and step % every == 0)) and step != end
+            if self.due:
                 stop = self._collect() or stop
-                self._checkpoint()
+                self.due = not self._checkpoint()
             self._tell_decisions()
             on_step(step)
         self._collect()
@@ -230,8 +255,7 @@ class _Run:
         if self.attached.skipped_in_a_row > settings.max_skipped_steps:
             raise TooManySkippedSteps(
                 f"step {step}: {self.attached.skipped_in_a_row} steps in a row had no finite gradient or loss, more "
-                f"than train.max_skipped_steps={settings.max_skipped_steps}; lower the learning rate or "
-                f"look at the data; the last checkpoint in {self.folder} is as it was"
+                f"than train.max_skipped_steps={settings.max_skipped_steps}; {self._way_out()}"
             )
         self.account.tokens += settings.batch_size * self.tokens_per_example
         return Report(self._asked(), float(loss), len(indices) * self.tokens_per_example)
@@ -315,12 +339,33 @@ class _Run:
         if self.mesh.rank == 0:
             self.on_row(row)
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self) -> bool:
+        """Write one, unless steps are being skipped or a rank's state is not finite; whether it was written.
+
+        What is committed then would soon be all that is left, as old ones are deleted.
+
+        Raises ``NotFinite`` for a state that does not become finite although no step is skipped.
+        """
         started = time.monotonic()
+        state = snapshot.capture(self.attached, self.model)
+        # All ranks have the same sections and parameters, so that two numbers say which of them it is.
+        sections, fqns = [*sorted(state.kinds), OPAQUE], sorted(self.engine.pieces.shapes)
+        bad = first_not_finite(state)
+        mine = [sections.index(bad[0]) + 1, fqns.index(bad[1].rpartition(" of ")[2])] if bad else [0, 0]
+        rows = self.control.rows([self.attached.skipped_in_a_row, *mine], "checkpoint")
+        found = ((rank, int(section), int(fqn)) for rank, (_, section, fqn) in enumerate(rows) if section)
+        rank, section, fqn = next(found, (0, 0, 0))
+        self.not_finite = f"{sections[section - 1]} of {fqns[fqn]} on rank {rank}" if section else ""
+        if any(row[0] for row in rows):
+            return False
+        if section:
+            self._withhold()
+            return False
+        self.withheld = 0
         self.saved = write(
             self.folder / "checkpoints",
             step=self.attached.steps,
-            state=snapshot.capture(self.attached, self.model),
+            state=state,
             place=self.place,
             shapes=self.engine.pieces.shapes,
             barrier=self.control.barrier,
@@ -330,28 +375,66 @@ class _Run:
             resumed_from=self.resumed_from,
         )
         self.clock.checkpoint_seconds = max(self.clock.checkpoint_seconds, time.monotonic() - started)
+        return True
+
+    def _withhold(self) -> None:
+        self.withheld += 1
+        if self.withheld > self.config.train.max_skipped_steps:
+            raise NotFinite(
+                f"step {self.attached.steps}: {self.not_finite} holds NaN or Inf, the step {self.withheld} in a row, "
+                f"though none was skipped; {self._way_out()}"
+            )
+
+    def _way_out(self) -> str:
+        """Which checkpoint there is to go back to, and what can be changed from there."""
+        if self.saved is None:
+            return "no checkpoint was written; lower the learning rate or look at the data"
+        return (
+            f"the last checkpoint, {self.saved}, is as it was; lower the learning rate or look at the data: a run with "
+            f"other settings begins at its weights with run.weights={self.saved} and another run.dir"
+        )
 
     def _finish(self, end: int, stop: int) -> Outcome:
-        """The last checkpoint, the export and the summary; what is already there stays."""
+        """The last checkpoint, the export and the summary; what is already there stays.
+
+        Raises ``TooManySkippedSteps`` where the last steps before ``end`` were skipped, ``NotFinite`` for NaN in them.
+        """
         step = self.attached.steps
         finished = step >= self.config.train.steps
+        reason: Reason = "finished" if finished else ("stopped" if step == end else "signal")
+        withheld = False
         if self.saved is None or step_of(self.saved) != step:
             if finished:
                 self.attached.close_round()
             if step == end:
                 self._evaluate()
-            self._checkpoint()
-        reason: Reason = "finished" if finished else ("stopped" if step == end else "signal")
-        outcome = Outcome(reason, step, stop if reason == "signal" else 0)
+            withheld = not self._checkpoint()
+        if withheld and reason != "signal":
+            raise self._ended_badly()
+        skipped = max(int(row[0]) for row in self.control.rows([self.attached.skipped], "checkpoint"))
+        outcome = Outcome(reason, step, stop if reason == "signal" else 0, withheld)
         if self.mesh.rank == 0:
             if reason != "signal":
-                self._summarize(cast(Path, self.saved))
-            text = json.dumps({"reason": reason, "signal": outcome.signal or None, "step": step})
-            write_text_durably(self.folder / "outcome.json", text + "\n")
+                self._summarize(cast(Path, self.saved), skipped)
+            said = {"reason": reason, "signal": outcome.signal or None, "step": step, "withheld": withheld}
+            write_text_durably(self.folder / "outcome.json", json.dumps(said) + "\n")
         self.control.barrier()
         return outcome
 
-    def _summarize(self, path: Path) -> None:
+    def _ended_badly(self) -> DtrainError:
+        attached, settings = self.attached, self.config.train
+        if self.not_finite:
+            return NotFinite(
+                f"step {attached.steps}, the last one: {self.not_finite} holds NaN or Inf; {self._way_out()}"
+            )
+        key = "train.steps" if attached.steps == settings.steps else "train.stop_after_steps"
+        which = "all steps" if attached.skipped == attached.steps else "the last steps, on some rank"
+        return TooManySkippedSteps(
+            f"step {attached.steps}, the last one: {which}, had no finite gradient or loss, so no checkpoint of it is "
+            f"written; {self._way_out()}; or end at a step that is not skipped: {key}=..."
+        )
+
+    def _summarize(self, path: Path, skipped: int) -> None:
         digest = export(path, self.folder / "export" / "model.safetensors")
         old = self.folder / "summary.json"
         if self.last_loss is None and old.exists():
@@ -365,7 +448,7 @@ class _Run:
             engine=self.config.engine.name,
             steps=self.attached.steps,
             seconds=account.seconds,
-            skipped_steps=self.attached.skipped,
+            skipped_steps=skipped,
             loss=self.last_loss,
             validation_loss=self.validation_loss,
             evaluated="anchor parameters" if "anchor" in self.attached.state.kinds else "parameters",

@@ -2,8 +2,8 @@
 
 It loads the frozen configuration, joins the process group that its environment describes (RANK, WORLD_SIZE,
 MASTER_ADDR, ...), trains, and ends with 0 when rank 0 has left ``outcome.json``. To an elastic launcher any other code
-means: start all again. Code 2 (bad configuration) it does not repeat. Under Slurm and MPI the exit code itself says
-75 (checkpointed, run me again) or 130 (ended by the user).
+means: start all again. Code 2 (bad configuration, or what would come again) no launcher repeats. Under Slurm and MPI
+the exit code itself says 75 (checkpointed, run me again) or 130 (ended by the user).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.collecting import loading
-from dtrain.errors import CHECKPOINTED, INTERRUPTED, ConfigError
+from dtrain.errors import BAD_CONFIG, CHECKPOINTED, INTERRUPTED, ConfigError, DtrainError
 from dtrain.launchers import meeting
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.probe import settle
@@ -84,7 +84,7 @@ def closing(outcome: Outcome, folder: Path) -> str:
 
     if outcome.reason == "signal":
         name = "time limit" if outcome.signal == TIME_LIMIT else signal.Signals(outcome.signal).name
-        return f"{name}: checkpointed at step {outcome.step}"
+        return f"{name}: {'left without a checkpoint' if outcome.withheld else 'checkpointed'} at step {outcome.step}"
     said = f"stopped at step {outcome.step} as asked\n" if outcome.reason == "stopped" else ""
     path = folder / "summary.json"
     return said + (summary.render(summary.read(path)) if path.is_file() else f"finished at step {outcome.step}")
@@ -112,6 +112,8 @@ if __name__ == "__main__":
     try:
         code = record(main)(sys.argv[1:])
         sys.exit(code)
-    except ConfigError as error:
+    except DtrainError as error:
+        if error.exit_code != BAD_CONFIG:
+            raise
         print(f"dtrain: error: {error}", file=sys.stderr, flush=True)  # into the rank's log
         sys.exit(error.exit_code)

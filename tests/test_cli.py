@@ -412,10 +412,14 @@ def test_a_run_that_has_something_left_is_launched(
 
 def test_a_damaged_last_checkpoint_does_not_finish_a_run(train: Shell, launches: Launches) -> None:
     train("train.steps=10")
-    finished(Path("run"), 10, summed_up=10)
-    (data,) = Path("run/checkpoints/step-0000000010").glob("*.safetensors")
-    data.write_bytes(data.read_bytes()[:-1] + b"\x7f")
-    assert train("train.steps=10")[0] == 0 and len(launches.asked) == 2
+    for step in (5, 10):
+        finished(Path("run"), step, summed_up=10)
+    for step, code in ((10, 0), (5, 2)):  # with none left that is intact, nothing is launched
+        (data,) = Path(f"run/checkpoints/step-{step:010d}").glob("*.safetensors")
+        data.write_bytes(data.read_bytes()[:-1] + b"\x7f")
+        ended = train("train.steps=10")
+        assert ended[0] == code and len(launches.asked) == 2
+    assert "none of them can be used" in ended[2]
 
 
 def test_ctrl_c_is_answered_at_once(train: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

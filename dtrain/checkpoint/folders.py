@@ -42,6 +42,14 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()), key=_by_step)
 
 
+def had_checkpoints(folder: Path) -> bool:
+    """Whether a checkpoint was ever committed here, whatever became of it since."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if any(".replaced-" in name for name in names):
+        return False  # `recover` gives it its name back
+    return any(name == LATEST or _STEP.fullmatch(name) or ".corrupt-" in name for name in names)
+
+
 def marked(path: Path, mark: str, attempt: str) -> Path:
     """The name of ``path`` while it is "tmp", "replaced" or "deleting"; ``attempt`` is made fit for a file name."""
     return path.with_name(f"{path.name}.{mark}-{re.sub(r'[^A-Za-z0-9_-]', '_', attempt) or '0'}")

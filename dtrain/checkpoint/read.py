@@ -20,7 +20,7 @@ How the parameters are cut may differ freely: pieces are put together from which
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtrain.checkpoint import folders
+from dtrain.checkpoint.finite import check_finite
 from dtrain.checkpoint.manifest import Holder, Manifest, RankFile, check_files, covered_from, holders_of, read_manifest
 from dtrain.checkpoint.state import BUFFERS, OPAQUE, RNG, SEPARATOR, Kind, Placement, RankState, check_segments
 from dtrain.comm.layout import Segment
@@ -43,44 +44,57 @@ _SHOWN = 5
 def verify(path: Path, *, crc: bool = True) -> Manifest:
     """The manifest of step folder ``path``, once every file is there with the right size and, with ``crc``, content.
 
-    Raises CheckpointError for damage, ResumeError for a format that this dtrain does not know.
+    Raises CheckpointError for damage, and with ``crc`` for NaN or Inf in it; ResumeError for a format that this dtrain
+    does not know.
     """
     manifest = read_manifest(path)
-    check_files(path, manifest, crc=crc)
+    _check(path, manifest, crc=crc)
     return manifest
 
 
-def newest(folder: Path, *, crc: bool = True, set_aside: bool = False) -> Path | None:
+def newest(
+    folder: Path, *, crc: bool = True, set_aside: bool = False, tell: Callable[[str], None] = _log.warning
+) -> Path | None:
     """The step folder in ``folder`` that was committed last and is intact; None if there is none.
 
-    Every damaged folder that it meets is skipped with a warning. With ``set_aside`` (for one process only, rank 0,
-    before anybody writes: it then tells the others) it is also renamed to ``*.corrupt-<n>``, and what dead attempts
-    left is cleared first. ``crc`` reads every byte of the candidate; without it only names and sizes are checked.
+    Every damaged folder that it meets, or one that holds NaN or Inf, is skipped, and ``tell`` is called with a sentence
+    about it. With ``set_aside`` (for one process only, rank 0, before anybody writes: it then tells the others) it is
+    also renamed to ``*.corrupt-<n>`` if an older one is intact, and what dead attempts left is cleared first. ``crc``
+    reads every byte of the candidate; without it only names and sizes are checked.
 
     Raises ResumeError if a candidate has a format that this dtrain does not know, and OSError for a folder that cannot
     be read for another reason than damage: going on from an older checkpoint would be wrong then.
     """
     if set_aside:
         folders.recover(folder)
-    damaged = 0
+    damaged: list[tuple[Path, CheckpointError]] = []
     candidates: list[tuple[int, int, Path, Manifest]] = []
     for path in folders.step_folders(folder):
         try:
             manifest = read_manifest(path)
             candidates.append((manifest.sequence, manifest.step, path, manifest))
         except CheckpointError as error:
-            damaged += 1
-            _report_damage(path, error, set_aside=set_aside)
+            damaged.append((path, error))
+    intact = None
     for _, _, path, manifest in sorted(candidates, key=lambda candidate: candidate[:2], reverse=True):
         try:
-            check_files(path, manifest, crc=crc)
-            return path
+            _check(path, manifest, crc=crc)
+            intact = path
+            break
         except CheckpointError as error:
-            damaged += 1
-            _report_damage(path, error, set_aside=set_aside)
-    if damaged:
-        _log.error("no intact checkpoint is left in %s: all %d are damaged", folder, damaged)
-    return None
+            damaged.append((path, error))
+    for path, damage in damaged:
+        where = f"renamed to {folders.set_aside(path).name}" if set_aside and intact else "skipped"
+        tell(f"DAMAGED CHECKPOINT {path}: {damage}; {where}")
+    if damaged and intact is None:
+        _log.error("no intact checkpoint is left in %s: all %d are damaged", folder, len(damaged))
+    return intact
+
+
+def _check(path: Path, manifest: Manifest, *, crc: bool) -> None:
+    check_files(path, manifest, crc=crc)
+    if crc:
+        check_finite(path, manifest)
 
 
 def load(
@@ -300,8 +314,3 @@ def _same_model(path: Path, manifest: Manifest, shapes: Mapping[str, Sequence[in
             f"{path} is a checkpoint of another model: {'; '.join(differences)}. "
             "Build the model that it was written with, or start anew in another run folder"
         )
-
-
-def _report_damage(path: Path, error: CheckpointError, *, set_aside: bool) -> None:
-    where = f"renamed to {folders.set_aside(path).name}" if set_aside else "skipped"
-    _log.warning("DAMAGED CHECKPOINT %s: %s; %s, the next older one is tried", path, error, where)

@@ -35,7 +35,7 @@ def nothing_left(config: Config, folder: Path | None) -> str | None:
     here, settings = Path(config.run.dir), config.train
     end = min(settings.steps, settings.stop_after_steps or settings.steps)
     key = "train.steps" if end == settings.steps else STOP_AFTER
-    path = look(here, config.run.resume, crc=False)
+    path = look(here, config.run.resume, crc=False, tell=_warn)
     if path is None or (step_of(path) or 0) < end:
         return None
     path = look(here, config.run.resume)  # reads every byte, so only where it matters: a damaged one is no end
@@ -52,6 +52,10 @@ def nothing_left(config: Config, folder: Path | None) -> str | None:
     if _summed_up(here) != step:
         return None  # it was killed between its last checkpoint and its summary
     return f"already finished: {here}, step {step} of {end}; train.steps=... to go on, or another run.dir for a new run"
+
+
+def _warn(text: str) -> None:
+    print(f"dtrain: warning: {text}", file=sys.stderr)
 
 
 def _summed_up(folder: Path) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.commands import add_verb
-from dtrain.commands.again import STOP_AFTER, command, nothing_left
+from dtrain.commands.again import STOP_AFTER, command, last_checkpoint, nothing_left
 from dtrain.commands.entering import enter_launcher
 from dtrain.commands.interrupting import Stopping, goes_on, interruption
 from dtrain.commands.submitting import program, submit
@@ -165,14 +165,22 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
             print(f"dtrain: error: the run ended by {name} before it had a checkpoint", file=sys.stderr)
         codes = {failure.exit_code for failure in ending.failures[:1]}
         return ConfigError.exit_code if codes == {ConfigError.exit_code} else FAILED
-    if outcome["reason"] == "signal":
+    if outcome.get("reason") == "signal":
         number = outcome.get("signal")
         name = signal.Signals(number).name if isinstance(number, int) else "a signal"
-        print(f"{name}: checkpointed at step {outcome['step']}; the same command goes on:\n  {command(words, config)}")
+        step, last = outcome.get("step"), last_checkpoint(config)
+        done = f"checkpointed at step {step}; the same command goes on"
+        if outcome.get("withheld"):
+            there = f"step {last}, its last checkpoint," if last else "the start"
+            done = (
+                f"left at step {step} without a checkpoint, as its last steps were skipped for gradients that are not "
+                f"finite; the same command goes on from {there} and would meet them again"
+            )
+        print(f"{name}: {done}:\n  {command(words, config)}")
         return INTERRUPTED if interrupted or number == signal.SIGINT else CHECKPOINTED
-    if outcome["reason"] == "stopped":
+    if outcome.get("reason") == "stopped":
         print(
-            f"stopped at step {outcome['step']} as asked; it goes on with a larger {STOP_AFTER}, or without it:\n"
+            f"stopped at step {outcome.get('step')} as asked; it goes on with a larger {STOP_AFTER}, or without it:\n"
             f"  {command(words, config, to_the_end=True)}"
         )
     if (here / "summary.json").is_file():

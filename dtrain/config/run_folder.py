@@ -23,6 +23,7 @@ from dtrain.config.composing import load, to_yaml
 from dtrain.config.resume import check_resume
 from dtrain.config.schema import Config
 from dtrain.errors import ConfigError, DtrainError, ResumeError
+from dtrain.failing import forget
 from dtrain.report.environment import record
 
 CONFIG, ENVIRONMENT, DATA, OUTCOME, CHECKPOINTS, LOCK = (
@@ -129,6 +130,7 @@ def write(config: Config, description: Mapping[str, object]) -> Path:
         write_text_durably(path, text)
         write_text_durably(here / ENVIRONMENT, json.dumps(record(), indent=2) + "\n")
         write_text_durably(here / DATA, json.dumps(description, indent=2) + "\n")
+        forget(here)
         (here / OUTCOME).unlink(missing_ok=True)  # that of an earlier launch must not be taken for this one's
     except OSError as error:
         raise ConfigError(f"run.dir={here} cannot be written to: {error}; choose another run.dir") from error

@@ -144,6 +144,7 @@ def test_stop_after_damage_and_a_finished_run(text: Path, tmp_path: Path, undist
     assert second.wait(200) == 0, second.output()
     assert list((tmp_path / "checkpoints").glob("step-0000000035.corrupt-*"))
     assert "corrupt" in (tmp_path / "logs" / "rank-0.log").read_text()
+    assert f"step 30: DAMAGED CHECKPOINT {damaged.parent}" in second.output()
     assert summary(tmp_path)["parameters_digest"] == undisturbed["parameters_digest"]
     third = Command(tmp_path, text, "mesh.replicate=1", "mesh.shard=2")
     assert third.wait(100) == 0, third.output()
