@@ -39,9 +39,10 @@ class GlooTransport:
 
     in_stream_order = False
 
-    def __init__(self, group: ProcessGroupGloo) -> None:
+    def __init__(self, group: ProcessGroupGloo, store: object = None) -> None:
         self._group: dist.ProcessGroup | None = cast(dist.ProcessGroup, group)  # whose methods a backend has, untyped
         self.rank, self.size = group.rank(), group.size()
+        self._store = store  # one of Python is gone when nobody here holds it, whatever torch does
         self._moving: list[_Moving] = []
         self._lock = threading.Lock()  # another thread may break it off
 

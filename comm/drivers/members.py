@@ -5,9 +5,11 @@
     the next one    begins where a member is lost or a newcomer waits: when every old member has said where it stands,
                     or beats no more, whoever sees that first writes the list down
 
-Nobody leads: any replica may be lost at any time. The store may not; it is a TCPStore that a process serves which is no
-replica (`serve`). A replica has an id, never used twice, and a slot, its share of the data, which goes to the next
-newcomer when it is free. With a shard axis the first rank of a replica speaks for it, and all of them read.
+Nobody leads: any replica may be lost at any time. The store may not; it is a process that is no replica (`serve`). It
+listens to those who share its secret (`dtrain.comm.drivers.secret`), and what it says is checked nevertheless: what no
+replica can have written counts as not written. The gloo groups themselves know no secret: see docs/security.md.
+A replica has an id, never used twice, and a slot, its share of the data, which goes to the next newcomer when it is
+free. With a shard axis the first rank of a replica speaks for it, and all of them read.
 """
 
 from __future__ import annotations
@@ -16,17 +18,24 @@ import contextlib
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
+from torch._C._distributed_c10d import ProcessGroupGloo
 
 from dtrain.comm.drivers.gloo_transport import GlooTransport, PeersLost
+from dtrain.comm.drivers.guarded_store import GuardedStore, Line
 from dtrain.comm.drivers.reaching import reach
+from dtrain.comm.drivers.secret import made_secret, read_secret
+from dtrain.comm.drivers.store_server import StoreServer
 from dtrain.comm.drivers.transport import Travelling
 from dtrain.comm.ops import Op, Place
 
@@ -36,6 +45,8 @@ BEAT_SECONDS, POLL_SECONDS = 1.0, 0.05
 CONNECT_SECONDS = 60.0
 AXES = 2  # flights travel beside what is waited for
 NOBODY = -1
+MOST_MEMBERS, MOST_STEPS = 1 << 20, 1 << 53
+INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,26 @@ class Epoch:
 
     @classmethod
     def from_json(cls, text: bytes) -> Epoch:
-        found = json.loads(text)
-        slots = {int(number): slot for number, slot in found["slots"].items()}
-        return cls(found["number"], slots, found["donor"], tuple(found["behind"]))
+        """Raises ``ValueError`` for what `to_json` cannot have written."""
+        try:
+            found = json.loads(text)
+            slots = {int(number): _within(slot, 0, MOST_MEMBERS) for number, slot in found["slots"].items()}
+            behind = tuple(_within(member, 0, MOST_MEMBERS) for member in found["behind"])
+            epoch = cls(
+                _within(found["number"], 0, MOST_STEPS), slots, _within(found["donor"], -1, MOST_MEMBERS), behind
+            )
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"no record of an epoch: {text[:100]!r}") from error
+        there = all(0 <= member < MOST_MEMBERS for member in slots) and {*behind, epoch.donor} <= {NOBODY, *slots}
+        if not there or len({*slots.values()}) < len(slots) or (behind and epoch.donor == NOBODY):
+            raise ValueError(f"no record of an epoch: {text[:100]!r}")
+        return epoch
+
+
+def _within(value: object, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r:.100} is no number from {least} to {most}")
+    return value
 
 
 def propose(number: int, before: Epoch | None, ready: Mapping[int, int], alive: Callable[[int], bool],
@@ -107,9 +135,11 @@ class Members:
         grace_seconds: when others have waited for this replica for so long, it ends its round with the steps that it
             has made; by default they wait.
         run: a name, where one store serves several runs.
+        secret_file: holds the secret of the store; see `dtrain.comm.drivers.secret` for the usual places.
 
-    Raises ``ValueError`` for what is no address and ``ConnectionError`` if no store answers within a minute; it says
-    after five seconds that it waits. When replicas come or go, each says so through ``logging``.
+    Raises ``ValueError`` for what is no address and where there is no secret, and ``ConnectionError`` if no store
+    answers within a minute, or one with another secret; it says after five seconds that it waits. When replicas come or
+    go, each says so through ``logging``.
     """
 
     def __init__(
@@ -121,12 +151,14 @@ class Members:
         timeout_seconds: float = 600.0,
         grace_seconds: float = math.inf,
         run: str = "dtrain",
+        secret_file: str | Path | None = None,
     ) -> None:
         self.address, self.replicas, self.run, self.grace = address, replicas, run, grace_seconds
         self.patience, self.timeout = patience_seconds, timeout_seconds
         self.groups: list[GlooTransport] = []
         self.epoch: Epoch | None = None
         self.id = NOBODY
+        self._secret = read_secret(secret_file)
         self._store = self._connected()
         self._pulse: _Pulse | None = None
 
@@ -155,7 +187,7 @@ class Members:
     @property
     def arrivals(self) -> int:
         """How many replicas have come so far, those included that have gone."""
-        return int(self._store.add("arrivals", 0))
+        return self._store.add("arrivals", 0)
 
     def transport(self) -> MembersTransport:
         """The axis between the members of whatever epoch it is."""
@@ -181,6 +213,10 @@ class Members:
         """The text that the first replica of this run gave, at this rank's shard."""
         said: bytes = self._store.compare_set(f"text/{self._shard.rank}", "", text)
         return said.decode()
+
+    def stands(self, member: int) -> int | None:
+        """Where a member said that it stands when this epoch began; None if that is not known any more."""
+        return self._ready(self._now.number).get(member)
 
     def leave(self) -> None:
         """Break off what is under way in this epoch, here and, as they notice, at its other members."""
@@ -234,65 +270,98 @@ class Members:
             raise RuntimeError("this replica is in no epoch yet; enter() comes first")
         return self.epoch
 
-    def _connected(self) -> Store:
+    def _connected(self) -> GuardedStore:
         host, _, port = self.address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
             raise ValueError(f"the store's address is {self.address!r}; give host:port")
         reach(host, int(port), min(CONNECT_SECONDS, self.timeout))
         try:
-            store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=self.timeout))
-        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            line = Line(host.strip("[]"), int(port), self._secret, self.timeout)
+        except OSError as error:
             raise ConnectionError(f"no store answers at {self.address} ({error}); start one: dtrain members") from error
-        return PrefixStore(self.run, store)
+        return GuardedStore(line, f"{self.run}/", timedelta(seconds=self.timeout))
 
     def _arrive(self) -> None:
         if self._pulse is not None:
             self._pulse.end()
+        self._require_same_network()
         self.id = self._tell(self._store.add("arrivals", 1) - 1 if self._shard.rank == 0 else 0)
         own = self.id if self._shard.rank == 0 else None
         self._pulse = _Pulse(self._connected(), own, self.patience)
 
+    def _require_same_network(self) -> None:
+        """Raise ``ValueError`` where some can only be reached from their own machine, and others are elsewhere."""
+        here = "interface" not in self._device() and ip_address(self._store.line.local.partition("%")[0]).is_loopback
+        mine = "their own machine" if here else "a network"
+        theirs = self._store.compare_set("listen", "", mine).decode(errors="replace")
+        if theirs != mine:
+            raise ValueError(
+                f"this replica, with the store at {self.address}, would listen for others on {mine}, and they do on "
+                f"{theirs}; give all replicas one address (not localhost for those on the store's machine), or name a "
+                f"network interface with {INTERFACE}"
+            )
+
     def _ready(self, number: int) -> dict[int, int]:
         """Who wants to be in epoch ``number``, and where each stands."""
-        keys = {member: f"ready/{number}/{member}" for member in range(self.arrivals)}
-        return {member: int(self._store.get(key)) for member, key in keys.items() if self._store.check([key])}
+        found = {}
+        for member, said in self._store.under(f"ready/{number}/").items():
+            with contextlib.suppress(ValueError):
+                found[_within(int(member), 0, MOST_MEMBERS)] = _within(int(said), NOBODY, MOST_STEPS)
+        return found
 
     def _written(self, number: int, before: Epoch | None, position: int, since: float) -> Epoch:
         """The record of epoch ``number``, once there is one."""
-        key = f"epoch/{number}"
-        if self._shard.rank == 0 and not self._store.check([key]):
-            self._store.set(f"ready/{number}/{self.id}", str(position))
-        while not self._store.check([key]):
+        key, own = f"epoch/{number}", f"ready/{number}/{self.id}"
+        while True:
+            said = self._store.look(key) or b""
+            with contextlib.suppress(ValueError):
+                found = Epoch.from_json(said)
+                if found.number == number:
+                    return found
             if time.monotonic() - since > self.timeout:
                 raise TimeoutError(f"nobody let replica {self.id} in for {self.timeout:g} s; are the others training?")
             if self._shard.rank == 0:
-                self._propose(number, before)
+                if self._store.look(own) != str(position).encode():
+                    self._store.set(own, str(position))
+                self._propose(number, before, said)
             time.sleep(POLL_SECONDS)
-        return Epoch.from_json(self._store.get(key))
 
-    def _propose(self, number: int, before: Epoch | None) -> None:
+    def _propose(self, number: int, before: Epoch | None, instead_of: bytes) -> None:
         assert self._pulse is not None  # join() came first
         proposal = propose(number, before, self._ready(number), self._pulse.alive, self.replicas)
         if proposal is not None:
-            self._store.compare_set(f"epoch/{number}", "", proposal.to_json())  # the first one counts
+            self._store.compare_set(f"epoch/{number}", instead_of, proposal.to_json())  # the first one counts
 
     def _group(self, name: str, ids: list[int]) -> GlooTransport:
         ids = sorted(ids)
         prefix = f"{self._now.number}/{name}/{','.join(map(str, ids))}/{self._shard.rank}"
-        store = PrefixStore(prefix, self._connected())
-        store.set_timeout(timedelta(seconds=self.patience))
+        store, patience = self._store.below(prefix, timedelta(seconds=self.patience)), timedelta(seconds=self.patience)
         try:
-            group = ProcessGroupGloo(store, ids.index(self.id), len(ids), timedelta(seconds=self.patience))
+            group = ProcessGroupGloo(store, ids.index(self.id), len(ids), self._options(patience))
             group.set_timeout(timedelta(seconds=self.timeout))
         except (RuntimeError, dist.DistStoreError) as error:
             raise PeersLost(f"no group of replicas {ids} came about: {error}") from error
-        return GlooTransport(group)
+        return GlooTransport(group, store)
+
+    def _options(self, patience: timedelta) -> Any:
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs do not know it
+        options._devices = [ProcessGroupGloo.create_device(**self._device())]
+        options._timeout = patience
+        return options
+
+    def _device(self) -> dict[str, str]:
+        """Where groups listen: on the interface that the environment names, else at the address that the store sees.
+
+        A launcher of one machine names the loopback interface, for the ranks of a replica among themselves.
+        """
+        name = os.environ.get(INTERFACE, "").partition(",")[0]
+        return {"interface": name} if name not in ("", "lo", "lo0") else {"hostname": self._store.line.local}
 
 
 class _Pulse:
     """Beats for this replica, and listens to the others, on a thread and a connection of its own."""
 
-    def __init__(self, store: Store, own: int | None, patience: float) -> None:
+    def __init__(self, store: GuardedStore, own: int | None, patience: float) -> None:
         self._store, self._own, self._patience = store, own, patience
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._watched: list[int] = []
@@ -308,7 +377,7 @@ class _Pulse:
         """Whether it has beaten within the time of patience, as far as was listened to."""
         with self._lock:
             said = self._listen(member)
-            return said != b"gone" and time.monotonic() - self._heard[member][1] < self._patience
+            return said not in (b"", b"gone") and time.monotonic() - self._heard[member][1] < self._patience
 
     def watch(self, members: Iterable[int], successor: str, on_end: Callable[[], None]) -> None:
         """Call ``on_end`` once, when one of ``members`` is alive no more, or the others have gone on to a successor."""
@@ -326,10 +395,10 @@ class _Pulse:
         self._thread.join()
         if self._own is not None:
             self._store.set(f"beat/{self._own}", "gone")
+        self._store.line.close()
 
     def _listen(self, member: int) -> bytes:
-        key = f"beat/{member}"
-        said: bytes = self._store.get(key) if self._store.check([key]) else b""
+        said = self._store.look(f"beat/{member}") or b""
         if member not in self._heard or self._heard[member][0] != said:
             self._heard[member] = said, time.monotonic()
         return said
@@ -379,12 +448,13 @@ class MembersTransport:
         return MembersTransport(self._members, self._index + 1)
 
 
-def serve(port: int, host: str = "0.0.0.0") -> TCPStore:
+def serve(port: int, host: str = "127.0.0.1", *, secret_file: str | Path | None = None) -> StoreServer:
     """A store for `Members`, served by this process as long as it holds what is returned. 0: any free port.
 
-    Raises ``OSError`` if the port cannot be served.
+    ``host``: the address to listen at; "0.0.0.0" for all. Raises ``OSError`` if the port cannot be served there, and
+    ``ValueError`` where there is no secret and none can be made.
     """
     try:
-        return TCPStore(host, port, is_master=True, wait_for_workers=False)
-    except dist.DistNetworkError as error:
-        raise OSError(f"port {port} cannot be served: {error}") from error
+        return StoreServer(host, port, made_secret(secret_file))
+    except OSError as error:
+        raise OSError(f"port {port} cannot be served at {host}: {error}") from error

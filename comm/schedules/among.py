@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 
 import torch
@@ -14,6 +15,14 @@ from dtrain.comm.ops import Axis
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.schedules.sync import Attached, unlike
 
+log = logging.getLogger(__name__)
+
+MOST_REFUSED = 3
+
+
+class Unfit(ValueError):
+    """What a donor handed over cannot be its state."""
+
 
 class AmongMembers(Attached):
     """To be mixed in before another `Attached`, whose constructor is called between `_join` and the first exchange."""
@@ -21,6 +30,8 @@ class AmongMembers(Attached):
     members: Members
     newcomer: bool
     """Whether the others had begun when this replica came."""
+    refused = 0
+    """How often in a row what a donor handed over did not fit; nothing of it was taken."""
 
     def detach(self) -> None:
         self.members.leave()
@@ -62,6 +73,13 @@ class AmongMembers(Attached):
         self.members.leave()
         for channel in self._channels():
             channel.renew()
+
+    def _refuse(self, error: Exception) -> None:
+        """Go on without what was handed over, and ask again; raise ``error`` where that does not help."""
+        self.refused += 1
+        log.warning("replica %d refuses what was handed over: %s", self.members.id, error)
+        if self.refused >= MOST_REFUSED:
+            raise error
 
     def _require_same_run(self, mine: str) -> None:
         """Raise ``ValueError`` unless the first replica of the run said the same of itself."""

@@ -15,20 +15,20 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dtrain.comm.drivers.gloo_transport import is_loss
-from dtrain.comm.drivers.members import NOBODY, Epoch, Members
+from dtrain.comm.drivers.members import MOST_STEPS, NOBODY, Epoch, Members
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.ops import Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
-from dtrain.comm.schedules.among import AmongMembers
+from dtrain.comm.schedules.among import AmongMembers, Unfit
 from dtrain.comm.schedules.local_update import LocalUpdate
-from dtrain.comm.schedules.parts import Flight, Part
+from dtrain.comm.schedules.parts import NEVER, Flight, Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
 
 
@@ -157,10 +157,14 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
         """Copy the donor's state to those who are behind; False if one of them was lost."""
         try:
             self._hand_on(self.members.epoch)
+        except Unfit as error:
+            self._refuse(error)
+            return False
         except RuntimeError as error:
             if not is_loss(error):
                 raise
             return False
+        self.refused = 0
         return True
 
     def _channels(self) -> list[Channel]:
@@ -177,11 +181,16 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
             try:
                 own = self._packed() if me == epoch.donor else None
                 source = sorted([epoch.donor, *epoch.behind]).index(epoch.donor)
-                found = channel.run(_copied(own, source), "hand-over")
+                found = channel.run(_copied(own, source, self._most_bytes()), "hand-over")
             finally:
                 channel.close()
         if me != epoch.donor:
-            self._unpack(found)
+            self._unpack(found, self.members.stands(epoch.donor))
+
+    def _most_bytes(self) -> int:
+        """A bound of what can be handed over: for each element fp64 of each name, and the rest."""
+        elements = sum(anchor.numel() for anchor in self._anchor(self.pieces.segments).values())
+        return 8 * elements * (1 + len(self.state.kinds)) + (1 << 24)
 
     def _packed(self) -> Tensor:
         shared = {name for name, kind in self.state.kinds.items() if kind in ("replicated", "opaque")}
@@ -195,8 +204,14 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
         torch.save({"tensors": tensors, "counters": counters, "parts": parts, "position": self.position}, buffer)
         return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
-    def _unpack(self, packed: Tensor) -> None:
-        found = torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
+    def _unpack(self, packed: Tensor, position: int | None) -> None:
+        """Take it over, all or nothing. Raises `Unfit`. ``position``: where the donor told the store that it stands."""
+        try:
+            found = torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
+            self._require_fitting(found, position)
+        except Exception as error:  # whatever torch says of what is no archive
+            told = str(error).partition("\n")[0]
+            raise Unfit(f"it is no state of this run ({told}); do all replicas run the same version?") from error
         device = next(iter(self.pieces.read(copy=False).values()), torch.empty(0)).device
         tensors = cast(Mapping[str, Mapping[str, Tensor]], found["tensors"])
         moved = {fqn: {name: t.to(device) for name, t in named.items()} for fqn, named in tensors.items()}
@@ -213,10 +228,36 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
         self.position = found["position"]
         self.pieces.write(self._anchor(self.pieces.segments))
 
+    def _require_fitting(self, found: Mapping[str, Any], position: int | None) -> None:
+        """Raise ``ValueError`` unless every part of it can be this sync's."""
+        anchors = self._anchor(self.pieces.segments)
+        tensors, counters, parts = found["tensors"], found["counters"], found["parts"]
+        shapes = {fqn: (named["anchor"].shape, named["anchor"].dtype) for fqn, named in tensors.items()}
+        wrong = {
+            "position": not _number(found["position"]) or position not in (None, found["position"]),
+            "counters": {*counters} != {*self.counters} or not all(map(_number, counters.values())),
+            "parameters": shapes != {fqn: (anchor.shape, anchor.dtype) for fqn, anchor in anchors.items()},
+            "names": not {name for named in tensors.values() for name in named} <= {*self.state.kinds},
+            "values": not all(bool(named["anchor"].isfinite().all()) for named in tensors.values()),
+            "parts": len(parts) != len(self.parts)
+            or not all(
+                _number(captured, NEVER) and math.isfinite(scalar) and all(map(_number, flights))
+                for captured, scalar, flights in parts
+            ),
+        }
+        if any(wrong.values()):
+            raise ValueError(f"its {' and '.join(name for name, bad in wrong.items() if bad)} cannot be")
 
-def _copied(own: Tensor | None, source: int) -> Flow[Tensor]:
-    """The bytes of the rank ``source``; the others have None."""
+
+def _number(value: object, least: int = 0) -> bool:
+    return type(value) is int and least <= value < MOST_STEPS
+
+
+def _copied(own: Tensor | None, source: int, most: int) -> Flow[Tensor]:
+    """The bytes of the rank ``source``; the others have None. Raises `Unfit` for more than ``most``."""
     (size,) = yield Broadcast((torch.tensor([own.numel() if own is not None else 0]),), source)
+    if own is None and not 0 < int(size) <= most:
+        raise Unfit(f"it says that it has {int(size)} bytes, and a state of this model has {most} at most")
     (found,) = yield Broadcast((own if own is not None else torch.empty(int(size), dtype=torch.uint8),), source)
     return found
 

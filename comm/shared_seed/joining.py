@@ -23,13 +23,15 @@ from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import Broadcast, Flow
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.schedules.among import AmongMembers
+from dtrain.comm.schedules.among import AmongMembers, Unfit
 from dtrain.comm.shared_seed.digest import signed
 from dtrain.comm.shared_seed.directions import At, move, walk_on
 from dtrain.comm.shared_seed.one_byte import AttachedOneByte, OneByte, gathered
-from dtrain.comm.shared_seed.update_log import Header, Record, UpdateLog, from_bytes, to_bytes
+from dtrain.comm.shared_seed.update_log import Header, LogError, Record, UpdateLog, from_bytes, to_bytes
 
 PROBE = 1 << 18
+RECORD_BYTES = 64
+"""More than a record takes in a log, without its machines and their bytes."""
 ASK_EVERY = 10
 """Steps between two looks for newcomers: a look takes some round trips to the store."""
 
@@ -137,10 +139,14 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
                     (self._hand_on if me == epoch.donor else self._catch_up)(channel, source)
                 finally:
                     channel.close()
+        except (Unfit, LogError) as error:
+            self._refuse(error)
+            return False
         except RuntimeError as error:
             if not is_loss(error):
                 raise
             return False
+        self.refused = 0
         self._asked = self.steps
         return True
 
@@ -165,6 +171,7 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
         channel.run(gathered(torch.tensor([signed(self.digest())])), "hand-over")
         (about,) = channel.run(_from(source, torch.zeros(2 + place.size, dtype=torch.int64)), "hand-over")
         there, tail_bytes, *places = about.tolist()
+        self._require_possible(there, tail_bytes, places)
         here = places[place.rank]
         started = time.perf_counter()
         channel.run(_from(source, torch.zeros(PROBE, dtype=torch.uint8)), "hand-over")
@@ -186,6 +193,19 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
         self.steps = there
         if came_now:
             self.came_by = "log" if by_log else "weights"
+
+    def _require_possible(self, there: int, tail_bytes: int, places: list[int]) -> None:
+        """Raise `Unfit` for what the donor cannot say of itself."""
+        epoch = self.members.epoch
+        assert epoch is not None
+        stands = self.members.stands(epoch.donor)
+        most = max(0, there) * (RECORD_BYTES + (2 + self.walk.samples) * self.members.arrivals)
+        if there < 0 or stands not in (None, there) or not 0 <= tail_bytes <= most:
+            raise Unfit(f"it says that it is at step {there} (the store: {stands}), with {tail_bytes} bytes of its log")
+        if not all(NOBODY <= place <= there for place in places):
+            raise Unfit(
+                f"it says that the weights of those who are behind are of the steps {places}, and is at {there}"
+            )
 
     def _walk_along(self, values: Named, records: list[Record]) -> None:
         for record in records:

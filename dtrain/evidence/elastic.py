@@ -134,7 +134,8 @@ def elastic(session: Session) -> Report:
 @contextlib.contextmanager
 def store(cluster: str = NAME) -> Iterator[str]:
     """``dtrain members`` on the login host."""
-    command, variables = login_command([sys.executable, "-P", "-m", "dtrain", "members", "--port", "29400"], cluster)
+    serve = [sys.executable, "-P", "-m", "dtrain", "members", "--port", "29400", "--host", "0.0.0.0"]
+    command, variables = login_command(serve, cluster)
     with subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

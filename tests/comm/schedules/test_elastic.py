@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 import json
+import math
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,12 +21,15 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import Members, attach, co2, diloco, ef21, error_feedback, every_step, lgreco, quantize
+from dtrain.comm.drivers.guarded_store import GuardedStore, Line
 from dtrain.comm.drivers.members import NOBODY, Epoch, propose, serve
-from dtrain.comm.schedules.elastic import _require_elastic
+from dtrain.comm.drivers.secret import read_secret
+from dtrain.comm.schedules.among import Unfit
+from dtrain.comm.schedules.elastic import AttachedElastic, _require_elastic
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.testing.workers import Forked
 from tests.comm.schedules.elastic_job import LR, Asked, body, loss_of, main, wait_for
@@ -151,6 +159,89 @@ def test_a_replica_of_two_shards_goes_with_all_its_ranks_and_comes_with_all(tmp_
     with replicas(tmp_path, stays, dies, dataclasses.replace(common, name="late", after="die-b")) as processes:
         assert [process.wait(90) for name in ("a", "late") for process in processes[name]] == [0, 0, 0, 0]
     assert ended(tmp_path, "a")["digest"] == ended(tmp_path, "late")["digest"]
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_whoever_reaches_the_store_changes_nothing_in_a_run(tmp_path: Path) -> None:
+    """A stranger who has read the code: fake newcomers, a counter out of all bounds, and junk where epochs are."""
+    digests = []
+    for attacked in (False, True):
+        store, out = serve(0, "127.0.0.1"), tmp_path / str(attacked)
+        out.mkdir()
+        common = Asked(f"127.0.0.1:{store.port}", str(out), "", replicas=2, steps=20, hold_at=7, hold_for=3)
+        with replicas(out, *(dataclasses.replace(common, name=name) for name in ("a", "b"))) as processes:
+            wait_for(functools.partial(both_hold, out), 60)
+            if attacked:
+                strangers_say(store.port)
+            line = Line("127.0.0.1", store.port, read_secret(), 5.0)
+            GuardedStore(line, "dtrain/", timedelta(seconds=5)).add("arrivals", 1)  # they go on
+            assert [processes[name][0].wait(30) for name in ("a", "b")] == [0, 0]
+        found = [ended(out, name) for name in ("a", "b")]
+        assert {size for one in found for _, size, _ in one["rows"]} == {2}  # type: ignore[attr-defined]
+        digests.append({one["digest"] for one in found})
+    assert digests[0] == digests[1] and len(digests[0]) == 1
+
+
+def both_hold(out: Path) -> bool:
+    return all((out / f"holds-{name}").exists() for name in ("a", "b"))
+
+
+def strangers_say(port: int) -> None:
+    """All that a client of torch's can say to a store of torch's, as far as it is let."""
+    said = {"epoch/1": "junk", "ready/1/5": "1000000000", "beat/5": "1", "beat/0": "gone", "called/0/2": "yes"}
+    with suppress(RuntimeError):
+        store = PrefixStore("dtrain", TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1)))
+        for key, value in said.items():
+            store.set(key, value)
+        store.add("arrivals", 5_000_000)
+    for noise in (b"", b"\0" * 100, b"GET / HTTP/1.1\r\n\r\n", b"dtrain members 1" + b"\xff" * 1000):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+            connection.sendall(noise)
+
+
+@pytest.mark.parametrize("change", ["nothing", "junk", "names", "shapes", "nan", "counters", "position", "parts"])
+def test_a_state_that_cannot_be_the_donors_is_refused_whole(change: str) -> None:
+    store = serve(0, "127.0.0.1")
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(nn.Linear(2, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        members = Members(f"127.0.0.1:{store.port}", replicas=1)
+        sync = attach(model, optimizer, diloco(every_steps=2), members=members)
+        assert isinstance(sync, AttachedElastic)
+        content = torch.load(io.BytesIO(sync._packed().numpy().tobytes()), weights_only=True)
+        named = next(iter(content["tensors"].values()))
+        changed: dict[str, Callable[[], object]] = {
+            "nothing": lambda: content.update(position=3),
+            "junk": lambda: content.clear(),
+            "names": lambda: named.update(strange=torch.zeros(1)),
+            "shapes": lambda: named.update(anchor=torch.zeros(7)),
+            "nan": lambda: named["anchor"].view(-1)[0:1].fill_(math.nan),
+            "counters": lambda: content["counters"].update(steps=-777),
+            "position": lambda: content.update(position=1 << 60),
+            "parts": lambda: content.update(parts=[]),
+        }
+        changed[change]()
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        before = {fqn: tensor.clone() for fqn, tensor in sync.pieces.read().items()}
+        if change == "nothing":
+            sync._unpack(packed, 3)
+            assert sync.position == 3
+        else:
+            with pytest.raises(Unfit, match="no state of this run"):
+                sync._unpack(packed, None)
+            assert sync.steps == 0 and sync.position == 0
+        with pytest.raises(Unfit):
+            sync._unpack(packed[:50], None)
+        with pytest.raises(Unfit):
+            sync._unpack(packed, 4)
+        assert all(torch.equal(tensor, before[fqn]) for fqn, tensor in sync.pieces.read().items())
+        sync.detach()
+    finally:
+        dist.destroy_process_group()
 
 
 # ---- what is decided, and what is refused --------------------------------------------------------------------------

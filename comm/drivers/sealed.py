@@ -1,0 +1,111 @@
+"""Messages between those who share a secret: both ends prove that they know it, and every message is sealed.
+
+    opening    -> name of the protocol, 32 random bytes      <- 32 random bytes, proof        -> proof
+    message    length (4 bytes), HMAC-SHA256 over its number and its text (32), its text: fields, each after its length
+
+Proofs and keys are HMACs of the secret over both random numbers, so that nothing said in one connection can be said in
+another, or twice, or in another order. What is said can be read on the way: it is not encrypted.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+
+__all__ = ["MOST_BYTES", "Mistrust", "Sealed", "answered", "opened"]
+
+PROTOCOL = b"dtrain members 1"
+NONCE = MAC = 32
+MOST_BYTES = 1 << 24
+
+
+class Mistrust(ConnectionError):
+    """The other end does not know the secret, does not speak the protocol, or a message was changed on its way."""
+
+
+class Sealed:
+    """A connection that is opened. ``keys``: for what is sent, for what is received."""
+
+    def __init__(self, connection: socket.socket, keys: tuple[bytes, bytes]) -> None:
+        self.socket = connection
+        self._send_key, self._receive_key = keys
+        self._sent = self._received = 0
+
+    def send(self, *fields: bytes) -> None:
+        """One message. Raises ``OSError``."""
+        text = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"a message of {len(text)} bytes; at most {MOST_BYTES} are taken")
+        self.socket.sendall(len(text).to_bytes(4, "big") + _seal(self._send_key, self._sent, text) + text)
+        self._sent += 1
+
+    def receive(self) -> list[bytes]:
+        """The next one. Raises ``EOFError`` where the other end has closed, ``Mistrust``, and ``OSError``."""
+        head = exactly(self.socket, 4 + MAC)
+        length = int.from_bytes(head[:4], "big")
+        if length > MOST_BYTES:
+            raise Mistrust(f"a message says that it has {length} bytes; at most {MOST_BYTES} are taken")
+        text = exactly(self.socket, length)
+        if not hmac.compare_digest(head[4:], _seal(self._receive_key, self._received, text)):
+            raise Mistrust("a message was changed on its way")
+        self._received += 1
+        return _fields(text)
+
+
+def opened(connection: socket.socket, secret: bytes) -> Sealed:
+    """By the one who connects. Raises ``Mistrust`` and ``OSError``."""
+    mine = secrets.token_bytes(NONCE)
+    connection.sendall(PROTOCOL + mine)
+    try:
+        said = exactly(connection, NONCE + MAC)
+    except EOFError as error:
+        raise Mistrust("who listens there is no store of `dtrain members` of this version") from error
+    both = mine + said[:NONCE]
+    if not hmac.compare_digest(said[NONCE:], _derived(secret, b"server", both)):
+        raise Mistrust("who listens there has another secret")
+    connection.sendall(_derived(secret, b"client", both))
+    return Sealed(connection, (_derived(secret, b"up", both), _derived(secret, b"down", both)))
+
+
+def answered(connection: socket.socket, secret: bytes) -> Sealed:
+    """By the one who listens. Raises ``Mistrust``, ``EOFError`` and ``OSError``."""
+    for byte in PROTOCOL:  # who says anything else is told at once
+        if exactly(connection, 1)[0] != byte:
+            raise Mistrust("another protocol")
+    theirs, mine = exactly(connection, NONCE), secrets.token_bytes(NONCE)
+    both = theirs + mine
+    connection.sendall(mine + _derived(secret, b"server", both))
+    if not hmac.compare_digest(exactly(connection, MAC), _derived(secret, b"client", both)):
+        raise Mistrust("another secret")
+    return Sealed(connection, (_derived(secret, b"down", both), _derived(secret, b"up", both)))
+
+
+def exactly(connection: socket.socket, count: int) -> bytes:
+    """So many bytes. Raises ``EOFError`` where the other end closes before, and ``OSError``."""
+    found = bytearray()
+    while len(found) < count:
+        part = connection.recv(min(count - len(found), 1 << 16))
+        if not part:
+            raise EOFError("the other end has closed the connection")
+        found += part
+    return bytes(found)
+
+
+def _fields(text: bytes) -> list[bytes]:
+    found, start = [], 0
+    while start < len(text):
+        end = start + 4 + int.from_bytes(text[start : start + 4], "big")
+        if end > len(text):
+            raise Mistrust("a field is longer than its message")
+        found.append(text[start + 4 : end])
+        start = end
+    return found
+
+
+def _seal(key: bytes, number: int, text: bytes) -> bytes:
+    return hmac.digest(key, number.to_bytes(8, "big") + text, "sha256")
+
+
+def _derived(secret: bytes, use: bytes, both: bytes) -> bytes:
+    return hmac.digest(secret, use + b"\0" + both, "sha256")
