@@ -42,11 +42,12 @@ def combine(
     route: Route = "two_phase",
     lossless: int | None = None,
     weight: float | None = None,
+    present: bool | None = None,
 ) -> Flow[Combined]:
     """Combine flat fp32 ``values`` over the peers by ``rule``. New state is staged in ``state``.
 
     ``matrices`` says how each piece lies in its parameter; low rank needs it. The rule of the route "all_reduce" is the
-    mean. ``lossless``: zstandard's level, for what is sent. ``weight``: of this rank, see `two_phase`.
+    mean. ``lossless``: zstandard's level, for what is sent. ``weight`` and ``present``: of this rank, see `two_phase`.
     """
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
     low = {fqn: values[fqn] for fqn in values if _low_rank(chosen[fqn], fqn, matrices)}
@@ -55,8 +56,8 @@ def combine(
 
     def send(part: Named, using: Plan) -> Flow[Combined]:
         if route == "all_reduce":
-            return native_mean(part, using, key, state, weight)
-        return two_phase(part, using, rule, place, key, state, weight)
+            return native_mean(part, using, key, state, weight, present)
+        return two_phase(part, using, rule, place, key, state, weight, present)
 
     def dense(part: Named) -> Flow[Combined]:
         return send(part, as_compression(None))
@@ -70,7 +71,7 @@ def combine(
     joint = together(flows)
     parts = yield from (joint if lossless is None else packed(joint, lossless))
     found = {fqn: tensor for part in parts for fqn, tensor in part.values.items()}
-    return Combined({fqn: found[fqn] for fqn in values}, all(part.finite for part in parts))
+    return Combined({fqn: found[fqn] for fqn in values}, all(part.finite for part in parts), parts[0].present)
 
 
 def require_mean_for_low_rank(plan: Plan, rule: Aggregator) -> None:
@@ -156,7 +157,7 @@ def _power_iteration(
         # From zeros no iteration would ever start again.
         state.stage(fqn, "q", factor.T.contiguous() if bool(factor.any()) else starts[fqn])
         results[fqn] = feedback.result(fqn, lies.flat(bases[fqn] @ factor), state)
-    return Combined(results, means.finite and factors.finite)
+    return Combined(results, means.finite and factors.finite, means.present)
 
 
 def consolidate(state: State, place: Place, key: Key) -> Flow[None]:

@@ -14,13 +14,18 @@ from torch import Tensor
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named, Segment
 from dtrain.comm.ops import Flow, Place
+from dtrain.comm.routes import Combined
 
 
 class Exchange(Protocol):
     """What an engine calls for each group of gradients that the backward pass has finished."""
 
-    def __call__(self, gradients: Named) -> Flow[dict[str, Tensor]]:
-        """Flow from this rank's flat fp32 gradient pieces to the combined ones."""
+    def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        """Flow from this rank's flat fp32 gradient pieces to the combined ones.
+
+        ``present``: False for zeros in place of gradients that this rank does not have, True for others, where the
+        engine wants to know whether any replica has them; all peers alike.
+        """
 
 
 class Pieces(Protocol):

@@ -6,12 +6,15 @@ every rank, the owner of a chunk included, decodes the same bytes. Its cost does
 the deterministic dense route: its bits do not depend on buckets, on timing or on the transport.
 
 Everything is cut per FQN, never per bucket: chunk j of a segment of n elements is its elements [j w, (j + 1) w) with
-w = ceil(n / W). Sent by each rank and message, besides the encoded chunks: one byte that says whether all was finite;
-in the first phase of a weighted mean four bytes, the weight.
+w = ceil(n / W). Sent by each rank and message, besides the encoded chunks: one byte that says whether all was finite
+and, in the first phase, of which names and step it speaks (`mark`); in the first phase of a weighted mean four bytes,
+the weight.
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,14 +32,20 @@ from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 
 IDENTITY = cast("fp32")
+MARKS = 127
+DESCRIPTION_BYTES = 256
 
 
 @dataclass(frozen=True)
 class Combined:
-    """What a route returns: the combined values by FQN, and whether they may be used (the same on every peer)."""
+    """What a route returns: the combined values by FQN, and whether they may be used (the same on every peer).
+
+    ``present``: whether any peer had values of its own, where that was asked; None where nothing was sent at all.
+    """
 
     values: dict[str, Tensor]
     finite: bool
+    present: bool | None = True
 
 
 def two_phase(
@@ -47,12 +56,16 @@ def two_phase(
     key: Key,
     state: State,
     weight: float | None = None,
+    present: bool | None = None,
 ) -> Flow[Combined]:
     """Combine flat ``values`` over the peers. New feedback state is staged in ``state``.
 
     Compressors see fp32. What that rounds of values in fp64 is the compressor's loss, and fed back with it.
     ``weight``: what this rank counts in the mean. A rank of weight 0 gives zeros and is left out, as is one whose
     values are not finite; None: all count alike, and none may be left out.
+    ``present``: False for zeros in place of values that this rank does not have; they count like any others.
+
+    Raises ``RuntimeError`` on every peer where they came with different values (`mark`), without a ``weight``.
     """
     world = place.size
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
@@ -68,8 +81,11 @@ def two_phase(
         else:
             outgoing.append(feedback.encode(fqn, value, compressor, world, own, state))
     finite = all_finite(values, sums)
-    incoming = yield AllToAll(_joined(outgoing, vote(world, finite, weight, _device(values))))
+    said = mark(values, key.step) + (MARKS if present is False else 0)
+    incoming = yield AllToAll(_joined(outgoing, vote(world, finite, weight, _device(values), said)))
     votes = Votes(incoming[-1].flatten().tolist(), place)
+    if weight is None:
+        votes, present = yield from _heard(votes, values, key)
     finite = votes.passed if weight is None else votes.anybody
 
     answers: list[Payload] = []
@@ -99,7 +115,37 @@ def two_phase(
         rows = compressor.decode(tuple(tensor.flatten(0, 1) for tensor in encoded), width, shared)
         results[fqn] = result = feedback.result(fqn, from_rows(rows, value.numel()), state)
         sums.append(result.sum())
-    return Combined(results, finite and all_finite(results, sums))
+    return Combined(results, finite and all_finite(results, sums), present is not False)
+
+
+def mark(names: Iterable[str], step: int) -> int:
+    """A digest of what a message is about, 1 to `MARKS`: two that are not of the same names and step differ but for
+    one time in 127. It costs no byte, as it takes the place of the 1 that says that all is finite.
+
+    >>> mark(["a", "b"], step=3) == mark(["a", "c"], step=3)
+    False
+    """
+    return 1 + zlib.crc32("\n".join([str(step), *names]).encode()) % MARKS
+
+
+def _heard(votes: Votes, values: Named, key: Key) -> Flow[tuple[Votes, bool]]:
+    """What all have said in one byte each: their votes, and whether anybody was present.
+
+    Raises ``RuntimeError`` that says what each peer came with, if they do not speak of the same: all of them see it.
+    """
+    heard = [int(one) for one in votes.weights]
+    if len({(one - 1) % MARKS for one in heard if one}) > 1:
+        names = list(values)
+        line = f"step {key.step}, {len(names)} values: {', '.join(names)}".encode()[:DESCRIPTION_BYTES]
+        mine = torch.tensor(list(line.ljust(DESCRIPTION_BYTES)), dtype=torch.uint8, device=_device(values))
+        (lines,) = yield AllGather((mine,))
+        told = [bytes(row.tolist()).decode(errors="ignore").strip() for row in lines]
+        raise RuntimeError(
+            "replicas were about to combine different values with each other: "
+            + "; ".join(f"replica {rank} of {line}" for rank, line in enumerate(told))
+            + "; every replica must exchange the same parameters in the same order"
+        )
+    return Votes([min(one, 1) for one in heard], votes.place), any(one <= MARKS for one in heard)
 
 
 @dataclass(frozen=True)
@@ -129,17 +175,22 @@ class Votes:
         return self.place.size if self.alike or own <= 0 else sum(self.weights) / own
 
 
-def vote(rows: int, finite: bool, weight: float | None, device: torch.device) -> Tensor:
-    """What a rank says of its values, to ``rows`` ranks: [rows, 1], one byte, or four for a weight."""
+def vote(rows: int, finite: bool, weight: float | None, device: torch.device, said: int = 1) -> Tensor:
+    """What a rank says of its values, to ``rows`` ranks: [rows, 1], one byte, or four for a weight.
+
+    ``said``: the byte for values that are finite.
+    """
     if weight is None:
-        return torch.full((rows, 1), finite, dtype=torch.uint8, device=device)
+        return torch.full((rows, 1), said if finite else 0, dtype=torch.uint8, device=device)
     return torch.full((rows, 1), weight if finite else 0.0, dtype=torch.float32, device=device)
 
 
-def native_mean(values: Named, plan: Plan, key: Key, state: State, weight: float | None = None) -> Flow[Combined]:
+def native_mean(
+    values: Named, plan: Plan, key: Key, state: State, weight: float | None = None, present: bool | None = None
+) -> Flow[Combined]:
     """The mean by one native all-reduce, for linear compressors of one dtype. The transport orders the summation.
 
-    ``weight``: as in `two_phase`; for payloads in fp32.
+    ``weight``: as in `two_phase`; for payloads in fp32. ``present`` too: unless it is None, one more element says it.
     """
     counts = weight if weight is None or all_finite(values) else 0.0
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
@@ -153,9 +204,13 @@ def native_mean(values: Named, plan: Plan, key: Key, state: State, weight: float
         else:
             encoded.append(feedback.encode(fqn, value, compressor, 1, replace(key, fqn=fqn), state))
     sent = tuple(tensor for payload in encoded for tensor in payload)
-    if counts is None:
+    if counts is None and present is None:
         reply = yield AllReduce(sent, "mean")
         finite = True
+    elif counts is None:
+        like = sent[0] if sent else torch.empty(0, device=_device(values))
+        *means, had = yield AllReduce((*sent, like.new_full((1,), float(bool(present)))), "mean")
+        reply, finite, present = tuple(means), True, float(had) > 0
     else:
         own = torch.tensor([counts], device=_device(values))
         *sums, total = yield AllReduce((*(counts * tensor for tensor in sent), own), "sum")
@@ -166,7 +221,7 @@ def native_mean(values: Named, plan: Plan, key: Key, state: State, weight: float
         compressor, feedback = _in_rows(chosen[fqn], value)
         decoded = compressor.decode(payload, value.numel(), replace(key, fqn=fqn).shared)[0]
         results[fqn] = feedback.result(fqn, decoded, state)
-    return Combined(results, finite and all_finite(results))
+    return Combined(results, finite and all_finite(results), present is not False)
 
 
 def two_phase_bytes(numels: list[int], compressor: Compressor, world: int, *, weighted: bool = False) -> int:

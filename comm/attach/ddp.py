@@ -105,7 +105,7 @@ class DDPPieces(ModulePieces):
             means = {fqn: rank_order_mean(r) for fqn, r in zip(gradients, arrived, strict=True)}
             slices = {fqn: means[fqn][: self.segments[fqn].numel] for fqn in gradients if fqn in self.segments}
         if self._exchange is not None:
-            slices = yield from self._exchange(slices)
+            slices = (yield from self._exchange(slices)).values
         whole = yield from self._gather(slices, list(gradients))
         for fqn, gradient in gradients.items():
             gradient.copy_(whole[fqn].view(gradient.shape))

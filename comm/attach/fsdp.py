@@ -1,14 +1,14 @@
 """Adapts FSDP2 (`fully_shard` on a one-dimensional shard mesh): gradients are handed over unit by unit.
 
 FSDP2 reduce-scatters a unit's gradients over the shard axis and then calls the unit's all-reduce hook with this rank's
-flat part, before it becomes ``p.grad``. The hook starts the exchange with the peers. Where nothing follows that would
-copy (same dtype, no gradient there yet), ``p.grad`` is a view of the hook's buffer, so the exchange may fill it later,
-while backward goes on; otherwise the hook waits.
+flat part, before it becomes ``p.grad``. The hook starts the exchange with the peers (`units`). Where nothing follows
+that would copy (same dtype, no gradient there yet), ``p.grad`` is a view of the hook's buffer, so the exchange may fill
+it later, while backward goes on; otherwise it is added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, load_elementwise_state
-from dtrain.comm.drivers.run import Channel, Handle
+from dtrain.comm.attach.units import Passes, units_of
+from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named, Segment, copied, is_finite, working
-from dtrain.comm.ops import Flow, Place
+from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Exchange
 
 
@@ -60,8 +61,7 @@ class FSDPPieces:
         self.held = self.segments
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._buffers: dict[int, Tensor] = {}
-        self._under_way: list[Handle[None]] = []
+        self._passes: Passes | None = None
         self._guard = StepGuard(optimizer)
 
     @property
@@ -84,16 +84,13 @@ class FSDPPieces:
     def hand_over(self, exchange: Exchange | None) -> None:
         if exchange is None:
             return
-        names = {id(parameter): fqn for fqn, parameter in self.model.named_parameters()}
-        for unit in self.units:
-            unit.set_all_reduce_hook(self._hook(unit, exchange, names))
+        assert isinstance(self.model, FSDPModule)  # `attach` sees to it
+        units = units_of(self.model, self.segments)
+        self._passes = Passes(self.model, units, exchange, self.channel, overlap=self.overlap)
 
     def finish(self) -> None:
-        for handle in self._under_way:
-            handle.wait()
-        if self._under_way and self.overlap:
-            self._check_views()
-        self._under_way, self._buffers = [], {}
+        if self._passes is not None:
+            self._passes.finish()
 
     def gradients_finite(self) -> bool:
         grads = [p.grad for p in self.parameters.values()]
@@ -105,10 +102,12 @@ class FSDPPieces:
     def step(self) -> None:
         with self._guard.opened():
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.skip()
 
     def skip(self) -> None:
         self.optimizer.zero_grad()
+        if self._passes is not None:
+            self._passes.step_ended()
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         return elementwise_state(self.optimizer, self.parameters, _local)
@@ -119,61 +118,8 @@ class FSDPPieces:
 
     def detach(self) -> None:
         self._guard.remove()
-        for unit in self.units:
-            unit.set_all_reduce_hook(lambda flat: None)
-
-    def _hook(self, unit: FSDPModule, exchange: Exchange, names: Mapping[int, str]) -> Callable[[Tensor], None]:
-        groups = _parameter_groups(unit)
-
-        def hook(flat: Tensor) -> None:
-            gradients: dict[str, Tensor] = {}
-            start, late = 0, self.overlap
-            for group in groups:
-                for held in group.fsdp_params:
-                    if not held.sharded_param.requires_grad:
-                        continue  # frozen: it has no gradient, and no place in the buffer
-                    fqn = names[id(held.sharded_param)]
-                    if fqn in self.segments:
-                        gradients[fqn] = flat[start : start + self.segments[fqn].numel]
-                    start += held.padded_sharded_param_size.numel()
-                    # A cast or an accumulation after the hook would copy what has not arrived yet.
-                    late = late and held.sharded_param.dtype == flat.dtype and held.sharded_param.grad is None
-            if start != flat.numel():
-                raise RuntimeError(
-                    f"an FSDP2 unit handed over {flat.numel()} gradient elements for parameters of {start}; were some "
-                    "unused in this step? call set_reduce_scatter_unused_params(True) on the model"
-                )
-            handle = self.channel.start(_fill(exchange, gradients), "gradients")
-            if late:
-                self._buffers[flat.untyped_storage().data_ptr()] = flat
-                self._under_way.append(handle)
-            else:
-                handle.wait()
-
-        return hook
-
-    def _check_views(self) -> None:
-        for fqn, parameter in self.parameters.items():
-            gradient = parameter.grad
-            if gradient is not None and _local(gradient).untyped_storage().data_ptr() not in self._buffers:
-                raise RuntimeError(
-                    f"the gradient of {fqn} is a copy that was made before the exchange had filled it; clear gradients "
-                    "with set_to_none=True and call set_requires_gradient_sync(False) on all but the last microbatch, "
-                    "or attach with overlap=False"
-                )
-
-
-def _fill(exchange: Exchange, gradients: Mapping[str, Tensor]) -> Flow[None]:
-    combined = yield from exchange({fqn: working(flat) for fqn, flat in gradients.items()})
-    for fqn, flat in gradients.items():
-        flat.copy_(combined[fqn])
-
-
-def _parameter_groups(unit: FSDPModule) -> list:  # type: ignore[type-arg]
-    """FSDP2 tells nobody where a unit's parameters lie in its flat buffer; this attribute is private but does."""
-    state = unit._get_fsdp_state()
-    group = state._fsdp_param_group
-    return [group] if group is not None else []
+        if self._passes is not None:
+            self._passes.detach()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -244,6 +244,6 @@ def zero_pieces(engine: Any, channel: Channel) -> ZeroPieces:
 
 
 def _fill(exchange: Exchange, gradients: Mapping[str, Tensor]) -> Flow[None]:
-    combined = yield from exchange({fqn: flat.float() for fqn, flat in gradients.items()})
+    combined = (yield from exchange({fqn: flat.float() for fqn, flat in gradients.items()})).values
     for fqn, flat in gradients.items():
         flat.copy_(combined[fqn])

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from torch import Tensor
-
 from dtrain.comm.aggregators.mean import Aggregator, mean
 from dtrain.comm.combine import Route, combine, require_mean_for_low_rank, require_summable
 from dtrain.comm.drivers.packing import require_zstandard
@@ -65,13 +63,13 @@ class AttachedEveryStep(Attached):
         self._handed = False
         return super().step()
 
-    def _exchange(self, gradients: Named) -> Flow[dict[str, Tensor]]:
-        self._handed = True
-        combined = yield from self._combine(gradients)
+    def _exchange(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        combined = yield from self._combine(gradients, present)
+        self._handed = self._handed or combined.present is True
         self._all_finite = self._all_finite and combined.finite
-        return combined.values
+        return combined
 
-    def _combine(self, gradients: Named) -> Flow[Combined]:
+    def _combine(self, gradients: Named, present: bool | None) -> Flow[Combined]:
         key = Key(self.seed, self.steps, self.pieces.place.rank)
         spec, place = self.spec, self.pieces.place
         self._measure(gradients, key)
@@ -86,6 +84,7 @@ class AttachedEveryStep(Attached):
                 matrices=self.matrices,
                 route=spec.route,
                 lossless=spec.lossless,
+                present=present,
             )
         )
 

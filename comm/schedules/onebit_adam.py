@@ -61,12 +61,12 @@ class _AttachedOneBitAdam(AttachedEveryStep):
         """Whether the warm-up is over."""
         return self.steps >= self.warmup_steps
 
-    def _combine(self, gradients: Named) -> Flow[Combined]:
+    def _combine(self, gradients: Named, present: bool | None) -> Flow[Combined]:
         if not self.frozen:
-            return (yield from super()._combine(gradients))
+            return (yield from super()._combine(gradients, present))
         b1 = self._group["betas"][0]
         momenta = {fqn: b1 * self.state.get(fqn, "adam_m", g) + (1 - b1) * working(g) for fqn, g in gradients.items()}
-        combined = yield from super()._combine(momenta)
+        combined = yield from super()._combine(momenta, present)
         for fqn, momentum in combined.values.items():
             self.state.stage(fqn, "adam_m", momentum.clone())
         return replace(combined, values={fqn: m.to(gradients[fqn].dtype) for fqn, m in combined.values.items()})

@@ -16,7 +16,7 @@ from dtrain.comm.layout import Named, messages
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
-from dtrain.comm.routes import all_finite, two_phase
+from dtrain.comm.routes import Combined, all_finite, two_phase
 from dtrain.comm.schedules.guard import differences, gauges, products, repaired
 from dtrain.comm.schedules.knobs import Knobs
 from dtrain.comm.schedules.local_update import LocalUpdate
@@ -231,15 +231,15 @@ class AttachedLocalUpdate(Attached):
         for part in self.parts:
             part.captured, part.tokens = self.steps, self.tokens
 
-    def _exchange(self, gradients: Named) -> Flow[dict[str, Tensor]]:
+    def _exchange(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
         """In the warm-up the mean of all replicas' gradients; afterwards each keeps its own."""
         if self.steps >= self.spec.warmup_steps:
-            return dict(gradients)
+            return Combined(dict(gradients), finite=True, present=None)
         key = Key(self.seed, self.steps, self.pieces.place.rank)
         plain, place = as_compression(None), self.pieces.place
-        combined = yield from two_phase(gradients, plain, rank_order_mean, place, key, State({}))
+        combined = yield from two_phase(gradients, plain, rank_order_mean, place, key, State({}), present=present)
         self._averaged = self._averaged and combined.finite
-        return combined.values
+        return combined
 
     def _gradients_ok(self) -> bool:
         if self.steps == 0:

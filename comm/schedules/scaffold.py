@@ -28,6 +28,7 @@ from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.routes import Combined
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update
 from dtrain.comm.schedules.outer import sgd
 from dtrain.comm.schedules.parts import Part
@@ -90,7 +91,7 @@ class AttachedDirected(AttachedLocalUpdate):
         super().load_integers(integers)
         self.moved = number_of(integers["moved"])
 
-    def _directed(self, gradients: Named) -> Flow[dict[str, Tensor]]:
+    def _directed(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
         """What the optimizer is given in place of this replica's own gradients; nothing is sent."""
         yield from ()
         beta, state, found = self.spec.beta, self.state, {}
@@ -99,7 +100,7 @@ class AttachedDirected(AttachedLocalUpdate):
             if self.spec.control:
                 own = gradient + (state.get(fqn, "control", gradient) - state.get(fqn, "own_control", gradient))
             found[fqn] = own if beta == 1 else beta * own + (1 - beta) * state.get(fqn, "direction", gradient)
-        return found
+        return Combined(found, finite=True, present=None)
 
     def _after_step(self) -> None:
         self.moved += float(self.pieces.optimizer.param_groups[0]["lr"])

@@ -67,7 +67,7 @@ class Replica:
 
     def finish(self) -> None:
         if self._exchange is not None and self.gradients and not self._exchanged:
-            self.gradients = self.channel.run(self._exchange(self.gradients), "gradients")
+            self.gradients = self.channel.run(self._exchange(self.gradients), "gradients").values
             self._exchanged = True
 
     def gradients_finite(self) -> bool:
