@@ -36,7 +36,15 @@ from dtrain.data.batches import fetch, positions
 from dtrain.data.order import example_at
 from dtrain.engines import Engine, EngineOptions, build_engine
 from dtrain.engines.base import Batch
-from dtrain.errors import DtrainError, FailedAtTheStart, FailedTwice, NotFinite, TooManySkippedSteps
+from dtrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DtrainError,
+    FailedAtTheStart,
+    FailedTwice,
+    NotFinite,
+    TooManySkippedSteps,
+)
 from dtrain.evaluation import evaluate
 from dtrain.failing import Failed
 from dtrain.launchers.failure import CONSEQUENCE
@@ -141,7 +149,7 @@ class _Run:
         rng.seed_everything(config.train.seed)
         self.model = build_model(config.model, self.data)
         if config.run.weights:
-            put_into(self.model, weights_of(Path(config.run.weights)), config.run.weights)
+            self._begin_with(Path(config.run.weights))
         self.engine = self._engine()
         self.sync = cast(Sync, instantiate(config.sync, "sync"))
         self.attached: Attached = self.sync.bind(self.engine.pieces, config.train.seed)
@@ -157,6 +165,13 @@ class _Run:
         self.validation_loss: float | None = None
         self.last_loss: float | None = None
         self.on_row: Callable[[Row], None] = lambda row: None
+
+    def _begin_with(self, path: Path) -> None:
+        """Raises ``ConfigError``: what is wrong with a file that a run begins with is so at each start."""
+        try:
+            put_into(self.model, weights_of(path, dict(self.model.named_parameters())), f"run.weights={path}")
+        except CheckpointError as error:
+            raise ConfigError(f"{error}; give a safetensors file, a checkpoint or a run of this model") from error
 
     def _engine(self) -> Engine:
         config = self.config

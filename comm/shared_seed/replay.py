@@ -21,8 +21,8 @@ def replay(
     Returns (the weights, fp32; the step that they began at; the number of steps that they have now).
 
     Where they belong is told by their digest: before step 0, or behind the step whose record has it. The digest of each
-    record that has one is compared. Raises `LogError` for weights that the log does not know or another model's, and at
-    the first step after which weights differ from what the run had.
+    record that has one is compared. Raises `LogError` for weights that the log does not know or another model's, for
+    records that are missing, and at the first step after which weights differ from what the run had.
     """
     shapes = {fqn: tuple(shape) for fqn, shape in log.header.shapes.items()}
     given = {fqn: tuple(tensor.shape) for fqn, tensor in weights.items()}
@@ -37,6 +37,8 @@ def replay(
     values = {fqn: weights[fqn].detach().float().reshape(-1).clone() for fqn in shapes}
     first = _place(log, unsigned(partial(values, segments)))
     taken = first
+    if lost := [f"{one} to {other}" for one, other in log.gaps() if one >= first and (steps is None or one < steps)]:
+        raise LogError(f"the records of steps {', '.join(lost)} are missing in the log; take another copy of it")
     for record in log.records:
         if record.step.number < first or (steps is not None and record.step.number >= steps):
             continue
@@ -53,7 +55,7 @@ def replay(
 
 def _place(log: Contents, digest: int) -> int:
     """The step that comes next for weights of this digest."""
-    before = log.records[0].step.number if log.records else 0
+    before = log.records[0].step.number if log.records and log.header.start else 0
     start = log.header.start or log.header.first
     if digest == start:
         return before

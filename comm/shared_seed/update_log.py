@@ -64,7 +64,7 @@ class Header:
             kept: dict[str, Any] = json.loads(text)
             shapes = {fqn: tuple(shape) for fqn, shape in kept.pop("shapes").items()}
             found = cls(walk=Walk(**kept.pop("walk")), shapes=shapes, **kept)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LogError(f"{where}: its header cannot be read: {error}") from error
         for what, theirs, ours in (
             ("generator", found.generator, philox.VERSION),
@@ -130,6 +130,14 @@ class Contents:
     records: list[Record]
     whole_bytes: int
     torn_bytes: int
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """(first, last) step of each stretch whose records are missing: a run leaves one for every step."""
+        steps = [record.step.number for record in self.records]
+        # A log that begins in the midst of a run says with what weights.
+        before = [-1] if steps and not self.header.start else []
+        pairs = itertools.pairwise([*before, *steps])
+        return [(one + 1, other - 1) for one, other in pairs if other != one + 1]
 
 
 def read(path: str | Path) -> Contents:

@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dtrain.checkpoint import folders
+from dtrain.checkpoint import folders, tensors
 from dtrain.checkpoint.manifest import read_manifest
 from dtrain.checkpoint.read import Files, assemble
 from dtrain.checkpoint.state import BUFFERS
@@ -71,7 +70,8 @@ def export(path: Path, out: Path) -> str:
     """Write the parameters of step folder ``path`` to the safetensors file ``out``; returns their `digest`.
 
     The file appears at once and whole. Buffers (replica 0's) are in it too, in their own dtype, so that it loads as a
-    state dict; they are not part of the digest. Its metadata hold the step, the digest and the model's ``meta``.
+    state dict; they are not part of the digest. Its metadata hold the step, the digest, that of all tensors, and the
+    model's ``meta``.
 
     Raises CheckpointError as `full_parameters`, or if a buffer has a parameter's name.
     """
@@ -85,14 +85,15 @@ def export(path: Path, out: Path) -> str:
     parameters_digest = digest(parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
+    values = {name: tensor.contiguous() for name, tensor in {**parameters, **buffers}.items()}
     metadata = {
         "format": "pt",
         "step": str(manifest.step),
-        "parameters_digest": parameters_digest,
+        tensors.PARAMETERS_DIGEST: parameters_digest,
+        tensors.DIGEST: tensors.tensors_digest(values),
         "meta": json.dumps(manifest.meta),
     }
-    save_file({name: tensor.contiguous() for name, tensor in {**parameters, **buffers}.items()}, partial, metadata)
-    folders.sync_file(partial)
+    tensors.save(partial, values, metadata)
     partial.rename(out)
     folders.sync_folder(out.parent)
     return parameters_digest

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dtrain.checkpoint.export import full_parameters
+from dtrain.checkpoint import tensors
+from dtrain.checkpoint.export import digest, full_parameters
+from dtrain.checkpoint.finite import all_finite
+from dtrain.checkpoint.folders import step_folders
+from dtrain.checkpoint.read import verify
 from dtrain.errors import CheckpointError
 
 EXPORTED = Path("export") / "model.safetensors"
 
 
-def weights_of(path: Path) -> dict[str, Tensor]:
+def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[str, Tensor]:
     """Tensors by name. ``path``: a safetensors file, a checkpoint (RUN/checkpoints/step-N), or a run with an export.
 
-    Raises CheckpointError for what is none of them.
+    What stands beside them of digests is compared: the CRC-32 of a checkpoint's files, the digests in an export.
+    ``parameters``: which of the names are parameters, the others being buffers; all of them by default.
+
+    Raises CheckpointError for what is none of them, is damaged, or has parameters that are NaN or Inf.
     """
     file = path / EXPORTED if (path / EXPORTED).exists() else path
     if file.is_dir():
+        if steps := step_folders(file / "checkpoints"):
+            raise CheckpointError(f"{path} has no {EXPORTED}, since it has not ended; give a checkpoint: {steps[-1]}")
+        verify(file)
         return full_parameters(file)
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    found, metadata = tensors.load(file)
+    own = {name: tensor for name, tensor in found.items() if parameters is None or name in parameters}
+    told = metadata.get(tensors.PARAMETERS_DIGEST)
+    # Exports of earlier versions have no other digest, and it says nothing of buffers.
+    if told and tensors.DIGEST not in metadata and told != digest(own):
+        raise CheckpointError(
+            f"{file} does not hold the parameters that it was written with: their digest was {told[:16]}..., and is "
+            f"{digest(own)[:16]}...; it is damaged, or they are another model's"
+        )
+    if bad := [name for name, tensor in own.items() if not all_finite(tensor)]:
+        raise CheckpointError(f"{file}: {bad[0]} holds NaN or Inf ({len(bad)} tensors do); nothing can begin with that")
+    return found
 
 
 def put_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:

@@ -18,10 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dtrain.checkpoint import folders
+from dtrain.checkpoint import folders, tensors
 from dtrain.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -197,15 +196,15 @@ def _write_rank(commit: _Commit, state: RankState) -> None:
     state.validate()
     check_segments(state.segments, commit.shapes)
     rank = commit.place.rank
-    tensors = _pieces(state, commit.place)
+    pieces = _pieces(state, commit.place)
     path = commit.partial / data_name(rank)
     # Exclusive: should a rank of a dead attempt have got here first, that is an error and not a mixture.
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    save_file(_unshared({f"{section}{SEPARATOR}{name}": tensor for (section, name), tensor in tensors.items()}), path)
-    folders.sync_file(path)
+    named = {f"{section}{SEPARATOR}{name}": tensor for (section, name), tensor in pieces.items()}
+    tensors.save(path, _unshared(named))
     commit.on_stage("pieces")
     sections: dict[str, dict[str, tuple[str, int]]] = {}
-    for (section, name), tensor in tensors.items():
+    for (section, name), tensor in pieces.items():
         sections.setdefault(section, {})[name] = (str(tensor.dtype).removeprefix("torch."), tensor.dim())
     file = RankFile(
         rank=rank,
@@ -223,9 +222,9 @@ def _write_rank(commit: _Commit, state: RankState) -> None:
 def _pieces(state: RankState, place: Placement) -> dict[tuple[str, str], Tensor]:
     """(section, name) -> tensor, of what this rank is to write."""
     pieces: dict[tuple[str, str], Tensor] = {}
-    for section, tensors in state.sections.items():
+    for section, named in state.sections.items():
         if state.kinds[section] == "per_worker" or place.replica == 0:
-            pieces |= {(section, fqn): tensor for fqn, tensor in tensors.items()}
+            pieces |= {(section, fqn): tensor for fqn, tensor in named.items()}
     pieces |= {(RNG, name): tensor for name, tensor in state.rng.items()}
     pieces |= {(OPAQUE, name): tensor for name, tensor in state.opaque.items()}
     if place.shard == 0:

@@ -57,15 +57,14 @@ def _info(chosen: argparse.Namespace) -> int:
         first, last = records[0].step, records[-1].step
         sent = sum(len(record.step.codes) for record in records)
         print(f"steps {first.number} to {last.number}: {len(records)} records, {sent:,} bytes of {found.whole_bytes:,}")
-        part, expected = None, first.number
+        for start, stop in found.gaps():
+            print(f"  steps {start} to {stop} are missing")
+        part = None
         for record in records:
             step = record.step
-            if step.number != expected:
-                print(f"  steps {expected} to {step.number - 1} are missing")
             if (step.epoch, step.workers) != part:
                 part = step.epoch, step.workers
                 print(f"  from step {step.number}: machines {', '.join(map(str, step.workers))}")
-            expected = step.number + 1
         print(f"weights after step {last.number}: {records[-1].digest:016x}")
     else:
         print("no steps yet")
@@ -77,15 +76,24 @@ def _verify(chosen: argparse.Namespace) -> int:
     found = _read(chosen.log)
     print(f"{len(found.records)} records, every checksum right")
     _tell_torn(found)
+    if missing := found.gaps():
+        listed = ", ".join(f"{first} to {last}" for first, last in missing)
+        raise DtrainError(f"{chosen.log} is not whole: the records of steps {listed} are missing; take another copy")
     if chosen.weights is not None:
         _, first, end = _replayed(found, chosen.weights, None)
+        if found.records and first == end:
+            raise DtrainError(
+                f"nothing was replayed: {chosen.weights} holds the weights after the last step, {end - 1}; give the "
+                "run's first weights, or a checkpoint before that"
+            )
+        if found.records and first > found.records[0].step.number:
+            print(f"steps {found.records[0].step.number} to {first - 1}: before these weights, so not replayed")
         print(f"steps {first} to {end}: replayed, every digest as in the log")
     return 0
 
 
 def _replay(chosen: argparse.Namespace) -> int:
-    from safetensors.torch import save_file
-
+    from dtrain.checkpoint import tensors
     from dtrain.checkpoint.export import digest
 
     if chosen.out.exists():
@@ -94,7 +102,7 @@ def _replay(chosen: argparse.Namespace) -> int:
     if chosen.steps is not None and end < chosen.steps:
         raise DtrainError(f"{chosen.log} ends after {end} steps, and --steps is {chosen.steps}; give no more")
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(values, chosen.out)
+    tensors.save(chosen.out, values, {tensors.DIGEST: tensors.tensors_digest(values)})
     print(f"steps {first} to {end} replayed; {chosen.out} has the parameters_digest {digest(values)}")
     return 0
 
@@ -117,7 +125,7 @@ def _replayed(found: Contents, path: Path, steps: int | None) -> tuple[dict[str,
     from dtrain.comm.shared_seed.update_log import LogError
 
     try:
-        return replay(found, weights_of(path), steps)
+        return replay(found, weights_of(path, found.header.shapes), steps)
     except LogError as error:
         raise DtrainError(str(error)) from error
 

@@ -205,6 +205,7 @@ def _model(config: Config, data: object) -> None:
         from dtrain.checkpoint.weights import put_into, weights_of
 
         try:
-            put_into(model, weights_of(Path(config.run.weights)), f"run.weights={config.run.weights}")
+            weights = weights_of(Path(config.run.weights), dict(model.named_parameters()))
+            put_into(model, weights, f"run.weights={config.run.weights}")
         except CheckpointError as error:
             raise ConfigError(f"{error}; give a safetensors file, a checkpoint or a run of this model") from error

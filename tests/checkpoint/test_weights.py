@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dtrain.checkpoint import export, full_parameters, tensors
+from dtrain.checkpoint.export import digest
 from dtrain.checkpoint.weights import put_into, weights_of
 from dtrain.config import compose
 from dtrain.config.validating import validate
@@ -63,3 +70,90 @@ def test_they_are_looked_at_before_anything_is_launched(tmp_path: Path) -> None:
         validate(compose([*base, f"run.weights={tmp_path / 'other.safetensors'}"]))
     with pytest.raises(ConfigError, match="cannot be read as safetensors"):
         validate(compose([*base, f"run.weights={tmp_path / 'nothing'}"]))
+
+
+# ---- what stands beside weights is compared with them --------------------------------------------------------------
+
+
+def flipped(path: Path, at: int, bit: int) -> Path:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    (path.parent / "flipped").write_bytes(content)
+    return path.parent / "flipped"
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["with a digest of all", "of an earlier version"])
+def test_no_flipped_bit_of_an_export_gets_into_a_model(older: bool, save: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "export" / "model.safetensors"
+    export(save(1), file)
+    good, names = weights_of(tmp_path), ["a.weight", "b.bias"]
+    assert "bn.mean" in good
+    if older:
+        kept = {"format": "pt", "step": "1", "parameters_digest": digest({name: good[name] for name in names})}
+        save_file(good, file, kept)
+    draw, size = random.Random(1), file.stat().st_size
+    refused = 0
+    for _ in range(400):
+        try:
+            found = weights_of(flipped(file, draw.randrange(size), draw.randrange(8)), names)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert all(torch.equal(found[name], good[name]) for name in names)
+        assert older or equal(found, good)
+    assert refused > 100
+
+
+def test_no_flipped_bit_of_a_checkpoint_gets_into_a_model(save: Callable[..., Path]) -> None:
+    path = save(1)
+    good = full_parameters(path)
+    assert equal(weights_of(path), good)
+    for file in path.glob("*.safetensors"):
+        content = file.read_bytes()
+        flipped(file, len(content) - 3, 4).rename(file)
+        with pytest.raises(CheckpointError, match=r"CRC-32"):
+            weights_of(path)
+        file.write_bytes(content)
+
+
+def test_a_run_that_has_not_ended_names_its_checkpoint(save: Callable[..., Path], tmp_path: Path) -> None:
+    path = save(1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"has not ended; give a checkpoint: .*{path.name}"):
+        weights_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_begins_with_nan(value: float, tmp_path: Path) -> None:
+    save_file({"w": torch.tensor([1.0, value]), "mask": torch.tensor([-float("inf")])}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="w holds NaN or Inf"):
+        weights_of(tmp_path / "w.safetensors", ["w"])
+    assert weights_of(tmp_path / "w.safetensors", [])  # a buffer may hold what it likes
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_have_the_rights_that_the_umask_gives(umask: int, save: Callable[..., Path], tmp_path: Path) -> None:
+    old = os.umask(umask)
+    try:
+        path = save(1)
+        export(path, tmp_path / "out" / "model.safetensors")
+    finally:
+        os.umask(old)
+    files = [file for file in (*path.iterdir(), *(tmp_path / "out").iterdir()) if file.is_file()]
+    assert len(files) == 10
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensors, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*x.safetensors") as raised:
+        tensors.save(tmp_path / "x.safetensors", {})
+    assert raised.value.errno == errno.ENOSPC

@@ -9,13 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dtrain.cli import main
 from dtrain.comm.layout import Segment, even_slice
 from dtrain.comm.shared_seed.digest import partial, unsigned
 from dtrain.comm.shared_seed.directions import CHUNK, Step, Walk, scales, walk_on
 from dtrain.comm.shared_seed.replay import replay
-from dtrain.comm.shared_seed.update_log import Header, LogError, Record, UpdateLog, read
+from dtrain.comm.shared_seed.update_log import Header, LogError, Record, UpdateLog, read, to_bytes
 
 SHAPES = {"w": (13, 31), "b": (7,), "long": (CHUNK + 300,)}
 SEGMENTS = {fqn: Segment(fqn, 0, torch.Size(shape).numel()) for fqn, shape in SHAPES.items()}
@@ -228,6 +230,28 @@ def test_a_run_that_goes_on_behind_the_end_of_its_log_begins_another_one(tmp_pat
     assert (first, taken) == (5, 6)
     with pytest.raises(LogError, match="give those before step 5, with which it begins"):
         replay(read(tmp_path / "log"), {fqn: v.view(SHAPES[fqn]) for fqn, v in end.items()})
+
+
+def test_records_that_were_cut_out_are_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    end = {fqn: value.view(SHAPES[fqn]) for fqn, value in written(tmp_path / "log", 8).items()}
+    first = {fqn: value.view(SHAPES[fqn]) for fqn, value in weights().items()}
+    save_file(first, tmp_path / "first")
+    save_file(end, tmp_path / "end")
+    whole, verify = read(tmp_path / "log"), ["log", "verify", f"{tmp_path / 'log'}", "--weights"]
+    assert whole.gaps() == [] and main([*verify, f"{tmp_path / 'first'}"]) == 0
+    assert main([*verify, f"{tmp_path / 'end'}"]) == 1
+    assert "nothing was replayed: " in capsys.readouterr().err
+    for lost in ([3, 4], [0], [0, 1, 5]):
+        kept = [replace(record, digest=0) for record in whole.records if record.step.number not in lost]
+        with UpdateLog(tmp_path / f"cut{len(lost)}", header()) as log:
+            log.append(replace(kept[0], digest=1))
+        path = tmp_path / f"cut{len(lost)}"
+        header_bytes = path.read_bytes()[: -len(to_bytes([replace(kept[0], digest=1)]))]
+        path.write_bytes(header_bytes + to_bytes(kept))
+        assert main(["log", "verify", str(path)]) == 1
+        assert f"the records of steps {lost[0]} to " in capsys.readouterr().err
+        with pytest.raises(LogError, match="are missing"):
+            replay(read(path), first)
 
 
 # --- what machines found, and what becomes of it ----------------------------------------------------------------------
