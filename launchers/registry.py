@@ -17,7 +17,9 @@ from pathlib import Path
 
 from dtrain.launchers.job import ENDED, Facts, Job
 
-__all__ = ["Replaced", "add", "every", "find", "holder", "is_here", "jobs", "open_job", "replaced_by", "resolve"]
+__all__ = [
+    "Replaced", "add", "every", "find", "holder", "is_here", "job_of", "jobs", "open_job", "replaced_by", "resolve",
+]  # fmt: skip
 
 
 class Replaced(LookupError):
@@ -87,11 +89,16 @@ def replaced_by(job: Job) -> Facts | None:
 
 def holder(path: Path) -> Job | None:
     """The job of a folder that has not ended."""
+    job = job_of(path)
+    return job if job is not None and job.state() not in ENDED else None
+
+
+def job_of(path: Path) -> Job | None:
+    """The job of a folder, whether it has ended or not; None if it holds none that can be read."""
     try:
-        job = open_job(Facts.read(path.absolute()))
+        return open_job(Facts.read(path.absolute()))
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return job if job.state() not in ENDED else None
 
 
 def find(name: str) -> Job:

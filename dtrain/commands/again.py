@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -74,13 +73,15 @@ def command(words: Sequence[str], config: Config, *, to_the_end: bool = False) -
     Without ``run.resume=never``, which would refuse the run, and, to go on ``to_the_end``, without
     ``train.stop_after_steps``, which would stop it where it is.
     """
+    from dtrain.config.words import written
+
     given = {_key(word) for word in words}
     undone = {"run.resume": "auto"} if config.run.resume == "never" else {}
     undone |= {STOP_AFTER: "0"} if to_the_end else {}
     kept = [word for word in words if _key(word) not in undone]
     kept += [f"{key}={value}" for key, value in undone.items() if key not in given]  # said as train={...}
     if "run.dir" not in given:
-        kept.append(f"run.dir={_hydra_quoted(_short(config.run.dir))}")
+        kept.append(written("run.dir", _short(config.run.dir)))
     return shlex.join([*_program(), "train", *kept])
 
 
@@ -108,8 +109,3 @@ def _program() -> list[str]:
 def _short(path: str) -> str:
     """Relative to the current folder if it lies below."""
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
-
-
-def _hydra_quoted(path: str) -> str:
-    """A path as the value of an override: hydra reads commas, spaces and brackets as its own."""
-    return path if re.fullmatch(r"[\w./+-]+", path) else "'" + path.replace("'", "\\'") + "'"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from dtrain.commands import add_verb
+from dtrain.commands import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.commands.entering import enter_launcher
 from dtrain.commands.submitting import sigterm_interrupts
 from dtrain.errors import INTERRUPTED, ConfigError, DtrainError
@@ -71,6 +71,7 @@ def add(verbs: Verbs) -> None:
         verb.add_argument(
             "--baseline", type=Path, metavar="ROWS", help="rows.jsonl of an older sweep to compare with, or its folder"
         )
+        add_config_dir(verb)
         verb.add_argument("words", nargs="*", metavar="OVERRIDE", help="bench.KEY=..., launcher=..., run.dir=FOLDER")
         verb.set_defaults(run=run)
 
@@ -81,7 +82,7 @@ def _collectives(chosen: argparse.Namespace) -> int:
     from dtrain.bench.rows import Row
     from dtrain.bench.settings import parse
 
-    settings, words = parse(chosen.words, GROUPS)
+    settings, words = parse(words_of(chosen), GROUPS)
     baseline = _baseline(chosen.baseline, Row)
     job, folder = _submitted("collectives", settings, words)
     return _show(job, folder, baseline, Shown(Row, table.HEAD, lambda row, _: table.line(row), table.summary))
@@ -94,7 +95,7 @@ def _hooks(chosen: argparse.Namespace) -> int:
     from dtrain.bench.settings import parse
 
     sizes = [word for word in ("bench.min_bytes=4M", "bench.max_bytes=4M") if not _names(word, chosen.words)]
-    settings, words = parse([*sizes, *chosen.words], GROUPS)
+    settings, words = parse([*sizes, *words_of(chosen)], GROUPS)
     if settings.transport == "mpi" or settings.dtype != "float32":
         raise ConfigError("bench hooks exchanges gradients in fp32 over torch.distributed: leave both settings out")
     baseline = _baseline(chosen.baseline, HookRow)
@@ -114,14 +115,12 @@ def _submitted(what: str, settings: Settings, words: Sequence[str]) -> tuple[Job
     from dtrain.launching import build_launcher
 
     for word in words:
-        if not word.lstrip("+").startswith(("launcher", "run.dir=")):
-            raise ConfigError(f"{word}: bench takes bench.KEY=..., launcher=..., launcher.KEY=... and run.dir=FOLDER")
-    config = compose(words)
+        if not word.lstrip("+").startswith(LAUNCHER_WORDS):
+            raise ConfigError(f"{word}: bench takes bench.KEY=..., launcher=..., launcher.KEY=..., run.dir=..., @FILE")
+    config = compose(words, name="bench")
     settings = _completed(settings, config.launcher)
     enter_launcher(config.launcher, sys.argv[1:])
     folder = Path(config.run.dir).absolute()
-    if not any(word.startswith("run.dir=") for word in words):
-        folder = folder.with_name(folder.name.rpartition("-")[0] + "-bench")
     # What fails would fail again, and its rows would be there twice.
     launcher = build_launcher(dataclasses.replace(config.launcher, max_restarts=0))
     settings.write(folder)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.commands import add_verb
+from dtrain.commands import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.commands.entering import enter_launcher
 from dtrain.errors import ConfigError, DtrainError
 
@@ -32,6 +32,7 @@ def add(verbs: Verbs) -> None:
     """Add ``doctor``."""
     doctor = add_verb(verbs, "doctor", does="check this machine, or every node of an allocation", epilog=EPILOG)
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_config_dir(doctor)
     doctor.add_argument("words", nargs="*", metavar="OVERRIDE", help="launcher=..., launcher.KEY=..., run.dir=FOLDER")
     doctor.set_defaults(run=_doctor)
 
@@ -42,15 +43,13 @@ def _doctor(chosen: argparse.Namespace) -> int:
     from dtrain.launching import build_launcher
 
     for word in chosen.words:
-        if not word.lstrip("+").startswith(("launcher", "run.dir=")):
-            raise ConfigError(f"{word}: doctor takes launcher=..., launcher.KEY=... and run.dir=FOLDER")
-    config = compose(chosen.words)
+        if not word.lstrip("+").startswith(LAUNCHER_WORDS):
+            raise ConfigError(f"{word}: doctor takes launcher=..., launcher.KEY=..., run.dir=FOLDER and @FILE")
+    config = compose(words_of(chosen), name="doctor")
     # A rank for each node: more would share what is measured.
     settings = dataclasses.replace(config.launcher, workers=config.launcher.nodes, max_restarts=0)
     enter_launcher(settings, sys.argv[1:])
     folder = Path(config.run.dir).absolute()
-    if not any(word.startswith("run.dir=") for word in chosen.words):
-        folder = folder.with_name(folder.name.rpartition("-")[0] + "-doctor")
     for stale in (folder / "doctor").glob("*"):
         stale.unlink()
     try:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.commands import add_verb
+from dtrain.commands import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.commands.entering import enter_launcher
 from dtrain.errors import ConfigError, DtrainError
 
@@ -31,6 +31,7 @@ def add(verbs: Verbs) -> None:
     launch = add_verb(verbs, "launch", does="launch any program, a process per rank", epilog=EPILOG)
     launch.add_argument("--dry-run", action="store_true", help="print the exact script or command; start nothing")
     launch.add_argument("--name", default="launch", help="the job's name (default: %(default)s)")
+    add_config_dir(launch)
     launch.add_argument("words", nargs="*", metavar="OVERRIDE", help="launcher=..., launcher.KEY=..., run.dir=FOLDER")
     launch.set_defaults(run=_launch, takes_program=True)
 
@@ -42,16 +43,13 @@ def _launch(chosen: argparse.Namespace) -> int:
     if not chosen.program:
         raise ConfigError("say what to launch, after --: dtrain launch launcher.workers=2 -- python my_train.py")
     for word in chosen.words:
-        if not word.lstrip("+").startswith(("launcher", "run.dir=")):
+        if not word.lstrip("+").startswith(LAUNCHER_WORDS):
             raise ConfigError(
-                f"{word}: launch takes launcher=..., launcher.KEY=... and run.dir=FOLDER; the rest is train's"
+                f"{word}: launch takes launcher=..., launcher.KEY=..., run.dir=FOLDER and @FILE; the rest is train's"
             )
-    config = compose(chosen.words)
+    config = compose(words_of(chosen), name=chosen.name)
     enter_launcher(config.launcher, sys.argv[1:], dry_run=chosen.dry_run)
-    named = any(word.startswith("run.dir=") for word in chosen.words)
     folder = Path(config.run.dir).absolute()
-    if not named:  # its default is named for a sync
-        folder = folder.with_name(folder.name.rpartition("-")[0] + f"-{chosen.name}")
     launcher = build_launcher(config.launcher, replicas=config.launcher.nodes)  # of a program that is not ours
     if chosen.dry_run:
         print(launcher.render(chosen.program, folder=folder, name=chosen.name), end="")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -14,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from dtrain.commands.entering import enter_launcher
 from dtrain.commands.submitting import program
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import CHECKPOINTED, INTERRUPTED, ConfigError, DtrainError
 
 if TYPE_CHECKING:
     from dtrain.config import Config
 
 FILE = "sweep.json"
-COLUMNS = ("loss", "validation_loss", "tokens_per_second", "sent_bytes_per_rank")
+MOST_RUNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -38,69 +40,95 @@ def combinations(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     ['sync=dense,train.seed=1', 'sync=dense,train.seed=2', 'sync=diloco,train.seed=1', 'sync=diloco,train.seed=2']
 
     Raises:
-        ConfigError: a word that cannot be read, or none that has several values.
+        ConfigError: a word that cannot be read, none that has several values, or too many combinations.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from dtrain.config.composing import alternatives
 
-    fixed: list[str] = []
-    swept: list[list[str]] = []
-    for word in words:
-        try:
-            override = OverridesParser.create().parse_overrides([word])[0]
-        except HydraException as error:
-            raise ConfigError(f"cannot read {word!r}: {str(error).splitlines()[0]}") from error
-        if override.is_sweep_override():
-            key = word.partition("=")[0]
-            swept.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            fixed.append(word)
+    found = alternatives(words)
+    fixed = [values[0] for values in found if len(values) == 1]
+    swept = [values for values in found if len(values) > 1]
     if not swept:
         raise ConfigError("train -m needs a key with several values, as in train.seed=1,2,3")
+    if (count := math.prod(map(len, swept))) > MOST_RUNS:
+        raise ConfigError(f"these are {count:,} combinations; a sweep has at most {MOST_RUNS:,} runs")
     return [(",".join(chosen), [*fixed, *chosen]) for chosen in itertools.product(*swept)]
 
 
 def sweep(words: Sequence[str], *, dry_run: bool) -> int:
     """Run, or submit, every combination; returns the exit code."""
     from dtrain.config import compose, run_folder, validate
+    from dtrain.config.words import written
 
     chosen = combinations(words)
-    if any(word.startswith("run.dir=") for _, overrides in chosen for word in overrides):
-        base = Path(next(w for w in chosen[0][1] if w.startswith("run.dir=")).partition("=")[2]).absolute()
-        chosen = [(v, [w for w in overrides if not w.startswith("run.dir=")]) for v, overrides in chosen]
-    else:
-        first = Path(compose(chosen[0][1]).run.dir).absolute()
-        base = first.with_name(first.name.rpartition("-")[0] + "-sweep")
-    runs = [Run(values, base / f"{number}-{values}") for number, (values, _) in enumerate(chosen)]
-    configs = [
-        run_folder.absolute(compose([*overrides, f"run.dir='{run.folder}'"]))
-        for run, (_, overrides) in zip(runs, chosen, strict=True)
-    ]
+    base = Path(compose(chosen[0][1], name="sweep").run.dir).absolute()
+    stored = _stored(base) if (base / FILE).exists() else []
+    runs = _placed(base, [values for values, _ in chosen], stored)
+    places = [written("run.dir", str(run.folder)) for run in runs]
+    commands = [[*overrides, place] for place, (_, overrides) in zip(places, chosen, strict=True)]
+    configs = [run_folder.absolute(compose(command)) for command in commands]
     enter_launcher(configs[0].launcher, sys.argv[1:], dry_run=dry_run)
     descriptions = [validate(config) for config in configs]
+    everything = list({run.folder: run for run in (*stored, *runs)}.values())
     if configs[0].launcher.name == "slurm":
-        return _array(base, runs, configs, descriptions, dry_run=dry_run)
+        return _array(base, runs, everything, configs, descriptions, dry_run=dry_run)
     from dtrain.commands.train import train
 
+    if dry_run:
+        for run, command in zip(runs, commands, strict=True):
+            print(f"---- {run.values} ----", flush=True)
+            train(command, dry_run=True)
+        return 0
+    _write(base, everything)
     codes = []
-    for run, (_, overrides) in zip(runs, chosen, strict=True):
+    for run, command in zip(runs, commands, strict=True):
         print(f"---- {run.values} ----", flush=True)
-        codes.append(train([*overrides, f"run.dir='{run.folder}'"], dry_run=dry_run))
-    if not dry_run:
-        _write(base, runs)
-        print(table(base))
-    return max(codes)
+        codes.append(train(command))
+        if codes[-1] in (INTERRUPTED, CHECKPOINTED):
+            left = len(runs) - len(codes)
+            print(
+                f"the sweep ends here; the same command, with run.dir={base}, goes on with {run.values}, {left} to come"
+            )
+            break
+    print(table(base))
+    return codes[-1] if codes[-1] in (INTERRUPTED, CHECKPOINTED) else max(codes)
+
+
+def _placed(base: Path, combinations: Sequence[str], stored: Sequence[Run]) -> list[Run]:
+    """A folder for each combination: the one that it had when the sweep ran before, else one of a plain name."""
+    known = {run.values: run.folder for run in stored}
+    taken = {run.folder for run in stored}
+    runs = []
+    for number, values in enumerate(combinations):
+        folder = known.get(values)
+        while folder is None:
+            candidate = base / f"{number}-{_plain(values)}"
+            if candidate not in taken:
+                folder = candidate
+            number += 1
+        taken.add(folder)
+        runs.append(Run(values, folder))
+    return runs
+
+
+def _plain(values: str) -> str:
+    """The values as part of the name of a folder, which needs no quotes and leads nowhere else.
+
+    >>> _plain("sync=dense,data.path=../ü b")
+    'sync-dense-data.path-..-b'
+    """
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", values).strip("-.")[:100] or "run"
 
 
 def _array(
     base: Path,
     runs: Sequence[Run],
+    everything: Sequence[Run],
     configs: Sequence[Config],
     descriptions: Sequence[dict[str, object]],
     *,
     dry_run: bool,
 ) -> int:
-    """One job array: an element for each run."""
+    """One job array: an element for each run. ``everything``: these runs, and those that the sweep had before."""
     from dtrain.config import run_folder
     from dtrain.config.composing import commented
     from dtrain.launchers.job import ENDED
@@ -130,7 +158,7 @@ def _array(
         raise ConfigError(str(error)) from error
     except (RuntimeError, OSError) as error:
         raise DtrainError(str(error)) from error
-    _write(base, runs)
+    _write(base, everything)
     print(f"job array {jobs[0].id.partition('_')[0]} ({len(jobs)} runs): {base}")
     if not settings.wait:
         print(f"  dtrain jobs table {base}     dtrain jobs status {jobs[0].id}")
@@ -142,8 +170,35 @@ def _array(
 
 
 def _write(base: Path, runs: Sequence[Run]) -> None:
+    from dtrain.checkpoint.folders import write_text_durably
+
     content = [{"values": run.values, "folder": str(run.folder)} for run in runs]
-    (base / FILE).write_text(json.dumps(content, indent=1) + "\n")
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        write_text_durably(base / FILE, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"run.dir={base} cannot be written to: {error}; choose another run.dir") from error
+
+
+def _stored(base: Path) -> list[Run]:
+    """The runs of a sweep; one that was moved with its folder is found there.
+
+    Raises:
+        ConfigError: the folder holds no sweep, or a damaged one.
+    """
+    from dtrain.launchers.reading import json_in
+
+    found = json_in(base / FILE)
+    if found is None and not (base / FILE).exists():
+        raise ConfigError(f"{base} holds no sweep; name the folder that `dtrain train -m` printed")
+    runs = []
+    for entry in found if isinstance(found, list) else [None]:
+        values, folder = (entry.get("values"), entry.get("folder")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(values, str) or not isinstance(folder, str):
+            raise ConfigError(f"{base / FILE} is damaged; delete it and give the command of the sweep again")
+        there, moved = Path(folder), base / Path(folder).name
+        runs.append(Run(values, there if there.is_dir() or not moved.is_dir() else moved))
+    return runs
 
 
 def table(base: Path) -> str:
@@ -152,30 +207,6 @@ def table(base: Path) -> str:
     Raises:
         ConfigError: the folder holds no sweep.
     """
-    from dtrain.launchers.job import Facts
-    from dtrain.launchers.registry import open_job
+    from dtrain.report.comparing import compared
 
-    try:
-        runs = [Run(entry["values"], Path(entry["folder"])) for entry in json.loads((base / FILE).read_text())]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{base} holds no sweep ({error}); name the folder that `dtrain train -m` printed") from error
-    rows: list[tuple[str, ...]] = [("run", "state", *COLUMNS)]
-    for run in runs:
-        summary: dict[str, object] = {}
-        if (run.folder / "summary.json").is_file():
-            summary = json.loads((run.folder / "summary.json").read_text())
-        if (run.folder / "job.json").is_file():
-            state: str = open_job(Facts.read(run.folder)).state()
-        else:
-            state = "finished" if summary else "not finished"
-        rows.append((run.values, state, *(_figure(summary.get(column)) for column in COLUMNS)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _figure(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else "-"
+    return compared([(run.values, run.folder) for run in _stored(base)])

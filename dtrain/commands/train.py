@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.commands import add_verb
+from dtrain.commands import add_config_dir, add_verb, words_of
 from dtrain.commands.again import STOP_AFTER, command, last_checkpoint, nothing_left
 from dtrain.commands.entering import enter_launcher
 from dtrain.commands.interrupting import Stopping, goes_on, interruption
@@ -36,11 +36,15 @@ overrides:
                 compress@sync.compress={_choices("compress")}
                 optim={_choices("optim")}  model={_choices("model")}  data={_choices("data")}
   key=value     mesh.replicate=2 mesh.shard=2 launcher.workers=4 train.steps=300 optim.inner.lr=0.001 data.path=FOLDER
+                text is what stands after the first =, as it is; '~/' is the home folder; lists: 'key=["a=1","b"]'
+  @FILE         what a YAML file says (sync: diloco, train: {{steps: 50}}, train.seed: 2), or a run's config.yaml; later
+                words win. @FOLDER: choices of one's own, FOLDER/sync/mine.yaml is sync=mine
   run.resume    auto: go on where run.dir left off; never: refuse a run.dir that has a run; PATH: start from another run
 
 examples:
   dtrain train run.dir=runs/x                     the same command again goes on from the last checkpoint
   dtrain train run.dir=runs/y run.resume=runs/x   a new run that starts from another one's checkpoint
+  dtrain train @exp.yaml train.seed=2 run.dir=runs/z
   dtrain train model=custom model._target_=mine.Model model.width=256
   dtrain train launcher=slurm launcher.nodes=4 launcher.partition=gpu      submit, print the job's id, return
   dtrain train -m sync=dense,diloco train.seed=1,2,3 launcher=slurm        a job array, a run for each combination
@@ -56,7 +60,8 @@ def add(verbs: Verbs) -> None:
     train = add_verb(verbs, "train", does="train a model", epilog=EPILOG)
     train.add_argument("--dry-run", action="store_true", help="print the configuration and the command; start nothing")
     train.add_argument("-m", "--multirun", action="store_true", help="a run for each combination of key=a,b,c")
-    train.add_argument("words", nargs="*", metavar="OVERRIDE", help="group=choice or key=value")
+    add_config_dir(train)
+    train.add_argument("words", nargs="*", metavar="OVERRIDE", help="group=choice, key=value or @FILE")
     train.set_defaults(run=_train)
 
 
@@ -64,8 +69,8 @@ def _train(chosen: argparse.Namespace) -> int:
     if chosen.multirun:
         from dtrain.commands.sweeping import sweep
 
-        return sweep(chosen.words, dry_run=chosen.dry_run)
-    return train(chosen.words, dry_run=chosen.dry_run)
+        return sweep(words_of(chosen), dry_run=chosen.dry_run)
+    return train(words_of(chosen), dry_run=chosen.dry_run)
 
 
 def train(words: Sequence[str], *, dry_run: bool = False) -> int:

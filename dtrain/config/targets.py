@@ -10,12 +10,17 @@ import contextlib
 import difflib
 import importlib
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, Union, cast
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Literal, Union, cast
 
 from dtrain.errors import ConfigError, DtrainError
+
+if TYPE_CHECKING:
+    from dtrain.config.words import Kind
 
 _SIMPLE: dict[object, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
@@ -116,6 +121,38 @@ def locate(target: object, where: str) -> Callable[..., object]:
 
 def _names(owner: object) -> list[str]:
     return [name for name in {*dir(owner), *getattr(owner, "__all__", ())} if not name.startswith("_")]
+
+
+def holds_text(annotation: object, default: object = inspect.Parameter.empty) -> Kind:
+    """What a keyword of this annotation holds: see `dtrain.config.words.Kind`. Without one, its default says."""
+    if annotation in (object, typing.Any, inspect.Parameter.empty):
+        return "text" if isinstance(default, str) else "unknown"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        kinds = {holds_text(each) for each in arguments if each is not type(None) and not _of_torch(each)}
+        optional = type(None) in arguments
+        if kinds == {"text"}:
+            return "optional text" if optional else "text"
+        return kinds.pop() if len(kinds) == 1 else "unknown" if kinds & {"text", "optional text"} else "value"
+    if origin is Literal:
+        return "text" if all(isinstance(argument, str) for argument in arguments) else "value"
+    if (isinstance(annotation, type) and issubclass(annotation, str | PurePath)) or origin is os.PathLike:
+        return "text"
+    if annotation is os.PathLike:
+        return "text"
+    of_text = bool(arguments) and {holds_text(argument) for argument in arguments if argument is not ...} == {"text"}
+    many = isinstance(origin, type) and issubclass(origin, Iterable) and not issubclass(origin, Mapping)
+    return "texts" if many and of_text else "value"
+
+
+def kind_of_keyword(target: Callable[..., object], name: str) -> Kind:
+    """The same of a keyword of a callable; ``unknown`` for one that ``**keywords`` takes."""
+    named, _ = keywords_of(target)
+    try:
+        default = inspect.signature(target).parameters[name].default
+    except (ValueError, TypeError, KeyError):
+        default = inspect.Parameter.empty
+    return holds_text(named.get(name, object), default)
 
 
 def keywords_of(target: Callable[..., object]) -> tuple[dict[str, object], bool]:

@@ -1,0 +1,118 @@
+"""YAML files: a stored configuration, and those that a command line names: ``dtrain train @exp.yaml train.steps=50``.
+
+A file is read before anything is made of it: aliases that stand for more than they say, and nesting without end, are
+refused. What it says is taken key by key, as words are:
+
+    sync: diloco                 a choice of a group
+    train: {steps: 50}           or train.steps: 50
+    sync.every_steps: 50
+    model:                       a mapping with _target_ stands for the whole section, as in a run's config.yaml
+      _target_: mine.Model
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from dtrain.config.words import Word
+from dtrain.errors import ConfigError
+
+__all__ = ["mapping_of", "words_of"]
+
+MOST_BYTES = 1 << 20
+MOST_NODES = 20_000
+RESOLVER = re.compile(r"\$\{[^}]*?:")
+
+
+def mapping_of(path: str | Path, what: str = "configuration") -> DictConfig:
+    """The mapping in a YAML file, interpolations as they stand.
+
+    Raises:
+        ConfigError: the file is missing, too large, no YAML, or holds no mapping.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ConfigError(f"cannot read the {what} {path}: {getattr(error, 'strerror', error)}") from error
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"{path} is not a {what}: it is larger than {MOST_BYTES >> 20} MiB")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a {what}: it is no text ({error})") from error
+    try:
+        _bound(yaml.compose(text, Loader=yaml.SafeLoader))
+        stored = OmegaConf.load(io.StringIO(text))
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not a {what}: its brackets go too deep") from error
+    except Exception as error:  # PyYAML's errors, OmegaConf's, and what YAML's own constructors raise
+        raise ConfigError(f"{path} is not a {what}: {error}") from error
+    if not isinstance(stored, DictConfig):
+        raise ConfigError(f"{path} is not a {what}: it holds a list, not sections")
+    return stored
+
+
+def words_of(path: str) -> list[Word]:
+    """What the file of ``@PATH`` says, as words, in its order.
+
+    Raises:
+        ConfigError: as `mapping_of`; a key that is no text, or one of hydra's that has another form here.
+    """
+    stored = mapping_of(path, "configuration file")
+    try:
+        plain = cast(dict[object, object], OmegaConf.to_container(stored, resolve=False))
+    except Exception as error:
+        raise ConfigError(f"{path} is not a configuration file: {error}") from error
+    found = list(_flat(plain, "", path))
+    for word in found:
+        resolver = RESOLVER.search(repr(word.value))
+        if resolver:
+            raise ConfigError(
+                f"{path}: {word.key} has {resolver[0]}...}}, which would be looked up on this machine; a file names "
+                "other keys alone, as in ${train.steps}: give the value on the command line"
+            )
+    return found
+
+
+def _flat(node: Mapping[object, object], prefix: str, path: str) -> Iterator[Word]:
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if not isinstance(name, str) or "=" in key or not key.strip():
+            raise ConfigError(f"{path}: {key!r} is no key; keys are names, as in train.steps")
+        if key == "defaults":
+            raise ConfigError(f"{path}: there is no defaults list; choose a group by its name, as in sync: diloco")
+        if isinstance(value, dict) and value and "_target_" not in value:
+            yield from _flat(value, f"{key}.", path)
+            continue
+        plain, _, package = key.partition("@")
+        text = value if isinstance(value, str) else ""
+        yield Word(f"{key}: {value}", "", plain, package or None, text, value, path)
+
+
+def _bound(root: Any) -> None:
+    """Raise ``ValueError`` where aliases make more of the document than it says, or it holds itself."""
+    sizes: dict[int, int] = {}
+    inside: set[int] = set()
+
+    def size(node: Any) -> int:
+        number = id(node)
+        if number in inside:
+            raise ValueError("it holds itself, by an alias")
+        if number not in sizes:
+            inside.add(number)
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+            sizes[number] = 1 + sum(size(child) for child in children)
+            inside.discard(number)
+        return sizes[number]
+
+    if root is not None and size(root) > MOST_NODES:
+        raise ValueError(f"its aliases stand for more than {MOST_NODES:,} values")

@@ -1,0 +1,66 @@
+"""Runs beside each other: how they stand, what they were computed with, what they ended with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dtrain.launchers.reading import json_in
+from dtrain.launchers.registry import job_of
+
+__all__ = ["compared", "differing"]
+
+COLUMNS = ("loss", "validation_loss", "tokens_per_second", "sent_bytes_per_rank")
+MOST_KEYS = 8
+APART = ("run.", "launcher.")
+"""Sections in which runs differ without computing anything else."""
+
+
+def compared(runs: Sequence[tuple[str, Path]], settings: Mapping[Path, Mapping[str, object]] | None = None) -> str:
+    """A line for each run: its name, its state, the settings in which runs differ, its closing figures."""
+    settings = settings or {}
+    keys = differing([settings.get(folder, {}) for _, folder in runs])
+    rows: list[tuple[str, ...]] = [("run", "state", *keys, *COLUMNS)]
+    for name, folder in runs:
+        found = json_in(folder / "summary.json")
+        summary = found if isinstance(found, dict) else {}
+        values = [shown(settings.get(folder, {}).get(key)) for key in keys]
+        rows.append((name, _state(folder), *values, *(_figure(summary.get(column)) for column in COLUMNS)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
+    """The keys whose values are not the same in all runs, at most `MOST_KEYS`: those of what makes something first."""
+    keys = list(dict.fromkeys(key for each in settings for key in each))
+    found = [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1 and not key.startswith(APART)]
+    targets = [key for key in found if key.endswith("_target_")]
+    inside = tuple(key.removesuffix("_target_") for key in targets)
+    found = [key for key in found if key in targets or not key.startswith(inside or ("\0",))]
+    return found[:MOST_KEYS]
+
+
+def shown(value: object) -> str:
+    """A setting in a table; of a dotted name, such as a ``_target_``, its last part."""
+    if value is None:
+        return "-"
+    return value.rpartition(".")[2] if isinstance(value, str) and value.replace(".", "").isidentifier() else str(value)
+
+
+def _state(folder: Path) -> str:
+    job = job_of(folder)
+    if job is not None:
+        return job.state()
+    if not (folder / "config.yaml").exists():
+        return "not started"
+    return "finished" if (folder / "summary.json").exists() else "not finished"
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}"

@@ -1,0 +1,136 @@
+"""Records in files, read as what they should be or not at all: whoever asks why a job failed meets damaged ones.
+
+`json_in` reads a file that may be anything. `shaped` makes a dataclass of what it holds, by the types of its fields; a
+field that is missing and has no default, or is of another type, makes the whole record damaged, so whoever gets one can
+rely on all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import stat
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, Union, cast
+
+__all__ = ["Damaged", "json_in", "json_of", "lines_in", "number_in", "shaped"]
+
+MOST_BYTES = 16 << 20
+LARGEST = 2.0**53
+"""Of a number: a time, a step, a process id. Beyond it floats count no longer, and dates, sleeps and formats fail."""
+
+# What a terminal would obey, and halves of characters that cannot be written out again.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+_T = TypeVar("_T")
+
+
+class Damaged(ValueError):
+    """A record is not what it should be; the message says in what."""
+
+
+def json_in(path: Path) -> object:
+    """What the JSON in a file says; None if there is no such file, it is too large, torn, or no JSON."""
+    text = _text_in(path)
+    return None if text is None else json_of(text)
+
+
+def json_of(text: str) -> object:
+    """What a JSON text says, its own text made printable; None if it is none."""
+    try:
+        return _clean(json.loads(text))
+    except (ValueError, RecursionError, MemoryError):
+        return None
+
+
+def lines_in(path: Path) -> list[object]:
+    """What each line of a file says, as `json_of`; an empty list if there is no file."""
+    return [json_of(line) for line in (_text_in(path) or "").splitlines() if line.strip()]
+
+
+def number_in(name: str, form: str) -> int | None:
+    """The number in a file's name: ``number_in("rank-3.json", "rank-{}.json")``; None if it has another form.
+
+    >>> number_in("rank-3.json", "rank-{}.json"), number_in("rank-x.json", "rank-{}.json")
+    (3, None)
+    """
+    before, _, after = form.partition("{}")
+    found = re.fullmatch(rf"{re.escape(before)}([0-9]{{1,9}}){re.escape(after)}", name)
+    return int(found[1]) if found else None
+
+
+def shaped(cls: type[_T], found: object, **given: object) -> _T:
+    """The dataclass of this JSON object: ``given``, and its fields by their types. Unknown keys are left out.
+
+    Types are text, numbers, truth values, None, tuples and lists of one of them, and mappings from text to one.
+
+    Raises:
+        Damaged: it is no object, or a field is missing or of another type.
+    """
+    if not isinstance(found, Mapping):
+        raise Damaged("it is no JSON object")
+    hints = _hints(cast(Any, cls))
+    values = dict(given)
+    for entry in dataclasses.fields(cast(Any, cls)):
+        if entry.name in values:
+            continue
+        if entry.name in found:
+            values[entry.name] = _as(hints[entry.name], found[entry.name], entry.name)
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise Damaged(f"it has no {entry.name}")
+    return cls(**values)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _as(hint: Any, value: object, name: str) -> object:
+    """``value``, which is of this type, or ``Damaged``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        for argument in arguments:
+            try:
+                return _as(argument, value, name)
+            except Damaged:
+                continue
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value) and abs(value) <= LARGEST:
+            return float(value)
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) <= LARGEST:
+            return value
+    elif hint in (str, bool, type(None)):
+        if type(value) is hint:
+            return value
+    elif origin in (tuple, list) and isinstance(value, list):
+        return origin(_as(arguments[0], each, name) for each in value)
+    elif origin is dict and isinstance(value, dict):
+        return {key: _as(arguments[1], each, name) for key, each in value.items()}
+    raise Damaged(f"its {name} is {str(value)[:40]!r}")
+
+
+def _text_in(path: Path) -> str | None:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            return None
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        return None if len(content) > MOST_BYTES else content.decode()
+    except (OSError, ValueError):
+        return None
+
+
+def _clean(value: object) -> object:
+    if isinstance(value, str):
+        return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, dict):
+        return {cast(str, _clean(key)): _clean(each) for key, each in value.items()}
+    return [_clean(each) for each in value] if isinstance(value, list) else value
