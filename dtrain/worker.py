@@ -8,13 +8,14 @@ the exit code itself says 75 (checkpointed, run me again) or 130 (ended by the u
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from dtrain.collecting import loading
 from dtrain.errors import BAD_CONFIG, CHECKPOINTED, INTERRUPTED, ConfigError, DtrainError
 from dtrain.launchers import meeting
 from dtrain.launchers.local import die_with_parent
+from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.probe import settle
 from dtrain.launchers.record import ATTEMPT
 
@@ -54,27 +56,47 @@ def main(arguments: list[str]) -> int:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo", **meeting.of_environment())
-    try:
-        # A few seconds less than the launcher waits, so that the stacks of a rank that hangs reach its log.
-        grace = max(1.0, config.launcher.grace_seconds - 5)
-        with StopRequest(grace_seconds=grace) as stop:
-            restart = os.environ.get(ATTEMPT, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-            attempt = f"{restart}-{os.environ.get('MASTER_PORT', '')}"
-            clock = Clock.from_environment()
-            on_row = (lambda row: None) if watched else printer(config.train.steps)
-            outcome = train(
-                config, requested=lambda: stop.requested, clock=clock, attempt=attempt, on_row=on_row
-            )  # fmt: skip
-            if dist.get_rank() == 0 and not watched:
-                print(closing(outcome, Path(config.run.dir)), flush=True)
-    finally:
-        dist.destroy_process_group()
-        settle()
+    with alone(Path(config.run.dir)):
+        dist.init_process_group("nccl" if cuda else "gloo", **meeting.of_environment())
+        try:
+            # A few seconds less than the launcher waits, so that the stacks of a rank that hangs reach its log.
+            grace = max(1.0, config.launcher.grace_seconds - 5)
+            with StopRequest(grace_seconds=grace) as stop:
+                restart = os.environ.get(ATTEMPT, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+                attempt = f"{restart}-{os.environ.get('MASTER_PORT', '')}"
+                clock = Clock.from_environment()
+                on_row = (lambda row: None) if watched else printer(config.train.steps)
+                outcome = train(
+                    config, requested=lambda: stop.requested, clock=clock, attempt=attempt, on_row=on_row
+                )  # fmt: skip
+                if dist.get_rank() == 0 and not watched:
+                    print(closing(outcome, Path(config.run.dir)), flush=True)
+        finally:
+            dist.destroy_process_group()
+            settle()
     finalize()
     if outcome.reason != "signal" or watched:
         return 0
     return INTERRUPTED if outcome.signal == signal.SIGINT else CHECKPOINTED
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep others out of the run folder while rank 0 writes there, unless whoever launched it does (`launchers.lock`).
+
+    Raises:
+        ConfigError: somebody else trains in it.
+    """
+    kept = os.environ.get(HELD)
+    if os.environ.get("RANK", "0") != "0" or (kept and os.path.realpath(kept) == os.path.realpath(folder)):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(folder, "rank 0"):
+            yield
+    except InUse as error:
+        raise ConfigError(f"run.dir={error}: wait for it, end it, or choose another") from error
 
 
 def closing(outcome: Outcome, folder: Path) -> str:

@@ -26,6 +26,7 @@ from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
 from dtrain.launchers.record import ATTEMPT, RankRecord, keep_attempt, rank_files
+from dtrain.launchers.words import sent
 
 __all__ = ["BackgroundJob", "LocalLauncher", "MpiLauncher", "rank_command"]
 
@@ -112,7 +113,7 @@ def _ranks(settings: Mapping[str, Any]) -> mpi.Ranks:
 
 def rank_command(program: Sequence[str], folder: Path) -> list[str]:
     """The command line of one rank: the program under the process that records how it ended."""
-    return [sys.executable, "-P", "-m", "dtrain.launchers.rank", str(folder), "--", *program]
+    return [sys.executable, "-P", "-m", "dtrain.launchers.rank", str(folder), "--", *sent(program)]
 
 
 def start(launcher: str, settings: Mapping[str, object], program: Program, *, folder: Path, name: str) -> Job:

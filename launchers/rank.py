@@ -24,11 +24,14 @@ from types import FrameType
 from dtrain.launchers import mpi, probe
 from dtrain.launchers.environment import Environment
 from dtrain.launchers.local import die_with_parent
+from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.record import ATTEMPT, RankRecord, rank_files
+from dtrain.launchers.words import received
 
-BAD_CONFIG = 2
+FAILED, BAD_CONFIG = 1, 2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 ENDED_WELL = (0, 75, 130)  # finished; checkpointed, to be run again; ended by the user
+LOCK_SECONDS = 120.0  # ranks of an attempt that has failed may still be on their way out, a command on its way back
 ALREADY_SIGNALLED = ("slurm", "openmpi", "mpich")
 """Backends that signal every process of a rank themselves. Passing a signal on would deliver it twice."""
 
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     folder, separator, *program = arguments
     if separator != "--" or not program:
         raise SystemExit("usage: python -m dtrain.launchers.rank FOLDER -- PROGRAM ARGUMENTS...")
-    return run(Path(folder), program, Environment.read(os.environ))
+    return run(Path(folder), received(program), Environment.read(os.environ))
 
 
 def run(folder: Path, program: Sequence[str], place: Environment) -> int:
@@ -55,8 +58,7 @@ def run(folder: Path, program: Sequence[str], place: Environment) -> int:
         start = output.tell()
         problem = _unreachable(place)
         if problem is None:
-            environment = {**os.environ, **place.export(), probe.FOLDER: str(ranks), "PYTHONUNBUFFERED": "1"}
-            code = _spawn(under_probe(program), environment, output.fileno(), place)
+            code = _alone(folder, program, output.fileno(), place)
         else:
             output.write(f"{problem}\n".encode())
             code = BAD_CONFIG
@@ -65,6 +67,20 @@ def run(folder: Path, program: Sequence[str], place: Environment) -> int:
     if place.backend in ("openmpi", "mpich"):
         mpi.leave(code, place.backend)
     return 0 if code in ENDED_WELL else code
+
+
+def _alone(folder: Path, program: Sequence[str], output: int, place: Environment) -> int:
+    """The program's exit code. Rank 0 keeps all others out of the folder; the other ranks wait for it to meet them."""
+    ours = {probe.FOLDER: str(rank_files(folder)), HELD: str(folder), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **place.export(), **ours}
+    if place.rank:
+        return _spawn(under_probe(program), environment, output, place)
+    try:
+        with held(folder, "rank 0 of a job", seconds=LOCK_SECONDS):
+            return _spawn(under_probe(program), environment, output, place)
+    except InUse as error:
+        os.write(output, f"{error}, and was so for {LOCK_SECONDS:g} s: nothing was started\n".encode())
+        return FAILED
 
 
 def under_probe(program: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dtrain.commands import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.commands.entering import enter_launcher
+from dtrain.commands.submitting import Checked
 from dtrain.errors import ConfigError, DtrainError
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _launch(chosen: argparse.Namespace) -> int:
-    from dtrain.config import compose
+    from dtrain.config import compose, run_folder
+    from dtrain.config.composing import names_folder
     from dtrain.launching import build_launcher
 
     if not chosen.program:
@@ -49,14 +51,21 @@ def _launch(chosen: argparse.Namespace) -> int:
             )
     config = compose(words_of(chosen), name=chosen.name)
     enter_launcher(config.launcher, sys.argv[1:], dry_run=chosen.dry_run)
+    named = names_folder(words_of(chosen))
     folder = Path(config.run.dir).absolute()
     launcher = build_launcher(config.launcher, replicas=config.launcher.nodes)  # of a program that is not ours
     if chosen.dry_run:
         print(launcher.render(chosen.program, folder=folder, name=chosen.name), end="")
         return 0
-    _free(folder)
+    if named:
+        run_folder.without_job(folder)
     try:
-        job = launcher.submit(chosen.program, folder=folder, name=chosen.name)
+        if isinstance(launcher, Checked):
+            launcher.check([folder])
+        if not named:
+            folder = run_folder.made(folder)
+        with run_folder.locked(folder), run_folder.withdrawn_if_refused(folder):
+            job = launcher.submit(chosen.program, folder=folder, name=chosen.name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except (RuntimeError, OSError) as error:
@@ -68,16 +77,3 @@ def _launch(chosen: argparse.Namespace) -> int:
     from dtrain.commands.following import follow
 
     return follow(job)
-
-
-def _free(folder: Path) -> None:
-    """Raise ``ConfigError`` if the folder is that of a job which has not ended."""
-    from dtrain.launchers.registry import holder
-    from dtrain.launchers.slurm.client import SlurmError
-
-    try:
-        old = holder(folder)
-    except SlurmError as error:
-        raise ConfigError(f"run.dir={folder} holds a job, and nobody can say whether it has ended: {error}") from error
-    if old is not None:
-        raise ConfigError(f"run.dir={folder} holds job {old.id}, which is {old.state()}; cancel it or choose another")

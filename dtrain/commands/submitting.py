@@ -31,23 +31,24 @@ def program(folder: str | Path) -> list[str]:
     return ["python", "-u", "-m", "dtrain.worker", f"{folder}/config.yaml"]
 
 
-def submit(config: Config, description: Mapping[str, object], launcher: Launcher, words: Sequence[str]) -> int:
+def submit(
+    config: Config, description: Mapping[str, object], launcher: Launcher, words: Sequence[str], *, named: bool
+) -> int:
     """Hand the run over to a launcher; its job id is all that is printed, unless it is to be followed.
 
-    ``words``: the overrides that ``config`` was made of.
+    ``words``: the overrides that ``config`` was made of. ``named``: whether they name the run folder.
     """
     from dtrain.config import run_folder
-    from dtrain.launchers.job import ENDED, Facts
-    from dtrain.launchers.registry import open_job
 
     here = Path(config.run.dir)
-    if (here / "job.json").is_file():
-        old = open_job(Facts.read(here))
-        if old.state() not in ENDED:
-            raise ConfigError(f"run.dir={here} holds job {old.id}, which is {old.state()}; cancel it or choose another")
+    if named:
+        run_folder.without_job(here)
     try:
         if isinstance(launcher, Checked):
             launcher.check([here])
+        if not named:
+            config = run_folder.in_its_own(config)
+            here = Path(config.run.dir)
         with run_folder.locked(here), run_folder.withdrawn_if_refused(here):
             run_folder.write(config, description)
             job = launcher.submit(program(here), folder=here, name=here.name)

@@ -151,6 +151,7 @@ def _array(
         launcher.check(folders)
         with contextlib.ExitStack() as refusal:
             for config, description in zip(configs, descriptions, strict=True):
+                refusal.enter_context(run_folder.locked(Path(config.run.dir)))
                 refusal.enter_context(run_folder.withdrawn_if_refused(Path(config.run.dir)))
                 run_folder.write(config, description)
             jobs = launcher.submit_array(command, folders=folders, name=base.name)

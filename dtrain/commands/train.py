@@ -76,14 +76,13 @@ def _train(chosen: argparse.Namespace) -> int:
 def train(words: Sequence[str], *, dry_run: bool = False) -> int:
     """Train as these overrides say; returns the exit code."""
     from dtrain.config import compose, run_folder, to_yaml, validate
-    from dtrain.config.composing import commented
+    from dtrain.config.composing import commented, names_folder
     from dtrain.config.validating import warnings
     from dtrain.launching import build_launcher
 
     config = run_folder.absolute(compose(words))
     enter_launcher(config.launcher, sys.argv[1:], dry_run=dry_run)
     here = Path(config.run.dir)
-    worker = [sys.executable, "-u", "-m", "dtrain.worker", str(here / run_folder.CONFIG)]
     description = validate(config)
     folder = run_folder.previous(config)
     if folder:
@@ -105,18 +104,29 @@ def train(words: Sequence[str], *, dry_run: bool = False) -> int:
         print(f"{text}\n{commented(config)}# {start}")
         return 0
     if dry_run:
-        print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(worker)}")
+        print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(_worker(config))}")
         return 0
+    named = names_folder(words)
     if launcher is not None:
-        return submit(config, description, launcher, words)
-    with run_folder.locked(here):
+        return submit(config, description, launcher, words, named=named)
+    if not named:
+        config = run_folder.in_its_own(config)
+    with run_folder.locked(Path(config.run.dir)):
         run_folder.write(config, description)
-        return _launch(config, worker, words, goes_on_from=folder)
+        return _launch(config, words, goes_on_from=folder)
 
 
-def _launch(config: Config, worker: list[str], words: Sequence[str], *, goes_on_from: Path | None) -> int:
+def _worker(config: Config) -> list[str]:
+    """The command of each rank on this machine."""
+    from dtrain.config import run_folder
+
+    return [sys.executable, "-u", "-m", "dtrain.worker", str(Path(config.run.dir) / run_folder.CONFIG)]
+
+
+def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) -> int:
     from dtrain.launchers.failure import Failure
     from dtrain.launchers.local import launch
+    from dtrain.launchers.lock import HELD
     from dtrain.report.progress import Progress
     from dtrain.signals import overheard
 
@@ -133,12 +143,13 @@ def _launch(config: Config, worker: list[str], words: Sequence[str], *, goes_on_
 
         with overheard(Stopping(config, words, progress)):
             ending = launch(
-                worker,
+                _worker(config),
                 workers=config.launcher.workers,
                 log_folder=here / "logs",
                 max_restarts=config.launcher.max_restarts,
                 grace_seconds=config.launcher.grace_seconds,
                 threads_per_worker=config.launcher.threads_per_worker,
+                environment={HELD: str(here)},
                 on_restart=tell,
             )
     return finish(config, ending, words)

@@ -55,8 +55,8 @@ def compose(words: Sequence[str] = (), *, name: str = "") -> Config:
     A word is ``group=choice``, ``key=value``, ``@FILE`` (what a YAML file says: see `dtrain.config.files`) or
     ``@FOLDER`` (choices of one's own: ``FOLDER/sync/mine.yaml`` is ``sync=mine``). Later ones win.
 
-    An empty ``run.dir`` is filled in: ``runs/YYYY-mm-dd/HH-MM-SS-<name>``, a folder that is not there yet; ``name`` is
-    that of the sync if it is empty.
+    An empty ``run.dir`` is filled in: ``runs/YYYY-mm-dd/HH-MM-SS-<name>``, a folder that is not there yet (and may be
+    by the time that it is made: `run_folder.made`); ``name`` is that of the sync if it is empty.
 
     Raises:
         ConfigError: an unknown key or choice (with the nearest one there is), a value of another type, a syntax error.

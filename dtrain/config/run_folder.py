@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,10 +25,14 @@ from dtrain.config.resume import check_resume
 from dtrain.config.schema import Config
 from dtrain.errors import ConfigError, DtrainError, ResumeError
 from dtrain.failing import forget
+from dtrain.launchers.job import ENDED
+from dtrain.launchers.lock import LOCK, InUse, held
+from dtrain.launchers.registry import holder
+from dtrain.launchers.slurm.client import SlurmError
 from dtrain.report.environment import record
 
-CONFIG, ENVIRONMENT, DATA, OUTCOME, CHECKPOINTS, LOCK = (
-    "config.yaml", "environment.json", "data.json", "outcome.json", "checkpoints", ".lock",
+CONFIG, ENVIRONMENT, DATA, OUTCOME, CHECKPOINTS = (
+    "config.yaml", "environment.json", "data.json", "outcome.json", "checkpoints",
 )  # fmt: skip
 
 
@@ -167,24 +172,67 @@ def withdrawn_if_refused(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second command out of the run folder while this one trains in it. The lock ends with the process.
+    """Keep everybody else out of the run folder within the block: see `dtrain.launchers.lock`.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: somebody trains in it, or holds a job that may start to; the folder is left as it was.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / LOCK).open("a")
-    except OSError as error:
-        raise ConfigError(f"run.dir={folder} cannot be written to: {error}; choose another run.dir") from error
-    with handle:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"run.dir={folder} is in use by another dtrain: wait, or choose another") from error
-        except OSError:  # a file system without locks: then nobody is kept out
-            pass
+            folder.mkdir(parents=True, exist_ok=True)
+            locks = stack.enter_context(held(folder, "a dtrain command"))
+        except InUse as error:
+            without_job(folder)  # which tells more
+            raise ConfigError(
+                f"run.dir={folder} is in use by another dtrain: wait, or choose another ({error.holder} holds it)"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"run.dir={folder} cannot be written to: {error}; choose another run.dir") from error
+        without_job(folder)
+        if not locks:
+            print(
+                f"dtrain: warning: the file system of {folder} has no locks, so nothing keeps out a second dtrain that "
+                "another machine starts there",
+                file=sys.stderr,
+            )
         yield
+
+
+def without_job(folder: Path) -> None:
+    """Raise ``ConfigError`` if the folder is that of a job which has not ended, or which nobody can ask about."""
+    try:
+        job = holder(folder)
+        state = job.state() if job is not None else "lost"
+    except SlurmError as error:
+        raise ConfigError(
+            f"run.dir={folder} holds a job, and nobody can say whether it has ended: {error}. If you know that it has, "
+            f"remove {folder / 'job.json'}; else choose another run.dir"
+        ) from error
+    if job is not None and state not in ENDED:
+        raise ConfigError(f"run.dir={folder} holds job {job.id}, which is {state}; cancel it or choose another run.dir")
+
+
+def in_its_own(config: Config) -> Config:
+    """The configuration in a run folder of its own, which is made, where the command line has named none."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(made(Path(config.run.dir)))))
+
+
+def made(folder: Path) -> Path:
+    """A new folder of this name, or with a number behind it: of runs that start at the same moment each has its own.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    names = (f"-{number}" if number > 1 else "" for number in itertools.count(1))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = folder.with_name(folder.name + next(names))
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder} cannot be made: {error}; choose another run.dir") from error
 
 
 def outcome(folder: Path) -> dict[str, object] | None:

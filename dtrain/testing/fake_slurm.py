@@ -119,8 +119,9 @@ def _sbatch(arguments: Sequence[str]) -> int:
         shutil.copy(script, copy)
         job: Job = {
             "id": name, "script": str(copy), "state": "PENDING", "restarts": 0, "tasks": [], "script_pid": 0,
-            "nodes": [f"n{node}" for node in range(1, nodes + 1)], "per_node": int(options.get("ntasks-per-node", "1")),
-            "output": options.get("output", "/dev/null").replace("%a", str(element)), "again": False,
+            "steps": {}, "per_node": int(options.get("ntasks-per-node", "1")),
+            "nodes": [f"n{node}" for node in range(1, nodes + 1)],
+            "output": options.get("output", "/dev/null").replace("%a", str(element)).replace("%%", "%"), "again": False,
             "started": time.time(), "minutes": int(options.get("time", "60")), "directory": os.getcwd(),
             "name": options.get("job-name", "sbatch"),
         }  # fmt: skip
@@ -143,7 +144,7 @@ def _slurmd(arguments: Sequence[str]) -> int:
     (name,) = arguments
     while True:
         with _job(name) as job:
-            job |= {"state": "RUNNING", "again": False, "tasks": [], "started": time.time()}
+            job |= {"state": "RUNNING", "again": False, "tasks": [], "steps": {}, "started": time.time()}
             nodes, array = job["nodes"], name.partition("_")
             environment = {
                 **os.environ, "SLURM_JOB_ID": name.replace("_", "00"), "SLURM_JOB_NODELIST": ",".join(nodes),
@@ -181,18 +182,21 @@ def _srun(arguments: Sequence[str]) -> int:
         options[name] = value
     name = os.environ["DTRAIN_FAKE_JOB"]
     with _job(name) as job:
+        if job["again"] or job["state"] != "RUNNING":
+            raise SystemExit("srun: error: Unable to create step for job: Job/step already completing or completed")
         nodes, per_node = job["nodes"], int(options.get("ntasks-per-node", job["per_node"]))
         count = int(options.get("ntasks", len(nodes) * per_node))
-        tasks = []
+        step, tasks = str(len(job["steps"])), []
         for rank in range(count):
             place = {
-                "SLURM_STEP_ID": "0", "SLURM_PROCID": rank, "SLURM_LOCALID": rank % per_node,
+                "SLURM_STEP_ID": step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank % per_node,
                 "SLURM_NODEID": rank // per_node, "SLURM_NTASKS": count, "SLURM_NNODES": len(nodes),
                 "SLURM_STEP_TASKS_PER_NODE": f"{per_node}(x{-(-count // per_node)})",
             }  # fmt: skip
             environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
             tasks.append(subprocess.Popen(words, env=environment, start_new_session=True))
         job["tasks"] += [task.pid for task in tasks]
+        job["steps"][step] = [task.pid for task in tasks]
     worst, failed = 0, False
     while None in [task.poll() for task in tasks]:  # all of them: who has failed is read below
         if not failed and any(task.returncode for task in tasks):
@@ -209,10 +213,20 @@ def _srun(arguments: Sequence[str]) -> int:
 def _squeue(arguments: Sequence[str]) -> int:
     options = _options(arguments, ("jobs", "format"))
     with _job(_name(options["jobs"])) as job:
-        if job["state"] in ("PENDING", "RUNNING"):
+        if "steps" in options:
+            steps = [step for step, tasks in job["steps"].items() if any(_alive(task) for task in tasks)]
+            print("\n".join(f"{options['jobs']}.{step}" for step in ("batch", *steps)))
+        elif job["state"] in ("PENDING", "RUNNING"):
             left = max(0, int(60 * job["minutes"] - (time.time() - job["started"])))
             print({"%T": job["state"], "%L": f"{left // 60}:{left % 60:02d}"}[options["format"]])
     return 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _scontrol(arguments: Sequence[str]) -> int:
@@ -241,9 +255,13 @@ def _scontrol(arguments: Sequence[str]) -> int:
 
 
 def _scancel(arguments: Sequence[str]) -> int:
-    name = _name(arguments[-1])
-    with _job(name) as job:
-        if len(arguments) == 2 and arguments[0].startswith("--signal="):
+    number, _, step = arguments[-1].partition(".")
+    with _job(_name(number)) as job:
+        if step:
+            for task in job["steps"][step]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(task, signal.SIGKILL)
+        elif len(arguments) == 2 and arguments[0].startswith("--signal="):
             _signal(
                 job, signal.Signals[f"SIG{arguments[0].removeprefix('--signal=').removeprefix('SIG')}"], script=False
             )

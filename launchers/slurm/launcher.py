@@ -50,7 +50,7 @@ class SlurmLauncher:
 
     def render(self, program: Sequence[str], *, folder: Path, name: str = "job") -> str:
         """The sbatch text of one job."""
-        return render(self._work(self._command(program, folder), [folder], name), self.settings)
+        return render(self._work(self._command(program, folder), [folder], name, literal=True), self.settings)
 
     def render_array(self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep") -> str:
         """The sbatch text of an array: an element for each folder, which "{folder}" in ``program`` stands for."""
@@ -59,7 +59,7 @@ class SlurmLauncher:
     def submit(self, program: Program, *, folder: Path, name: str = "job") -> SlurmJob:
         """Submit one job; see `dtrain.launchers.job.Launcher`."""
         self.check([folder])
-        return self._submit(self._command(program, folder), [folder.absolute()], name)[0]
+        return self._submit(self._command(program, folder), [folder.absolute()], name, literal=True)[0]
 
     def submit_array(self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep") -> list[SlurmJob]:
         """Submit a job array, at most ``array_parallel`` elements of which run at the same time."""
@@ -75,20 +75,22 @@ class SlurmLauncher:
     def _command(self, program: Program, folder: Path) -> tuple[str, ...]:
         return command_of(program, folder.absolute(), python=self.settings.python)
 
-    def _work(self, program: tuple[str, ...], folders: Sequence[Path], name: str) -> Work:
+    def _work(self, program: tuple[str, ...], folders: Sequence[Path], name: str, *, literal: bool = False) -> Work:
         absolute = tuple(folder.absolute() for folder in folders)
         lists = absolute[0].parent / f"{name}-array" / "folders.txt"
         environment = dict(self._environment)
         if self._snapshot:
             snapshot = self._taken_from(absolute, lists)
             program, environment = snapshot.mapped(program), {**snapshot.variables, **environment}
-        return Work(name, program, absolute, Path.cwd(), lists, environment)
+        return Work(name, program, absolute, Path.cwd(), lists, environment, literal)
 
     def _taken_from(self, folders: Sequence[Path], lists: Path) -> Snapshot:
         return Snapshot.of(Path.cwd(), (lists.parent if len(folders) > 1 else folders[0]) / "code")
 
-    def _submit(self, program: tuple[str, ...], folders: list[Path], name: str) -> list[SlurmJob]:
-        work = self._work(program, folders, name)
+    def _submit(
+        self, program: tuple[str, ...], folders: list[Path], name: str, *, literal: bool = False
+    ) -> list[SlurmJob]:
+        work = self._work(program, folders, name, literal=literal)
         for folder in folders:
             # Slurm opens the log before the script could make its folder, and says nothing if it cannot.
             (folder / "logs").mkdir(parents=True, exist_ok=True)

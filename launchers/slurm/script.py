@@ -10,6 +10,7 @@ from pathlib import Path
 from dtrain.launchers.environment import RANK_OFFSET, WORLD
 from dtrain.launchers.probe import HANG_SECONDS
 from dtrain.launchers.slurm.settings import Group, SlurmSettings
+from dtrain.launchers.words import sent
 
 __all__ = ["Work", "render"]
 
@@ -21,8 +22,8 @@ TEMPLATES = Path(__file__).resolve().parents[2] / "slurm"
 class Work:
     """What the job runs: ``program``, once per rank, in ``directory``, with its files in ``folder``.
 
-    ``folders``: more than one makes a job array, an element each; "{folder}" in ``program`` stands for its folder.
-    ``lists``: where the script reads the folders of an array from.
+    ``folders``: more than one makes a job array, an element each; "{folder}" in ``program`` stands for its folder, but
+    not in a ``literal`` one. ``lists``: where the script reads the folders of an array from.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Work:
     directory: Path
     lists: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    literal: bool = False
 
     @property
     def array(self) -> bool:
@@ -63,7 +65,8 @@ def render(work: Work, settings: SlurmSettings) -> str:
 
 
 def _directives(work: Work, settings: SlurmSettings) -> list[str]:
-    log = work.lists.parent / "batch-%a.log" if work.array else work.folders[0] / "logs" / "batch.log"
+    folder = str(work.lists.parent if work.array else work.folders[0]).replace("%", "%%")  # Slurm has signs of its own
+    log = f"{folder}/batch-%a.log" if work.array else f"{folder}/logs/batch.log"
     first = settings.groups[0] if settings.groups else None
     lines = {
         "job-name": work.name,
@@ -73,7 +76,7 @@ def _directives(work: Work, settings: SlurmSettings) -> list[str]:
         "exclude": settings.exclude,
         "reservation": settings.reservation,
         **_resources(first or _whole(settings), settings),
-        "output": str(log),
+        "output": log,
         "open-mode": "append",
         "signal": f"USR2@{settings.signal_seconds}" if settings.signal_seconds else "",
         "array": _array(work, settings),
@@ -140,7 +143,14 @@ class _Step:
 
 
 def _steps(work: Work, settings: SlurmSettings) -> list[_Step]:
-    whole = ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", *_container(work, settings), *settings.srun_args]
+    # The environment of the script, even where a site's SBATCH_EXPORT=NONE has kept that of the shell out of it.
+    ours = ["--export=ALL"] if not _names(settings.srun_args, "export") else []
+    # Ranks fill one node after the other. Slurm would deal them out in turn where there are as many nodes as ranks, or
+    # SLURM_DISTRIBUTION says so.
+    if not _names((*settings.srun_args, *settings.sbatch), "distribution", "m"):
+        ours.append("--distribution=block")
+    kept = ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered"]
+    whole = [*kept, *ours, *_container(work, settings), *settings.srun_args]
     command = _command(work, settings)
 
     def step(offset: int, *more: str, alone: bool) -> _Step:
@@ -173,7 +183,12 @@ def _command(work: Work, settings: SlurmSettings) -> str:
     python = settings.python or "python3"
     # -P: a folder called dtrain in the working directory is not the library.
     rank = [python, "-P", "-m", "dtrain.launchers.rank"]
-    one = f'{shlex.join(rank)} "$folder" -- {" ".join(_word(word) for word in work.program)}'
+    folder, program = '"$folder"', sent(work.program)
+    if settings.per_node == "torchrun":
+        # Its agent substitutes "${local_rank}" in arguments, so a dollar sign must be doubled to arrive as one.
+        folder, program = '"${folder//\\$/\\$\\$}"', [word.replace("$", "$$") for word in program]
+    words = [shlex.quote(word) if work.literal else _word(word, folder) for word in program]
+    one = f"{shlex.join(rank)} {folder} -- {' '.join(words)}"
     prefix = ""
     if settings.container and settings.container_runtime == "apptainer":
         prefix = shlex.join(["apptainer", "exec", *settings.container_args, settings.container]) + " "
@@ -192,9 +207,14 @@ def _command(work: Work, settings: SlurmSettings) -> str:
     return f'env folder="$folder" bash -c {shlex.quote(inner)}'
 
 
-def _word(text: str) -> str:
-    """One word for bash; "{folder}" stands for the job's folder."""
-    return '"$folder"'.join(shlex.quote(part) if part else "" for part in text.split("{folder}")) or "''"
+def _names(options: Sequence[str], *names: str) -> bool:
+    """Whether one of these options of Slurm's is among ``options``."""
+    return any(option.lstrip("-").partition("=")[0] in names for option in options)
+
+
+def _word(text: str, folder: str) -> str:
+    """One word for bash; "{folder}" stands for the job's ``folder``."""
+    return folder.join(shlex.quote(part) if part else "" for part in text.split("{folder}")) or "''"
 
 
 def _container(work: Work, settings: SlurmSettings) -> Sequence[str]:
