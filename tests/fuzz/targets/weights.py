@@ -1,0 +1,175 @@
+"""Checkpoints, exports and token files: all that holds weights or data, and says by a digest that it is whole."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dtrain.checkpoint import Placement, load, newest
+from dtrain.checkpoint.manifest import MANIFEST, _seal, data_name
+from dtrain.checkpoint.state import RankState
+from dtrain.checkpoint.threads import write_together
+from dtrain.checkpoint.weights import weights_of
+from dtrain.comm.layout import Segment, even_slice
+from dtrain.data.tokenize import tokenize
+from dtrain.data.tokens import MANIFEST as DESCRIPTION
+from dtrain.data.tokens import TOKENS, TokenFile
+from dtrain.errors import CheckpointError, DataError, ResumeError
+from tests.fuzz.harness import Case, Target
+
+SHAPES = {"a.weight": (3, 2), "b.bias": (5,)}
+_NUMEL = {"a.weight": 6, "b.bias": 5}
+_WHOLE = {fqn: Segment(fqn, 0, numel) for fqn, numel in _NUMEL.items()}
+
+
+def saved(folder: Path, step: int = 1, *, replicas: int = 2, shards: int = 2) -> Path:
+    """A checkpoint of a small model; returns its step folder."""
+    states = []
+    for rank in range(replicas * shards):
+        segments = {fqn: even_slice(fqn, n, part=rank % shards, parts=shards) for fqn, n in _NUMEL.items()}
+        values = {
+            fqn: (torch.arange(_NUMEL[fqn]) + 100.0 * step)[part.offset : part.stop] for fqn, part in segments.items()
+        }
+        states.append(
+            RankState(
+                segments=segments,
+                sections={"parameters": values, "sync.residual": {fqn: v / 7 for fqn, v in values.items()}},
+                kinds={"parameters": "replicated", "sync.residual": "per_worker"},
+                integers={"step": step},
+                buffers={"bn.mean": torch.tensor([1.0])},
+            )
+        )
+    return write_together(folder, step=step, states=states, shards=shards, shapes=SHAPES)
+
+
+def _expected(step: int) -> dict[str, Tensor]:
+    return {fqn: torch.arange(numel) + 100.0 * step for fqn, numel in _NUMEL.items()}
+
+
+def _require_values(found: dict[str, Tensor], step: int) -> None:
+    wanted = _expected(step)
+    assert found.keys() == wanted.keys()
+    for fqn, tensor in wanted.items():
+        assert torch.equal(found[fqn].reshape(-1), tensor), f"{fqn} is {found[fqn]}"
+
+
+def checkpoint(name: str, folder: Path) -> Case:
+    """One file of the newer of two checkpoints: it is loaded as it was written, or the older one is."""
+    older, newer = saved(folder, 1), saved(folder, 2)
+    file = newer / name
+
+    def read(data: bytes) -> object:
+        file.write_bytes(data)
+        path = newest(folder)
+        assert path is not None
+        return path, load(path, place=Placement(0, 1, 0, 1), segments=_WHOLE, shapes=SHAPES)
+
+    def check(found: object, intact: bool) -> None:
+        path, state = found  # type: ignore[misc]
+        assert path in (older, newer) and (not intact or path == newer)
+        _require_values(state.sections["parameters"], 1 if path == older else 2)
+
+    return Case(file.read_bytes(), read, (ResumeError,), check, json=name == MANIFEST,
+                others=((older / name).read_bytes(),))  # fmt: skip
+
+
+def sealed_manifest(folder: Path) -> Case:
+    """A manifest whose own checksum is right, and whose content makes no sense: another program wrote it."""
+    path = saved(folder)
+    body = json.loads((path / MANIFEST).read_text())
+    del body["crc32_of_the_rest"]
+
+    def read(data: bytes) -> object:
+        content = json.loads(data)  # what is no JSON has no checksum
+        if not isinstance(content, dict):
+            raise CheckpointError("no object")
+        try:
+            text = _seal(content)
+        except ValueError as error:  # NaN, which a manifest cannot hold
+            raise CheckpointError(str(error)) from error
+        (path / MANIFEST).write_text(text)
+        found = newest(folder)
+        if found is None:
+            raise CheckpointError("refused")
+        return load(found, place=Placement(0, 1, 0, 1), segments=_WHOLE, shapes=SHAPES)
+
+    def check(found: object, intact: bool) -> None:
+        assert isinstance(found, RankState)
+        found.validate()
+
+    refuses = (CheckpointError, ResumeError, ValueError)
+    return Case(json.dumps(body).encode(), read, refuses, check, json=True)
+
+
+def step_folder(name: str, folder: Path) -> Case:
+    """One file of a checkpoint that weights are taken from (`run.weights`, `dtrain log`)."""
+    path = saved(folder)
+    file = path / name
+
+    def read(data: bytes) -> object:
+        file.write_bytes(data)
+        return weights_of(path)
+
+    def check(found: object, intact: bool) -> None:
+        assert isinstance(found, dict)
+        _require_values({fqn: found[fqn] for fqn in _NUMEL}, 1)
+
+    return Case(file.read_bytes(), read, (CheckpointError, ResumeError), check, json=name == MANIFEST)
+
+
+def exported(folder: Path) -> Case:
+    """What a run exports, and others load."""
+    from dtrain.checkpoint.export import export
+
+    out = folder / "model.safetensors"
+    export(saved(folder), out)
+
+    def read(data: bytes) -> object:
+        out.write_bytes(data)
+        return weights_of(out)
+
+    def check(found: object, intact: bool) -> None:
+        assert isinstance(found, dict)
+        _require_values({fqn: found[fqn] for fqn in _NUMEL}, 1)
+
+    return Case(out.read_bytes(), read, (CheckpointError,), check)
+
+
+def tokens(name: str, folder: Path) -> Case:
+    """A tokenized text: its description, or its tokens."""
+    text = folder / "text"
+    text.mkdir()
+    (text / "one.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    made = folder / "tokens"
+    tokenize(source=text, out=made)
+    before = [TokenFile(path=made, block=8)[i]["input"] for i in range(4)]
+    file = made / name
+    intact = file.read_bytes()
+
+    def read(data: bytes) -> object:
+        file.write_bytes(data)
+        found = TokenFile(path=made, block=8)
+        return [found[i]["input"] for i in range(4)]
+
+    def check(found: object, intact: bool) -> None:
+        assert isinstance(found, list) and all(isinstance(tensor, Tensor) for tensor in found)
+        if name == TOKENS or intact:
+            assert all(torch.equal(a, b) for a, b in zip(found, before, strict=True)), "other tokens"
+
+    return Case(intact, read, (DataError, IndexError), check, json=name == DESCRIPTION)
+
+
+TARGETS = (
+    Target("checkpoint: manifest", functools.partial(checkpoint, MANIFEST)),
+    Target("checkpoint: rank file", functools.partial(checkpoint, data_name(1))),
+    Target("checkpoint: manifest sealed anew", sealed_manifest),
+    Target("weights: manifest", functools.partial(step_folder, MANIFEST)),
+    Target("weights: rank file", functools.partial(step_folder, data_name(0))),
+    Target("weights: export", exported),
+    Target("tokens: description", functools.partial(tokens, DESCRIPTION)),
+    Target("tokens: tokens", functools.partial(tokens, TOKENS)),
+)
