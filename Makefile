@@ -3,6 +3,7 @@
 #   make test      set up, then run the tests, all but those that need a cluster
 #   make test-cluster   set up, then run the tests on a Slurm cluster on this machine, and under mpirun
 #   make check     ruff and mypy --strict
+#   make fuzz      100,000 damaged inputs for every parser, into docs/evidence/fuzz.md (an hour or two)
 #   make evidence  every timed or long measurement, into docs/evidence/
 # ARGS goes to the command:      make train ARGS="engine=zero2 sync=int8_ef"      make test ARGS="tests/config -x"
 # Two test files run at a time: most tests are processes that wait for each other. A debugger wants ARGS="-n 0 --pdb".
@@ -11,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system train test test-cluster check evidence clean
+.PHONY: help setup setup-system train test test-cluster check fuzz evidence clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -63,6 +64,9 @@ test-cluster: setup setup-system
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 evidence: setup setup-system
 	@$(BIN)/python -c 'import torchft, sklearn' 2>/dev/null || $(PIP) torchft scikit-learn  # measured beside ours, and data

@@ -18,7 +18,9 @@ Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | Non
 
 _NUMBERS = (b"-1", b"0", b"1e999", b"NaN", b"99999999999999999999", b"0x10", b"1_000", b"", b"9" * 5000)
 _FIELDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
-_TEXTS = ("", "../../../outside", "/etc/passwd", "\x00", "ü" * 40, "9" * 5000, "nan", "${oc.env:HOME}", "a\nb", "\ud800")
+_TEXTS = (
+    "", "../../../outside", "/etc/passwd", "\x00", "ü" * 40, "9" * 5000, "nan", "${oc.env:HOME}", "a\nb", "\ud800",
+)  # fmt: skip
 _VALUES: tuple[Json, ...] = (
     None, True, False, -1, 0, 1, 2**31, 2**63, -(2**63), 2**70, 1.5, 1e308, -0.0, math.nan, math.inf, [], {}, [[]],
     {"a": None}, [1, "a", None], *_TEXTS,

@@ -38,7 +38,9 @@ def _fits(value: object, declared: object, where: str) -> bool:
             _fits(k, arguments[0], where) and _fits(v, arguments[1], where) for k, v in value.items()
         )
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, origin) and all(_fits(v, arguments[0], where) for v in typing.cast("list[object]", value))
+        return isinstance(value, origin) and all(
+            _fits(v, arguments[0], where) for v in typing.cast("list[object]", value)
+        )
     if declared is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if declared is int:

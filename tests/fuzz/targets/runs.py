@@ -1,4 +1,4 @@
-"""What lies in the folder of a run or a job, or is typed: configurations, metrics, closing figures, records of ranks."""
+"""What lies in the folder of a run or a job: configurations, metrics, closing figures, records of ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from dtrain.bench import rows as bench_rows
 from dtrain.bench.settings import Settings
@@ -75,7 +76,8 @@ def description(folder: Path) -> Case:
 
     def read(content: bytes) -> object:
         path.write_bytes(content)
-        return run_folder.check(config, data, folder)
+        run_folder.check(config, data, folder)
+        return None
 
     return Case(path.read_bytes(), read, (ResumeError, ConfigError), _nothing, json=True)
 
@@ -88,9 +90,8 @@ def outcome(folder: Path) -> Case:
         path.write_bytes(data)
         return run_folder.outcome(folder)
 
-    return Case(
-        json.dumps({"reason": "signal", "signal": "SIGTERM", "step": 12}).encode(), read, (DtrainError,), _nothing, json=True
-    )
+    intact = json.dumps({"reason": "signal", "signal": "SIGTERM", "step": 12}).encode()
+    return Case(intact, read, (DtrainError,), _nothing, json=True)
 
 
 SUMMARY = summary.Summary(
@@ -159,22 +160,27 @@ FACTS = Facts(
 )  # fmt: skip
 
 
+ERROR = {"kind": "ValueError", "message": "no", "traceback": "x", "time": 1.7e9}
+
+
 def job_folder(folder: Path) -> Path:
     """A job whose second attempt failed on rank 1 while rank 0 waits; every file that `jobs why` reads."""
     ranks = rank_files(folder)
     ranks.mkdir(parents=True)
     (folder / "logs").mkdir()
-    first = RankRecord(rank=0, host="n1", attempt=0, pid=11, started=1.7e9, ended=1.7e9 + 5, exit_code=1, kind="ValueError",
-                       message="no", traceback='  File "/x/t.py", line 3, in <module>\n', log="logs/rank-0.log")  # fmt: skip
-    last = [dataclasses.replace(first, attempt=1, rank=1), dataclasses.replace(first, attempt=1, ended=None, exit_code=None)]
+    first = RankRecord(
+        rank=0, host="n1", attempt=0, pid=11, started=1.7e9, ended=1.7e9 + 5, exit_code=1, kind="ValueError",
+        message="no", traceback='  File "/x/t.py", line 3, in <module>\n', log="logs/rank-0.log",
+    )  # fmt: skip
+    again = dataclasses.replace(first, attempt=1)
+    last = [dataclasses.replace(again, rank=1), dataclasses.replace(again, ended=None, exit_code=None)]
     (ranks / "attempt-1.jsonl").write_text(json.dumps(dataclasses.asdict(first)) + "\n")
     for record in last:
         (ranks / f"rank-{record.rank}.json").write_text(json.dumps(dataclasses.asdict(record)) + "\n")
     beat = {"time": 1.7e9, "since": 1.7e9 - 9, "host": "n1", "stack": ["t.py:3 main"], "entered": {"default": 7},
             "waiting": {"what": "all_reduce", "group": "default", "number": 7}}  # fmt: skip
     (ranks / "rank-0.beat").write_text(json.dumps(beat))
-    error = {"kind": "ValueError", "message": "no", "traceback": "x", "time": 1.7e9}
-    (ranks / "rank-1.error").write_text(json.dumps(error))
+    (ranks / "rank-1.error").write_text(json.dumps(ERROR))
     (folder / "end.json").write_text(json.dumps({"code": 1, "reason": "failed", "job": "4711"}))
     (folder / "attempts").write_text("1\n2\n")
     (folder / "logs" / "batch.log").write_text("srun: error: n1: task 1: Exited with exit code 1\n" * 3)
@@ -183,8 +189,10 @@ def job_folder(folder: Path) -> Path:
     return folder
 
 
-RECORDS = ("ranks/rank-1.json", "ranks/attempt-1.jsonl", "ranks/rank-0.beat", "ranks/rank-1.error", "end.json", "job.json",
-           "attempts", "logs/batch.log", "logs/rank-0.log")  # fmt: skip
+RECORDS = (
+    "ranks/rank-1.json", "ranks/attempt-1.jsonl", "ranks/rank-0.beat", "ranks/rank-1.error", "end.json", "job.json",
+    "attempts", "logs/batch.log", "logs/rank-0.log",
+)  # fmt: skip
 
 
 def asked_why(name: str, folder: Path) -> Case:
@@ -206,7 +214,7 @@ def asked_why(name: str, folder: Path) -> Case:
         return records, beats, earlier, text
 
     def check(found: object, intact: bool) -> None:
-        records, beats, earlier, text = found  # type: ignore[misc]
+        records, beats, earlier, text = cast(Any, found)
         for record in (*records, *beats, *(one for attempt in earlier.values() for one in attempt)):
             require_typed(record)
         assert all(isinstance(line, str) for line in text)
@@ -226,7 +234,7 @@ def kept(name: str, folder: Path) -> Case:
         path.write_bytes(data)
         ranks = rank_files(folder)
         begun = RankRecord.begin(ranks, 1, host="n1", attempt=2)
-        (ranks / "rank-1.error").write_bytes(data)
+        (ranks / "rank-1.error").write_bytes(data if name.endswith(".error") else json.dumps(ERROR).encode())
         begun.end(ranks, 1, log=folder / "logs" / "rank-0.log", log_start=0)
         keep_attempt(folder)
         return RankRecord.earlier(folder)
@@ -319,8 +327,8 @@ def examined(folder: Path) -> Case:
     """What the ranks of `dtrain doctor` leave."""
     (folder / "doctor").mkdir()
     path = folder / "doctor" / "rank-0.json"
-    report = {"rank": 0, "host": "n1", "versions": {"torch": "2.13"}, "findings": [
-        {"host": "n1", "check": "names", "level": "warning", "what": "x", "way_out": "y"}], "exchanges": []}  # fmt: skip
+    finding = {"host": "n1", "check": "names", "level": "warning", "what": "x", "way_out": "y"}
+    report = {"rank": 0, "host": "n1", "versions": {"torch": "2.13"}, "findings": [finding], "exchanges": []}
 
     def read(data: bytes) -> object:
         path.write_bytes(data)

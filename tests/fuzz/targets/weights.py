@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def checkpoint(name: str, folder: Path) -> Case:
         return path, load(path, place=Placement(0, 1, 0, 1), segments=_WHOLE, shapes=SHAPES)
 
     def check(found: object, intact: bool) -> None:
-        path, state = found  # type: ignore[misc]
+        path, state = cast(tuple[Path, RankState], found)
         assert path in (older, newer) and (not intact or path == newer)
         _require_values(state.sections["parameters"], 1 if path == older else 2)
 
@@ -146,13 +147,13 @@ def tokens(name: str, folder: Path) -> Case:
     (text / "one.txt").write_text("It was the best of times, it was the worst of times. " * 40)
     made = folder / "tokens"
     tokenize(source=text, out=made)
-    before = [TokenFile(path=made, block=8)[i]["input"] for i in range(4)]
+    before = [TokenFile(path=str(made), block=8)[i]["input"] for i in range(4)]
     file = made / name
     intact = file.read_bytes()
 
     def read(data: bytes) -> object:
         file.write_bytes(data)
-        found = TokenFile(path=made, block=8)
+        found = TokenFile(path=str(made), block=8)
         return [found[i]["input"] for i in range(4)]
 
     def check(found: object, intact: bool) -> None:

@@ -1,0 +1,107 @@
+"""``make fuzz``: the long run, 100,000 damaged inputs for each parser, into docs/evidence/fuzz.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from dtrain.evidence.__main__ import circumstances, write
+from dtrain.evidence.page import Report, at_most, table
+from dtrain.evidence.runs import say
+from tests.fuzz.harness import MEMORY_MIB, SECONDS, Counts, run
+from tests.fuzz.targets import TARGETS
+
+CHUNK = 5_000
+PROCESSES = 2
+
+
+def _chunk(work: tuple[int, int, int, int]) -> Counts:
+    index, first, count, seed = work
+    return run(TARGETS[index], count, seed=seed, first=first)
+
+
+def merged(parts: Sequence[Counts]) -> Counts:
+    """One target's chunks together."""
+    whole = Counts()
+    for part in parts:
+        whole.inputs += part.inputs
+        whole.refused += part.refused
+        whole.read += part.read
+        whole.slowest_seconds = max(whole.slowest_seconds, part.slowest_seconds)
+        whole.peak_mib = max(whole.peak_mib, part.peak_mib)
+        whole.failures.update(part.failures)
+        whole.examples += part.examples
+    return whole
+
+
+def report(found: dict[str, Counts], command: str) -> Report:
+    """The page, from what became of the inputs of each target."""
+    rows = [
+        [name, f"{c.inputs:,}", f"{c.refused:,}", f"{c.read:,}", f"{sum(c.failures.values()):,}",
+         f"{1000 * c.slowest_seconds:,.0f}", f"{c.peak_mib:,.0f}"]
+        for name, c in found.items()
+    ]  # fmt: skip
+    failures = {name: dict(counts.failures) for name, counts in found.items() if counts.failures}
+    listed = "".join(f"- {name}: {places}\n" for name, places in failures.items()) or "None.\n"
+    body = (
+        "Each input is an intact file or message with bits flipped, ends cut off or added, slices removed, repeated, "
+        "swapped or overwritten, numbers replaced, or, where it is JSON, values, keys and nesting changed. Refused: "
+        "the exception that the parser documents. Read: a value; where the format has a checksum it was compared with what "
+        "was written, elsewhere its types were. Failed: any other exception, a changed value behind a checksum, a "
+        f"value of wrong types, more than {MEMORY_MIB} MiB or {SECONDS:.0f} s, or the end of the process.\n\n"
+        + table(["parser", "inputs", "refused", "read", "failed", "slowest, ms", "memory, MiB"], rows)
+        + "\n\n## Failures\n\n" + listed
+    )  # fmt: skip
+    checks = (
+        at_most("inputs that failed", sum(sum(counts.failures.values()) for counts in found.values()), 0),
+        at_most("slowest input", max(counts.slowest_seconds for counts in found.values()), SECONDS, " s"),
+        at_most("memory for one input", max(counts.peak_mib for counts in found.values()), MEMORY_MIB, " MiB"),
+    )
+    figures = {
+        name: {"inputs": c.inputs, "refused": c.refused, "read": c.read, "failures": dict(c.failures),
+               "slowest_seconds": c.slowest_seconds, "peak_mib": c.peak_mib}
+        for name, c in found.items()
+    }  # fmt: skip
+    return Report("Damaged inputs", body, (command,), checks, figures)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 if no input failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="parsers whose names contain it; all by default")
+    parser.add_argument("--inputs", type=int, default=100_000, help="for each parser (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, help="where the page goes (default: docs/evidence, if all parsers are tried)"
+    )
+    chosen = parser.parse_args(arguments)
+    picked = [n for n, target in enumerate(TARGETS) if not chosen.names or any(w in target.name for w in chosen.names)]
+    if not picked:
+        parser.error(f"no parser is called so; there are {', '.join(target.name for target in TARGETS)}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    made = circumstances()
+    firsts = range(0, chosen.inputs, CHUNK)
+    work = [(n, first, min(CHUNK, chosen.inputs - first), chosen.seed) for n in picked for first in firsts]
+    found: dict[str, list[Counts]] = {}
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        for (index, first, _, _), counts in zip(work, pool.map(_chunk, work), strict=True):
+            name = TARGETS[index].name
+            found.setdefault(name, []).append(counts)
+            if first + CHUNK >= chosen.inputs:
+                whole = merged(found[name])
+                say(f"{name}: {whole.inputs:,} inputs, {sum(whole.failures.values())} failed {dict(whole.failures)}")
+                for example in whole.examples[:3]:
+                    say(example)
+    whole_report = report({name: merged(parts) for name, parts in found.items()}, "make fuzz")
+    out = chosen.out or (Path("docs/evidence") if not chosen.names else None)
+    if out is not None:
+        write("fuzz", whole_report, made, out)
+    return int(not all(check.met for check in whole_report.checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
