@@ -50,8 +50,8 @@ def report(found: dict[str, Counts], command: str) -> Report:
     body = (
         "Each input is an intact file or message with bits flipped, ends cut off or added, slices removed, repeated, "
         "swapped or overwritten, numbers replaced, or, where it is JSON, values, keys and nesting changed. Refused: "
-        "the exception that the parser documents. Read: a value; where the format has a checksum it was compared with what "
-        "was written, elsewhere its types were. Failed: any other exception, a changed value behind a checksum, a "
+        "the exception that the parser documents. Read: a value; where the format has a checksum it was compared with "
+        "what was written, elsewhere its types were. Failed: any other exception, a changed value behind a checksum, a "
         f"value of wrong types, more than {MEMORY_MIB} MiB or {SECONDS:.0f} s, or the end of the process.\n\n"
         + table(["parser", "inputs", "refused", "read", "failed", "slowest, ms", "memory, MiB"], rows)
         + "\n\n## Failures\n\n" + listed
