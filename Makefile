@@ -4,6 +4,7 @@
 #   make test-cluster   set up, then run the tests on a Slurm cluster on this machine, and under mpirun
 #   make check     ruff and mypy --strict
 #   make fuzz      100,000 damaged inputs for every parser, into docs/evidence/fuzz.md (an hour or two)
+#   make kill      100 runs killed at random and resumed, into docs/evidence/kill_and_resume.md (three quarters of an hour)
 #   make evidence  every timed or long measurement, into docs/evidence/
 # ARGS goes to the command:      make train ARGS="engine=zero2 sync=int8_ef"      make test ARGS="tests/config -x"
 # Two test files run at a time: most tests are processes that wait for each other. A debugger wants ARGS="-n 0 --pdb".
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system train test test-cluster check fuzz evidence clean
+.PHONY: help setup setup-system train test test-cluster check fuzz kill evidence clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -67,6 +68,9 @@ check: setup
 
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
+
+kill: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.kill $(ARGS)
 
 evidence: setup setup-system
 	@$(BIN)/python -c 'import torchft, sklearn' 2>/dev/null || $(PIP) torchft scikit-learn  # measured beside ours, and data
