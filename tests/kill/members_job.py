@@ -22,6 +22,11 @@ REPLICAS, STEPS, EVERY = 2, 60, 6
 def member_rank(folder: Path) -> Rank:
     """A replica of one rank; rank 0's process also serves the store."""
 
+    from dtrain.comm.drivers.secret import made_secret
+
+    secret = folder.with_name(f"{folder.name}.secret")
+    made_secret(secret)  # before there are several who would make it
+
     def rank_main(rank: int, attempt: int, port: int) -> int:
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
@@ -29,14 +34,21 @@ def member_rank(folder: Path) -> Rank:
         from dtrain import Members, attach, diloco, error_feedback, quantize
         from dtrain.comm.drivers.members import serve
 
-        store = serve(port) if rank == 0 else None
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = serve(port, secret_file=secret) if rank == 0 else None
+        dist.init_process_group(
+            "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,  # type: ignore[attr-defined]
+        )
         torch.set_num_threads(1)
         torch.manual_seed(0)
         model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         method = diloco(every_steps=EVERY, compress=error_feedback(quantize(bits=4, block=16)))
-        members = Members(f"127.0.0.1:{port}", replicas=REPLICAS, patience_seconds=5.0, timeout_seconds=60.0)
+        members = Members(
+            f"127.0.0.1:{port}", replicas=REPLICAS, patience_seconds=5.0, timeout_seconds=60.0, secret_file=secret
+        )
         sync = attach(model, optimizer, method, members=members)
         assert isinstance(sync, AttachedElastic)
         _load(folder, sync, model, optimizer, members.slot)
