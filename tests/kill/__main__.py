@@ -34,8 +34,8 @@ def report(results: Sequence[Result], command: str) -> Report:
         f"Each run is started, disturbed up to {COUNT} times and started again until it ends; then the digest of its "
         "parameters is compared with that of a run of the same settings that nobody touched. One, first, all: SIGKILL "
         "of one rank, of rank 0, of all. Writing: SIGKILL of a rank while a checkpoint is written. Term: SIGTERM to "
-        "all, at which they checkpoint. Stop: SIGSTOP of one rank for up to two seconds. The step is that of the newest "
-        f"checkpoint. {struck} disturbances: {said}.\n\n"
+        "all, at which they checkpoint. Stop: SIGSTOP of one rank for up to two seconds. The step is that of the "
+        f"newest checkpoint. {struck} disturbances: {said}.\n\n"
         + table(["engine, sync, replicas x shards", "what happened, and the exit codes", "digest"], rows)
     )
     checks = (

@@ -35,12 +35,8 @@ def member_rank(folder: Path) -> Rank:
         from dtrain.comm.drivers.members import serve
 
         store = serve(port, secret_file=secret) if rank == 0 else None
-        dist.init_process_group(
-            "gloo",
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,  # type: ignore[attr-defined]
-        )
+        own = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=own, rank=0, world_size=1)
         torch.set_num_threads(1)
         torch.manual_seed(0)
         model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)))
