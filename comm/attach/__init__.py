@@ -7,30 +7,35 @@ between them is in one file each; everything behind it sees `dtrain.comm.pieces.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.comm.attach.servable import is_plain, require_call, require_servable, require_silent
+from dtrain.comm.attach.trained import Trained
+from dtrain.comm.attach.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.drivers.telling import told_by_all
 from dtrain.comm.drivers.transport import Alone, Transport
 from dtrain.comm.ops import Axis
+from dtrain.comm.pieces import Pieces
 
 if TYPE_CHECKING:
     from dtrain.comm.drivers.members import Members
-    from dtrain.comm.pieces import Pieces
     from dtrain.comm.schedules.sync import Attached, Sync
+
+
+_MISSING = cast("Sync", None)  # so that a call without it is answered in words
 
 
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    sync: Sync,
+    sync: Sync = _MISSING,
     *,
     replicate_group: dist.ProcessGroup | None = None,
     seed: int = 0,
@@ -58,13 +63,10 @@ def attach(
     missing or does not contain this rank, an optimizer of another model, embeddings with sparse gradients, and ranks
     that do not agree about ``sync`` or the model; and what adapters raise for configurations that they cannot serve.
     """
-    plain = _is_plain(model)
-    _require_servable(model, optimizer)
-    if not callable(getattr(sync, "bind", None)):
-        raise TypeError(
-            f"sync is {sync!r}; give a sync such as every_step(...) or diloco(...). A compressor goes into one: "
-            "every_step(compress=...)"
-        )
+    require_call(optimizer, sync)
+    model, optimizer = unwrapped_model(model), unwrapped_optimizer(optimizer)
+    plain = is_plain(model)
+    require_servable(model, optimizer)  # before anybody makes groups
     if members is not None:
         return _attached_to_members(model, optimizer, sync, members, seed)
     if replicate_group is None and isinstance(model, DistributedDataParallel):
@@ -113,18 +115,33 @@ def _attached_to_members(
     return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
 
 
-def _bound(pieces: Pieces, bind: Callable[[Pieces], Attached]) -> Attached:
+def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
     try:
-        return bind(pieces)
+        attached = bind(pieces)
+        pieces.trained.differ = attached.parameters_kind == "per_worker"
+        if pieces.trained.differ:
+            require_silent(pieces.optimizer)
+            pieces.trained.watch_outside()
+            attached.stepped_elsewhere = frozenset(pieces.trained.outside)
+            attached.require_still = pieces.trained.require_still
+        pieces.trained.warn_of_outside()
+        return attached
     except BaseException:  # what is refused leaves the model and the optimizer as they were
         pieces.detach()
         pieces.channel.close(timeout_seconds=2.0)
         raise
 
 
-def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool) -> Pieces:
+class Adapter(Pieces, Protocol):
+    """Pieces of a model that somebody else built, and what of it is trained."""
+
+    trained: Trained
+
+
+def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool) -> Adapter:
     """The adapter for ``model``; see `attach`. ``overlap``: the caller waits (`Pieces.finish`) before it clips."""
-    plain = _is_plain(model)
+    plain = is_plain(model)
+    require_servable(model, optimizer)
     if hasattr(model, "zero_optimization_stage"):
         from dtrain.comm.attach.zero import zero_pieces
 
@@ -147,48 +164,6 @@ def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel
     from dtrain.comm.attach.fsdp import FSDPPieces
 
     return FSDPPieces(model, optimizer, channel, overlap=overlap)
-
-
-def _is_plain(model: nn.Module) -> bool:
-    """Whether every rank holds ``model`` whole, with nothing around it that communicates."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"attach got a {type(model).__name__}; give the model, an nn.Module")
-    if hasattr(model, "zero_optimization_stage") or isinstance(model, DistributedDataParallel | FSDPModule):
-        return False
-    for name, module in model.named_modules():
-        if isinstance(module, DistributedDataParallel | FSDPModule | FullyShardedDataParallel):
-            raise TypeError(
-                f"attach got a {type(model).__name__} of which {name or 'itself'} is a {type(module).__name__}; give "
-                "the DistributedDataParallel, or the root of fully_shard; FullyShardedDataParallel is not served"
-            )
-    cut = next((fqn for fqn, parameter in model.named_parameters() if isinstance(parameter, DTensor)), None)
-    if cut is not None:
-        raise TypeError(
-            f"{cut} of this {type(model).__name__} is a DTensor, so no rank holds the model whole; give the root of "
-            "fully_shard, sharded over the shard axis alone"
-        )
-    return True
-
-
-def _require_servable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    trained = {fqn: parameter for fqn, parameter in model.named_parameters() if parameter.requires_grad}
-    for fqn, parameter in trained.items():
-        if parameter.is_complex():
-            raise TypeError(
-                f"{fqn} is complex; keep real and imaginary parts as a real parameter (torch.view_as_real) and view it "
-                "as complex in forward"
-            )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
-            raise ValueError(f"{name} has sparse gradients, which no exchange takes; build it with sparse=False")
-    known = {id(parameter) for parameter in model.parameters()}
-    stepped = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
-    strange = sum(id(parameter) not in known for parameter in stepped)
-    if strange:
-        raise ValueError(
-            f"{strange} of the optimizer's {len(stepped)} parameters are not the model's; make the optimizer from "
-            "model.parameters(), with FSDP2 after fully_shard"
-        )
 
 
 def _own_groups(replicate_group: dist.ProcessGroup) -> dict[Axis, dist.ProcessGroup | Transport]:

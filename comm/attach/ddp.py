@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.attach.module import ModulePieces
+from dtrain.comm.attach.servable import require_dense
+from dtrain.comm.attach.wrappers import plain_name
 from dtrain.comm.drivers.run import Channel, Handle
 from dtrain.comm.layout import to_rows, working
 from dtrain.comm.ops import AllToAll, Flow
@@ -40,26 +42,48 @@ class DDPPieces(ModulePieces):
             )
         super().__init__(model.module, optimizer, channel)
         self.model = model
-        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.names = {id(p): name for name, p in self.trained.parameters.items()}
         self._exchange: Exchange | None = None
         self._under_way: list[Handle[None]] = []
         self._backward_ended = 0.0
+        self._arrived: set[str] = set()  # in this pass through the buckets
+        self._handed: dict[str, Tensor | None] = {}  # in this step; whether there was anything, where that is not sure
 
     def hand_over(self, exchange: Exchange | None) -> None:
+        if exchange is not None or self.shard.size > 1:
+            require_dense(self._sparse)
+            self._require_reduced()
         self._exchange = exchange
-        # A replica of one rank that keeps its own gradients: without DDP's buckets, whose copies cost 4 % of a step.
-        self.model.require_backward_grad_sync = not self._keeps_its_own
+        # A replica of one rank that keeps its own gradients: without DDP's buckets, whose copies cost 4 % of a step. A
+        # static graph insists on them in its first step.
+        self.model.require_backward_grad_sync = not self._keeps_its_own or self.model.static_graph
         slot = _SLOTS.get(self.model)
         if slot is None:
             slot = _SLOTS[self.model] = _Slot(self.model)
         slot.pieces = ref(self)
 
     def finish(self) -> None:
+        super().finish()
+        self._require_no_join()
+        self._require_all_handed()
         ended = [handle.ended_at for handle in self._under_way]
         for handle in self._under_way:
             handle.result()
             self.channel.meter.wait(max(0.0, max(ended) - self._backward_ended) / len(ended), handle.label)
         self._under_way = []
+        self._require_still_there()
+
+    def unused(self) -> set[str]:
+        # What another optimizer has stepped and cleared was not unused.
+        return {fqn for fqn in super().unused() if not self._was_used(fqn)}
+
+    def step(self) -> None:
+        self._handed, self._arrived = {}, set()
+        super().step()
+
+    def skip(self) -> None:
+        self._handed, self._arrived = {}, set()
+        super().skip()
 
     def detach(self) -> None:
         """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
@@ -75,22 +99,99 @@ class DDPPieces(ModulePieces):
         if self._keeps_its_own:  # DDP hands them over nevertheless, as with a static graph in the first step
             future.set_result(buffer)
             return future
-        pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        gradients = {self.names[id(p)]: gradient for p, gradient in pairs if p.numel()}
+        # What was frozen since DDP was built has its place in a bucket, and no name here.
+        names, given = [self.names.get(id(p), "") for p in bucket.parameters()], bucket.gradients()
+        if len(names) != len(given):
+            raise RuntimeError(f"DDP hands over {len(given)} gradients for {len(names)} parameters: {', '.join(names)}")
+        gradients = {name: gradient for name, gradient in zip(names, given, strict=True) if name and gradient.numel()}
+        self._count(gradients)
 
         def ended(handle: Handle[None]) -> None:
-            try:
-                handle.result()
-                future.set_result(buffer)
-            except BaseException as error:  # without it backward would wait for ever
-                future.set_exception(error)  # type: ignore[arg-type]
+            future.set_result(buffer)  # after a failure too: DDP cannot read an exception, `finish` raises it
 
         label = "gradients" if self._exchange is not None else "inner gradients"
         self._under_way.append(self.channel.start(self._average(gradients), label, then=ended))
-        if bucket.is_last():
+        self._arrived.update(names)
+        # In the first step of a static graph no bucket is the last one.
+        if bucket.is_last() or self._arrived.issuperset(self.trained.parameters):
+            self._arrived = set()
             self._backward_ended = time.perf_counter()
             self.channel.flush()
         return future
+
+    def _count(self, gradients: Mapping[str, Tensor]) -> None:
+        for fqn, gradient in gradients.items():
+            self._handed[fqn] = gradient.any() if self._may_be_unused else None
+
+    def _was_used(self, fqn: str) -> bool:
+        """Whether this rank's backward pass gave a gradient for ``fqn`` in this step, whatever became of it since."""
+        if fqn not in self._handed:
+            return False
+        some = self._handed[fqn]
+        return some is None or bool(some)
+
+    def _require_reduced(self) -> None:
+        """Raise ``ValueError`` for trainable parameters that DDP was told to leave alone."""
+        left = {plain_name(name) for name in self.model.parameters_to_ignore} & self.trained.parameters.keys()
+        if left:
+            raise ValueError(
+                f"DistributedDataParallel was told to ignore {', '.join(sorted(left))}, so their gradients would be "
+                "each rank's own; let it have them (_ddp_params_and_buffers_to_ignore, delay_all_reduce_named_params), "
+                "freeze them, or train with a local update, each rank a replica"
+            )
+
+    def _require_no_join(self) -> None:
+        """Raise ``RuntimeError`` where a rank that has no more batches would only pretend that it goes on."""
+        config = self.model._join_config
+        if self.trained.differ and config.enable and not config.throw_on_early_termination:
+            raise RuntimeError(
+                "model.join() lets ranks make different numbers of steps, and the rounds of a local update are counted "
+                "in steps: the others would wait for ever. Give all ranks the same number of batches, or end all of "
+                "them together: join(throw_on_early_termination=True)"
+            )
+
+    def _require_all_handed(self) -> None:
+        """Raise ``RuntimeError`` if DDP has kept gradients back: it waits for parameters that have none."""
+        if self._keeps_its_own or self._may_be_unused:
+            return
+        missing = [fqn for fqn in self.parameters if fqn not in self._handed]
+        idle = [fqn for fqn in missing if self.parameters[fqn].grad is None]
+        if not missing or len(idle) == len(self.parameters) or not (self._handed or idle):
+            return  # all of them, or none: no backward pass since the last step, or only under no_sync()
+        frozen = [fqn for fqn in missing if not self.parameters[fqn].requires_grad]
+        if self._handed and not idle:
+            raise RuntimeError(
+                f"DistributedDataParallel has not handed over the gradients of {len(missing)} parameters, {missing[0]} "
+                "the first: they were frozen when it was built (wrap the module in a new one), or had no part in the "
+                "last microbatch (find_unused_parameters=True)"
+            )
+        what = "were frozen after attach" if frozen else "had no part in the loss"
+        raise RuntimeError(
+            f"{len(idle)} parameters {what}, {idle[0]} the first, so DistributedDataParallel has not handed over all "
+            "gradients of this step; build it with find_unused_parameters=True (static_graph=True where it is the same "
+            "ones in every step)"
+        )
+
+    def _require_still_there(self) -> None:
+        """Raise ``RuntimeError`` if a gradient that the optimizer shall step with was cleared before it could."""
+        stepped = self.parameters.keys() - set(self.trained.outside)
+        cleared = [fqn for fqn in self._handed if fqn in stepped and self.parameters[fqn].grad is None]
+        cleared = [fqn for fqn in cleared if self._was_used(fqn)]
+        doubtful = (
+            []
+            if not self._may_be_unused
+            else [fqn for fqn in self.trained.outside if self.parameters[fqn].grad is None and self._was_used(fqn)]
+        )
+        if cleared or doubtful:
+            raise RuntimeError(
+                f"the gradient of {(cleared or doubtful)[0]} was exchanged in this step, and is gone: zero_grad() came "
+                "before sync.step(), which clears what it has used itself; step and clear other optimizers after it"
+            )
+
+    @property
+    def _may_be_unused(self) -> bool:
+        """Whether DDP hands over zeros for what no rank has used, and leaves the gradients of those as they were."""
+        return bool(self.model.find_unused_parameters or self.model.static_graph)
 
     @property
     def _keeps_its_own(self) -> bool:

@@ -8,7 +8,7 @@ it later, while backward goes on; otherwise it is added.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, load_elementwise_state
+from dtrain.comm.attach.trained import Trained
 from dtrain.comm.attach.units import Passes, units_of
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named, Segment, copied, is_finite, working
@@ -50,7 +51,9 @@ class FSDPPieces:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, channel: Channel, *, overlap: bool) -> None:
         self.model, self.optimizer, self.channel, self.overlap = model, optimizer, channel, overlap
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.units = units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.trained = Trained(model, optimizer, lambda: _reshard(units))
+        named = self.trained.parameters
         self.segments: dict[str, Segment] = {}
         self.parameters: dict[str, DTensor] = {}
         for fqn, parameter in named.items():
@@ -60,9 +63,9 @@ class FSDPPieces:
                 self.parameters[fqn] = parameter  # type: ignore[assignment]
         self.held = self.segments
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
-        self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._passes: Passes | None = None
         self._guard = StepGuard(optimizer)
+        self.trained.claim()
 
     @property
     def place(self) -> Place:
@@ -74,10 +77,8 @@ class FSDPPieces:
         return copied(own) if copy else own
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
-        # A unit that a forward pass without backward left gathered, the root for one, would go on with the old values.
-        for unit in self.units:
-            unit.reshard()
-        with torch.no_grad():
+        _reshard(self.units)  # or a unit that is still gathered would go on with the old values
+        with torch.no_grad(), self.trained.writing():
             for fqn, value in values.items():
                 _local(self.parameters[fqn].detach()).copy_(value)
 
@@ -89,6 +90,7 @@ class FSDPPieces:
         self._passes = Passes(self.model, units, exchange, self.channel, overlap=self.overlap)
 
     def finish(self) -> None:
+        self.trained.require_unchanged()
         if self._passes is not None:
             self._passes.finish()
 
@@ -100,12 +102,16 @@ class FSDPPieces:
         return set()  # whatever was exchanged is stepped with
 
     def step(self) -> None:
-        with self._guard.opened():
+        with self._guard.opened(), self.trained.writing():
             self.optimizer.step()
-        self.skip()
+        self.optimizer.zero_grad()
+        self._step_ended()
 
     def skip(self) -> None:
-        self.optimizer.zero_grad()
+        self.trained.clear()
+        self._step_ended()
+
+    def _step_ended(self) -> None:
         if self._passes is not None:
             self._passes.step_ended()
 
@@ -118,8 +124,15 @@ class FSDPPieces:
 
     def detach(self) -> None:
         self._guard.remove()
+        self.trained.release()
         if self._passes is not None:
             self._passes.detach()
+
+
+def _reshard(units: Iterable[FSDPModule]) -> None:
+    """A forward pass without backward leaves units gathered, the root for one."""
+    for unit in units:
+        unit.reshard()
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -138,7 +151,18 @@ def _like(piece: Tensor, parameter: Tensor) -> Tensor:
 def _segment(fqn: str, parameter: Tensor) -> Segment:
     """Rows of dim 0: FSDP2 gives ceil(rows / shards) to each rank until none are left."""
     if not isinstance(parameter, DTensor):
-        raise ValueError(f"{fqn} is not sharded by FSDP2; call fully_shard on the root module too")
+        raise ValueError(
+            f"{fqn} is whole on every rank of a model that fully_shard has cut: it was among ignored_params, or came "
+            "into the model later, so FSDP2 averages its gradient over no rank; leave ignored_params out, call "
+            "fully_shard when the model is complete, or freeze it (requires_grad_(False))"
+        )
+    if not any(placement.is_replicate() for placement in parameter.placements) and parameter.device_mesh.ndim != 1:
+        axes = parameter.device_mesh.mesh_dim_names or parameter.device_mesh.ndim
+        raise ValueError(
+            f"{fqn} is cut along the mesh axes {axes} as {parameter.placements}: tensor parallelism beside FSDP2, or "
+            "two shard axes. dtrain follows one; leave parallelize_module out and give fully_shard a mesh with all "
+            "ranks of a replica"
+        )
     if parameter.device_mesh.ndim != 1:
         raise ValueError(
             "the model is sharded over a mesh with a replicate axis (native HSDP), whose all-reduce stays; "

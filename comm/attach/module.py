@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.comm.attach.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
+from dtrain.comm.attach.servable import sparse_modules
+from dtrain.comm.attach.trained import Trained
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named, Segment, copied, even_slice, from_rows, is_finite, working
 from dtrain.comm.ops import AllGather, Flow, Place
@@ -25,14 +27,17 @@ class ModulePieces:
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
         self.optimizer, self.channel = optimizer, channel
         self.shard = channel.places["shard"]
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.trained = Trained(module, optimizer)
+        named = self.trained.parameters
         self.parameters = {name: p for name, p in named.items() if p.numel()}
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
         self.held = {name: Segment(name, 0, p.numel()) for name, p in self.parameters.items()}
         rank, size = self.shard.rank, self.shard.size
         slices = (even_slice(name, p.numel(), part=rank, parts=size) for name, p in self.parameters.items())
         self.segments = {segment.fqn: segment for segment in slices if segment.numel}
+        self._sparse = sparse_modules(module)
         self._guard = StepGuard(optimizer)
+        self.trained.claim()
 
     @property
     def place(self) -> Place:
@@ -48,7 +53,7 @@ class ModulePieces:
         whole = values
         if self.shard.size > 1:
             whole = self.channel.run(self._gather(values, wanted), "write-back")
-        with torch.no_grad():
+        with torch.no_grad(), self.trained.writing():
             for fqn in wanted:
                 self.parameters[fqn].copy_(whole[fqn].view(self.shapes[fqn]))
 
@@ -61,21 +66,22 @@ class ModulePieces:
             )
 
     def finish(self) -> None:
-        pass
+        self.trained.require_unchanged()
 
     def gradients_finite(self) -> bool:
-        return is_finite(*(p.grad for p in self.parameters.values() if p.grad is not None))
+        grads = (p.grad for p in self.parameters.values() if p.grad is not None)
+        return is_finite(*(grad._values() if grad.is_sparse else grad for grad in grads))
 
     def unused(self) -> set[str]:
         return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}
 
     def step(self) -> None:
-        with self._guard.opened():
+        with self._guard.opened(), self.trained.writing():
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def skip(self) -> None:
-        self.optimizer.zero_grad()
+        self.trained.clear()
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         whole = elementwise_state(self.optimizer, self.parameters, lambda tensor: tensor)
@@ -86,13 +92,14 @@ class ModulePieces:
         return owned
 
     def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), self.trained.writing():
             for fqn, value in parameters.items():
                 self.parameters[fqn].copy_(value.view(self.shapes[fqn]))
         load_elementwise_state(self.optimizer, self.parameters, optimizer, lambda value, p: value.view(p.shape))
 
     def detach(self) -> None:
         self._guard.remove()
+        self.trained.release()
 
     def _gather(self, slices: Mapping[str, Tensor], fqns: list[str]) -> Flow[dict[str, Tensor]]:
         """Whole flat tensors of ``fqns`` from every member's slices, across the shard axis."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from dtrain.comm.attach.wrappers import named_parameters
 from dtrain.comm.layout import Named, Segment, working
 from dtrain.comm.ops import AllGather, Broadcast, Flow
 from dtrain.comm.pieces import Exchange
@@ -130,7 +131,7 @@ class Unit:
 
 def units_of(model: nn.Module, segments: Mapping[str, Segment]) -> list[Unit]:
     """All units with something to train, alike on all ranks. Raises ``ValueError`` for one with several meshes."""
-    names = {id(parameter): fqn for fqn, parameter in model.named_parameters()}
+    names = {id(parameter): fqn for fqn, parameter in named_parameters(model)}
     found: dict[int, Unit] = {}  # modules that were given to fully_shard together are one unit
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.attach.optimizer import StepGuard, is_scalar, require_elementwise
+from dtrain.comm.attach.trained import Trained
+from dtrain.comm.attach.wrappers import named_parameters
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named, Segment, copied, is_finite
 from dtrain.comm.ops import Flow, Place
@@ -48,11 +50,13 @@ class ZeroPieces(ABC):
         self.homes = {home.segment.fqn: home for home in self._homes()}
         self.segments = {fqn: home.segment for fqn, home in self.homes.items()}
         self.held = self.segments
-        named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+        self.trained = Trained(engine.module, None)
+        named = self.trained.parameters
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         self._exchange: Exchange | None = None
         self._exchanged = False
         self._guard = StepGuard(self.base)
+        self.trained.claim()
 
     @property
     def place(self) -> Place:
@@ -71,6 +75,7 @@ class ZeroPieces(ABC):
         self._exchange = exchange
 
     def finish(self) -> None:
+        self.trained.require_unchanged()
         if self._exchange is None or self._exchanged:
             return
         if not self.engine.is_gradient_accumulation_boundary():
@@ -137,6 +142,7 @@ class ZeroPieces(ABC):
     def detach(self) -> None:
         self._exchange = None
         self._guard.remove()
+        self.trained.release()
 
     def _messages(self) -> Iterator[list[str]]:
         message: list[str] = []
@@ -173,7 +179,7 @@ class ZeroPieces(ABC):
 
 class _Stage12(ZeroPieces):
     def _homes(self) -> Iterator[_Home]:
-        for fqn, p in self.engine.module.named_parameters():
+        for fqn, p in named_parameters(self.engine.module):
             mapping = getattr(p, "_hp_mapping", None)
             if mapping is not None and mapping.lp_fragment_address.numel:
                 segment = Segment(fqn, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
@@ -195,7 +201,7 @@ class _Stage12(ZeroPieces):
 class _Stage3(ZeroPieces):
     def _homes(self) -> Iterator[_Home]:
         rank = self.channel.places["shard"].rank
-        for fqn, parameter in self.engine.module.named_parameters():
+        for fqn, parameter in named_parameters(self.engine.module):
             p: Any = parameter
             if not p.requires_grad:
                 continue

@@ -80,6 +80,7 @@ class AttachedLocalUpdate(Attached):
 
     def close_round(self) -> bool:
         self._require_live("close_round()")
+        self.require_still()
         if self.steps <= self.spec.warmup_steps:
             self._follow()
             return False
@@ -385,8 +386,10 @@ class AttachedLocalUpdate(Attached):
     def _require_anchor(self) -> None:
         """Raise ``RuntimeError`` if somebody has loaded other weights since the anchor was taken."""
         live = self.pieces.read(copy=False)
-        if any(not torch.equal(anchor, live[fqn]) for fqn, anchor in self._anchor(live).items()):
+        known = {fqn: anchor for fqn, anchor in self._anchor(live).items() if fqn not in self.stepped_elsewhere}
+        if any(not torch.equal(anchor, live[fqn]) for fqn, anchor in known.items()):
             raise RuntimeError(
                 "the model was changed after attach, whose anchor is what it held then: load weights to start from "
-                "before attach; when resuming, load the sync's state too, last"
+                "before attach; when resuming, load the sync's state too, last. If it was an optimizer: one that steps "
+                "within backward() does so before sync.step() can see a gradient, so give attach one that does not"
             )

@@ -65,6 +65,10 @@ class Attached(ABC):
         method = f"{type(self).__name__}: {'; '.join(map(str, plan.compressions))}"
         self.told = _without_addresses("; ".join([method, *own]))
         self._shows = False
+        self.stepped_elsewhere: frozenset[str] = frozenset()
+        """Parameters that the optimizer of ``pieces`` does not step, though they are trained."""
+        self.require_still: Callable[[], None] = lambda: None
+        """Raises ``RuntimeError`` if somebody has moved them since the last step."""
         self._warn_of_rules(plan)
         self._begin(f"{spec}")
 

@@ -54,6 +54,7 @@ class ForwardOnly(Attached):
         sample = len(self._numbers)
         if sample == self.walk.samples:
             raise RuntimeError(f"all {sample} directions of this step were tried; call step() before the next one")
+        self.pieces.finish()
         base = self.pieces.read()
         try:
             if not self._checked:
