@@ -12,11 +12,14 @@ two steps): torch traces with state that all threads share, and the main thread 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -28,6 +31,7 @@ SMALLEST = 1 << 16
 """Elements of a first argument from which a compiled kernel is used: below, starting it costs what it saves."""
 WORTHWHILE = 1 << 28
 """Elements that go through eagerly before a kernel is compiled: some five seconds of one core, as compiling takes."""
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class _Compiler:
             function.__globals__, function.__name__,
         )  # fmt: skip
         own.__kwdefaults__ = dict(constants)
+        _keep_cache_private()
         compiled = torch.compile(own, fullgraph=True)
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -124,6 +129,24 @@ class _Compiler:
             )  # fmt: skip
             return eager
         return compiled
+
+
+def _keep_cache_private() -> None:
+    """Have torch keep compiled code where nobody else writes; its own choice is /tmp/torchinductor_NAME.
+
+    Whoever makes that folder first could have others run what lies in it.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtrain" / "inductor"
+    for folder in (Path(os.environ.get(CACHE) or default_cache_dir()), home):
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            about = folder.stat()
+            if about.st_uid == os.geteuid() and not about.st_mode & 0o022:
+                os.environ[CACHE] = str(folder)
+                return
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="dtrain-inductor-")
 
 
 def _any_size(tensor: Tensor) -> Tensor:

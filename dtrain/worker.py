@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from dtrain.collecting import loading
 from dtrain.errors import BAD_CONFIG, CHECKPOINTED, INTERRUPTED, ConfigError, DtrainError
-from dtrain.launchers import meeting
+from dtrain.launchers import meeting, trusted
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.probe import settle
@@ -49,6 +49,13 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")  # about torch's own internals
     (path,) = arguments
+    try:
+        for loaded in (Path(path).parent, Path(path)):
+            trusted.require_own(loaded)
+    except FileNotFoundError:
+        pass  # load() says it better
+    except trusted.Untrusted as error:
+        raise ConfigError(str(error)) from error
     config = load(Path(path))
     check_interface(os.environ.get(INTERFACE, ""), (name for _, name in socket.if_nameindex()))
     # `dtrain train` on one machine shows the rows of metrics.jsonl itself; elsewhere they are looked for in the log.

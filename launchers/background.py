@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain.launchers import mpi, registry
+from dtrain.launchers import mpi, registry, trusted
 from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
@@ -118,7 +119,7 @@ def rank_command(program: Sequence[str], folder: Path) -> list[str]:
 
 def start(launcher: str, settings: Mapping[str, object], program: Program, *, folder: Path, name: str) -> Job:
     """Start the background process of a job and return when it has a process id."""
-    folder.mkdir(parents=True, exist_ok=True)
+    trusted.make_folder(folder)
     running = BackgroundJob.of(folder)
     if running is not None and running.state() not in ENDED:
         raise ValueError(f"{folder} holds job {running.id}, which still runs; cancel it, or choose another folder")
@@ -126,7 +127,9 @@ def start(launcher: str, settings: Mapping[str, object], program: Program, *, fo
         (folder / stale).unlink(missing_ok=True)
     shutil.rmtree(rank_files(folder), ignore_errors=True)  # another job's
     command = command_of(program, folder)
-    (folder / "background.json").write_text(json.dumps({"settings": settings, "program": command}) + "\n")
+    # Its environment may hold what is nobody else's business.
+    content = json.dumps({"settings": settings, "program": command}) + "\n"
+    trusted.write_private(folder / "background.json", content.encode())
     (folder / "logs").mkdir(exist_ok=True)
     argv = [sys.executable, "-P", "-m", "dtrain.launchers.background", launcher, str(folder)]
     with (folder / "logs" / "batch.log").open("ab") as log:
@@ -137,7 +140,7 @@ def start(launcher: str, settings: Mapping[str, object], program: Program, *, fo
         )  # fmt: skip
     facts = Facts(
         id=started.stdout.strip(), launcher=launcher, name=name, folder=str(folder), program=command,
-        workers=int(str(settings["workers"])), submitted=time.time(),
+        workers=int(str(settings["workers"])), submitted=time.time(), started=began(started.stdout.strip()) or "",
     )  # fmt: skip
     facts.write()
     registry.add(facts)
@@ -157,25 +160,61 @@ class BackgroundJob(Job):
         return cls(facts) if facts.launcher != "slurm" else None
 
     def ask(self) -> State:
-        """Whether its process lives. A number that was given away again is told by the command line."""
-        try:
-            words = Path(f"/proc/{self.id}/cmdline").read_bytes().split(b"\0")
-            stat = Path(f"/proc/{self.id}/stat").read_text()
-        except OSError:
-            return "lost"
-        ours = str(self.folder).encode() in words or not any(words)  # empty while it becomes python
-        return "running" if ours and stat.rpartition(")")[2].split()[0] not in "ZX" else "lost"
+        """Whether its process lives; a number that was given away again is another process."""
+        return "running" if self._is_ours() else "lost"
 
     def cancel(self) -> None:
-        """SIGTERM: the ranks get the time to checkpoint that the launcher was told to give them."""
-        if self.ask() == "running":
+        """SIGTERM: the ranks get the time to checkpoint that the launcher was told to give them.
+
+        Raises ``LookupError`` where its number is that of another process, whatever the files of the folder say: that
+        one is left alone.
+        """
+        if began(self.id) is None:
+            return  # it has ended
+        try:
+            held = os.pidfd_open(int(self.id))  # its number is not given away while it is asked for
+        except ProcessLookupError:
+            return
+        try:
+            if not self._is_ours():
+                raise LookupError(f"process {self.id} is not the job of {self.folder}, and is left alone")
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(self.id), signal.SIGTERM)
+                signal.pidfd_send_signal(held, signal.SIGTERM)
+        finally:
+            os.close(held)
+
+    def _is_ours(self) -> bool:
+        """Whether the process of this number lives, is the user's, began when the job did, and runs this folder."""
+        since = began(self.id)
+        if since is None or self.facts.started not in ("", since):
+            return False
+        try:
+            process = Path(f"/proc/{self.id}")
+            words, owner = (process / "cmdline").read_bytes().split(b"\0"), process.stat().st_uid
+        except OSError:
+            return False
+        if not any(words) and self.facts.started:  # while it becomes python
+            return owner == os.geteuid()
+        runs = (b"dtrain.launchers.background", self.facts.launcher.encode(), str(self.folder).encode())
+        return owner in (os.geteuid(), 0) and any(runs == tuple(words[at : at + 3]) for at in range(len(words)))
+
+
+def began(pid: str) -> str | None:
+    """What tells a living process of this machine from all others with its number: the boot, and its start in ticks."""
+    if not re.fullmatch("[1-9][0-9]{0,9}", str(pid)):
+        return None
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return f"{boot} {after_name[19]}" if after_name[0] not in "ZX" else None
 
 
 def main(launcher: str, folder: Path) -> None:
     """Run the job to its end."""
-    stored = json.loads((folder / "background.json").read_text())
+    with trusted.opened(folder / "background.json") as file:
+        stored = json.loads(file.read())
     command, settings = rank_command(stored["program"], folder), stored["settings"]
     os.environ.update(settings["environment"])
     os.environ[FOLDER], os.environ[HANG_SECONDS] = str(rank_files(folder)), f"{settings['hang_seconds']:g}"

@@ -10,20 +10,20 @@ import pickle
 import sys
 from pathlib import Path
 
+from dtrain.launchers import trusted
 from dtrain.launchers.environment import Environment
 
 
 def main(folder: Path) -> None:
     """Load, call, and store the result, whole or not at all."""
-    with (folder / "function.pkl").open("rb") as file:
+    with trusted.opened(folder / "function.pkl") as file:
         sys.path += [path for path in pickle.load(file) if path not in sys.path]
         function = pickle.load(file)  # cloudpickle writes what pickle reads
     result = function()
     path = folder / "results" / f"rank-{Environment.read().rank}.pkl"
-    path.parent.mkdir(exist_ok=True)
+    trusted.make_folder(path.parent)
     new = path.with_suffix(".new")
-    with new.open("wb") as file:
-        pickle.dump(result, file)
+    trusted.write_private(new, pickle.dumps(result))
     os.replace(new, path)
 
 

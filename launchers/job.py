@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from dtrain.launchers import trusted
+
 __all__ = ["ENDED", "Facts", "Job", "JobFailed", "Launcher", "Program", "State", "command_of"]
 
 State: TypeAlias = Literal["pending", "running", "finished", "failed", "cancelled", "lost"]
@@ -42,7 +44,8 @@ class Facts:
     """What is known of a job since it was submitted. ``submitted``: seconds since 1970.
 
     ``cluster``: Slurm's name of its cluster. ``came_up``: since when there was one of that name, for those of `dtrain
-    cluster`, whose numbers of jobs begin again each time; else 0.
+    cluster`, whose numbers of jobs begin again each time; else 0. ``started``: what tells a process of this machine
+    from others that get its number later.
     """
 
     id: str
@@ -54,6 +57,7 @@ class Facts:
     submitted: float
     cluster: str = ""
     came_up: float = 0.0
+    started: str = ""
 
     def write(self) -> None:
         """Into FOLDER/job.json, whole or not at all."""
@@ -65,8 +69,10 @@ class Facts:
     @classmethod
     def read(cls, folder: Path) -> Facts:
         """Raises ``FileNotFoundError`` where no job was submitted."""
-        found = json.loads((folder / "job.json").read_text())
-        return cls.of(found)
+        facts = cls.of(json.loads((folder / "job.json").read_text()))
+        # What the file says of its place is no more than what it says: another folder's processes are none of its own.
+        same = Path(facts.folder).is_dir() and Path(facts.folder).samefile(folder)
+        return facts if same else dataclasses.replace(facts, folder=str(folder.absolute()))
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Facts:
@@ -139,7 +145,8 @@ class Job(abc.ABC):
     def result(self, seconds: float | None = None) -> list[object]:
         """Wait, and return what the function returned on each rank, in rank order.
 
-        Raises ``JobFailed`` with the root cause, ``TimeoutError``, and ``ValueError`` for a job that is no function.
+        Raises ``JobFailed`` with the root cause, ``TimeoutError``, and ``ValueError`` for a job that is no function,
+        and where somebody else can write to its folder.
         """
         if not (self.folder / "function.pkl").is_file():
             raise ValueError(
@@ -147,9 +154,10 @@ class Job(abc.ABC):
             )
         if self.wait(seconds) != "finished":
             raise JobFailed(self.why())
+        trusted.require_own(self.folder)
         found = []
         for rank in range(self.facts.workers):
-            with (self.folder / "results" / f"rank-{rank}.pkl").open("rb") as file:
+            with trusted.opened(self.folder / "results" / f"rank-{rank}.pkl") as file:
                 found.append(pickle.load(file))
         return found
 
@@ -189,7 +197,7 @@ def command_of(program: Program, folder: Path, *, python: str = "") -> tuple[str
         return (python if first in ("python", "python3") else first, *rest)
     import cloudpickle
 
-    folder.mkdir(parents=True, exist_ok=True)
+    trusted.make_folder(folder)
     # The modules that the function needs are looked for where they were found here.
-    (folder / "function.pkl").write_bytes(pickle.dumps(sys.path) + cloudpickle.dumps(program))
+    trusted.write_private(folder / "function.pkl", pickle.dumps(sys.path) + cloudpickle.dumps(program))
     return (python, "-P", "-m", "dtrain.launchers.call", str(folder))

@@ -21,11 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from dtrain.launchers import mpi, probe
+from dtrain.launchers import mpi, probe, trusted
 from dtrain.launchers.environment import Environment
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.record import ATTEMPT, RankRecord, rank_files
+from dtrain.launchers.snapshot import CODE
 from dtrain.launchers.words import received
 
 FAILED, BAD_CONFIG = 1, 2
@@ -56,7 +57,7 @@ def run(folder: Path, program: Sequence[str], place: Environment) -> int:
         output.write(f"{header}{time.strftime('%Y-%m-%d %H:%M:%S')} ----\n".encode())
         output.flush()
         start = output.tell()
-        problem = _unreachable(place)
+        problem = _unreachable(place) or _untrusted(folder)
         if problem is None:
             code = _alone(folder, program, output.fileno(), place)
         else:
@@ -114,6 +115,17 @@ def _unreachable(place: Environment) -> str | None:
             f"rank {place.rank} on {host}: MASTER_ADDR={place.address} does not resolve here ({error}); name the first "
             "node by an address that all nodes know: launcher.address=IP"
         )
+    return None
+
+
+def _untrusted(folder: Path) -> str | None:
+    """Why nothing may be loaded from the folder of the job, or from the copy of its code, in words."""
+    try:
+        trusted.require_own(folder)
+        if CODE in os.environ:
+            trusted.require_own(Path(os.environ[CODE]))
+    except (trusted.Untrusted, FileNotFoundError) as error:
+        return f"{error}"
     return None
 
 

@@ -55,6 +55,8 @@ class Snapshot:
     def take(self) -> None:
         """Copy. Raises ``ValueError`` for more than a repository of code has."""
         shutil.rmtree(self.code, ignore_errors=True)
+        self.code.parent.mkdir(parents=True, exist_ok=True)
+        self.code.mkdir(mode=0o700)  # files keep their modes, but nobody else gets to them
         total = 0
         for count, path in enumerate(self._files()):
             size = 0 if path.is_symlink() else path.stat().st_size
@@ -70,6 +72,8 @@ class Snapshot:
                 target.symlink_to(os.readlink(path))
             else:
                 shutil.copy2(path, target)
+        for folder, _, _ in os.walk(self.code):  # modules are loaded from here: nobody else writes to it
+            os.chmod(folder, os.stat(folder).st_mode & ~0o022)
 
     def _files(self) -> Iterator[Path]:
         """What git knows or would add; without git the Python files. Large files are data, and no code."""

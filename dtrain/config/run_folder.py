@@ -25,11 +25,12 @@ from dtrain.config.resume import check_resume
 from dtrain.config.schema import Config
 from dtrain.errors import ConfigError, DtrainError, ResumeError
 from dtrain.failing import forget
+from dtrain.launchers import trusted
 from dtrain.launchers.job import ENDED
 from dtrain.launchers.lock import LOCK, InUse, held
 from dtrain.launchers.registry import holder
 from dtrain.launchers.slurm.client import SlurmError
-from dtrain.report.environment import record
+from dtrain.report.environment import KEPT, NOT_KEPT, record
 
 CONFIG, ENVIRONMENT, DATA, OUTCOME, CHECKPOINTS = (
     "config.yaml", "environment.json", "data.json", "outcome.json", "checkpoints",
@@ -127,8 +128,8 @@ def write(config: Config, description: Mapping[str, object]) -> Path:
     here = Path(config.run.dir)
     path = here / CONFIG
     try:
-        here.mkdir(parents=True, exist_ok=True)
-        text = to_yaml(config)
+        trusted.make_folder(here)
+        text = to_yaml(without_values(config))
         if path.is_file() and path.read_text() != text:
             number = 1 + sum(1 for _ in here.glob("config-*.yaml"))
             os.replace(path, here / f"config-{number}.yaml")
@@ -137,9 +138,20 @@ def write(config: Config, description: Mapping[str, object]) -> Path:
         write_text_durably(here / DATA, json.dumps(description, indent=2) + "\n")
         forget(here)
         (here / OUTCOME).unlink(missing_ok=True)  # that of an earlier launch must not be taken for this one's
+    except trusted.Untrusted as error:
+        raise ConfigError(f"run.dir={here}: {error}") from error
     except OSError as error:
         raise ConfigError(f"run.dir={here} cannot be written to: {error}; choose another run.dir") from error
     return path
+
+
+def without_values(config: Config) -> Config:
+    """The configuration as it is kept: of ``launcher.environment`` the values of known settings alone, not of keys."""
+    kept = [
+        entry if (name := entry.partition("=")[0]) in KEPT else f"{name}={NOT_KEPT}"
+        for entry in config.launcher.environment
+    ]
+    return dataclasses.replace(config, launcher=dataclasses.replace(config.launcher, environment=kept))
 
 
 @contextlib.contextmanager
@@ -179,13 +191,15 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            trusted.make_folder(folder)
             locks = stack.enter_context(held(folder, "a dtrain command"))
         except InUse as error:
             without_job(folder)  # which tells more
             raise ConfigError(
                 f"run.dir={folder} is in use by another dtrain: wait, or choose another ({error.holder} holds it)"
             ) from error
+        except trusted.Untrusted as error:
+            raise ConfigError(f"run.dir={folder}: {error}") from error
         except OSError as error:
             raise ConfigError(f"run.dir={folder} cannot be written to: {error}; choose another run.dir") from error
         without_job(folder)

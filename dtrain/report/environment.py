@@ -10,11 +10,36 @@ import socket
 import subprocess
 import sys
 
-__all__ = ["record"]
+__all__ = ["KEPT", "NOT_KEPT", "record"]
 
 PACKAGES = ("dtrain", "torch", "deepspeed", "numpy", "hydra-core", "omegaconf", "safetensors", "tensorboard", "mpi4py")
-# Only these, and never all: an environment often holds keys and passwords.
-PREFIXES = ("NCCL_", "GLOO_", "OMP_", "SLURM_", "TORCH")
+_SETTINGS = {
+    "CUBLAS": "WORKSPACE_CONFIG",
+    "CUDA": "DEVICE_ORDER VISIBLE_DEVICES",
+    "DTRAIN": "CLUSTER COMPILE",
+    "GLOO": "DEVICE_TRANSPORT SOCKET_IFNAME",
+    "MKL": "NUM_THREADS",
+    "NCCL": (
+        "ALGO BUFFSIZE CROSS_NIC DEBUG DEBUG_SUBSYS IB_DISABLE IB_GID_INDEX IB_HCA IB_TC IB_TIMEOUT "
+        "MAX_NCHANNELS MIN_NCHANNELS NET NET_GDR_LEVEL NSOCKS_PERTHREAD NTHREADS P2P_DISABLE P2P_LEVEL PROTO "
+        "SHM_DISABLE SOCKET_FAMILY SOCKET_IFNAME SOCKET_NTHREADS"
+    ),
+    "OMP": "DYNAMIC NUM_THREADS PLACES PROC_BIND SCHEDULE WAIT_POLICY",
+    "PYTORCH": "CUDA_ALLOC_CONF",
+    "SLURM": (
+        "ARRAY_JOB_ID ARRAY_TASK_ID CLUSTER_NAME CPUS_ON_NODE CPUS_PER_TASK CPU_BIND DISTRIBUTION "
+        "GPUS_ON_NODE HINT JOB_ACCOUNT JOB_ID JOB_NAME JOB_NODELIST JOB_NUM_NODES JOB_PARTITION JOB_QOS "
+        "LOCALID MEM_PER_CPU MEM_PER_NODE NNODES NODEID NTASKS NTASKS_PER_NODE PROCID RESTART_COUNT STEP_ID "
+        "STEP_TASKS_PER_NODE TASKS_PER_NODE THREADS_PER_CORE"
+    ),
+    "TORCH": "COMPILE_DISABLE CPP_LOG_LEVEL DISTRIBUTED_DEBUG LOGS NCCL_ASYNC_ERROR_HANDLING NCCL_BLOCKING_WAIT",
+    "TORCHDYNAMO": "DISABLE",
+    "TORCHELASTIC": "MAX_RESTARTS RESTART_COUNT",
+    "UCX": "NET_DEVICES TLS",
+}
+KEPT = frozenset(f"{family}_{name}" for family, names in _SETTINGS.items() for name in names.split())
+"""Variables whose values are kept: names of settings that are known, never a pattern, which keys and passwords fit."""
+NOT_KEPT = "(not kept)"
 
 
 def record() -> dict[str, object]:
@@ -30,10 +55,20 @@ def record() -> dict[str, object]:
         "cpu_count": os.cpu_count(),
         "devices": _devices(),
         "git": _git(),
-        "command": list(sys.orig_argv),
+        "command": [_without_values(word) for word in sys.orig_argv],
         "folder": os.getcwd(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIXES)},
+        "environment": {name: os.environ[name] for name in sorted(KEPT & os.environ.keys())},
     }
+
+
+def _without_values(word: str) -> str:
+    """A word of the command line; of those that set variables of the ranks the key alone.
+
+    >>> _without_values("launcher.environment=[HF_TOKEN=hf_x]"), _without_values("train.steps=3")
+    ('launcher.environment=(not kept)', 'train.steps=3')
+    """
+    key, equals, _ = word.partition("=")
+    return f"{key}={NOT_KEPT}" if equals and key.lstrip("+").startswith("launcher.environment") else word
 
 
 def _versions() -> dict[str, str]:

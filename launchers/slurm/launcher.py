@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.launchers import registry
+from dtrain.launchers import registry, trusted
 from dtrain.launchers.job import Facts, Program, command_of
 from dtrain.launchers.slurm.client import SlurmError, ask
 from dtrain.launchers.slurm.job import SlurmJob
@@ -92,6 +92,7 @@ class SlurmLauncher:
     ) -> list[SlurmJob]:
         work = self._work(program, folders, name, literal=literal)
         for folder in folders:
+            trusted.make_folder(folder)
             # Slurm opens the log before the script could make its folder, and says nothing if it cannot.
             (folder / "logs").mkdir(parents=True, exist_ok=True)
             for stale in ("end.json", "attempts", "fruitless"):
@@ -104,7 +105,7 @@ class SlurmLauncher:
             self._taken_from(work.folders, work.lists).take()
         text = render(work, self.settings)
         for folder in folders:
-            (folder / "job.sbatch").write_text(text)
+            trusted.write_private(folder / "job.sbatch", text.encode())  # its environment is nobody else's business
         number = _sbatch(text, work.lists.parent if work.array else folders[0] / "logs" / "sbatch", self.settings)
         jobs = []
         for index, folder in enumerate(folders):
