@@ -149,3 +149,23 @@ def test_what_is_no_sweep_is_one_error(words: list[str], message: str, sweep: Sw
 def test_a_glob_is_all_choices_of_its_name(sweep: Sweep, runs: Runs) -> None:
     assert sweep("sync=glob(int?_ef)", "train.steps=3")[0] == 0
     assert [folder.name for folder in runs.folders] == ["0-sync-int4_ef", "1-sync-int8_ef"]
+
+
+@pytest.mark.parametrize("folder", ["{}/victim", "{}/sw/../victim", "../victim"])
+def test_a_table_that_names_folders_elsewhere_leads_nowhere(
+    folder: str, sweep: Sweep, runs: Runs, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    for made in (victim, tmp_path / "sw"):
+        made.mkdir()
+    table = [{"values": f"train.seed={seed}", "folder": folder.format(tmp_path)} for seed in (1, 2)]
+    (tmp_path / "sw" / "sweep.json").write_text(json.dumps(table[:1]))
+    sweep("train.seed=1,2")
+    assert list(victim.iterdir()) == [] and victim not in runs.folders
+
+
+@pytest.mark.parametrize("folder", ["", ".", "..", "/", "sw/.."])
+def test_a_folder_without_a_name_of_its_own_is_damage(folder: str, sweep: Sweep, runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "sw").mkdir()
+    (tmp_path / "sw" / "sweep.json").write_text(json.dumps([{"values": "train.seed=1", "folder": folder}]))
+    assert sweep("train.seed=1,2")[0] == 2 and runs.folders == []

@@ -195,10 +195,12 @@ def _stored(base: Path) -> list[Run]:
     runs = []
     for entry in found if isinstance(found, list) else [None]:
         values, folder = (entry.get("values"), entry.get("folder")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(values, str) or not isinstance(folder, str):
+        name = Path(folder).name if isinstance(folder, str) else ""
+        if not isinstance(values, str) or name in ("", ".."):
             raise ConfigError(f"{base / FILE} is damaged; delete it and give the command of the sweep again")
-        there, moved = Path(folder), base / Path(folder).name
-        runs.append(Run(values, there if there.is_dir() or not moved.is_dir() else moved))
+        there = Path(str(folder)).resolve()
+        # Runs are below their sweep, whatever its file says: what is read there is shown, and trained on.
+        runs.append(Run(values, there if base.resolve() in there.parents else base / name))
     return runs
 
 
