@@ -47,9 +47,16 @@ class TopK(RowWise):
         return rows.gather(1, places), _narrow(places, width)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
-        values, places = payload
+        """Raises ``ValueError`` for places that such rows do not have."""
+        values, narrow = payload
+        places = _wide(narrow)
+        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < width:
+            raise ValueError(
+                f"a top-k payload holds places from {int(places.min())} to {int(places.max())} of rows of {width}: it "
+                "was damaged on its way, or the ranks were given different models or densities"
+            )
         rows = torch.zeros(values.shape[0], width, device=values.device)
-        return rows.scatter_(1, _wide(places), values)
+        return rows.scatter_(1, places, values)
 
     def row_bytes(self, width: int) -> int:
         return kept(self.density, width) * (4 + _index_dtype(width).itemsize)

@@ -3,11 +3,16 @@
 Each rank's part of a message is coded by itself, so parts have lengths of their own. An op's parts must be of one size:
 the ranks agree on the longest first, and the others are filled up. It pays where codes are far from random: sparse
 gradients, embeddings, 4-bit codes, bf16; hardly for 8-bit codes of normal values. Reductions travel as they are.
-Communication: for each all-to-all and all-gather a gather of 8 bytes more. Needs the package zstandard.
+
+Every rank knows how long a part is when it is plain, so nothing longer is ever made of what arrives, and a CRC-32 of
+the code is compared first: a flipped bit would decode to other numbers without a word.
+Communication: for each all-to-all and all-gather a gather of 8 bytes more, and 12 bytes before each part. Needs the
+package zstandard.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -17,6 +22,8 @@ from torch import Tensor
 from dtrain.comm.ops import AllGather, AllToAll, Flow, Op, Payload
 
 R = TypeVar("R")
+HEAD = 12
+"""Bytes before a code: its length in 8, its CRC-32 in 4."""
 
 
 def packed(flow: Flow[R], level: int) -> Flow[R]:
@@ -51,31 +58,50 @@ def _perform(op: Op, level: int) -> Flow[Payload]:
         parts = [op.payload]
     else:
         return (yield op)
-    found = [_decode(row, parts[0]) for row in rows]
+    found = []
+    for rank, row in enumerate(rows):
+        try:
+            found.append(_decode(row, parts[0]))
+        except ValueError as error:
+            raise ValueError(f"of what rank {rank} of the {op.axis} axis has sent, {error}") from None
     return tuple(torch.stack(list(column)) for column in zip(*found, strict=True))
 
 
 def _alike(parts: Sequence[Payload], op: Op, level: int) -> Flow[Payload]:
-    """The parts, coded, as one tensor [parts, longest] uint8; each begins with its length in 8 bytes."""
+    """The parts, coded, as one tensor [parts, longest] uint8; each begins with its length and its CRC-32.
+
+    Raises ``ValueError`` where a peer announces a code that is longer than any of a plain part can be.
+    """
     import zstandard
 
     coder = zstandard.ZstdCompressor(level=level)
     blobs = [coder.compress(b"".join(_bytes(tensor) for tensor in part)) for part in parts]
     longest = torch.tensor([max(len(blob) for blob in blobs)])
     (everybody,) = yield AllGather((longest.to(op.payload[0].device),), axis=op.axis)
-    buffer = torch.zeros(len(blobs), 8 + int(everybody.max()), dtype=torch.uint8)
+    most, limit = int(everybody.max()), _longest(_plain_bytes(parts[0]))
+    if not 0 <= most <= limit:
+        raise ValueError(
+            f"a peer announces a lossless code of {most:,} bytes, where {limit:,} is the most that there can be: "
+            "something was damaged on its way, or the ranks run different versions of dtrain"
+        )
+    buffer = torch.zeros(len(blobs), HEAD + most, dtype=torch.uint8)
     for row, blob in zip(buffer, blobs, strict=True):
-        whole = len(blob).to_bytes(8, "little") + blob
+        whole = len(blob).to_bytes(8, "little") + zlib.crc32(blob).to_bytes(4, "little") + blob
         row[: len(whole)] = torch.frombuffer(bytearray(whole), dtype=torch.uint8)
     return (buffer.to(op.payload[0].device),)
 
 
 def _decode(row: Tensor, like: Payload) -> Payload:
-    import zstandard
-
+    """Undo `_alike` for one part. Raises ``ValueError`` for anything else than a whole code of a part like ``like``."""
     raw = row.cpu().numpy().tobytes()
-    length = int.from_bytes(raw[:8], "little")
-    plain = bytearray(zstandard.ZstdDecompressor().decompress(raw[8 : 8 + length]))
+    length, checksum = int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:HEAD], "little")
+    blob = raw[HEAD : HEAD + length]
+    if len(blob) != length or zlib.crc32(blob) != checksum:
+        raise ValueError(
+            f"a lossless code of {length:,} bytes does not have the checksum it was sent with: it was damaged on its "
+            "way; look at the links and the memory of these machines, and go on from a checkpoint"
+        )
+    plain = bytearray(_inflated(blob, _plain_bytes(like)))
     found, start = [], 0
     for tensor in like:
         size = tensor.numel() * tensor.element_size()
@@ -83,6 +109,29 @@ def _decode(row: Tensor, like: Payload) -> Payload:
         found.append(part.clone().view(tensor.dtype).view(tensor.shape).to(tensor.device))
         start += size
     return tuple(found)
+
+
+def _inflated(blob: bytes, size: int) -> bytes:
+    import zstandard
+
+    try:
+        announced = zstandard.frame_content_size(blob)
+        if announced == size:
+            plain: bytes = zstandard.ZstdDecompressor().decompress(blob, allow_extra_data=False)
+            if len(plain) == size:
+                return plain
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a lossless code of {len(blob):,} bytes cannot be read: {error}") from None
+    raise ValueError(f"a lossless code says that it holds {announced:,} bytes, where {size:,} are due")
+
+
+def _longest(plain: int) -> int:
+    """Bytes of the longest code of ``plain`` bytes; zstandard's own bound is plain + plain / 256 and a little."""
+    return plain + plain // 128 + 1024
+
+
+def _plain_bytes(part: Payload) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in part)
 
 
 def _bytes(tensor: Tensor) -> bytes:

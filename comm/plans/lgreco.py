@@ -6,6 +6,8 @@ The errors are squares, |C(x) - x|^2, summed over all ranks: squares of parts ad
 norms do not. x is the gradient without what error feedback adds to it: that depends on the present choice, and a layer
 that was given little would look as if it needed much, forever. A dynamic program over ``GRID`` steps of the budget
 finds the best choice up to rounding; errors are rounded up, so the true constraint holds. Uniform is always affordable.
+Of more than ``MANY`` layers, whose rounding would add up, one price of error for all of them is found by bisection
+instead, and what is left of the budget is spent where it saves most: within one layer's bytes of the best, in no time.
 
 Every rank solves the same problem from the same sums, and the choices are compared by a digest. Residuals stay, and
 PowerSGD keeps the columns of its basis that the new rank has.
@@ -34,6 +36,7 @@ from dtrain.comm.routes import two_phase_bytes
 from dtrain.comm.seeds import Key
 
 GRID = 10_000  # steps into which the budget is divided
+MANY = 256  # layers from which rounding each of them up to a step wastes more than a percent of the budget
 DENSITIES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # times the uniform one
 SAFE = 0.5  # of |x|^2: under feedback, a choice that promises no contraction must show one
 UNUSABLE = 1e200
@@ -205,7 +208,7 @@ def solve(errors: Tensor, sizes: Tensor, uniform: int, alpha: float = 1.0, grid:
         errors: [layers, choices], squares, not negative.
         sizes: [layers, choices].
         uniform: the choice that sets the budget; it is the answer where nothing cheaper can be afforded.
-        grid: steps into which the budget is divided; finer costs time in proportion.
+        grid: steps into which the budget is divided; finer costs time in proportion. Of many layers it is not used.
 
     >>> solve(torch.tensor([[0.0, 9.0], [0.0, 2.0]]), torch.tensor([[8.0, 1.0], [8.0, 1.0]]), uniform=1, alpha=0.5)
     [0, 1]
@@ -218,6 +221,16 @@ def solve(errors: Tensor, sizes: Tensor, uniform: int, alpha: float = 1.0, grid:
         raise ValueError(f"no choice keeps the error within alpha = {alpha:g} of the uniform one's; raise alpha")
     if budget <= 0:
         return [int((sizes[row] + torch.where(errors[row] > 0, torch.inf, 0.0)).argmin()) for row in range(layers)]
+    answer = _by_price(errors, sizes, budget) if layers > MANY else _by_steps(errors, sizes, budget, grid)
+    if answer is None:
+        return [uniform] * layers  # rounding up alone has made all others too dear
+    cost = float(sizes[torch.arange(layers), answer].sum())
+    return answer if cost <= float(sizes[:, uniform].sum()) or alpha < 1 else [uniform] * layers
+
+
+def _by_steps(errors: Tensor, sizes: Tensor, budget: float, grid: int) -> list[int] | None:
+    """A dynamic program over ``grid`` steps of ``budget``; None if errors that are rounded up to steps do not fit."""
+    layers = errors.shape[0]
     steps = (errors / (budget / grid)).ceil().clamp_(max=grid + 1).long()
     best = torch.zeros(grid + 1, dtype=torch.float64)  # best[j]: least bytes of the layers so far with j steps of error
     taken = torch.empty(layers, grid + 1, dtype=torch.int8 if errors.shape[1] < 128 else torch.int64)
@@ -231,14 +244,64 @@ def solve(errors: Tensor, sizes: Tensor, uniform: int, alpha: float = 1.0, grid:
         taken[row] = which
     place = int(best.argmin())
     if not bool(torch.isfinite(best[place])):
-        return [uniform] * layers  # rounding up alone has made all others too dear
+        return None
     answer = []
     for row in reversed(range(layers)):
         answer.append(int(taken[row, place]))
         place -= int(steps[row, answer[-1]])
     answer.reverse()
-    cost = float(sizes[torch.arange(layers), answer].sum())
-    return answer if cost <= float(sizes[:, uniform].sum()) or alpha < 1 else [uniform] * layers
+    return answer
+
+
+def _by_price(errors: Tensor, sizes: Tensor, budget: float) -> list[int]:
+    """The cheapest choice of each layer at one price of error, the lowest that keeps within ``budget``; then the rest.
+
+    Source: Everett's multipliers (Operations Research 11, 1963).
+    """
+    rows = torch.arange(errors.shape[0])
+    sizes = torch.where(errors > budget, torch.inf, sizes)
+
+    def at(price: float) -> Tensor:
+        return (sizes + price * errors.clamp(max=2 * budget)).argmin(1)
+
+    def used(chosen: Tensor) -> float:
+        return float(errors[rows, chosen].sum())
+
+    chosen = errors.argmin(1)
+    low, high = 0.0, max(float(sizes[sizes.isfinite()].max()), 1e-100) / budget * 1e-6
+    while used(at(high)) > budget and high < 1e250:
+        low, high = high, high * 8
+    for _ in range(100):
+        if used(found := at(high)) <= budget:
+            chosen = found
+        middle = (low + high) / 2
+        if used(at(middle)) <= budget:
+            high = middle
+        else:
+            low = middle
+    return _spent(errors, sizes, chosen, budget).tolist()
+
+
+def _spent(errors: Tensor, sizes: Tensor, chosen: Tensor, budget: float) -> Tensor:
+    """``chosen`` with what it leaves of ``budget`` spent, one layer after the other, where it saves most bytes."""
+    rows, chosen = torch.arange(errors.shape[0]), chosen.clone()
+    left = budget - float(errors[rows, chosen].sum())
+    while True:
+        saved = sizes[rows, chosen].unsqueeze(1) - sizes
+        more = errors - errors[rows, chosen].unsqueeze(1)
+        worth = torch.where((saved > 0) & (more <= left), saved / more.clamp(min=1e-300), -torch.inf)
+        best, choices = worth.max(1)
+        moved = False
+        for row in best.argsort(descending=True, stable=True).tolist():
+            choice = int(choices[row])
+            if not float(best[row]) > 0:
+                break
+            if float(more[row, choice]) <= left:
+                left -= float(more[row, choice])
+                chosen[row] = choice
+                moved = True
+        if not moved:
+            return chosen
 
 
 def lgreco(

@@ -19,7 +19,7 @@ from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.ops import Place
 from dtrain.comm.plans.adaptive import begun
 from dtrain.comm.plans.base import kinds_of
-from dtrain.comm.plans.lgreco import FIRST, UNUSABLE, ChoosingLGreCo, LGreCo, costs, solve
+from dtrain.comm.plans.lgreco import FIRST, UNUSABLE, ChoosingLGreCo, LGreCo, _by_steps, costs, solve
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 from tests.comm.zoo import draw
@@ -195,3 +195,34 @@ def test_what_is_not_finite_changes_no_plan() -> None:
 def test_bad_arguments(compress: object, arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         lgreco(compress, **arguments)  # type: ignore[arg-type]
+
+
+def test_many_layers_are_served_as_well_as_few() -> None:
+    """Half of them hardly matter. Rounding each error up to a grid of one size would eat the budget, then all of it."""
+    for layers in (300, 3000, 11_000):
+        errors = torch.tensor([[4.0, 1.0, 0.25]], dtype=torch.float64).repeat(layers, 1)
+        sizes = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64).repeat(layers, 1)
+        errors[: layers // 2] *= 1e-4
+        found = solve(errors, sizes, 1)
+        (budget, allowed), (error, size) = totals(errors, sizes, [1] * layers), totals(errors, sizes, found)
+        assert error <= budget * (1 + 1e-9) and size <= 0.752 * allowed
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.6, 1.0, 2.0]))
+@settings(max_examples=10)
+def test_a_price_for_all_layers_finds_what_the_grid_finds(seed: int, alpha: float) -> None:
+    errors, sizes = table(seed, 300, 5)
+    errors[::7, 0] = UNUSABLE
+    if float(errors.amin(1).sum()) > alpha * float(errors[:, 2].sum()):
+        return
+    found = solve(errors, sizes, 2, alpha)
+    error, size = totals(errors, sizes, found)
+    assert error <= alpha * float(errors[:, 2].sum()) * (1 + 1e-9)
+    fine = _by_steps(errors, sizes, alpha * float(errors[:, 2].sum()), 30_000)
+    assert fine is not None and size <= totals(errors, sizes, fine)[1] * 1.002
+
+
+def test_layers_without_a_size_or_an_error_are_no_trouble() -> None:
+    nothing = torch.zeros(400, 3, dtype=torch.float64)
+    assert solve(nothing, nothing, 1) == [0] * 400
+    assert len(solve(nothing + 1, nothing, 1)) == 400

@@ -194,3 +194,11 @@ def test_random_places_are_the_same_on_all_ranks_and_other_ones_in_each_step() -
 def test_bad_arguments(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("width", [1000, 1 << 17])
+def test_top_k_refuses_places_that_a_row_does_not_have(width: int) -> None:
+    values, places = topk(0.01).encode(torch.randn(2, width), KEY)
+    places[1, 3] = torch.iinfo(places.dtype).max
+    with pytest.raises(ValueError, match=f"a top-k payload holds places from .* of rows of {width}: it was damaged"):
+        topk(0.01).decode((values, places), width, KEY.shared)

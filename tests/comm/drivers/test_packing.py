@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -11,7 +14,7 @@ from dtrain import cast, error_feedback, every_step, quantize, topk
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.combine import combine
 from dtrain.comm.drivers.meter import Meter, metered
-from dtrain.comm.drivers.packing import packed
+from dtrain.comm.drivers.packing import _alike, _decode, packed
 from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Payload, Place
 from dtrain.comm.plans.base import Plan, as_plan
@@ -71,3 +74,57 @@ def test_an_all_reduce_has_nothing_to_code() -> None:
     with pytest.raises(ValueError, match="lossless codes parts, which an all-reduce does not have"):
         every_step(compress=cast("bf16"), route="all_reduce", lossless=1)
     assert every_step(compress=error_feedback(topk(0.1)), lossless=1).lossless == 1
+
+
+def coded(part: Payload) -> Tensor:
+    """One part, as it travels."""
+
+    def flow() -> Flow[Payload]:
+        return (yield from _alike([part], AllGather(part), 1))
+
+    return simulate([flow()])[0][0][0]
+
+
+PART = (torch.arange(300.0), torch.zeros(40, dtype=torch.int16))
+
+
+@given(seeds)
+@settings(max_examples=200)
+def test_a_damaged_part_is_an_error_in_words(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    row = coded(PART)
+    place = int(torch.randint(row.numel(), (), generator=generator))
+    match seed % 3:
+        case 0:
+            row[place] ^= 1 << int(torch.randint(8, (), generator=generator))
+        case 1:
+            row = row[:place]
+        case _:
+            row[place:] = torch.randint(0, 256, (row.numel() - place,), generator=generator).to(torch.uint8)
+            row[0] ^= 1
+    with pytest.raises(ValueError, match=r"a lossless code of .* does not have the checksum it was sent with"):
+        _decode(row, PART)
+
+
+@pytest.mark.parametrize("size", [0, 100, 1279, 1281, 1 << 28])
+def test_nothing_is_inflated_beyond_what_is_due(size: int) -> None:
+    """A code of another size, with a right checksum: of a bomb only the head is read."""
+    blob = zstandard.ZstdCompressor(level=1).compress(bytes(size))
+    whole = len(blob).to_bytes(8, "little") + zlib.crc32(blob).to_bytes(4, "little") + blob
+    with pytest.raises(ValueError, match=f"says that it holds {size:,} bytes, where 1,280 are due"):
+        _decode(torch.frombuffer(bytearray(whole), dtype=torch.uint8), PART)
+
+
+def test_a_code_that_announces_no_size_or_is_none_is_refused() -> None:
+    for blob in (zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1280)), b"", b"not zstandard"):
+        whole = len(blob).to_bytes(8, "little") + zlib.crc32(blob).to_bytes(4, "little") + blob
+        with pytest.raises(ValueError, match="a lossless code"):
+            _decode(torch.frombuffer(bytearray(whole), dtype=torch.uint8), PART)
+
+
+@pytest.mark.parametrize("longest", [-1, 1 << 40])
+def test_a_peer_that_announces_too_much_is_refused(longest: int) -> None:
+    flow = _alike([PART], AllGather(PART), 1)
+    next(flow)
+    with pytest.raises(ValueError, match=f"a peer announces a lossless code of {longest:,} bytes"):
+        flow.send((torch.tensor([[longest]]),))
