@@ -6,6 +6,7 @@
                alpha times the block's standard deviation as for parameter updates in arXiv:2311.13171
 
 Communication: the two-phase route. Bytes for a row of n elements: ceil(n / 4) + 4 * ceil(n / block). Keeps: nothing.
+ComPEFT's paper codes the places of what it keeps (Golomb), which is the smaller the sparser: 5.9 times smaller at 5 %.
 """
 
 from __future__ import annotations

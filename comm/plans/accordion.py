@@ -2,9 +2,10 @@
 
     a layer is in a critical regime if  | |g_then| - |g_now| | / |g_then|  >= threshold        looked at every so often
 
-Norms are those of what is new in an exchange, summed over all ranks, so that all of them decide alike. It chooses
-between two plans; either may be one that learns, `lgreco` for example: what is more and what is less is then chosen by
-layer.
+Norms are those of what is new in one exchange, summed over all ranks, so that all of them decide alike. (The authors'
+code takes the norm of the gradient that an epoch has added up, which is less noisy: where batches are small, look less
+often or raise the threshold. Nothing here looks at the learning rate.) It chooses between two plans; either may be one
+that learns, `lgreco` for example: what is more and what is less is then chosen by layer.
 Until it has looked twice, all layers count as critical.
 Communication: at each look a gather over the shards and one over the replicas. Keeps: a norm and a choice per layer.
 """

@@ -3,7 +3,7 @@
     own sample k      l+- = loss(parameters +- eps z_mk);   g_mk = (l+ - l-) / (2 eps), as a byte
     everybody         all bytes are gathered;   parameters <- what `directions` makes of them
 
-Zeroth-order gradients (SPSA), distributed as in "Just One Byte" (Zelikman et al., arXiv:2306.09927), with what its code
+Zeroth-order gradients (SPSA), distributed as in "Just One Byte" (Zelikman et al., arXiv:2306.10015), with what its code
 left out: the byte is all that anybody uses of g, the machine that found it included, so forward passes may differ from
 machine to machine and updates cannot. Forward passes only; nothing is kept but the parameters, of which a second copy
 exists while directions are tried: what is moved is the copy, so nothing has to be moved back.
