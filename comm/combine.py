@@ -11,13 +11,14 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
 from dtrain.comm.compressors.lowrank import LowRank, Matrix, orthonormal
 from dtrain.comm.drivers.packing import packed
 from dtrain.comm.feedback import Compression, NoFeedback, as_compression
-from dtrain.comm.layout import Named
+from dtrain.comm.layout import Named, is_finite, is_keepable
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Op, Payload, Place
 from dtrain.comm.plans.base import Plan
 from dtrain.comm.routes import Combined, native_mean, two_phase
@@ -27,7 +28,7 @@ from dtrain.comm.state import State
 R = TypeVar("R")
 Route: TypeAlias = Literal["two_phase", "all_reduce"]
 NO_MATRICES: Mapping[str, Matrix] = MappingProxyType({})
-Dense: TypeAlias = Callable[[Named], Flow[Combined]]
+Dense: TypeAlias = Callable[[Named, bool], Flow[Combined]]
 
 
 def combine(
@@ -54,13 +55,13 @@ def combine(
     rest = {fqn: value for fqn, value in values.items() if fqn not in low}
     rows = _Rows(plan)
 
-    def send(part: Named, using: Plan) -> Flow[Combined]:
+    def send(part: Named, using: Plan, usable: bool = True) -> Flow[Combined]:
         if route == "all_reduce":
-            return native_mean(part, using, key, state, weight, present)
-        return two_phase(part, using, rule, place, key, state, weight, present)
+            return native_mean(part, using, key, state, weight, present, usable)
+        return two_phase(part, using, rule, place, key, state, weight, present, usable)
 
-    def dense(part: Named) -> Flow[Combined]:
-        return send(part, as_compression(None))
+    def dense(part: Named, usable: bool) -> Flow[Combined]:
+        return send(part, as_compression(None), usable)
 
     if not low:
         flow = send(rest, rows)
@@ -137,7 +138,13 @@ def _power_iteration(
     counts: bool,
 ) -> Flow[Combined]:
     """PowerSGD of all ``values`` at once: two dense means, of P and of Q. ``counts``: whether this rank is in them."""
-    meant = {fqn: chosen[fqn].feedback.correct(fqn, value, state) for fqn, value in values.items()}
+    usable = is_keepable(*values.values())
+    counts = counts and usable
+    if counts:
+        meant = {fqn: chosen[fqn].feedback.correct(fqn, value, state) for fqn, value in values.items()}
+        usable = is_finite(*meant.values())
+    else:
+        meant = {fqn: torch.zeros_like(value) for fqn, value in values.items()}
     whole = {fqn: matrices[fqn].view(value) for fqn, value in meant.items()}
     starts, shapes = {}, {}
     for fqn, matrix in whole.items():
@@ -145,14 +152,16 @@ def _power_iteration(
         starts[fqn] = compressor.start(matrices[fqn], replace(key, fqn=fqn), state, matrix)
         shapes[fqn] = (compressor.rank, matrix.shape[0])
     # Thin matrices come first in products, and go transposed: with a thin one last CPUs take four times as long.
-    means = yield from dense({fqn: (starts[fqn].T @ matrix.T).reshape(-1) for fqn, matrix in whole.items()})
+    means = yield from dense({fqn: (starts[fqn].T @ matrix.T).reshape(-1) for fqn, matrix in whole.items()}, usable)
     bases = {fqn: orthonormal(mean.view(shapes[fqn]).T) for fqn, mean in means.values.items()}
     own = {fqn: bases[fqn].T @ matrix for fqn, matrix in whole.items()}  # Q_i^T [rank, columns]
-    factors = yield from dense({fqn: factor.reshape(-1) for fqn, factor in own.items()})
+    factors = yield from dense({fqn: factor.reshape(-1) for fqn, factor in own.items()}, usable)
     results: dict[str, Tensor] = {}
     for fqn, value in values.items():
         feedback, factor, lies = chosen[fqn].feedback, factors.values[fqn].view(own[fqn].shape), matrices[fqn]
-        if feedback.kinds and counts:
+        if not counts:
+            feedback.sit_out(fqn, value, state)
+        elif feedback.kinds:
             feedback.retain_product(fqn, value, meant[fqn], lies, (bases[fqn], own[fqn]), state)
         # From zeros no iteration would ever start again.
         state.stage(fqn, "q", factor.T.contiguous() if bool(factor.any()) else starts[fqn])

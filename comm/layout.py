@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST = 2.0**60
+"""What feedback and other things that are kept take in, by amount: sums and squares of it are far from fp32's end, so
+that whatever is kept of a gradient of 1e18, the next steps can be made."""
+
 MESSAGE = 1 << 22
 """Elements in one message: many enough for its latency not to count, few enough for several to overlap."""
 
@@ -89,6 +93,19 @@ def is_finite(*values: Tensor, sums: list[Tensor] | None = None) -> bool:
         return True
     extremes = [torch.aminmax(value) for value in values if value.numel()]  # large numbers may sum up to infinity
     return all(math.isfinite(float(least)) and math.isfinite(float(most)) for least, most in extremes)
+
+
+def is_keepable(*values: Tensor, norms: list[Tensor] | None = None) -> bool:
+    """Whether nothing in ``values``, of one device, is NaN or larger than `LARGEST`; in one pass that writes nothing.
+
+    ``norms``: of each of them, where that was taken on the way.
+    """
+    if norms is None:
+        norms = [torch.linalg.vector_norm(value) for value in values]
+    if not norms or float(torch.stack(norms).max()) <= LARGEST:
+        return True
+    extremes = [torch.aminmax(value) for value in values if value.numel()]  # many numbers have a large norm
+    return all(float(least) >= -LARGEST and float(most) <= LARGEST for least, most in extremes)
 
 
 Named = Mapping[str, Tensor]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,26 @@ class Exchange(Protocol):
         ``present``: False for zeros in place of gradients that this rank does not have, True for others, where the
         engine wants to know whether any replica has them; all peers alike.
         """
+
+
+@runtime_checkable
+class Repeated(Exchange, Protocol):
+    """An exchange that a step may have several times for one parameter, one for each backward pass."""
+
+    adds: bool
+    """Whether it is given what each backward pass brings, and what comes back is added up. Otherwise an engine that
+    adds gradients up itself may give it the sum so far, in whose place goes what comes back."""
+
+    def stood_in(self) -> None:
+        """This rank, which has no data left, has given zeros in place of a backward pass (``model.join()``)."""
+
+
+@runtime_checkable
+class Private(Exchange, Protocol):
+    """An exchange that may send nothing."""
+
+    private: bool
+    """Whether it sends nothing, so that a plain module, which has nobody to send to, can serve it, too."""
 
 
 class Pieces(Protocol):

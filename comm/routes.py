@@ -9,12 +9,15 @@ Everything is cut per FQN, never per bucket: chunk j of a segment of n elements 
 w = ceil(n / W). Sent by each rank and message, besides the encoded chunks: one byte that says whether all was finite
 and, in the first phase, of which names and step it speaks (`mark`); in the first phase of a weighted mean four bytes,
 the weight.
+
+Where feedback keeps something, a value above `LARGEST` counts as one that is not finite, and a rank whose next state
+would not be finite says so with its answer: no rank ever keeps what no step could be made from.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +28,7 @@ from dtrain.comm.compressors.base import Compressor, one_pass
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.lowrank import LowRank
 from dtrain.comm.feedback import Compression, Feedback
-from dtrain.comm.layout import Named, chunk_width, from_rows, is_finite, to_rows
+from dtrain.comm.layout import Named, chunk_width, from_rows, is_finite, is_keepable, to_rows
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Payload, Place
 from dtrain.comm.plans.base import Plan
 from dtrain.comm.seeds import Key
@@ -57,22 +60,26 @@ def two_phase(
     state: State,
     weight: float | None = None,
     present: bool | None = None,
+    usable: bool = True,
 ) -> Flow[Combined]:
     """Combine flat ``values`` over the peers. New feedback state is staged in ``state``.
 
     Compressors see fp32. What that rounds of values in fp64 is the compressor's loss, and fed back with it.
     ``weight``: what this rank counts in the mean. A rank of weight 0 gives zeros and is left out, as is one whose
-    values are not finite; None: all count alike, and none may be left out.
-    ``present``: False for zeros in place of values that this rank does not have; they count like any others.
+    values are not finite; None: all count alike, and none may be left out. ``present``: False for zeros in place of
+    values that this rank does not have; they count like any others. ``usable``: False for values that come from what
+    is not finite.
 
     Raises ``RuntimeError`` on every peer where they came with different values (`mark`), without a ``weight``.
     """
     world = place.size
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
+    if weight is not None and not (usable and all_usable(values, chosen)):
+        weight, values = 0.0, {fqn: torch.zeros_like(value) for fqn, value in values.items()}
     outgoing: list[Payload] = []
-    sums = []
+    measures = []
     for fqn, value in values.items():
-        sums.append(value.sum())  # here, so that what is encoded next is in the caches
+        measures.append(_measure(value, chosen[fqn]))  # here, so that what is encoded next is in the caches
         compressor, feedback = _in_rows(chosen[fqn], value)
         own = replace(key, fqn=fqn, phase="send")
         if weight == 0:
@@ -80,7 +87,7 @@ def two_phase(
             outgoing.append(compressor.encode(to_rows(value, world), own))
         else:
             outgoing.append(feedback.encode(fqn, value, compressor, world, own, state))
-    finite = all_finite(values, sums)
+    finite = usable and all_usable(values, chosen, measures)
     said = mark(values, key.step) + (MARKS if present is False else 0)
     incoming = yield AllToAll(_joined(outgoing, vote(world, finite, weight, _device(values), said)))
     votes = Votes(incoming[-1].flatten().tolist(), place)
@@ -105,17 +112,24 @@ def two_phase(
             error = (chunk - compressor.decode(answer, width, own.shared)[0])[: value.numel() - start]
             feedback.retain_owned(fqn, error, start, votes.world, state)
         answers.append(answer)
+    finite = finite and _sound(chosen, state)
     gathered = yield AllGather(_joined(answers, vote(1, finite, None, _device(values))))
-    finite = bool(gathered[-1].all())
+    found = _results(values, chosen, _cut(gathered, answers), key, world, state)
+    return Combined(found.values, found.finite and bool(gathered[-1].all()), present is not False)
 
+
+def _results(
+    values: Named, chosen: Mapping[str, Compression], gathered: list[Payload], key: Key, world: int, state: State
+) -> Combined:
+    """What all chunks' owners have answered, decoded: each tensor of ``gathered`` begins with the ranks."""
     results, sums = {}, []
-    for (fqn, value), encoded in zip(values.items(), _cut(gathered, answers), strict=True):
+    for (fqn, value), encoded in zip(values.items(), gathered, strict=True):
         compressor, feedback = _in_rows(chosen[fqn], value)
         width, shared = chunk_width(value.numel(), world), replace(key, fqn=fqn).shared
         rows = compressor.decode(tuple(tensor.flatten(0, 1) for tensor in encoded), width, shared)
         results[fqn] = result = feedback.result(fqn, from_rows(rows, value.numel()), state)
         sums.append(result.sum())
-    return Combined(results, finite and all_finite(results, sums), present is not False)
+    return Combined(results, all_finite(results, sums))
 
 
 def mark(names: Iterable[str], step: int) -> int:
@@ -186,14 +200,23 @@ def vote(rows: int, finite: bool, weight: float | None, device: torch.device, sa
 
 
 def native_mean(
-    values: Named, plan: Plan, key: Key, state: State, weight: float | None = None, present: bool | None = None
+    values: Named,
+    plan: Plan,
+    key: Key,
+    state: State,
+    weight: float | None = None,
+    present: bool | None = None,
+    usable: bool = True,
 ) -> Flow[Combined]:
     """The mean by one native all-reduce, for linear compressors of one dtype. The transport orders the summation.
 
-    ``weight``: as in `two_phase`; for payloads in fp32. ``present`` too: unless it is None, one more element says it.
+    ``weight``, ``present`` and ``usable``: as in `two_phase`; weights for payloads in fp32. Unless ``present`` is None,
+    one more element says it.
     """
-    counts = weight if weight is None or all_finite(values) else 0.0
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
+    if weight is not None or not usable or any(each.feedback.kinds for each in chosen.values()):
+        usable = usable and all_usable(values, chosen)
+    counts = weight if weight is None or usable else 0.0
     encoded: list[Payload] = []
     for fqn, value in values.items():
         compressor, feedback = _in_rows(chosen[fqn], value)
@@ -204,6 +227,8 @@ def native_mean(
         else:
             encoded.append(feedback.encode(fqn, value, compressor, 1, replace(key, fqn=fqn), state))
     sent = tuple(tensor for payload in encoded for tensor in payload)
+    if not (usable and _sound(chosen, state)):  # there is no vote beside the sum, so it says it
+        sent = tuple(torch.full_like(tensor, torch.nan) for tensor in sent) if counts != 0 else sent
     if counts is None and present is None:
         reply = yield AllReduce(sent, "mean")
         finite = True
@@ -259,6 +284,30 @@ class _Double:
 def all_finite(values: Named, sums: list[Tensor] | None = None) -> bool:
     """Whether there is no NaN and no infinity in any of ``values``; ``sums`` over each, if they were taken already."""
     return is_finite(*values.values(), sums=sums)
+
+
+def all_usable(values: Named, chosen: Mapping[str, Compression], measures: list[Tensor] | None = None) -> bool:
+    """`all_finite`, and for those with feedback `is_keepable`. ``measures``: `_measure` of each, if taken already."""
+    if measures is None:
+        measures = [_measure(value, chosen[fqn]) for fqn, value in values.items()]
+    plain: tuple[list[Tensor], list[Tensor]] = ([], [])
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for (fqn, value), measure in zip(values.items(), measures, strict=True):
+        group = kept if chosen[fqn].feedback.kinds else plain
+        group[0].append(value)
+        group[1].append(measure)
+    return is_finite(*plain[0], sums=plain[1]) and is_keepable(*kept[0], norms=kept[1])
+
+
+def _measure(value: Tensor, compression: Compression) -> Tensor:
+    """Its norm where feedback will keep some of it, else its sum."""
+    return torch.linalg.vector_norm(value) if compression.feedback.kinds else value.sum()
+
+
+def _sound(chosen: Mapping[str, Compression], state: State) -> bool:
+    """Whether all that feedback has staged is finite."""
+    staged = (state.staging.get(fqn, {}).values() for fqn, each in chosen.items() if each.feedback.kinds)
+    return is_finite(*(tensor for tensors in staged for tensor in tensors))
 
 
 def _device(values: Named) -> torch.device:

@@ -13,13 +13,17 @@ import torch
 
 @dataclass(frozen=True)
 class Key:
-    """What a random draw belongs to. ``rank``: on the replicate axis; a draw that all peers share leaves it at -1."""
+    """What a random draw belongs to. ``rank``: on the replicate axis; a draw that all peers share leaves it at -1.
+
+    ``again``: how many exchanges this step has made for the same FQN before, one for each earlier backward pass.
+    """
 
     seed: int
     step: int
     rank: int = -1
     fqn: str = ""
     phase: str = ""
+    again: int = 0
 
     @property
     def shared(self) -> Key:
@@ -28,6 +32,7 @@ class Key:
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A generator on ``device``, seeded by the 63-bit BLAKE2b digest of this key."""
-        text = "\0".join([str(self.seed), str(self.step), str(self.rank), self.fqn, self.phase])
+        parts = [str(self.seed), str(self.step), str(self.rank), self.fqn, self.phase]
+        text = "\0".join(parts if not self.again else [*parts, str(self.again)])
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

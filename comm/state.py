@@ -2,6 +2,9 @@
 
 A step is a transaction. Flows stage their next state while the old one stays as it is; at the end of the step all
 ranks agree to `commit` it everywhere or to `rollback` it everywhere. The price is a second copy of what is staged.
+
+A step may have several exchanges of one name, one for each backward pass. `proceed` begins another one: it reads what
+those before have staged.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from dtrain.comm.layout import working
+from dtrain.comm.layout import is_finite, working
 
 Kind: TypeAlias = Literal["replicated", "per_worker", "partitioned", "opaque"]
 """``replicated``: bitwise equal on all peers. ``per_worker``: each its own. ``partitioned``: one owner per element.
@@ -32,16 +35,31 @@ class State:
     def __init__(self, kinds: Mapping[str, Kind]) -> None:
         self.kinds = dict(kinds)
         self.tensors: Tensors = {}
-        self._staged: Tensors = {}
+        self._earlier: Tensors = {}  # staged by exchanges of this step that have ended
+        self.staging: Tensors = {}  # by the present exchange; to be read
+
+    def find(self, fqn: str, name: str) -> Tensor | None:
+        """What the last exchange has left: in this step, else the committed tensor. Not to be written to."""
+        found = self._earlier.get(fqn, {}).get(name)
+        return found if found is not None else self.tensors.get(fqn, {}).get(name)
 
     def get(self, fqn: str, name: str, like: Tensor) -> Tensor:
-        """The committed tensor; zeros like ``like``, in fp32 or fp64, if there is none yet. Not to be written to."""
-        found = self.tensors.get(fqn, {}).get(name)
+        """`find`; zeros like ``like``, in fp32 or fp64, if there is none yet. Not to be written to."""
+        found = self.find(fqn, name)
         return found if found is not None else working(torch.zeros_like(like))
 
     def known(self, fqn: str, name: str) -> bool:
-        """Whether a tensor of this name has been committed."""
-        return name in self.tensors.get(fqn, {})
+        """Whether there is a tensor of this name."""
+        return self.find(fqn, name) is not None
+
+    def proceed(self, fqns: Collection[str]) -> None:
+        """Begin a further exchange of ``fqns`` in this step, which goes on from what the last one has staged."""
+        for fqn in fqns:
+            self._earlier.setdefault(fqn, {}).update(self.staging.pop(fqn, {}))
+
+    def begun(self, fqn: str, name: str) -> bool:
+        """Whether an earlier exchange of this step has staged a tensor of this name."""
+        return name in self._earlier.get(fqn, {})
 
     def branch(self) -> State:
         """For what is under way beside the steps: it reads what is committed here, and commits for itself."""
@@ -49,23 +67,30 @@ class State:
         branch.tensors = self.tensors
         return branch
 
+    def look(self) -> State:
+        """One that reads what is read here, for what is staged and never committed."""
+        look = self.branch()
+        look._earlier = self._earlier
+        return look
+
     def stage(self, fqn: str, name: str, value: Tensor) -> None:
         """Make ``value`` what `commit` will store. Raises ``KeyError`` for a name without a declared kind."""
         if name not in self.kinds:
             raise KeyError(f"state {name!r} was not declared; declared are {sorted(self.kinds)}")
-        self._staged.setdefault(fqn, {})[name] = value
+        self.staging.setdefault(fqn, {})[name] = value
 
     def staged(self, fqn: str, name: str) -> Tensor:
-        return self._staged[fqn][name]
+        return self.staging[fqn][name]
 
     def drop(self, fqn: str, name: str) -> None:
         """Forget a tensor that is of no more use, committed or staged."""
-        self.tensors.get(fqn, {}).pop(name, None)
-        self._staged.get(fqn, {}).pop(name, None)
+        for tensors in (self.tensors, self._earlier, self.staging):
+            tensors.get(fqn, {}).pop(name, None)
 
     def unstage(self, fqn: str) -> None:
         """Forget what is staged for ``fqn``: its step was not made."""
-        self._staged.pop(fqn, None)
+        self._earlier.pop(fqn, None)
+        self.staging.pop(fqn, None)
 
     def scale(self, names: Collection[str], factor: float) -> None:
         """Multiply what is committed under ``names``."""
@@ -74,17 +99,28 @@ class State:
                 named[name] = named[name] * factor
 
     def commit(self) -> None:
-        for fqn, named in self._staged.items():
-            self.tensors.setdefault(fqn, {}).update(named)
-        self._staged = {}
+        for staged in (self._earlier, self.staging):
+            for fqn, named in staged.items():
+                self.tensors.setdefault(fqn, {}).update(named)
+        self.rollback()
 
     def rollback(self) -> None:
-        self._staged = {}
+        self._earlier, self.staging = {}, {}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Replace everything by copies of ``tensors``. Raises ``KeyError`` for an undeclared name."""
+        """Replace everything by copies of ``tensors``.
+
+        Raises ``KeyError`` for an undeclared name, ``ValueError`` for values that are not finite.
+        """
         unknown = {name for named in tensors.values() for name in named} - set(self.kinds)
         if unknown:
             raise KeyError(f"the state to load holds {sorted(unknown)}, this sync keeps {sorted(self.kinds)}")
+        for fqn, named in tensors.items():
+            for name, tensor in named.items():
+                if not is_finite(tensor):
+                    raise ValueError(
+                        f"{name!r} of {fqn} in the state to load is not finite, so no step could be made from it; go "
+                        "back to an earlier checkpoint, or take that tensor out to begin it anew"
+                    )
         self.tensors = {fqn: {name: t.clone() for name, t in named.items()} for fqn, named in tensors.items()}
-        self._staged = {}
+        self.rollback()

@@ -19,13 +19,14 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.attach.before import Before
 from dtrain.comm.attach.module import ModulePieces
 from dtrain.comm.attach.servable import require_dense
 from dtrain.comm.attach.wrappers import plain_name
 from dtrain.comm.drivers.run import Channel, Handle
-from dtrain.comm.layout import to_rows, working
+from dtrain.comm.layout import Named, to_rows, working
 from dtrain.comm.ops import AllToAll, Flow
-from dtrain.comm.pieces import Exchange
+from dtrain.comm.pieces import Exchange, Repeated
 
 
 class DDPPieces(ModulePieces):
@@ -44,6 +45,7 @@ class DDPPieces(ModulePieces):
         self.model = model
         self.names = {id(p): name for name, p in self.trained.parameters.items()}
         self._exchange: Exchange | None = None
+        self._before: Before | None = None
         self._under_way: list[Handle[None]] = []
         self._backward_ended = 0.0
         self._arrived: set[str] = set()  # in this pass through the buckets
@@ -61,6 +63,8 @@ class DDPPieces(ModulePieces):
         if slot is None:
             slot = _SLOTS[self.model] = _Slot(self.model)
         slot.pieces = ref(self)
+        if isinstance(exchange, Repeated) and exchange.adds:
+            self._before = Before(self.parameters)
 
     def finish(self) -> None:
         super().finish()
@@ -78,18 +82,25 @@ class DDPPieces(ModulePieces):
         return {fqn for fqn in super().unused() if not self._was_used(fqn)}
 
     def step(self) -> None:
-        self._handed, self._arrived = {}, set()
+        self._step_ends()
         super().step()
 
     def skip(self) -> None:
-        self._handed, self._arrived = {}, set()
+        self._step_ends()
         super().skip()
+
+    def _step_ends(self) -> None:
+        self._handed, self._arrived = {}, set()
+        if self._before is not None:
+            self._before.step_ended()
 
     def detach(self) -> None:
         """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
         if self.model in _SLOTS:
             _SLOTS[self.model].pieces = None
         self.model.require_backward_grad_sync = True
+        if self._before is not None:
+            self._before.remove()
         super().detach()
 
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -104,20 +115,36 @@ class DDPPieces(ModulePieces):
         if len(names) != len(given):
             raise RuntimeError(f"DDP hands over {len(given)} gradients for {len(names)} parameters: {', '.join(names)}")
         gradients = {name: gradient for name, gradient in zip(names, given, strict=True) if name and gradient.numel()}
-        self._count(gradients)
+        standing_in = torch._C._current_graph_task_id() < 0  # no backward pass: DDP.join gives zeros
+        before: Named = {}
+        if not standing_in:
+            self._count(gradients)
+            before = self._before.take(gradients) if self._before is not None else before
 
         def ended(handle: Handle[None]) -> None:
             future.set_result(buffer)  # after a failure too: DDP cannot read an exception, `finish` raises it
 
         label = "gradients" if self._exchange is not None else "inner gradients"
-        self._under_way.append(self.channel.start(self._average(gradients), label, then=ended))
+        self._under_way.append(self.channel.start(self._average(gradients, before), label, then=ended))
         self._arrived.update(names)
         # In the first step of a static graph no bucket is the last one.
         if bucket.is_last() or self._arrived.issuperset(self.trained.parameters):
             self._arrived = set()
             self._backward_ended = time.perf_counter()
             self.channel.flush()
+            self._pass_ended(standing_in)
         return future
+
+    def _pass_ended(self, standing_in: bool) -> None:
+        """All gradients of a backward pass, or zeros in their place, are on their way."""
+        if not standing_in:
+            if self._before is not None:
+                self._before.pass_ended()
+        elif isinstance(self._exchange, Repeated):
+            for handle in self._under_way:
+                handle.wait()
+            self._under_way = []
+            self._exchange.stood_in()
 
     def _count(self, gradients: Mapping[str, Tensor]) -> None:
         for fqn, gradient in gradients.items():
@@ -197,9 +224,10 @@ class DDPPieces(ModulePieces):
     def _keeps_its_own(self) -> bool:
         return self._exchange is None and self.shard.size == 1
 
-    def _average(self, gradients: Mapping[str, Tensor]) -> Flow[None]:
-        """Replace the gradients of one bucket by what the optimizer shall see."""
+    def _average(self, gradients: Mapping[str, Tensor], before: Named) -> Flow[None]:
+        """Replace the gradients of one bucket by what the optimizer shall see; all members have found ``before``."""
         slices = {fqn: working(gradient.reshape(-1)) for fqn, gradient in gradients.items()}
+        slices |= {fqn: slices[fqn] - found for fqn, found in before.items()}
         if self.shard.size > 1:
             rows = tuple(to_rows(each, self.shard.size) for each in slices.values())
             arrived = yield AllToAll(rows, axis="shard")
@@ -209,7 +237,8 @@ class DDPPieces(ModulePieces):
             slices = (yield from self._exchange(slices)).values
         whole = yield from self._gather(slices, list(gradients))
         for fqn, gradient in gradients.items():
-            gradient.copy_(whole[fqn].view(gradient.shape))
+            combined = before[fqn] + whole[fqn] if fqn in before else whole[fqn]
+            gradient.copy_(combined.view(gradient.shape))
 
 
 class _Slot:

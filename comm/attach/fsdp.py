@@ -99,7 +99,7 @@ class FSDPPieces:
         return is_finite(*(_local(g) for g in grads if g is not None))
 
     def unused(self) -> set[str]:
-        return set()  # whatever was exchanged is stepped with
+        return {fqn for fqn, parameter in self.parameters.items() if parameter.grad is None}
 
     def step(self) -> None:
         with self._guard.opened(), self.trained.writing():

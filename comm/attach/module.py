@@ -18,7 +18,7 @@ from dtrain.comm.attach.trained import Trained
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named, Segment, copied, even_slice, from_rows, is_finite, working
 from dtrain.comm.ops import AllGather, Flow, Place
-from dtrain.comm.pieces import Exchange
+from dtrain.comm.pieces import Exchange, Private
 
 
 class ModulePieces:
@@ -36,6 +36,8 @@ class ModulePieces:
         slices = (even_slice(name, p.numel(), part=rank, parts=size) for name, p in self.parameters.items())
         self.segments = {segment.fqn: segment for segment in slices if segment.numel}
         self._sparse = sparse_modules(module)
+        self._private: Exchange | None = None
+        self._given = False  # whether the private exchange has had this step's gradients
         self._guard = StepGuard(optimizer)
         self.trained.claim()
 
@@ -58,7 +60,9 @@ class ModulePieces:
                 self.parameters[fqn].copy_(whole[fqn].view(self.shapes[fqn]))
 
     def hand_over(self, exchange: Exchange | None) -> None:
-        if exchange is not None:
+        if isinstance(exchange, Private) and exchange.private:
+            self._private = exchange
+        elif exchange is not None:
             raise TypeError(
                 "this sync exchanges gradients, and a plain module has nobody to hand them over during the backward "
                 "pass; wrap it in DistributedDataParallel or fully_shard. Local updates take it as it is, if they have "
@@ -67,6 +71,13 @@ class ModulePieces:
 
     def finish(self) -> None:
         self.trained.require_unchanged()
+        if self._private is None or self._given:
+            return
+        gradients = {fqn: p.grad for fqn, p in self.parameters.items() if p.grad is not None}
+        flat = {fqn: working(gradient.reshape(-1)) for fqn, gradient in gradients.items()}
+        for fqn, value in self.channel.run(self._private(flat), "gradients").values.items():
+            gradients[fqn].copy_(value.view(gradients[fqn].shape))
+        self._given = True
 
     def gradients_finite(self) -> bool:
         grads = (p.grad for p in self.parameters.values() if p.grad is not None)
@@ -78,9 +89,11 @@ class ModulePieces:
     def step(self) -> None:
         with self._guard.opened(), self.trained.writing():
             self.optimizer.step()
+        self._given = False
         self.optimizer.zero_grad()
 
     def skip(self) -> None:
+        self._given = False
         self.trained.clear()
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:

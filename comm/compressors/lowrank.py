@@ -26,6 +26,9 @@ from dtrain.comm.layout import Segment, is_finite
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
 
+UNUSUAL = 2.0**32
+"""Of a basis, by amount."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -84,10 +87,14 @@ class LowRank:
 
         Where the last step had another rank, its columns are kept as far as they go.
         """
-        known = state.tensors.get(key.fqn, {}).get("q")
+        known = state.find(key.fqn, "q")
+        if known is not None:
+            size = float(known.abs().amax())
+            if size > 0 and not 1 / UNUSUAL < size < UNUSUAL:  # only the span counts, and products must not overflow
+                known = known * 2.0 ** -max(math.frexp(size)[1], -120)  # no bit of that span changes
         if known is not None and known.shape == (matrix.columns, self.rank):
             return known
-        generator = replace(key.shared, step=0, phase="powersgd").generator(torch.device("cpu"))
+        generator = replace(key.shared, step=0, again=0, phase="powersgd").generator(torch.device("cpu"))
         fresh = torch.randn(matrix.columns, self.rank, generator=generator).to(like)
         if known is not None and known.shape[0] == matrix.columns:
             shared = min(self.rank, known.shape[1])

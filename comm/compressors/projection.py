@@ -54,8 +54,7 @@ class Projection(RowWise):
         along = self._drawn(size, key, rows.device)
         products = blocks @ along.T
         if key.phase == "answer":
-            gram = (along @ along.T).double()
-            fitted = torch.linalg.solve(gram, products.double().flatten(0, 1).T).T
+            fitted = _fitted((along @ along.T).double(), products.double().flatten(0, 1).T).T
             return (fitted.float().view_as(products),)
         factor = 1.0 if self.scaled else shrinkage(self.directions, size)
         return (products.mul_(factor / self.directions),)
@@ -93,8 +92,19 @@ class Projection(RowWise):
 
     def _drawn(self, size: int, key: Key, device: torch.device) -> Tensor:
         """V^T, [directions, size]."""
-        random, at = SharedRandom(key.seed % 2**64), Address("projection", key.step)
+        purpose = "projection" if not key.again else f"projection {key.again}"
+        random, at = SharedRandom(key.seed % 2**64), Address(purpose, key.step)
         return random.signs(at, key.fqn, self.directions * size).view(self.directions, size).to(device)
+
+
+def _fitted(gram: Tensor, products: Tensor) -> Tensor:
+    """What solves ``gram`` x = ``products``; the least of all x where a few directions depend on each other."""
+    factors, pivots, _ = torch.linalg.lu_factor_ex(gram)
+    if float(factors.diagonal().abs().amin()) > 1e-9 * float(gram[0, 0]):
+        solution: Tensor = torch.linalg.lu_solve(factors, pivots, products)
+        return solution
+    inverse: Tensor = torch.linalg.pinv(gram, rtol=1e-9, hermitian=True)
+    return inverse @ products
 
 
 def shrinkage(directions: float, size: int) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from dtrain.comm.compressors.base import Compressor
@@ -105,6 +105,28 @@ def warn_of_loss(plan: Plan) -> None:
                 "error_feedback(...) around it; under AdamW try both",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
+
+
+def with_feedback(plan: Plan, change: Callable[[Compression], Compression]) -> Plan:
+    """``plan`` with each of its compressions changed.
+
+    Raises ``TypeError`` for a plan of somebody else's making whose parts cannot be seen, if any of them would change.
+    """
+    if isinstance(plan, Compression):
+        return change(plan)
+    if all(change(each) == each for each in plan.compressions):
+        return plan
+    if not is_dataclass(plan) or isinstance(plan, type):
+        raise TypeError(f"{plan} hides its compressions; give by_layer, after, or one compression for all")
+    parts = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    changed: Plan = replace(plan, **{name: _changed(part, change) for name, part in parts.items()})
+    return changed
+
+
+def _changed(part: object, change: Callable[[Compression], Compression]) -> object:
+    if isinstance(part, tuple):
+        return tuple(_changed(each, change) for each in part)
+    return with_feedback(part, change) if isinstance(part, Plan) else part
 
 
 def kinds_of(plan: Plan) -> dict[str, Kind]:

@@ -2,9 +2,10 @@
 
     u = m u + g;   v = v + u;   send the largest of v;   where something was sent: v = 0, u = 0
 
-Momentum is inside, so the inner optimizer is plain SGD. The density falls in five stages to its final value:
-25, 6.25, 1.5625, 0.4 and 0.1 % of the elements in the paper, an epoch each. (The paper also clips each worker's own
-gradient before it is added up. Here what is clipped is the result.)
+Momentum is inside, so the inner optimizer is plain SGD. In the warm-up the density falls in five stages of equal length
+and equal ratio: 25, 8.3, 2.7, 0.91 and 0.30 %, and then 0.1 % (in the paper by another ratio, in four stages, an epoch
+each: 25, 6.25, 1.5625 and 0.4 %). The paper also clips each worker's own gradient before it is added up; here what is
+clipped is the result. And on the two-phase route the owner of a chunk keeps the largest of the mean once more.
 Communication: the two-phase route of `every_step`. Keeps: two fp32 numbers for each element, per worker.
 """
 
@@ -37,9 +38,10 @@ class MomentumCorrection(Feedback):
         return {"velocity": "per_worker", "residual": "per_worker"}
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
-        velocity = self.momentum * state.get(fqn, "velocity", value) + value
+        again, last = state.begun(fqn, "velocity"), state.get(fqn, "velocity", value)
+        velocity = (last if again else self.momentum * last) + value  # momentum decays once a step
         state.stage(fqn, "velocity", velocity)
-        return state.get(fqn, "residual", value) + velocity
+        return state.get(fqn, "residual", value) + (value if again else velocity)
 
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         state.stage(fqn, "residual", corrected - sent)

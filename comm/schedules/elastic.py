@@ -23,6 +23,7 @@ from torch import Tensor
 from dtrain.comm.drivers.gloo_transport import is_loss
 from dtrain.comm.drivers.members import MOST_STEPS, NOBODY, Epoch, Members
 from dtrain.comm.drivers.run import Channel
+from dtrain.comm.layout import is_finite
 from dtrain.comm.ops import Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
@@ -200,8 +201,10 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
         }
         counters = {name: getattr(self, name) for name in self.counters}
         parts = [(part.captured, part.scalar, [flight.captured for flight in part.flights]) for part in self.parts]
+        rates = [part.rates for part in self.parts]
+        whole = {"tensors": tensors, "counters": counters, "parts": parts, "rates": rates, "position": self.position}
         buffer = io.BytesIO()
-        torch.save({"tensors": tensors, "counters": counters, "parts": parts, "position": self.position}, buffer)
+        torch.save(whole, buffer)
         return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
     def _unpack(self, packed: Tensor, position: int | None) -> None:
@@ -218,8 +221,8 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
         self.state.load(moved)
         for name, value in found["counters"].items():
             setattr(self, name, value)
-        for part, (captured, scalar, flights) in zip(self.parts, found["parts"], strict=True):
-            part.captured, part.scalar, part.tokens = captured, scalar, self.tokens
+        for part, (captured, scalar, flights), rates in zip(self.parts, found["parts"], found["rates"], strict=True):
+            part.captured, part.scalar, part.rates, part.tokens = captured, scalar, tuple(rates), self.tokens
             nothing = {fqn: torch.zeros_like(anchor) for fqn, anchor in self._anchor(part.fqns).items()}
             part.flights = [
                 Flight(at, self.state.branch(), [], sent=nothing, weight=0.0, products=[torch.zeros((), device=device)])
@@ -238,11 +241,16 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
             "counters": {*counters} != {*self.counters} or not all(map(_number, counters.values())),
             "parameters": shapes != {fqn: (anchor.shape, anchor.dtype) for fqn, anchor in anchors.items()},
             "names": not {name for named in tensors.values() for name in named} <= {*self.state.kinds},
-            "values": not all(bool(named["anchor"].isfinite().all()) for named in tensors.values()),
+            "values": not all(is_finite(tensor) for named in tensors.values() for tensor in named.values()),
             "parts": len(parts) != len(self.parts)
             or not all(
                 _number(captured, NEVER) and math.isfinite(scalar) and all(map(_number, flights))
                 for captured, scalar, flights in parts
+            ),
+            "rates": len(found["rates"]) != len(self.parts)
+            or not all(
+                _number(steps) and all(math.isfinite(rate) and rate >= 0 for rate in (mean, last, before))
+                for mean, steps, last, before in found["rates"]
             ),
         }
         if any(wrong.values()):

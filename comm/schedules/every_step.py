@@ -5,6 +5,10 @@
 Communication: for each group of gradients that the backward pass finishes, one `two_phase` flow, or one native
 all-reduce; overlapped with the rest of the backward pass where the engine hands gradients over piece by piece.
 Bytes: `routes.two_phase_bytes` of each group. Keeps: what the feedback keeps.
+
+A step of several backward passes has an exchange for each that is not in ``no_sync()``: feedback holds over all of them
+together. With `DistributedDataParallel.join`, a rank that has ended gives zeros and what its feedback still keeps; it
+takes the others' steps to have as many backward passes as its own last one.
 """
 
 from __future__ import annotations
@@ -51,7 +55,9 @@ class AttachedEveryStep(Attached):
         self.spec = spec
         self._all_finite = True
         self._handed = False
-        pieces.hand_over(self._exchange)
+        self._exchanges: dict[str, int] = {}  # of each parameter in this step
+        self._passes = 1  # backward passes of the last step that were exchanged
+        pieces.hand_over(_Handed(self, adds=bool(self.state.kinds)))
 
     def step(self) -> bool:
         self.finish()
@@ -60,17 +66,45 @@ class AttachedEveryStep(Attached):
                 "no gradient was exchanged since the last sync.step(): call backward() before it, the last one of a "
                 "step outside of no_sync() (FSDP2: with set_requires_gradient_sync(True))"
             )
-        self._handed = False
+        self._passes = max(self._exchanges.values(), default=1)
+        self._begin_step()
         return super().step()
 
+    def weigh(self, tokens: int) -> None:
+        """Raises ``RuntimeError``: gradients are combined while backward goes on, before anybody knows the tokens."""
+        raise RuntimeError(
+            f"{type(self).__name__} counts all replicas alike; multiply each replica's loss by its tokens over the "
+            "replicas' mean, or take a local update such as diloco(...), which has weigh(tokens)"
+        )
+
+    def stood_in(self) -> None:
+        """End the others' step here, too, when they have made as many backward passes as this rank in its last."""
+        if max(self._exchanges.values(), default=0) < self._passes:
+            return
+        self._begin_step()
+        if self._agree(self._gradients_ok()):
+            self.state.commit()
+        else:
+            self.state.rollback()
+            self.skipped += 1
+        self.steps += 1
+        self._after_step()
+
+    def _begin_step(self) -> None:
+        self._handed, self._exchanges = False, {}
+
     def _exchange(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
-        combined = yield from self._combine(gradients, present)
+        again = max((self._exchanges.get(fqn, 0) for fqn in gradients), default=0)
+        self._exchanges |= dict.fromkeys(gradients, again + 1)
+        if again:
+            self.state.proceed(gradients)
+        key = Key(self.seed, self.steps, self.pieces.place.rank, again=again)
+        combined = yield from self._combine(gradients, key, present)
         self._handed = self._handed or combined.present is True
         self._all_finite = self._all_finite and combined.finite
         return combined
 
-    def _combine(self, gradients: Named, present: bool | None) -> Flow[Combined]:
-        key = Key(self.seed, self.steps, self.pieces.place.rank)
+    def _combine(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]:
         spec, place = self.spec, self.pieces.place
         self._measure(gradients, key)
         return (
@@ -94,6 +128,20 @@ class AttachedEveryStep(Attached):
 
     def _after_step(self) -> None:
         self._review()
+
+
+@dataclass(frozen=True)
+class _Handed:
+    """What the pieces are handed of a sync; see `Repeated`."""
+
+    sync: AttachedEveryStep
+    adds: bool
+
+    def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        return self.sync._exchange(gradients, present)
+
+    def stood_in(self) -> None:
+        self.sync.stood_in()
 
 
 def every_step(

@@ -39,7 +39,7 @@ class FedHyper:
     def choose(self, sums: Tensor, scalar: float) -> float:
         """The next a."""
         product, here, there = sums.tolist()
-        cosine = product / math.sqrt(here * there) if here * there > 0 else 0.0
+        cosine = product / math.sqrt(here * there) if 0 < here * there < math.inf else 0.0
         return min(MOST, max(LEAST, scalar + self.kappa * cosine))
 
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:

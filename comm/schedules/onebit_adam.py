@@ -2,7 +2,12 @@
 
     warm-up    the inner optimizer's own Adam on the mean gradient, in fp32
     then       m_i = b1 m + (1 - b1) g_i;   m = combined C(m_i), with error feedback
-               x -= lr (m / (sqrt(v) + eps) + decay x)                      v as the warm-up left it
+               x -= lr (clip(m / (sqrt(v) + eps), -c, c) + decay x)         v as the warm-up left it
+
+An element that had no gradient in the warm-up has v = 0: from then on it is not stepped but for its decay, as a code of
+few bits says of every element that it has a momentum. One that had next to none would be thrown far by it: c is the
+largest step of Adam itself, max(1, (1 - b1) / sqrt(1 - b2)). Both are ours; rows of an embedding that are first seen
+after the warm-up stay as they are, so it must be long enough to see what matters.
 
 Feedback around a gradient would go through Adam's variance, which is not linear; through a momentum it may go. m and v
 are divided by Adam's bias corrections of the last warm-up step. From the freeze on the inner optimizer is not stepped
@@ -13,18 +18,22 @@ Keeps: m and v, equal on all replicas, and what the feedback keeps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from dtrain.comm.compressors.sign import sign
 from dtrain.comm.feedback import error_feedback
-from dtrain.comm.layout import Named, working
+from dtrain.comm.layout import Named, is_keepable, working
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Compress, after
 from dtrain.comm.routes import Combined
 from dtrain.comm.schedules.every_step import AttachedEveryStep, EveryStep, every_step
 from dtrain.comm.schedules.sync import Attached
+from dtrain.comm.seeds import Key
 
 READ = ("lr", "betas", "eps", "weight_decay")
 
@@ -61,25 +70,44 @@ class _AttachedOneBitAdam(AttachedEveryStep):
         """Whether the warm-up is over."""
         return self.steps >= self.warmup_steps
 
-    def _combine(self, gradients: Named, present: bool | None) -> Flow[Combined]:
+    def _combine(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]:
         if not self.frozen:
-            return (yield from super()._combine(gradients, present))
+            mean = yield from super()._combine(gradients, key, present)
+            # The square of more would leave no finite variance to be frozen.
+            return replace(mean, finite=mean.finite and is_keepable(*mean.values.values()))
         b1 = self._group["betas"][0]
-        momenta = {fqn: b1 * self.state.get(fqn, "adam_m", g) + (1 - b1) * working(g) for fqn, g in gradients.items()}
-        combined = yield from super()._combine(momenta, present)
+        last = {fqn: self.state.get(fqn, "adam_m", gradient) for fqn, gradient in gradients.items()}
+        momenta = {
+            fqn: (last[fqn] if self.state.begun(fqn, "adam_m") else b1 * last[fqn]) + (1 - b1) * working(gradient)
+            for fqn, gradient in gradients.items()
+        }
+        combined = yield from super()._combine(momenta, key, present)
         for fqn, momentum in combined.values.items():
             self.state.stage(fqn, "adam_m", momentum.clone())
-        return replace(combined, values={fqn: m.to(gradients[fqn].dtype) for fqn, m in combined.values.items()})
+        new = {fqn: m - last[fqn] if key.again else m for fqn, m in combined.values.items()}  # it is added up
+        return replace(combined, values={fqn: m.to(gradients[fqn].dtype) for fqn, m in new.items()})
+
+    def stood_in(self) -> None:
+        if not self.frozen:
+            raise RuntimeError(
+                f"this rank has ended (model.join()) in step {self.steps}, within the {self.warmup_steps} steps of "
+                "1-bit Adam's warm-up: its Adam is not stepped any more, so its variance would be frozen at other "
+                "values; give all ranks that many batches, or end the warm-up earlier"
+            )
+        super().stood_in()
 
     def _advance(self) -> None:
         if not self.frozen:
             super()._advance()
             return
         group, unused = self._group, set(self.pieces.unused())
+        b1, b2 = group["betas"]
+        largest = max(1.0, (1 - b1) / math.sqrt(1 - b2))
         moved = {}
         for fqn, now in self.pieces.read().items():
             m, v = self.state.get(fqn, "adam_m", now), self.state.get(fqn, "adam_v", now)
-            step = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * now
+            along = torch.where(v > 0, m / (v.sqrt() + group["eps"]), 0.0).clamp_(-largest, largest)
+            step = along + group["weight_decay"] * now
             moved[fqn] = now if fqn in unused else now - float(group["lr"]) * step
         self.pieces.skip()
         self.pieces.write(moved)

@@ -5,7 +5,7 @@ SGD, with heavy-ball momentum or without:   m = mu m + d;          anchor -= lr 
 Nesterov, as torch.optim.SGD defines it:    m = mu m + d;          anchor -= lr (d + mu m)
 Adam (FedAdam, arXiv:2003.00295):           m = b1 m + (1 - b1) d;  v = b2 v + (1 - b2) d^2
                                             anchor -= lr m / (sqrt(v) + eps)
-SlowMo (arXiv:1910.00643), g the inner lr:  m = mu m + d / g;      anchor -= lr g m
+SlowMo (arXiv:1910.00643), g the inner lr:  m = mu m + d / g;      anchor -= lr g m      g: its mean over the round
 
 Keeps: one fp32 momentum for each element if mu is not 0, equal on all replicas; Adam two.
 
@@ -32,12 +32,15 @@ BLOCK = 512
 class Round:
     """What an outer step may want to know.
 
-    ``inner_lr``: the inner learning rate now, the same on all replicas. ``scalar``: what a `Looking` outer chose.
+    ``inner_lr``: the mean of the inner learning rate over the steps of the round, the same on all replicas: where it
+    changes within a round, what was moved is in units of its mean. ``last_lr``: that of the last round that had one
+    above 0, else 0. ``scalar``: what a `Looking` outer chose.
     """
 
     inner_lr: float = 1.0
     every_steps: int = 1
     scalar: float = 0.0
+    last_lr: float = 0.0
 
 
 PLAIN = Round()
@@ -179,7 +182,10 @@ class SlowMomentum:
         if now.inner_lr <= 0:  # nothing can be put in units of it: a plain average, and the momentum waits
             state.stage(fqn, "momentum", state.get(fqn, "momentum", anchor))
             return anchor - delta
-        slow = self.momentum * state.get(fqn, "momentum", anchor) + delta / now.inner_lr
+        # Where the rate rises, what was moved before must not count as more than it was: by that a restart overshoots.
+        rising = 0 < now.last_lr < now.inner_lr
+        factor = self.momentum * (now.last_lr / now.inner_lr) if rising else self.momentum
+        slow = factor * state.get(fqn, "momentum", anchor) + delta / now.inner_lr
         state.stage(fqn, "momentum", slow)
         return anchor - self.lr * now.inner_lr * slow
 

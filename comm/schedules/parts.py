@@ -50,7 +50,8 @@ class Pinned:
 class Part:
     """A fragment at work. ``captured``, ``tokens``: the step, and the tokens seen, when it last was.
 
-    ``scalar``: what a `Looking` outer optimizer chose for it.
+    ``scalar``: what a `Looking` outer optimizer chose for it. ``rates``: the mean inner learning rate since it set out,
+    the number of steps since then, and that mean of the round that set out last and of one before, if it was not 0.
     """
 
     number: int
@@ -58,4 +59,17 @@ class Part:
     captured: int = 0
     tokens: int = 0
     scalar: float = 0.0
+    rates: tuple[float, int, float, float] = (0.0, 0, 0.0, 0.0)
     flights: list[Flight] = field(default_factory=list)
+
+    def stepped(self, rate: float) -> None:
+        """An inner step was made with learning rate ``rate``."""
+        mean, steps, last, before = self.rates
+        mean += (rate - mean) / (steps + 1)  # a constant rate stays so to the bit
+        self.rates = (mean, steps + 1, last, before)
+
+    def sets_out(self, step: int, tokens: int, rate: float) -> None:
+        """A round begins; ``rate``: that of now, which is the last one's where it had no step."""
+        self.captured, self.tokens = step, tokens
+        mean, steps, last, before = self.rates
+        self.rates = (0.0, 0, mean if steps else rate, last or before)

@@ -12,11 +12,11 @@ from torch import Tensor
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.combine import combine
 from dtrain.comm.feedback import as_compression
-from dtrain.comm.layout import Named, messages
+from dtrain.comm.layout import Named, is_keepable, messages
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
-from dtrain.comm.routes import Combined, all_finite, two_phase
+from dtrain.comm.routes import Combined, two_phase
 from dtrain.comm.schedules.guard import differences, gauges, products, repaired
 from dtrain.comm.schedules.knobs import Knobs
 from dtrain.comm.schedules.local_update import LocalUpdate
@@ -26,6 +26,9 @@ from dtrain.comm.schedules.parts import NEVER, Flight, Part, Pinned
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
+
+RATES = ("rate", "rate_steps", "round_rate", "last_rate")
+"""What a checkpoint calls `Part.rates`."""
 
 
 class AttachedLocalUpdate(Attached):
@@ -129,6 +132,8 @@ class AttachedLocalUpdate(Attached):
             flight, name = part.flights[0] if part.flights else None, f"part.{part.number}"
             own[f"{name}.captured"], own[f"{name}.tokens"] = part.captured, part.tokens
             own[f"{name}.scalar"] = bits_of(part.scalar)
+            for key, number in zip(RATES, part.rates, strict=True):
+                own[f"{name}.{key}"] = bits_of(float(number))
             own[f"{name}.flight"] = flight.captured if flight else NEVER
             own[f"{name}.arrived"] = int(flight is not None and flight.values is not None)
         return {**super().integers(), **own}
@@ -145,6 +150,9 @@ class AttachedLocalUpdate(Attached):
         for part in self.parts:
             own = {name: integers[f"part.{part.number}.{name}"] for name in ("captured", "tokens", "scalar")}
             part.captured, part.tokens, part.scalar = own["captured"], own["tokens"], number_of(own["scalar"])
+            # Checkpoints of earlier revisions have none.
+            mean, made, last, before = (number_of(integers.get(f"part.{part.number}.{key}", 0)) for key in RATES)
+            part.rates = (mean, int(made), last, before)
             captured, part.flights, values = integers[f"part.{part.number}.flight"], [], None
             if integers[f"part.{part.number}.arrived"]:
                 here = [fqn for fqn in part.fqns if fqn in self.pieces.segments]
@@ -157,6 +165,8 @@ class AttachedLocalUpdate(Attached):
     def _after_step(self) -> None:
         spec, step = self.spec, self.steps - self.spec.warmup_steps
         self.tokens += 1
+        for part in self.parts:
+            part.stepped(self._rate)  # also if this replica has skipped the step: all must find the same
         if step <= 0:
             self._stay_together()
             return
@@ -230,7 +240,7 @@ class AttachedLocalUpdate(Attached):
         if self.steps == self.spec.warmup_steps:
             self._anchor_at(self.pieces.read())
         for part in self.parts:
-            part.captured, part.tokens = self.steps, self.tokens
+            part.sets_out(self.steps, self.tokens, self._rate)
 
     def _exchange(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
         """In the warm-up the mean of all replicas' gradients; afterwards each keeps its own."""
@@ -253,16 +263,20 @@ class AttachedLocalUpdate(Attached):
         now = self.pieces.read(part.fqns, copy=False)
         deltas, moved = differences({fqn: self.state.get(fqn, "anchor", x) for fqn, x in now.items()}, now)
         weight = float(self.tokens - part.tokens) if self.spec.weighs else None
-        finite = bool(moved.isfinite()) or all_finite(deltas)  # the square of what is finite may be too large
-        if not self._agree(finite) and self.spec.weighs:
-            deltas, weight = {fqn: torch.zeros_like(delta) for fqn, delta in deltas.items()}, 0.0
+        sent = deltas
+        if not self._agree(is_keepable(*deltas.values(), norms=[moved.sqrt()])):
+            deltas = {fqn: torch.zeros_like(delta) for fqn, delta in deltas.items()}
             moved = torch.zeros_like(moved)
-            self.left_out += 1
+            if self.spec.weighs:
+                sent, weight = deltas, 0.0
+                self.left_out += 1
+            else:  # all have to be in: the round fails
+                sent = {fqn: torch.full_like(delta, torch.nan) for fqn, delta in deltas.items()}
             self._merge(part, 0.0)
         key = Key(self.seed, self.steps, self.pieces.place.rank)
         self._measure(deltas, key)
-        part.captured, part.tokens = self.steps, self.tokens
-        flight = Flight(self.steps, self.state.branch(), [], sent=deltas, weight=weight, products=[moved])
+        part.sets_out(self.steps, self.tokens, self._rate)
+        flight = Flight(self.steps, self.state.branch(), [], sent=sent, weight=weight, products=[moved])
         part.flights.append(self._launched(part, flight))
         return deltas
 
@@ -348,7 +362,7 @@ class AttachedLocalUpdate(Attached):
         """The outer step, then the merge; without ``values`` nobody moves the anchor."""
         if values is not None:
             self.rounds += 1
-            now = self._this_round()
+            now = self._round_of(part)
             if isinstance(self.spec.outer, Looking):
                 part.scalar = self._chosen(self.spec.outer, values, part.scalar)
                 now = replace(now, scalar=part.scalar)
@@ -360,8 +374,12 @@ class AttachedLocalUpdate(Attached):
                 self.state.commit()  # one by one, so that the next one takes the memory of the last
         self._merge(part, mix)
 
-    def _this_round(self) -> Round:
-        return Round(float(self.pieces.optimizer.param_groups[0]["lr"]), self.spec.every_steps)
+    @property
+    def _rate(self) -> float:
+        return float(self.pieces.optimizer.param_groups[0]["lr"])
+
+    def _round_of(self, part: Part) -> Round:
+        return Round(part.rates[2], self.spec.every_steps, last_lr=part.rates[3])
 
     def _chosen(self, outer: Looking, values: Named, scalar: float) -> float:
         found = [outer.look(fqn, delta, self.state) for fqn, delta in values.items()]

@@ -10,8 +10,12 @@ Every replica takes part in each round and steps by plain SGD, so the mean gradi
 
     mean gradient_i = (d_i - (1 - beta) g) / beta + c_i - c;   c <- (D - (1 - beta) g) / beta
 
+Where d_i is compressed, each replica takes for its own d_i what it has put into D: what was sent, less what a second
+phase lost of it, or EF21's estimate. c is then the mean of all c_i however much is lost; what each c_i is off is lost
+once, where otherwise every round's error would stay in c - mean c_i for good.
+
 Communication: one round every H steps. Bytes: of one parameter exchange per round, control variates cost none.
-Keeps: anchor and g; with control variates c, and c_i of each replica.
+Keeps: anchor and g; with control variates c, and c_i of each replica; during a lossy round what was sent.
 """
 
 from __future__ import annotations
@@ -23,18 +27,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
-from dtrain.comm.plans.base import Compress
+from dtrain.comm.plans.base import WEAK, Compress, Plan, as_plan, with_feedback
 from dtrain.comm.routes import Combined
 from dtrain.comm.schedules.local_update import LocalUpdate, local_update
 from dtrain.comm.schedules.outer import sgd
 from dtrain.comm.schedules.parts import Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
 from dtrain.comm.schedules.sync import Attached
-from dtrain.comm.state import Kind
+from dtrain.comm.state import Kind, State
+
+
+@dataclass(frozen=True)
+class Noted(NoFeedback):
+    """No feedback, but what this worker has put into the mean is noted: ``told``, whose mean over all is the result."""
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {"told": "per_worker"}
+
+    def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
+        state.stage(fqn, "told", sent.clone())
+
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
+        state.staged(fqn, "told")[start : start + error.numel()] -= world * error
+
+
+def noted(compression: Compression) -> Compression:
+    """``compression``, with `Noted` where it loses something that nobody feeds back."""
+    exact = compression.compressor == cast("fp32") or not isinstance(compression.feedback, NoFeedback)
+    return compression if exact else dataclasses.replace(compression, feedback=Noted())
 
 
 @dataclass(frozen=True)
@@ -80,9 +108,14 @@ class AttachedDirected(AttachedLocalUpdate):
         super().__init__(spec, pieces, seed)
         self.moved = 0.0
         self._own: dict[str, Tensor] = {}
+        self._met: set[str] = set()  # parameters whose gradients this step has directed
 
     def _on_gradients(self) -> Exchange:
-        return self._directed
+        return _Directing(self)
+
+    def _gradients_ok(self) -> bool:
+        self._met = set()
+        return super()._gradients_ok()
 
     def integers(self) -> dict[str, int]:
         return {**super().integers(), "moved": bits_of(self.moved)}
@@ -97,13 +130,17 @@ class AttachedDirected(AttachedLocalUpdate):
         beta, state, found = self.spec.beta, self.state, {}
         for fqn, gradient in gradients.items():
             own = gradient
+            if fqn in self._met:  # of a further backward pass: the step has its direction already
+                found[fqn] = beta * own
+                continue
+            self._met.add(fqn)
             if self.spec.control:
                 own = gradient + (state.get(fqn, "control", gradient) - state.get(fqn, "own_control", gradient))
             found[fqn] = own if beta == 1 else beta * own + (1 - beta) * state.get(fqn, "direction", gradient)
         return Combined(found, finite=True, present=None)
 
     def _after_step(self) -> None:
-        self.moved += float(self.pieces.optimizer.param_groups[0]["lr"])
+        self.moved += self._rate  # of a step that this replica skips, too: all must divide by the same
         super()._after_step()
 
     def _capture(self, part: Part) -> dict[str, Tensor]:
@@ -112,16 +149,39 @@ class AttachedDirected(AttachedLocalUpdate):
 
     def _apply(self, part: Part, values: Named | None, mix: float) -> None:
         beta, state = self.spec.beta, self.state
-        for fqn, mean in (values or {}).items():
+        for fqn, mean in (values or {}).items() if self.moved else ():  # without a step nobody has learned anything
             direction, last = mean / self.moved, state.get(fqn, "direction", mean)
             if self.spec.control:
                 control, own = state.get(fqn, "control", mean), state.get(fqn, "own_control", mean)
-                told = (self._own[fqn] / self.moved - (1 - beta) * last) / beta
+                told = (self._put_in(fqn) / self.moved - (1 - beta) * last) / beta
                 state.stage(fqn, "own_control", told + own - control)
                 state.stage(fqn, "control", (direction - (1 - beta) * last) / beta)
             state.stage(fqn, "direction", direction)
         super()._apply(part, values, mix)
         self.moved, self._own = 0.0, {}
+
+    def _put_in(self, fqn: str) -> Tensor:
+        """What this replica has put into the round's mean."""
+        kept = self.plan.of(fqn, self.steps).feedback.kinds
+        name = next((name for name in ("told", "estimate") if name in kept), "")
+        told = self.state.find(fqn, name)
+        self.state.drop(fqn, "told")
+        return self._own[fqn] if told is None else told  # without: what is sent in full
+
+
+@dataclass(frozen=True)
+class _Directing:
+    """What the pieces are handed: see `Repeated` and `Private`."""
+
+    sync: AttachedDirected
+    adds: bool = True
+    private: bool = True
+
+    def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        return self.sync._directed(gradients, present)
+
+    def stood_in(self) -> None:
+        """Nothing: it sends nothing."""
 
 
 def fedavg_m(*, every_steps: int = 10, beta: float = 0.1, lr: float = 1.0, compress: Compress = None) -> LocalUpdate:
@@ -150,9 +210,21 @@ def scaffold_m(*, every_steps: int = 10, beta: float = 1.0, lr: float = 1.0, com
     >>> scaffold_m().control
     True
 
-    Raises ``ValueError`` as `fedavg_m` does. Source: arXiv:2306.16504, arXiv:1910.06378.
+    Raises ``ValueError`` as `fedavg_m` does, and for EF21 or EControl around a compressor that loses more than half.
+    Source: arXiv:2306.16504, arXiv:1910.06378.
     """
     return _directed(every_steps, beta, lr, compress, control=True)
+
+
+def _require_stable(plan: Plan) -> None:
+    """Raise ``ValueError`` for a running estimate that lags: the variates, which follow it, would swing ever wider."""
+    for each in plan.compressions:
+        weak = isinstance(each.compressor, LowRank) or each.compressor.delta < WEAK
+        if weak and "estimate" in each.feedback.kinds:
+            raise ValueError(
+                f"scaffold_m diverges where a running estimate (ef21, ef21w, econtrol) follows its deltas through "
+                f"{each.compressor}, which may lose more than half of them; use error_feedback(...) around it, or none"
+            )
 
 
 def _directed(every_steps: int, beta: float, lr: float, compress: Compress, *, control: bool) -> LocalUpdate:
@@ -160,6 +232,10 @@ def _directed(every_steps: int, beta: float, lr: float, compress: Compress, *, c
         raise ValueError(f"beta is {beta!r}; what a replica's own gradient counts lies in (0, 1]")
     if not isinstance(every_steps, int):
         raise ValueError(f"every_steps is {every_steps!r}; give a whole number of steps")
-    made = local_update(every_steps=every_steps, outer=sgd(lr=lr), compress=compress)
+    plan = as_plan(compress)
+    if control:
+        _require_stable(plan)
+        plan = with_feedback(plan, noted)
+    made = local_update(every_steps=every_steps, outer=sgd(lr=lr), compress=plan)
     fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     return Directed(**fields, beta=float(beta), control=control)

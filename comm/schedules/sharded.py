@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import among
-from dtrain.comm.layout import Named, chunk_width, from_rows, to_rows
+from dtrain.comm.layout import Named, chunk_width, from_rows, is_keepable, to_rows
 from dtrain.comm.ops import AllGather, AllToAll, Flow, Place
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.routes import Combined, Votes, all_finite, vote
@@ -53,14 +53,14 @@ class AttachedSharded(AttachedLocalUpdate):
     def _capture(self, part: Part) -> dict[str, Tensor]:
         self._release()
         now = self.pieces.read(part.fqns)
-        finite = self._agree(all_finite(now))
+        finite = self._agree(is_keepable(*now.values()))
         weight = float(self.tokens - part.tokens) if finite else 0.0
         if not finite:
             self.left_out += 1
             now = {fqn: torch.zeros_like(value) for fqn, value in now.items()}
-        part.captured, part.tokens = self.steps, self.tokens
+        part.sets_out(self.steps, self.tokens, self._rate)
         branch = self.owned.branch()
-        flow = sharded_round(now, self.spec, self.pieces.place, branch, self._this_round(), weight)
+        flow = sharded_round(now, self.spec, self.pieces.place, branch, self._round_of(part), weight)
         part.flights.append(Flight(self.steps, branch, [self.channel.start(flow, "round")]))
         return now
 

@@ -1,7 +1,10 @@
 """SlowMo (Wang et al., arXiv:1910.00643): local steps, an average, and a slow momentum over the averages.
 
-    u <- momentum u + (anchor - mean_i parameters_i) / g;      anchor <- anchor - lr g u        g: the inner lr now
+    u <- momentum u + (anchor - mean_i parameters_i) / g;      anchor <- anchor - lr g u        g: the round's inner lr
 
+In the paper g is constant within a round. Here it is the mean over the round's steps: by the last one's
+rate a round whose rate falls to nothing would count as a huge one. Where g rises from one round to the next, as at a
+warm restart, u is multiplied by old g / new g first, so that the old momentum moves no further than it would have.
 The row of `local_update` with outer momentum in units of the inner learning rate, so that what was moved under another
 rate counts as much as it would now. With a constant rate it is outer heavy ball, and without momentum Local SGD.
 Communication: one round every H steps. Bytes: of one parameter exchange per round. Keeps: anchor and momentum.

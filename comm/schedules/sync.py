@@ -278,8 +278,8 @@ class Attached(ABC):
             return
         for fqn, value in values.items():
             feedback, own = self.plan.of(fqn, key.step).feedback, replace(key, fqn=fqn, phase="plan")
-            look = self.state.branch()  # nothing of this is committed
-            fresh, meant = feedback.fresh(fqn, value, look), feedback.correct(fqn, value, look)
+            fresh = feedback.fresh(fqn, value, self.state.look())  # nothing of this is committed
+            meant = feedback.correct(fqn, value, self.state.look())
             self.plan.measure(fqn, fresh, meant, self.matrices[fqn], self.pieces.place.size, own)
 
     def _review(self) -> None:

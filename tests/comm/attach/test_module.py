@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import attach, diloco, error_feedback, powersgd, quantize
+from dtrain import attach, diloco, error_feedback, fedavg_m, powersgd, quantize, scaffold_m
 from dtrain.testing import WorkerPool
 from tests.comm.attach.test_attach import backward, flat, small
 
@@ -50,6 +50,34 @@ def local_updates_on_a_plain_module() -> list[bool]:
         each.detach()
     optimizers[1].step()  # it is the user's again
     return found
+
+
+def directed_steps_on_a_plain_module() -> list[bool]:
+    """Beside DDP, of one backward pass a step and of two."""
+    found = []
+    for method in (fedavg_m(every_steps=2, beta=0.4), scaffold_m(every_steps=2, beta=0.6)):
+        for passes in (1, 2):
+            models = [DistributedDataParallel(small()), small()]
+            optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+            attached = [attach(model, inner, method) for model, inner in zip(models, optimizers, strict=True)]
+            for step in range(5):
+                for model, each in zip(models, attached, strict=True):
+                    for number in range(passes):
+                        backward(model, dist.get_rank(), 10 * step + number)
+                    each.finish()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                    assert each.step()
+            torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=1e-4, atol=1e-6)
+            found.append(torch.equal(flat(models[0]), flat(models[1])) or passes > 1)
+            for each in attached:
+                each.detach()
+    return found
+
+
+@pytest.mark.processes
+def test_methods_that_direct_steps_take_a_plain_module(pool: WorkerPool) -> None:
+    for found in pool.run(directed_steps_on_a_plain_module, world=2):
+        assert found == [True] * 4
 
 
 def rounds_by_a_native_all_reduce() -> list[tuple[Tensor, Tensor, bool]]:

@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import attach, dgc, onebit_adam, topk
+from dtrain import attach, dgc, error_feedback, onebit_adam, powersgd, quantize, topk
 from dtrain.comm.compressors.sparse import TopK
+from dtrain.comm.plans.base import Compress
 from dtrain.comm.schedules.sync import Sync
 from dtrain.comm.state import State
 from dtrain.testing import WorkerPool
@@ -161,3 +164,116 @@ def test_optimizers_that_make_no_sense_are_refused(pool: WorkerPool) -> None:
 def test_bad_arguments(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+SENT_AS: dict[str, Compress] = {
+    "sign": None,
+    "fp32": topk(1.0),
+    "8 bits": error_feedback(quantize(bits=8, block=64)),
+    "top-k": error_feedback(topk(0.1)),
+    "powersgd": error_feedback(powersgd(2)),
+}
+
+
+def unseen_rows() -> dict[str, tuple[float, float, float]]:
+    """How far a padding row, rows that never occur, and rows that occur after the warm-up only have moved."""
+    found = {}
+    for name, compress in SENT_AS.items():
+        torch.manual_seed(0)
+        embedding = nn.Embedding(40, 16, padding_idx=0)
+        head, warm = nn.Linear(16, 4), [1e-12]  # its weight has next to no gradient in the warm-up
+        head.weight.register_hook(lambda gradient, warm=warm: gradient * warm[-1])
+        model = DistributedDataParallel(nn.Sequential(embedding, nn.Tanh(), head))
+        attached = attach(model, torch.optim.Adam(model.parameters(), lr=1e-2), onebit_adam(15, compress=compress))
+        first, generator = embedding.weight.detach().clone(), torch.Generator().manual_seed(1 + dist.get_rank())
+        for step in range(60):
+            tokens = torch.randint(1, 32 if step < 30 else 36, (64,), generator=generator)
+            tokens[::8] = 0
+            warm.append(1e-12 if step < 15 else 1.0)
+            nn.functional.cross_entropy(model(tokens), tokens % 4).backward()
+            attached.step()
+        moved = (embedding.weight.detach() - first).abs()
+        parts = (moved[0], torch.cat([moved[32:], head.weight.detach().abs()]), moved[1:32])
+        found[name] = tuple(float(part.max()) for part in parts)
+        attached.detach()
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.processes
+def test_1_bit_adam_leaves_alone_what_the_warm_up_has_not_seen(pool: WorkerPool) -> None:
+    for name, (padding, others, seen) in pool.run(unseen_rows, world=2)[0].items():
+        assert padding == 0 and others < 3 and seen < 3, (name, padding, others, seen)
+
+
+def huge(step: int, size: float) -> tuple[list[int], bool]:
+    """The steps that were not made, and whether all that is kept is finite."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(7, 3))
+    attached = attach(model, torch.optim.Adam(model.parameters(), lr=0.01), onebit_adam(4))
+    left_out = []
+    for number in range(9):
+        x, y = batch(dist.get_rank(), number)
+        loss = (model(x) - y).square().mean()
+        (loss * size if number == step and dist.get_rank() else loss).backward()
+        if not attached.step():
+            left_out.append(number)
+    kept = [tensor for named in attached.state.tensors.values() for tensor in named.values()]
+    finite = all(bool(tensor.isfinite().all()) for tensor in (*kept, *model.parameters()))
+    attached.detach()
+    return left_out, finite
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("step", [2, 6])
+def test_1_bit_adam_goes_on_after_a_huge_gradient(pool: WorkerPool, step: int) -> None:
+    for left_out, finite in pool.run(huge, step, 1e25, world=2):
+        assert left_out == [step] and finite
+
+
+def frozen_or_unused(engine: str) -> tuple[float, float]:
+    """How far a layer moves that is frozen behind the warm-up, and one that is reached in the warm-up only."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.long = layers, True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.layers[0](x))
+            return self.layers[2](x + self.layers[1](x) if self.long else x)  # type: ignore[no-any-return]
+
+    net, group = Net(), None
+    if engine == "ddp":
+        model: nn.Module = DistributedDataParallel(net, find_unused_parameters=True)
+    else:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh["shard"])
+        fully_shard(net, mesh=mesh["shard"])
+        model, group = net, mesh.get_group("replicate")
+    attached = attach(model, torch.optim.Adam(net.parameters(), lr=1e-2), onebit_adam(8), replicate_group=group)
+
+    def weights() -> list[Tensor]:
+        return [getattr(layer.weight, "to_local", lambda w=layer.weight: w)().detach().clone() for layer in layers]
+
+    before: list[Tensor] = []
+    for step in range(24):
+        if step == 12:
+            before, net.long = weights(), False
+            layers[0].requires_grad_(False)
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        model(torch.randn(4, 8, generator=generator)).square().mean().backward()
+        attached.step()
+    attached.detach()
+    moved = [float((now - then).abs().max()) for now, then in zip(weights(), before, strict=True)]
+    assert moved[2] > 0
+    return moved[0], moved[1]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_1_bit_adam_leaves_alone_what_has_no_gradient(pool: WorkerPool, engine: str) -> None:
+    for found in pool.run(frozen_or_unused, engine, world=2):
+        assert found == (0.0, 0.0)

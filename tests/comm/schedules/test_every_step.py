@@ -14,6 +14,7 @@ from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.schedules.every_step import EveryStep
+from tests.comm.replicas import Replicas
 
 IDENTITY = Compression(cast("fp32"), NoFeedback())
 
@@ -65,3 +66,9 @@ def test_an_unknown_route(route: object) -> None:
 def test_something_that_is_no_compressor(compress: object) -> None:
     with pytest.raises(TypeError, match=r"give a compressor, as quantize\(bits=8\), or error_feedback"):
         every_step(compress=compress)  # type: ignore[arg-type]
+
+
+def test_it_says_why_replicas_cannot_weigh() -> None:
+    attached = Replicas(every_step(), 2).attached[0]
+    with pytest.raises(RuntimeError, match=r"counts all replicas alike; multiply each replica's loss by its tokens"):
+        attached.weigh(3)  # type: ignore[attr-defined]

@@ -144,6 +144,58 @@ def test_slowmo_puts_its_momentum_in_units_of_the_inner_rate() -> None:
         torch.testing.assert_close(replicas.anchor["layers.1.weight"].double(), x, rtol=1e-5, atol=1e-6)
 
 
+def restarts(step: int, every: int = 24) -> float:
+    """A cosine that begins anew."""
+    return 0.1 * 0.5 * (1 + math.cos(math.pi * (step % every) / every)) + 1e-6
+
+
+def by_schedule(replicas: Replicas, steps: int) -> None:
+    for _ in range(steps):
+        for pieces in replicas.pieces:
+            pieces.optimizer.param_groups[0]["lr"] = restarts(replicas.attached[0].steps)
+        replicas.train(1)
+
+
+@pytest.mark.parametrize("every", [6, 12])
+def test_slowmo_holds_where_the_inner_rate_changes_within_a_round(every: int) -> None:
+    """Momentum in units of a round's last rate, which may be next to nothing, or of a rate that rises, threw it far."""
+    replicas, plain = (
+        Replicas(spec, 2, start={"w": 10 * torch.ones(32)}, lr=0.1)
+        for spec in (slowmo(every_steps=every), local_sgd(every_steps=every))
+    )
+    far = 0.0
+    for _ in range(10):
+        by_schedule(replicas, 12)
+        by_schedule(plain, 12)
+        far = max(far, float((replicas.anchor["w"] - plain.anchor["w"]).abs().max()))
+    assert far < 10  # where it began
+    assert float((replicas.anchor["w"] - plain.anchor["w"]).abs().max()) < 1
+
+
+def test_slowmo_divides_by_the_mean_rate_of_a_round() -> None:
+    replicas = Replicas(slowmo(every_steps=2, momentum=0.5), 1, start={"w": torch.zeros(3)})
+    outer, x, slow, last = 0.0, torch.zeros(3), torch.zeros(3), 0.0
+    for rates in ((0.1, 0.02), (0.04, 0.04), (0.05, 0.07)):
+        before = x.clone()
+        for rate in rates:
+            replicas.pieces[0].optimizer.param_groups[0]["lr"] = rate
+            x = x - rate * quadratic(0, replicas.attached[0].steps, "w", x)
+            replicas.train(1)
+        outer = sum(rates) / 2
+        slow = 0.5 * min(1.0, last / outer if last else 1.0) * slow + (before - x) / outer
+        x, last = before - outer * slow, outer
+        torch.testing.assert_close(replicas.anchor["w"], x)
+
+
+def test_the_rates_of_a_round_go_through_a_checkpoint() -> None:
+    whole = Replicas(slowmo(every_steps=6), 2)
+    by_schedule(whole, 9)
+    again = whole.resumed()
+    by_schedule(whole, 9)
+    by_schedule(again, 9)
+    assert all(equal(whole.live(rank), again.live(rank)) for rank in range(2))
+
+
 def test_parameters_that_keep_all_of_their_own_are_trained_alone() -> None:
     spec = streaming_diloco(every_steps=4, layers_per_fragment=1, overlap_steps=2, mix=1.0)
     together, alone = Replicas(spec, 3), Replicas(diloco(every_steps=100), 3)
