@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.ops import Payload
+from dtrain.comm.drivers.packing import _alike, _decode
+from dtrain.comm.drivers.simulate import simulate
+from dtrain.comm.ops import AllGather, Flow, Payload
 from dtrain.comm.seeds import Key
 from dtrain.comm.shared_seed import update_log
 from dtrain.comm.shared_seed.directions import Step, Walk
@@ -52,6 +54,26 @@ def codes(compressor: Compressor, _: Path) -> Case:
         refuses=(ValueError,),
         check=check,
     )
+
+
+def lossless_part(_: Path) -> Case:
+    """One part of a message, coded by zstandard: whole, or refused."""
+    part = (torch.arange(500.0), torch.zeros(300, dtype=torch.int16))
+
+    def as_row(data: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+    def coded(part: Payload) -> bytes:
+        def flow() -> Flow[Payload]:
+            return (yield from _alike([part], AllGather(part), 1))
+
+        return flat_bytes(simulate([flow()])[0])
+
+    def check(found: object, intact: bool) -> None:
+        assert isinstance(found, tuple) and flat_bytes(found) == flat_bytes(part)
+
+    others = (coded((torch.zeros(1 << 22),)),)  # of another size
+    return Case(coded(part), lambda data: _decode(as_row(data), part), (ValueError,), check, others=others)
 
 
 def _steps(first: int, count: int) -> list[update_log.Record]:
@@ -124,6 +146,7 @@ def log_records(_: Path) -> Case:
 
 TARGETS = (
     *(Target(f"decode {name}", functools.partial(codes, COMPRESSORS[name])) for name in sorted(COMPRESSORS)),
+    Target("lossless part", lossless_part),
     Target("update log: read", log_file),
     Target("update log: go on", log_that_goes_on),
     Target("update log: records from a peer", log_records),
