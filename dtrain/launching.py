@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import sys
 from typing import TYPE_CHECKING, Literal, cast
 
+from dtrain.config.launcher_keys import refused
 from dtrain.config.schema import LauncherConfig
 from dtrain.errors import ConfigError
+from dtrain.launchers.inherited import unused
+from dtrain.launchers.meeting import INTERFACES
 
 if TYPE_CHECKING:
     from dtrain.launchers.job import Launcher
     from dtrain.launchers.slurm.launcher import SlurmLauncher
 
-__all__ = ["build_launcher", "environment_of", "slurm_launcher"]
+__all__ = ["build_launcher", "check_here", "environment_of", "slurm_launcher"]
 
 
 def build_launcher(config: LauncherConfig, *, replicas: int = 1) -> Launcher:
     """The launcher that ``config`` names; ``replicas`` is the mesh's, for ``isolate=replica``.
 
     Raises:
-        ConfigError: for what cannot be right wherever it runs, and for MPI without an mpirun.
+        ConfigError: for what cannot be right wherever it runs, for keys that this launcher has no use for, and for MPI
+            without an mpirun.
     """
+    if problems := list(refused(config)):
+        raise ConfigError("\n".join(problems))
     if config.name == "slurm":
         return slurm_launcher(config, replicas=replicas)
     if config.name == "mpi":
@@ -34,17 +44,29 @@ def build_launcher(config: LauncherConfig, *, replicas: int = 1) -> Launcher:
             workers=config.workers, mpirun=config.mpirun, hosts=tuple(config.hosts), arguments=tuple(config.mpi_args),
             address=config.address, port=config.port, max_restarts=config.max_restarts,
             grace_seconds=config.grace_seconds, threads_per_worker=config.threads_per_worker,
-            hang_seconds=config.hang_seconds, environment=environment_of(config),
+            hang_seconds=config.hang_seconds, python=config.python, environment=environment_of(config),
         )  # fmt: skip
     from dtrain.launchers.background import LocalLauncher
 
-    if config.nodes > 1:
-        raise ConfigError(f"launcher=local has one node, but launcher.nodes={config.nodes}: take launcher=slurm or mpi")
+    check_here(config)
     return LocalLauncher(
         workers=config.workers, max_restarts=config.max_restarts, grace_seconds=config.grace_seconds,
-        threads_per_worker=config.threads_per_worker, hang_seconds=config.hang_seconds,
+        threads_per_worker=config.threads_per_worker, hang_seconds=config.hang_seconds, python=config.python,
         environment=environment_of(config),
     )  # fmt: skip
+
+
+def check_here(config: LauncherConfig) -> None:
+    """Raise ``ConfigError`` for an interpreter or a network interface that this machine, where the ranks run, lacks."""
+    if config.python and shutil.which(config.python) is None:
+        raise ConfigError(f"launcher.python={config.python}: there is no such interpreter on this machine")
+    there = sorted(name for _, name in socket.if_nameindex())
+    missing = [name for name in config.interface.split(",") if name and name not in there]
+    if missing:
+        raise ConfigError(
+            f"launcher.interface={config.interface}: this machine has no network interface {', '.join(missing)}, only "
+            f"{', '.join(there)}; leave it out: ranks of one machine meet on its loopback interface"
+        )
 
 
 def slurm_launcher(config: LauncherConfig, *, replicas: int = 1) -> SlurmLauncher:
@@ -77,16 +99,18 @@ def slurm_launcher(config: LauncherConfig, *, replicas: int = 1) -> SlurmLaunche
     found = settings.problems()
     if found:
         raise ConfigError("\n".join(found))
+    for text in unused(os.environ):
+        print(f"dtrain: warning: {text}", file=sys.stderr)
     return SlurmLauncher(settings, environment_of(config), snapshot=config.snapshot)
 
 
 def environment_of(config: LauncherConfig) -> dict[str, str]:
-    """``launcher.environment`` as a dictionary.
+    """``launcher.environment`` as a dictionary, with what ``launcher.interface`` means.
 
     Raises:
         ConfigError: an entry without ``=``.
     """
-    found = {}
+    found = dict.fromkeys(INTERFACES, config.interface) if config.interface else {}
     for entry in config.environment:
         name, equals, value = entry.partition("=")
         if not equals or not name.isidentifier():

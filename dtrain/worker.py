@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from dtrain.collecting import loading
 from dtrain.errors import BAD_CONFIG, CHECKPOINTED, INTERRUPTED, ConfigError, DtrainError
-from dtrain.launchers import meeting, trusted
+from dtrain.launchers import meeting, probe, trusted
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.probe import settle
@@ -139,7 +139,9 @@ if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        code = record(main)(sys.argv[1:])
+        # `dtrain train` on one machine starts this program itself, all others under the probe.
+        with contextlib.nullcontext() if probe.watches() else probe.probed():
+            code = record(main)(sys.argv[1:])
         sys.exit(code)
     except DtrainError as error:
         if error.exit_code != BAD_CONFIG:

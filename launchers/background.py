@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.launchers import mpi, registry, trusted
+from dtrain.launchers.inherited import handed_on
 from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
@@ -43,13 +44,14 @@ class LocalLauncher:
     grace_seconds: float = 60.0
     threads_per_worker: int = 1
     hang_seconds: float = 600.0
+    python: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     name = "local"
 
     def render(self, program: Sequence[str], *, folder: Path, name: str = "job") -> str:
         """The command of each rank."""
-        command = rank_command(command_of(program, folder), folder)
+        command = rank_command(command_of(program, folder, python=self.python), folder, self.python)
         return f"# {self.workers} ranks on this machine, each:\n{shlex.join(command)}\n"
 
     def submit(self, program: Program, *, folder: Path, name: str = "job") -> Job:
@@ -74,6 +76,7 @@ class MpiLauncher:
     grace_seconds: float = 60.0
     threads_per_worker: int = 1
     hang_seconds: float = 600.0
+    python: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     name = "mpi"
@@ -83,8 +86,9 @@ class MpiLauncher:
         settings = dataclasses.asdict(self)
         found, nodes = _found(self.mpirun), mpi.nodes_of_slurm()
         ranks = mpi.complete(found, _ranks(settings), nodes=nodes)
-        command = rank_command(command_of(program, folder), folder)
-        return shlex.join(mpi.line(found, command, ranks, nodes=nodes, root=os.geteuid() == 0)) + "\n"
+        command = rank_command(command_of(program, folder, python=self.python), folder, self.python)
+        here = mpi.names_of_this_host()
+        return shlex.join(mpi.line(found, command, ranks, nodes=nodes, root=os.geteuid() == 0, here=here)) + "\n"
 
     def submit(self, program: Program, *, folder: Path, name: str = "job") -> Job:
         """Start the job; see `dtrain.launchers.job.Launcher`."""
@@ -105,16 +109,16 @@ def _ranks(settings: Mapping[str, Any]) -> mpi.Ranks:
     if CLUSTER in os.environ:
         # Its hosts are one machine: the shared memory that MPICH finds there would bypass the links.
         environment.setdefault("UCX_TLS", "tcp,self")
-    environment |= {name: os.environ[name] for name in (FOLDER, HANG_SECONDS, ATTEMPT) if name in os.environ}
+    environment |= {ATTEMPT: os.environ[ATTEMPT]} if ATTEMPT in os.environ else {}
     return mpi.Ranks(
         workers=settings["workers"], hosts=tuple(settings["hosts"]), environment=environment,
         extra=tuple(settings["arguments"]), address=settings["address"], port=settings["port"],
     )  # fmt: skip
 
 
-def rank_command(program: Sequence[str], folder: Path) -> list[str]:
-    """The command line of one rank: the program under the process that records how it ended."""
-    return [sys.executable, "-P", "-m", "dtrain.launchers.rank", str(folder), "--", *sent(program)]
+def rank_command(program: Sequence[str], folder: Path, python: str = "") -> list[str]:
+    """The command line of one rank: the program under the process that records how it ended, by ``python``."""
+    return [python or sys.executable, "-P", "-m", "dtrain.launchers.rank", str(folder), "--", *sent(program)]
 
 
 def start(launcher: str, settings: Mapping[str, object], program: Program, *, folder: Path, name: str) -> Job:
@@ -126,7 +130,7 @@ def start(launcher: str, settings: Mapping[str, object], program: Program, *, fo
     for stale in ("end.json", "job.json"):
         (folder / stale).unlink(missing_ok=True)
     shutil.rmtree(rank_files(folder), ignore_errors=True)  # another job's
-    command = command_of(program, folder)
+    command = command_of(program, folder, python=str(settings["python"]))
     # Its environment may hold what is nobody else's business.
     content = json.dumps({"settings": settings, "program": command}) + "\n"
     trusted.write_private(folder / "background.json", content.encode())
@@ -137,6 +141,7 @@ def start(launcher: str, settings: Mapping[str, object], program: Program, *, fo
         started = subprocess.run(
             ["sh", "-c", 'setsid "$@" <&- >&2 & echo $!', "sh", *argv], stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=log, text=True, check=True,
+            env=handed_on(os.environ, "mpi" if launcher == "mpi" else "local"),
         )  # fmt: skip
     facts = Facts(
         id=started.stdout.strip(), launcher=launcher, name=name, folder=str(folder), program=command,
@@ -215,9 +220,10 @@ def main(launcher: str, folder: Path) -> None:
     """Run the job to its end."""
     with trusted.opened(folder / "background.json") as file:
         stored = json.loads(file.read())
-    command, settings = rank_command(stored["program"], folder), stored["settings"]
-    os.environ.update(settings["environment"])
-    os.environ[FOLDER], os.environ[HANG_SECONDS] = str(rank_files(folder)), f"{settings['hang_seconds']:g}"
+    settings = stored["settings"]
+    command = rank_command(stored["program"], folder, settings["python"])
+    ours = {FOLDER: str(rank_files(folder)), HANG_SECONDS: f"{settings['hang_seconds']:g}"}
+    settings["environment"] = {**settings["environment"], **ours}
     run = _run_mpi if launcher == "mpi" else _run_local
     stopped = run(command, settings, folder)
     code = RankRecord.verdict(folder, settings["workers"])
@@ -238,7 +244,7 @@ def _run_local(command: list[str], settings: Mapping[str, Any], folder: Path) ->
     ending = launch(
         command, workers=settings["workers"], log_folder=folder / "logs" / "agent",
         max_restarts=settings["max_restarts"], grace_seconds=settings["grace_seconds"],
-        threads_per_worker=settings["threads_per_worker"],
+        threads_per_worker=settings["threads_per_worker"], environment=settings["environment"],
     )  # fmt: skip
     return ending.kind == "signalled"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["CONSEQUENCE", "Ending", "Failure", "read_error", "read_log_end", "root_cause", "signal_name"]
+__all__ = ["CONSEQUENCE", "Ending", "Failure", "read_error", "read_log_end", "read_probe", "root_cause", "signal_name"]
 
 TAIL_BYTES = 65536
 # What a healthy rank says when another one is gone. It tells nothing about the cause.
@@ -104,6 +104,15 @@ def read_error(path: Path) -> tuple[str, str] | None:
             return message, ""
         int(message["extraInfo"]["timestamp"])  # the agent reads it too
         return str(message["message"]), str(message["extraInfo"].get("py_callstack", ""))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_probe(path: Path) -> tuple[str, str] | None:
+    """(message, traceback) of a file written by `dtrain.launchers.probe`; None if there is none or it is torn."""
+    try:
+        found = json.loads(path.read_text())
+        return str(found["message"]), str(found["traceback"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -30,7 +30,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from dtrain.launchers import meeting
-from dtrain.launchers.failure import CONSEQUENCE, Ending, Failure, read_error, read_log_end, root_cause, signal_name
+from dtrain.launchers.failure import (
+    CONSEQUENCE,
+    Ending,
+    Failure,
+    read_error,
+    read_log_end,
+    read_probe,
+    root_cause,
+    signal_name,
+)
+from dtrain.launchers.inherited import handed_on, replaced
+from dtrain.launchers.probe import FOLDER
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -40,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Ending", "Failure", "die_with_parent", "launch", "root_cause"]
 
 LAUNCHER_PID = "DTRAIN_LAUNCHER_PID"  # environment of the workers: whom to outlive on no account
-BAD_CONFIG = 2  # a worker that leaves with this code would do so again: it is not restarted
+NEVER_AGAIN = (2, 126, 127)  # a rank that leaves so would do so again: a wrong configuration, a missing program
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 POLL_SECONDS = 0.05
 ROOT_SECONDS = 2.0  # after the first failure the others may still write down theirs: it can be the cause
@@ -81,9 +92,9 @@ def launch(
     Workers find RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and TORCHELASTIC_RESTART_COUNT in their
     environment (``environment`` is added to it). What rank K writes is appended to ``log_folder/rank-K.log`` as it
     comes. SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP (as SIGTERM) are passed on once; after ``grace_seconds`` what is
-    left is killed. A failed rank restarts all, at most ``max_restarts`` times, never after exit code 2;
-    ``on_restart(root cause, number of the restart)`` is called before. Raises RuntimeError outside the main thread,
-    ValueError for an empty ``argv`` or no workers.
+    left is killed. A failed rank restarts all, at most ``max_restarts`` times, never after exit code 2 (or 126 and 127,
+    a shell's for a missing program); ``on_restart(root cause, number of the restart)`` is called before. Raises
+    RuntimeError outside the main thread, ValueError for an empty ``argv`` or no workers.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("launch() must run on the main thread: only there can signals reach the workers")
@@ -162,6 +173,11 @@ class _Run:
     def error_file(self, rank: int) -> Path:
         return self.folder / "errors" / f"attempt-{self.attempt}" / f"rank-{rank}.json"
 
+    def probe_file(self, rank: int) -> Path | None:
+        """What a rank under `dtrain.launchers.probe` leaves of its error; None where there is no probe."""
+        folder = self.environment.get(FOLDER)
+        return Path(folder) / f"rank-{rank}.error" if folder else None
+
     def prepare(self) -> None:
         """Begin the next attempt: a header line in every log, and no error file of an older launch."""
         self.attempt += 1
@@ -169,7 +185,8 @@ class _Run:
         self.cut_short = set()
         for rank in range(self.workers):
             self.error_file(rank).parent.mkdir(parents=True, exist_ok=True)
-            self.error_file(rank).unlink(missing_ok=True)
+            for path in filter(None, (self.error_file(rank), self.probe_file(rank))):
+                path.unlink(missing_ok=True)
             with self.log(rank).open("a") as log:
                 now = time.strftime("%Y-%m-%d %H:%M:%S")
                 log.write(f"---- rank {rank} of {self.workers}, attempt {self.attempt + 1}, {now} ----\n")
@@ -237,11 +254,14 @@ class _Run:
         code = self.processes[rank].returncode
         name = signal_name(-code) if code < 0 else None
         told = read_error(self.error_file(rank))
-        ended = self.error_file(rank).stat().st_mtime if told else self.ended_at[rank]
-        message, trace = told or read_log_end(self.log(rank), self.log_starts[rank])
         # An unreadable error file makes the agent itself fail, with an error that hides this one.
         if not told:
             self.error_file(rank).unlink(missing_ok=True)
+        ended = self.error_file(rank).stat().st_mtime if told else self.ended_at[rank]
+        probe = self.probe_file(rank)
+        if not told and probe and (told := read_probe(probe)):
+            ended = probe.stat().st_mtime
+        message, trace = told or read_log_end(self.log(rank), self.log_starts[rank])
         if rank in self.cut_short and not told:
             message = why_cut
         elif name and not told:
@@ -285,7 +305,7 @@ def _agent(argv: Sequence[str], run: _Run, stop: _StopSignals) -> LocalElasticAg
                 raise _Stopped
             if run.failed():
                 run.settle()
-                if run.failures[0].exit_code == BAD_CONFIG:
+                if run.failures[0].exit_code in NEVER_AGAIN:
                     self._remaining_restarts = 0
                 if self._remaining_restarts and not stop.number:
                     run.before_restart()
@@ -332,20 +352,13 @@ def _logs_specs(run: _Run) -> LogsSpecs:
 
 @contextlib.contextmanager
 def _agent_environment() -> Iterator[None]:
-    """What the agent reads from its own environment, put back afterwards."""
+    """What the agent reads from its own environment, and hands on to the ranks; put back afterwards."""
     wanted = {
+        **handed_on(os.environ, "local"),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours; the list may not be empty
     }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
+    with replaced(wanted):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

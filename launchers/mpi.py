@@ -39,8 +39,12 @@ from types import FrameType
 from typing import Literal, NoReturn
 
 from dtrain.launchers import meeting
+from dtrain.launchers.inherited import handed_on
 
-__all__ = ["Mpirun", "NoMpirun", "Ranks", "carried", "find_mpirun", "leave", "line", "nodes_of_slurm", "run"]
+__all__ = [
+    "Mpirun", "NoMpirun", "Ranks", "carried", "find_mpirun", "leave", "line", "names_of_this_host", "nodes_of_slurm",
+    "run",
+]  # fmt: skip
 
 Kind = Literal["openmpi", "mpich"]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -198,12 +202,18 @@ def placed(ranks: Ranks, nodes: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def line(
-    mpirun: Mpirun, argv: Sequence[str], ranks: Ranks, *, nodes: Sequence[str] = (), root: bool = False
+    mpirun: Mpirun,
+    argv: Sequence[str],
+    ranks: Ranks,
+    *,
+    nodes: Sequence[str] = (),
+    root: bool = False,
+    here: Sequence[str] = (),
 ) -> list[str]:
     """The command that starts ``argv`` as ``ranks``, which `complete` has prepared.
 
     It names variables only: mpirun must have them in its own environment. ``nodes``: those of the Slurm allocation that
-    it will run in. ``root``: whether root will run it.
+    it will run in. ``root``: whether root will run it. ``here``: the names of the host that it will run on.
     """
     hosts = ",".join(f"{name}:{count}" for name, count in placed(ranks, nodes))
     words = [mpirun.path]
@@ -218,7 +228,8 @@ def line(
         for name in sorted(ranks.environment):
             words += ["-x", name]
     else:
-        words += ["-launcher", "slurm" if nodes else "ssh"] if hosts else []
+        alone = all(name in here for name, _ in placed(ranks, nodes))  # then no daemon has to be started elsewhere
+        words += ["-launcher", "fork" if alone else "slurm" if nodes else "ssh"] if hosts else []
         words += [*(["-hosts", hosts] if hosts else []), "-n", str(ranks.workers)]  # all variables are passed on
     return [*words, *ranks.extra, *argv]
 
@@ -232,12 +243,7 @@ def complete(
     """
     hosts = placed(ranks, nodes)
     first = hosts[0][0] if hosts else "127.0.0.1"
-    here = not hosts or first in (
-        "localhost",
-        "127.0.0.1",
-        socket.gethostname(),
-        socket.gethostname().partition(".")[0],
-    )
+    here = not hosts or first in names_of_this_host()
     ours = {
         "MASTER_ADDR": ranks.address or first,
         "MASTER_PORT": str(free_port(ranks.port) if here else ranks.port or random.choice(PORTS)),
@@ -250,6 +256,12 @@ def complete(
     if here and len({host for host, _ in hosts}) <= 1:
         ours |= meeting.on_loopback()
     return replace(ranks, environment={**ours, **ranks.environment})
+
+
+def names_of_this_host() -> tuple[str, ...]:
+    """What this machine is called in lists of hosts."""
+    name = socket.gethostname()
+    return ("localhost", "127.0.0.1", name, name.partition(".")[0])
 
 
 def free_port(wanted: int = 0) -> int:
@@ -280,14 +292,14 @@ def run(mpirun: Mpirun, argv: Sequence[str], ranks: Ranks, *, log: Path, grace_s
         raise RuntimeError("mpi.run() must run on the main thread: only there can signals reach the ranks")
     nodes = nodes_of_slurm()
     ranks = complete(mpirun, ranks, nodes=nodes)
-    command = line(mpirun, argv, ranks, nodes=nodes, root=os.geteuid() == 0)
+    command = line(mpirun, argv, ranks, nodes=nodes, root=os.geteuid() == 0, here=names_of_this_host())
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output, _Noted() as noted:
         output.write(f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
         output.flush()
         process = subprocess.Popen(
             command,
-            env={**os.environ, **ranks.environment},
+            env={**handed_on(os.environ, "mpi", ours=False), **ranks.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -37,6 +37,7 @@ RING = "TORCH_FR_BUFFER_SIZE"
 RING_ENTRIES = "256"  # collectives; the default is thousands, and all of them are read at every beat
 JOIN_SECONDS = 10.0  # a heartbeat takes milliseconds; a dead file system must not keep a rank from ending
 FAILED = 1
+THREAD = "dtrain-probe"
 _noted: collections.deque[dict[str, Any]] = collections.deque(maxlen=int(RING_ENTRIES))
 
 
@@ -92,7 +93,7 @@ class Probe:
         self._stack = self._files["stack"].open("w")
         faulthandler.enable(self._stack, all_threads=True)
         self._main = threading.main_thread().ident
-        self._thread = threading.Thread(target=self._watch, name="dtrain-probe", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name=THREAD, daemon=True)
         self._thread.start()
         return self
 
@@ -237,6 +238,11 @@ def _at_work(name: str) -> bool:
                 if state != "S":
                     return True
     return False
+
+
+def watches() -> bool:
+    """Whether a probe is open in this process."""
+    return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 @contextlib.contextmanager

@@ -121,11 +121,11 @@ class RankRecord:
     def verdict(folder: Path, workers: int) -> int:
         """The exit code of a job by what its ranks wrote: launchers know only that of those that they ended, too.
 
-        2 or 130 if any rank says so, 0 or 75 if all do, else 1.
+        2 or 130 if any rank says so, 0 or 75 if all do, else 1. A shell's 126 and 127, for no program, are 2 too.
         """
         codes = [record.exit_code for record in RankRecord.all(folder) if record.ended is not None]
-        for telling in (2, 130):
-            if telling in codes:
+        for telling, said in ((2, {2, 126, 127}), (130, {130})):
+            if said & {*codes}:
                 return telling
         if len(codes) == workers and set(codes) <= {0, 75}:
             return 75 if 75 in codes else 0

@@ -6,12 +6,15 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from dtrain.config.launcher_keys import ALLOCATED
 from dtrain.errors import ConfigError
+from dtrain.launchers.inherited import become, handed_on
 
 if TYPE_CHECKING:
     from dtrain.config.schema import LauncherConfig
+    from dtrain.launchers.inherited import Kind
 
 CLUSTER = "DTRAIN_CLUSTER"
 
@@ -38,15 +41,22 @@ def enter_login_host(arguments: Sequence[str]) -> None:
 
 
 def enter_launcher(config: LauncherConfig, arguments: Sequence[str], *, dry_run: bool = False) -> None:
-    """Become the same command where ``config``'s launcher can work; return if that is here.
+    """Become the same command where ``config``'s launcher can work; return if that is here, and then out of any job.
 
+    What builds a user's model here to check it, and what starts here, is no rank of the job that this may run in.
     Slurm: the login host. MPI over several nodes that nobody has named: an allocation of them, by ``salloc``.
 
     Raises:
         ConfigError: MPI over several nodes, and neither their names nor Slurm.
     """
-    if dry_run:
-        return
+    if not dry_run:
+        _move(config, arguments)
+    if config.name in ("local", "slurm", "mpi"):  # any other name is refused later
+        asked = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
+        become({**asked, **handed_on(os.environ, cast("Kind", config.name))})
+
+
+def _move(config: LauncherConfig, arguments: Sequence[str]) -> None:
     if config.name == "slurm":
         enter_login_host(arguments)
     if config.name != "mpi" or config.nodes == 1 or config.hosts or "SLURM_JOB_ID" in os.environ:
@@ -61,7 +71,10 @@ def enter_launcher(config: LauncherConfig, arguments: Sequence[str], *, dry_run:
         "nodes": config.nodes, "ntasks-per-node": config.workers // config.nodes, "time": config.minutes,
         "cpus-per-task": config.threads_per_worker, "partition": config.partition, "account": config.account,
         "qos": config.qos, "constraint": config.constraint, "gpus-per-node": config.gpus_per_node,
+        "exclude": config.exclude, "reservation": config.reservation,
+        "mem": f"{config.memory_gib}G" if config.memory_gib else "",
     }  # fmt: skip
     options = [f"--{name}={value}" for name, value in wanted.items() if value]
     sys.stdout.flush()
-    os.execvp("salloc", ["salloc", "--quiet", *options, sys.executable, "-m", "dtrain", *arguments])
+    command = ["salloc", "--quiet", *options, sys.executable, "-m", "dtrain", *arguments]
+    os.execvpe(command[0], command, {**os.environ, ALLOCATED: "1"})

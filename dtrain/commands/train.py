@@ -78,7 +78,7 @@ def train(words: Sequence[str], *, dry_run: bool = False) -> int:
     from dtrain.config import compose, run_folder, to_yaml, validate
     from dtrain.config.composing import commented, names_folder
     from dtrain.config.validating import warnings
-    from dtrain.launching import build_launcher
+    from dtrain.launching import build_launcher, check_here
 
     config = run_folder.absolute(compose(words))
     enter_launcher(config.launcher, sys.argv[1:], dry_run=dry_run)
@@ -96,6 +96,8 @@ def train(words: Sequence[str], *, dry_run: bool = False) -> int:
     launcher = None
     if config.launcher.name != "local":
         launcher = build_launcher(config.launcher, replicas=config.mesh.replicate)
+    else:
+        check_here(config.launcher)
     if dry_run and launcher is not None:
         try:
             text = launcher.render(program(config.run.dir), folder=here, name=here.name)
@@ -120,13 +122,17 @@ def _worker(config: Config) -> list[str]:
     """The command of each rank on this machine."""
     from dtrain.config import run_folder
 
-    return [sys.executable, "-u", "-m", "dtrain.worker", str(Path(config.run.dir) / run_folder.CONFIG)]
+    python = config.launcher.python or sys.executable
+    return [python, "-u", "-m", "dtrain.worker", str(Path(config.run.dir) / run_folder.CONFIG)]
 
 
 def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) -> int:
+    from dtrain.launchers import probe
     from dtrain.launchers.failure import Failure
     from dtrain.launchers.local import launch
     from dtrain.launchers.lock import HELD
+    from dtrain.launchers.record import rank_files
+    from dtrain.launching import environment_of
     from dtrain.report.progress import Progress
     from dtrain.signals import overheard
 
@@ -141,6 +147,10 @@ def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) 
             progress.say(f"rank {cause.rank} failed: {cause.message} (log: {cause.log})")
             progress.say(f"{count}, from the last checkpoint")
 
+        ours = {
+            HELD: str(here), probe.FOLDER: str(rank_files(here)),
+            probe.HANG_SECONDS: f"{config.launcher.hang_seconds:g}",
+        }  # fmt: skip
         with overheard(Stopping(config, words, progress)):
             ending = launch(
                 _worker(config),
@@ -149,7 +159,7 @@ def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) 
                 max_restarts=config.launcher.max_restarts,
                 grace_seconds=config.launcher.grace_seconds,
                 threads_per_worker=config.launcher.threads_per_worker,
-                environment={HELD: str(here)},
+                environment={**environment_of(config.launcher), **ours},
                 on_restart=tell,
             )
     return finish(config, ending, words)

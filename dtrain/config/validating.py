@@ -11,6 +11,7 @@ from typing import cast
 
 from dtrain.config.building import build_model
 from dtrain.config.data_contract import check_data
+from dtrain.config.launcher_keys import refused
 from dtrain.config.schema import (
     CONTAINER_RUNTIMES,
     ENGINES,
@@ -117,6 +118,7 @@ def _mesh(config: Config) -> Iterator[str]:
 
 
 def _launcher(config: Config) -> Iterator[str]:
+    yield from refused(config.launcher)
     if config.mesh.transport == "mpi" and config.launcher.name != "mpi":
         yield "mesh.transport=mpi needs ranks that mpirun has started: take launcher=mpi, or mesh.transport=torch"
     if config.launcher.nodes > 1 and config.launcher.workers % config.launcher.nodes:

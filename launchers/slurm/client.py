@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dtrain.launchers.inherited import handed_on
 from dtrain.launchers.job import State
 
 __all__ = ["Cluster", "SlurmError", "ask", "cluster", "job_line", "job_record", "job_state", "partitions", "since"]
@@ -46,7 +47,10 @@ def ask(*command: str, seconds: float = SECONDS) -> str:
             "start a cluster on this one with `dtrain cluster up`"
         )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        # Without SQUEUE_STATES and its like, which change what is answered.
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, check=False, env=handed_on(os.environ, "slurm")
+        )
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{' '.join(command)} did not answer within {seconds:g} s: is slurmctld up?") from error
     if done.returncode:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.launchers import registry, trusted
+from dtrain.launchers.inherited import DEFAULTS, defaults_of_shell, handed_on, replaced
 from dtrain.launchers.job import Facts, Program, command_of
 from dtrain.launchers.slurm.client import SlurmError, ask
 from dtrain.launchers.slurm.job import SlurmJob
@@ -43,8 +44,12 @@ class SlurmLauncher:
     def __init__(
         self, settings: SlurmSettings, environment: Mapping[str, str] | None = None, *, snapshot: bool = True
     ) -> None:
+        given = [key for key in DEFAULTS.values() if getattr(settings, key)]
+        directives = [text.lstrip("-").partition("=")[0] for text in settings.sbatch]
+        defaults, more = defaults_of_shell(os.environ, [*given, *directives])
+        chosen: dict[str, Any] = {**defaults, "sbatch": (*settings.sbatch, *more)}
         # The interpreter of this very command, by its path: nodes see the same file system.
-        self.settings = dataclasses.replace(settings, python=settings.python or sys.executable)
+        self.settings = dataclasses.replace(settings, python=settings.python or sys.executable, **chosen)
         self._environment = dict(environment or {})
         self._snapshot = snapshot
 
@@ -93,6 +98,9 @@ class SlurmLauncher:
         work = self._work(program, folders, name, literal=literal)
         for folder in folders:
             trusted.make_folder(folder)
+        if self._snapshot:
+            self._taken_from(work.folders, work.lists).take()
+        for folder in folders:
             # Slurm opens the log before the script could make its folder, and says nothing if it cannot.
             (folder / "logs").mkdir(parents=True, exist_ok=True)
             for stale in ("end.json", "attempts", "fruitless"):
@@ -101,8 +109,6 @@ class SlurmLauncher:
         if work.array:
             work.lists.parent.mkdir(parents=True, exist_ok=True)
             work.lists.write_text("".join(f"{folder}\n" for folder in folders))
-        if self._snapshot:
-            self._taken_from(work.folders, work.lists).take()
         text = render(work, self.settings)
         for folder in folders:
             trusted.write_private(folder / "job.sbatch", text.encode())  # its environment is nobody else's business
@@ -138,7 +144,8 @@ def _sbatch(text: str, folder: Path, settings: SlurmSettings) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     executor: Any = Executor(folder=folder)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises, too
+        # submitit prints what it raises, too
+        with contextlib.redirect_stderr(io.StringIO()), replaced(handed_on(os.environ, "slurm")):
             job = executor._submit_command("")
     except (FailedJobError, FailedSubmissionError) as error:
         if unanswered(str(error)):

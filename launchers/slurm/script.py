@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.launchers.environment import RANK_OFFSET, WORLD
+from dtrain.launchers.meeting import INTERFACES
 from dtrain.launchers.probe import HANG_SECONDS
 from dtrain.launchers.slurm.settings import Group, SlurmSettings
 from dtrain.launchers.words import sent
@@ -127,7 +128,7 @@ def _variables(work: Work, settings: SlurmSettings) -> dict[str, str]:
         HANG_SECONDS: f"{settings.hang_seconds:g}",
     }
     if settings.interface:
-        found |= {"GLOO_SOCKET_IFNAME": settings.interface, "NCCL_SOCKET_IFNAME": settings.interface}
+        found |= dict.fromkeys(INTERFACES, settings.interface)
     if settings.per_node == "torchrun":  # one task for all ranks of a node
         found["SRUN_CPUS_PER_TASK"] = str(settings.cpus_per_worker * (settings.workers // settings.nodes))
     return {**found, **work.environment}
