@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtrain.comm.drivers.groups import free, own_group
 from dtrain.comm.drivers.mpi import TIMEOUT_SECONDS, MpiTransport, replicate_transport
 from dtrain.comm.drivers.run import Channel
-from dtrain.comm.drivers.transport import Alone
+from dtrain.comm.drivers.torch_transport import TorchTransport
+from dtrain.comm.drivers.transport import Alone, Transport
 from dtrain.launchers.probe import HANG_SECONDS, note_collective
 
 # The probe ends a rank that hangs, with its stacks, and looks every few seconds; it is to be the first to do so.
@@ -49,6 +50,12 @@ class Mesh:
     def world(self) -> int:
         return self.replicas * self.shards
 
+    def close(self) -> None:
+        """Free all groups, once nothing is under way and the engine is closed. Every rank must call it."""
+        for channel in (self.channel, self.control):
+            channel.close(timeout_seconds=2.0)
+        free(self.engine_group)
+
     def shard_mesh(self) -> DeviceMesh:
         """The shard axis as a one-dimensional device mesh, for FSDP2."""
         return DeviceMesh.from_group(self.engine_group, self.device.type, mesh_dim_names=("shard",))
@@ -63,21 +70,23 @@ def build_mesh(replicas: int, shards: int, transport: Literal["torch", "mpi"] = 
     world, rank = dist.get_world_size(), dist.get_rank()
     if world != replicas * shards:
         raise ValueError(f"{world} processes cannot form {replicas} replicas x {shards} shards")
-    rows = [[replica * shards + shard for shard in range(shards)] for replica in range(replicas)]
-    columns = [[replica * shards + shard for replica in range(replicas)] for shard in range(shards)]
-    everybody = [list(range(world))]
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    peers = _over_mpi(replicas, shards, rank) if transport == "mpi" else _group(columns)
+    row = list(range(rank - rank % shards, rank - rank % shards + shards))
+    peers: Transport
+    if transport == "mpi":
+        peers = _over_mpi(replicas, shards, rank)
+    else:
+        peers = TorchTransport.between(range(rank % shards, world, shards))
     return Mesh(
         replicas=replicas,
         shards=shards,
         replica=rank // shards,
         shard=rank % shards,
         device=device,
-        engine_group=_group(rows),
-        channel=Channel({"replicate": peers, "shard": _group(rows) if shards > 1 else Alone()}),
-        control=Channel({"replicate": _group(everybody, backend="gloo")}),
+        engine_group=own_group(row),
+        channel=Channel({"replicate": peers, "shard": TorchTransport.between(row) if shards > 1 else Alone()}),
+        control=Channel({"replicate": TorchTransport.between(range(world), backend="gloo")}),
     )
 
 
@@ -87,14 +96,3 @@ def _over_mpi(replicas: int, shards: int, rank: int) -> MpiTransport:
     timeout = hang_seconds + PROBE_FIRST_SECONDS if hang_seconds else TIMEOUT_SECONDS
     watch = functools.partial(note_collective, f"replicate-{rank % shards} over MPI")
     return replicate_transport(replicas, shards, rank, timeout_seconds=timeout, watch=watch)
-
-
-def _group(partition: Sequence[Sequence[int]], backend: str | None = None) -> dist.ProcessGroup:
-    """This rank's group of a partition of all ranks; every rank creates all of them, in the same order."""
-    mine = None
-    for ranks in partition:
-        group = dist.new_group(list(ranks), backend=backend)
-        if dist.get_rank() in ranks:
-            mine = group
-    assert isinstance(mine, dist.ProcessGroup)
-    return mine

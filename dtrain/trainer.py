@@ -483,6 +483,7 @@ class _Run:
         self.attached.detach()
         self.mesh.control.close()
         self.engine.close()
+        self.mesh.close()
 
 
 def dense_bytes(parameters: int, replicas: int, shards: int) -> int:

@@ -10,7 +10,8 @@ interpreter can run it by its path. Files, in the folder that DTRAIN_RANKS names
     rank-K.stack   text: all stacks, where the interpreter crashed or gave up
 
 The collectives come from torch's flight recorder, a ring buffer in which NCCL and gloo note each one, whoever called.
-What carries messages without torch, MPI, notes its own by `note_collective`.
+What carries messages without torch, MPI, notes its own by `note_collective`; sends and receives over gloo, which the
+recorder leaves out, are noted by `dtrain.comm.drivers.noting`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Probe:
         self._hang_seconds, self._beat_seconds = hang_seconds, beat_seconds
         self._leave = threading.Event()
         self._place: object = None
-        self._since = time.time()
+        self._since = time.monotonic()  # the wall clock may be set while a rank waits
         self._stack: TextIO | None = None
 
     @classmethod
@@ -134,17 +135,16 @@ class Probe:
         pending = next((entry for entry in entries if not entry["retired"]), None)
         last = entries[-1]["record_id"] if entries else None
         place = (tuple(stack), last, pending and pending["record_id"])
-        now = time.time()
         if place != self._place:
-            self._place, self._since = place, now
+            self._place, self._since = place, time.monotonic()
+        now, waited = time.time(), time.monotonic() - self._since
         waiting = _told(pending) if pending is not None else None
         recent = [_told(entry)["what"] for entry in entries[-8:]]
         beat = {
-            "time": now, "since": self._since, "host": socket.gethostname(), "pid": os.getpid(), "stack": stack,
+            "time": now, "since": now - waited, "host": socket.gethostname(), "pid": os.getpid(), "stack": stack,
             "waiting": waiting, "entered": _entered(entries), "recent": recent,
         }  # fmt: skip
         self._write("beat", beat)
-        waited = now - self._since
         if waiting is not None and self._hang_seconds and waited > self._hang_seconds:
             self._give_up(waiting, waited, stack)
 
@@ -176,7 +176,7 @@ def _collectives() -> list[dict[str, Any]]:
     """What torch has noted and what others have, oldest first."""
     # A rank runs this file as a program, and then `note_collective` is that of another copy of this module.
     copy = sys.modules.get("dtrain.launchers.probe")
-    noted = list(getattr(copy, "_noted", _noted))
+    noted = [*getattr(copy, "_noted", _noted), *getattr(sys.modules.get("dtrain.comm.drivers.noting"), "NOTED", ())]
     entries = _ring()
     return sorted([*entries, *noted], key=lambda entry: entry.get("time_created_ns", 0)) if noted else entries
 

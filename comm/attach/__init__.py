@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.comm.attach.grid import own_groups
 from dtrain.comm.attach.servable import is_plain, require_call, require_servable, require_silent
 from dtrain.comm.attach.trained import Trained
 from dtrain.comm.attach.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.drivers.run import Channel
-from dtrain.comm.drivers.telling import told_by_all
-from dtrain.comm.drivers.transport import Alone, Transport
-from dtrain.comm.ops import Axis
+from dtrain.comm.drivers.torch_transport import TorchTransport
+from dtrain.comm.drivers.transport import Alone
 from dtrain.comm.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ def attach(
     seed: int = 0,
     members: Members | None = None,
 ) -> Attached:
-    """Let ``sync`` carry what crosses the replicate axis of ``model``. Call on every rank, before the first backward.
+    """Let ``sync`` carry what crosses the replicate axis of ``model``. Call on every rank that trains, before the first
+    backward.
 
     Call ``attached.step()`` where ``optimizer.step()`` and ``zero_grad()`` were called. The replicas' parameters are
     made equal first (replica 0's). Gradient clipping stays between ``backward`` and ``step``.
@@ -53,7 +53,8 @@ def attach(
         optimizer: the inner optimizer; None for a DeepSpeed engine, which has its own.
         sync: made by `every_step`, `diloco`, ...
         replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default;
-            for a plain module: all ranks. With FSDP2 and DeepSpeed it must be given.
+            for a plain module: all ranks. With FSDP2 and DeepSpeed it must be given. Ranks that do not train, such as
+            evaluators, do not call `attach`.
         seed: of stochastic rounding.
         members: where replicas come and go: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
             default process group is then this replica's own; the sync is a local update.
@@ -80,11 +81,7 @@ def attach(
         )
     if replicate_group.rank() < 0:
         raise ValueError("this rank is not in replicate_group; build the groups on every rank and pass its own")
-    if isinstance(model, FSDPModule):
-        from dtrain.comm.attach.fsdp import require_across
-
-        require_across(model, dist.get_process_group_ranks(replicate_group))
-    channel = Channel(_own_groups(replicate_group))
+    channel = Channel(own_groups(model, replicate_group))
     return _bound(pieces_of(model, optimizer, channel, overlap=False), lambda pieces: sync.bind(pieces, seed))
 
 
@@ -110,7 +107,7 @@ def _attached_to_members(
     if not isinstance(members, Members):
         raise TypeError(f'members is {members!r}; give Members("host:port", replicas=...)')
     world = list(range(dist.get_world_size()))
-    shard = _new_group([world]) if len(world) > 1 else Alone()
+    shard = TorchTransport.between(world) if len(world) > 1 else Alone()
     channel = Channel({"replicate": members.transport(), "shard": shard})
     return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
 
@@ -164,28 +161,3 @@ def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel
     from dtrain.comm.attach.fsdp import FSDPPieces
 
     return FSDPPieces(model, optimizer, channel, overlap=overlap)
-
-
-def _own_groups(replicate_group: dist.ProcessGroup) -> dict[Axis, dist.ProcessGroup | Transport]:
-    """Groups that nobody else uses: the peers', and this replica's."""
-    peers = sorted(_gathered(dist.get_process_group_ranks(replicate_group)))
-    if sorted(rank for group in peers for rank in group) != list(range(dist.get_world_size())):
-        raise ValueError(f"the replicate groups {peers} do not hold each of the {dist.get_world_size()} ranks once")
-    shards = [list(members) for members in zip(*peers, strict=True)]
-    groups: dict[Axis, dist.ProcessGroup | Transport] = {
-        "replicate": _new_group(peers),
-        "shard": _new_group(shards) if len(peers) > 1 else Alone(),
-    }
-    _gathered([])  # all have connected: whoever is refused next, and ends, does not break that off
-    return groups
-
-
-def _gathered(ranks: list[int]) -> set[tuple[int, ...]]:
-    return {tuple(group) for group in told_by_all(ranks)}
-
-
-def _new_group(partition: list[list[int]] | list[tuple[int, ...]]) -> dist.ProcessGroup:
-    mine: dist.ProcessGroup | None
-    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in partition])
-    assert mine is not None  # the partition holds every rank
-    return mine

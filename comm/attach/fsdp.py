@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -23,20 +22,6 @@ from dtrain.comm.drivers.run import Channel
 from dtrain.comm.layout import Named, Segment, copied, is_finite, working
 from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Exchange
-
-
-def require_across(model: nn.Module, replicate: list[int]) -> None:
-    """Raise ``ValueError`` if a rank of this replica is among ``replicate``, the peers: it holds another shard."""
-    sharded = next((p for p in model.parameters() if isinstance(p, DTensor)), None)
-    if sharded is None or sharded.device_mesh.ndim != 1:
-        return  # which `_segment` sees to
-    here = dist.get_process_group_ranks(sharded.device_mesh.get_group())
-    both = sorted(set(here) & set(replicate) - {dist.get_rank()})
-    if both:
-        raise ValueError(
-            f"replicate_group {sorted(replicate)} holds ranks {both} of this rank's own shard group {sorted(here)}; "
-            'give the ranks that hold the same shard of other replicas: mesh.get_group("replicate")'
-        )
 
 
 class FSDPPieces:

@@ -58,6 +58,9 @@ class GlooTransport:
     def twin(self) -> GlooTransport:
         raise RuntimeError("whoever made this group makes its twins")
 
+    def close(self) -> None:
+        """Whoever made this group breaks it off."""
+
     def abort(self) -> None:
         """Break off what is under way here; peers notice by themselves, those at once whose connections close."""
         with self._lock:

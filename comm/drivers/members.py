@@ -447,6 +447,9 @@ class MembersTransport:
     def twin(self) -> MembersTransport:
         return MembersTransport(self._members, self._index + 1)
 
+    def close(self) -> None:
+        """The groups are `Members`' own."""
+
 
 def serve(port: int, host: str = "127.0.0.1", *, secret_file: str | Path | None = None) -> StoreServer:
     """A store for `Members`, served by this process as long as it holds what is returned. 0: any free port.

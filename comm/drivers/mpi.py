@@ -121,6 +121,9 @@ class MpiTransport:
         with _calls:
             return MpiTransport(self._comm.Dup(), self._timeout_seconds, self._watch)
 
+    def close(self) -> None:
+        """All ranks free a communicator together, which they do when MPI ends."""
+
 
 class _Message:
     """An op under way in MPI's non-blocking calls, cut by columns where it is larger than MPI takes at once."""

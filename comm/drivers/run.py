@@ -112,7 +112,7 @@ class Channel:
 
     Args:
         axes: a process group, or another transport, for each axis; used by nothing else. Created on the main thread,
-            on every rank in the same order.
+            on every rank in the same order. Transports are closed with the channel; groups stay as they are.
         meter: counts every op; a fresh one by default.
     """
 
@@ -130,7 +130,7 @@ class Channel:
         self._thread.start()
         _OPEN.add(self)
         # A thread that is still inside the transport while the interpreter goes down aborts the whole process.
-        atexit.register(self.close, timeout_seconds=2.0)
+        atexit.register(self._end, timeout_seconds=2.0)
 
     def run(self, flow: Flow[R], label: str) -> R:
         """Perform ``flow`` and return its result. ``label`` names its traffic in the meter."""
@@ -169,8 +169,19 @@ class Channel:
         item.done.wait()
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Finish what was started and end the worker thread. The process groups stay as they are."""
-        atexit.unregister(self.close)
+        """Finish what was started, end the worker thread, close the transports. Every rank must call it alike.
+
+        Where a flow has failed, or is still under way after ``timeout_seconds``, the transports stay open: to close
+        one in which something is under way is to wait for ranks that may be gone.
+        """
+        self._end(timeout_seconds)
+        if self._thread.is_alive() or self._failure is not None:
+            return
+        for transport in self.transports.values():
+            transport.close()
+
+    def _end(self, timeout_seconds: float | None) -> None:
+        atexit.unregister(self._end)
         _OPEN.discard(self)
         self._closed = True
         if self._thread.is_alive():

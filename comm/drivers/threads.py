@@ -78,3 +78,6 @@ class Seat:
     def twin(self) -> Seat:
         self.twins += 1
         return self.meeting.twin(self.twins - 1).transport(self.rank)
+
+    def close(self) -> None:
+        pass

@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dtrain.comm.drivers.groups import free, own_group
+from dtrain.comm.drivers.noting import note
 from dtrain.comm.drivers.pairwise import all_to_all
 from dtrain.comm.drivers.transport import outgoing, reply
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Op, Payload, Shift
 
 
 class TorchTransport:
-    """A process group that is used by nothing else: two threads that enqueue on one group would hang."""
+    """A process group that is used by nothing else: two threads that enqueue on one group would hang.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    ``own``: it goes with this transport, and is freed at `close`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, own: bool = False) -> None:
+        self._group: dist.ProcessGroup | None = group
+        self._own, self._pairwise = own, 0
         self.rank, self.size = group.rank(), group.size()
         self.in_stream_order = dist.get_backend(group) == "nccl"
 
+    @classmethod
+    def between(cls, ranks: Sequence[int], backend: str | None = None) -> TorchTransport:
+        """One with a group of its own, made by ``ranks`` alike: see `own_group`."""
+        return cls(own_group(ranks, backend), own=True)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise RuntimeError("this transport is closed")
+        return self._group
+
     def issue(self, op: Op) -> Collective:
         """Hand ``op`` to torch.distributed, as one packed message."""
-        return Collective(op, self._group)
+        if not isinstance(op, AllToAll | Shift) or not all(tensor.is_cpu for tensor in op.payload):
+            return Collective(op, self.group)
+        self._pairwise += 1
+        size = sum(tensor.numel() for tensor in op.payload)
+        dtypes = " ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in op.payload}))
+        over = note(self.group.group_name, type(op).__name__, self._pairwise, size, dtypes)
+        return Collective(op, self.group, over)
 
     def twin(self) -> TorchTransport:
-        ranks, backend = dist.get_process_group_ranks(self._group), dist.get_backend(self._group)
-        group = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
-        assert isinstance(group, dist.ProcessGroup)  # this rank is in it
-        return TorchTransport(group)
+        return self.between(dist.get_process_group_ranks(self.group), dist.get_backend(self.group))
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is not None and self._own:
+            free(group)
 
 
 class Collective:
-    """An op that was handed to torch.distributed."""
+    """An op that was handed to torch.distributed. ``over``: to be called at its end."""
 
-    def __init__(self, op: Op, group: dist.ProcessGroup) -> None:
-        self._op, self._world = op, group.size()
+    def __init__(self, op: Op, group: dist.ProcessGroup, over: Callable[[], None] = lambda: None) -> None:
+        self._op, self._world, self._over = op, group.size(), over
         self._works: list[dist.Work] = []
         self._arrived = self._issue(outgoing(op, self._world), group)
+
+    def __del__(self) -> None:
+        self._over()  # also where another flow has failed, and nobody waits for this op any more
 
     def poll(self) -> bool:
         """True: the threads or the stream of the backend move it."""
@@ -46,6 +76,7 @@ class Collective:
         """Block until the reply is there; with NCCL, until the stream of this thread will wait for it."""
         for work in self._works:
             work.wait()
+        self._over()
         return reply(self._op, self._arrived, self._world)
 
     def _issue(self, sent: Tensor, group: dist.ProcessGroup) -> Tensor:

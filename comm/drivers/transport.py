@@ -49,6 +49,10 @@ class Transport(Protocol):
         """Another one between the same ranks, so that ops on both travel at once. Called by all of them alike."""
         ...
 
+    def close(self) -> None:
+        """Free what was made for this transport alone. Nothing is under way; called by all ranks, in one order."""
+        ...
+
 
 class Alone:
     """An axis of one rank: the reply is what was sent, at once and without a copy."""
@@ -64,6 +68,9 @@ class Alone:
 
     def twin(self) -> Alone:
         return self
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.comm.attach import pieces_of
+from dtrain.comm.drivers.groups import free, own_group
 from dtrain.engines.base import Batch, Engine, EngineOptions, OptimizerFactory, checkpoint_activations
 from dtrain.engines.contract import loss_of
 from dtrain.mesh import Mesh
@@ -59,11 +60,11 @@ class ZeroEngine(Engine):
         if options.activation_checkpointing:
             # Stage 3 frees a gathered parameter after use, which the non-reentrant form takes for a changed tensor.
             checkpoint_activations(model, reentrant=stage == 3)
-        alone = [dist.new_group([rank]) for rank in range(mesh.world)][mesh.rank]
+        self._alone = own_group([mesh.rank])
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer(model.parameters()),
-            mpu=_ShardAxisOnly(mesh.engine_group, alone),
+            mpu=_ShardAxisOnly(mesh.engine_group, self._alone),
             dist_init_required=False,
             config=_config(options, stage),
         )
@@ -97,6 +98,7 @@ class ZeroEngine(Engine):
         self.deepspeed.destroy()
         for module in self.deepspeed.module.modules():
             _forget_deepspeed(module)
+        free(self._alone)
 
     @property
     def gradient_norm(self) -> float:

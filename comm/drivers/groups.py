@@ -1,0 +1,66 @@
+"""Process groups of our own: made by their members alone, as patient as those beside them, and freed in the end.
+
+Only the ranks of a group take part in making it, so that others may do something else meanwhile. torch names such
+groups by how many groups a process has, which need not be the same on all ranks, and which is the same again once one
+was freed: the next would read the addresses of the last. Here they are counted for each set of ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+_made: tuple[object, Counter[tuple[int, ...]]] = (None, Counter())
+"""The default group, and how often a group of these ranks was made beside it."""
+
+
+def own_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
+    """A group of ``ranks`` that nobody else uses; each of them calls it, as often and in the same order as the others.
+
+    ``backend``: the default group's by default, as its time-out is always.
+    """
+    global _made
+    default = c10d._get_default_group()
+    if _made[0] is not default:
+        _made = (default, Counter())
+    members = tuple(sorted(ranks))
+    _made[1][members] += 1
+    name = c10d.GroupName(f"dtrain {_made[1][members]} of {' '.join(map(str, members))}")
+    chosen, store = c10d._world.pg_map[default]
+    patience = timeout_of(default)
+    # A default group that is bound to a device would split its communicator, for which all of its ranks are needed.
+    bound, default.bound_device_id = default.bound_device_id, None
+    try:
+        group, its = c10d._new_process_group_helper(
+            len(members), members.index(dist.get_rank()), list(members), dist.Backend(backend or chosen), store, name,
+            timeout=patience, group_desc="dtrain",
+        )  # fmt: skip
+    finally:
+        default.bound_device_id = bound
+    c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
+    assert isinstance(group, dist.ProcessGroup)
+    # Until all have connected: whoever is done with the group before would break that off.
+    c10d._store_based_barrier(dist.get_rank(), its, name, len(members), patience)
+    return group
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long a collective of ``group`` waits."""
+    backends = [group._get_backend(torch.device(device)) for device in group._device_types]
+    found = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
+    return max(found, default=dist.default_pg_timeout)
+
+
+def free(group: dist.ProcessGroup) -> None:
+    """End the threads and close the connections of ``group``; nothing is under way in it. All its ranks call it.
+
+    With gloo each rank goes by itself; with NCCL they wait for each other, and must free several groups in the same
+    order. A group that is gone, since the default one was destroyed, is none any more.
+    """
+    if group in c10d._world.pg_map:
+        dist.destroy_process_group(group)
