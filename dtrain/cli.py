@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import TextIO, cast
 
 from dtrain import __version__
 from dtrain.commands import Command, bench, cluster, data, doctor, jobs, launch, log, members, train
@@ -30,13 +31,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     chosen = _parsed(arguments)
     try:
-        code: int = chosen.run(chosen)
+        with _reader_may_leave(goes_on=getattr(chosen, "outlives_reader", False)):
+            code: int = chosen.run(chosen)
     except DtrainError as error:
         print(f"dtrain: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        return 0
     return code
+
+
+@contextlib.contextmanager
+def _reader_may_leave(*, goes_on: bool) -> Iterator[None]:
+    """Standard output may be closed by who reads it (``dtrain ... | head``): the rest of what is printed is dropped.
+
+    What only prints ends there, by a ``BrokenPipeError``; a command that trains ``goes_on``.
+    """
+    stream = sys.stdout
+    if goes_on:
+        sys.stdout = cast(TextIO, _Outliving(stream))
+    try:
+        yield
+        stream.flush()
+    except BrokenPipeError:
+        _drop(stream)
+        if not goes_on:
+            raise
+    finally:
+        sys.stdout = stream
+
+
+class _Outliving:
+    """A stream that writes to nowhere once nobody reads it any longer."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of a text stream."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            _drop(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """As of a text stream."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            _drop(self._stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """Have all further writes, that of the interpreter's end too, go to nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from dtrain.launchers.reading import json_in
 
 __all__ = ["CONSEQUENCE", "Ending", "Failure", "read_error", "read_log_end", "read_probe", "root_cause", "signal_name"]
 
@@ -43,7 +44,7 @@ class Failure:
     @property
     def where(self) -> str:
         """The innermost frame outside of libraries, ``file.py:12 in function``; empty without a traceback."""
-        frames: list[tuple[str, str, str]] = re.findall(r'File "(.+?)", line (\d+), in (.+)', self.traceback)
+        frames: list[tuple[str, str, str]] = re.findall(r'File "([^"\n]+)", line (\d+), in (.+)', self.traceback)
         ours = [frame for frame in frames if "/lib/python" not in frame[0]] or frames
         return "{}:{} in {}".format(*ours[-1]) if ours else ""
 
@@ -98,30 +99,39 @@ def signal_name(number: int) -> str:
 
 def read_error(path: Path) -> tuple[str, str] | None:
     """(message, traceback) of a file written by torch's ``@record``; None if there is none or it is torn."""
-    try:
-        message = json.loads(path.read_text())["message"]
-        if isinstance(message, str):
-            return message, ""
-        int(message["extraInfo"]["timestamp"])  # the agent reads it too
-        return str(message["message"]), str(message["extraInfo"].get("py_callstack", ""))
-    except (OSError, ValueError, KeyError, TypeError):
+    found = json_in(path)
+    message = found.get("message") if isinstance(found, dict) else None
+    if isinstance(message, str):
+        return message, ""
+    more = message.get("extraInfo") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(more, dict) or not _is_time(more.get("timestamp")):
         return None
+    return str(message.get("message", "")), str(more.get("py_callstack", ""))
+
+
+def _is_time(value: object) -> bool:
+    """Whether the agent, which reads it too, takes it."""
+    if isinstance(value, str):
+        return re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", value) is not None
+    return isinstance(value, int | float) and abs(value) < 1e18
 
 
 def read_probe(path: Path) -> tuple[str, str] | None:
     """(message, traceback) of a file written by `dtrain.launchers.probe`; None if there is none or it is torn."""
-    try:
-        found = json.loads(path.read_text())
-        return str(found["message"]), str(found["traceback"])
-    except (OSError, ValueError, KeyError, TypeError):
+    found = json_in(path)
+    if not isinstance(found, dict) or not ("message" in found and "traceback" in found):
         return None
+    return str(found["message"]), str(found["traceback"])
 
 
 def read_log_end(path: Path, start: int) -> tuple[str, str]:
     """(message, traceback) of a program that wrote no error file: its last traceback, else its last line."""
-    with path.open("rb") as log:
-        log.seek(max(start, log.seek(0, os.SEEK_END) - TAIL_BYTES))
-        text = log.read().decode(errors="replace")
+    try:
+        with path.open("rb") as log:
+            log.seek(max(start, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+            text = log.read(TAIL_BYTES).decode(errors="replace")
+    except OSError as error:
+        return f"its log cannot be read: {error}", ""
     _, head, body = text.rpartition("Traceback (most recent call last):\n")
     lines = [line for line in body.splitlines() if line.strip()]
     if not head:

@@ -15,14 +15,16 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, cast
 
 from dtrain.launchers import trusted
+from dtrain.launchers.reading import Damaged, json_in, number_in, shaped
 
 __all__ = ["ENDED", "Facts", "Job", "JobFailed", "Launcher", "Program", "State", "command_of"]
 
@@ -68,16 +70,30 @@ class Facts:
 
     @classmethod
     def read(cls, folder: Path) -> Facts:
-        """Raises ``FileNotFoundError`` where no job was submitted."""
-        facts = cls.of(json.loads((folder / "job.json").read_text()))
+        """Raises ``FileNotFoundError`` where no job was submitted, and ``Damaged`` as `of`."""
+        path = folder / "job.json"
+        found = json_in(path)
+        if found is None and not path.exists():
+            raise FileNotFoundError(f"there is no {path}")
+        facts = cls.of(found)
         # What the file says of its place is no more than what it says: another folder's processes are none of its own.
-        same = Path(facts.folder).is_dir() and Path(facts.folder).samefile(folder)
+        try:
+            same = os.path.samefile(facts.folder, folder)
+        except (OSError, ValueError):
+            same = False
         return facts if same else dataclasses.replace(facts, folder=str(folder.absolute()))
 
     @classmethod
-    def of(cls, found: dict[str, Any]) -> Facts:
-        """From what `write` has written, by this version or an older one."""
-        return cls(**{**found, "program": tuple(found["program"])})
+    def of(cls, found: object) -> Facts:
+        """From what `write` has written, by this version or an older one.
+
+        Raises:
+            Damaged: it is something else (a ``ValueError``).
+        """
+        facts = shaped(cls, found)
+        if not re.fullmatch(r"[0-9]{1,18}(_[0-9]{1,9})?", facts.id):
+            raise Damaged(f"its id is {facts.id[:40]!r}")
+        return facts
 
 
 class Job(abc.ABC):
@@ -105,13 +121,11 @@ class Job(abc.ABC):
 
     def end(self) -> dict[str, object] | None:
         """How it ended: ``code`` (see `dtrain.errors`) and ``reason``; None while it goes on."""
-        try:
-            found = json.loads((self.folder / "end.json").read_text())
-        except (OSError, ValueError):
+        found = json_in(self.folder / "end.json")
+        if not isinstance(found, dict) or str(found.get("job", self.id)) != self.id.partition("_")[0]:
             return None
-        return (
-            found if isinstance(found, dict) and str(found.get("job", self.id)) == self.id.partition("_")[0] else None
-        )
+        whole = type(found.get("code")) is int and isinstance(found.get("reason"), str)
+        return cast("dict[str, object]", found) if whole else None
 
     def state(self) -> State:
         """The state now."""
@@ -139,7 +153,8 @@ class Job(abc.ABC):
     def logs(self) -> list[Path]:
         """What it has printed so far: the scheduler's shell first, then the ranks in order."""
         folder = self.folder / "logs"
-        ranks = sorted(folder.glob("rank-*.log"), key=lambda path: int(path.stem.removeprefix("rank-")))
+        numbered = [(number_in(path.name, "rank-{}.log"), path) for path in folder.glob("rank-*.log")]
+        ranks = [path for number, path in sorted((n, path) for n, path in numbered if n is not None)]
         return [path for path in (folder / "batch.log", *ranks) if path.is_file()]
 
     def result(self, seconds: float | None = None) -> list[object]:

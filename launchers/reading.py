@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
+import os
 import re
 import stat
 import types
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, cast
 
-__all__ = ["Damaged", "json_in", "json_of", "lines_in", "number_in", "shaped"]
+__all__ = ["Damaged", "json_in", "json_of", "lines_in", "number_in", "shaped", "tail"]
 
 MOST_BYTES = 16 << 20
 LARGEST = 2.0**53
@@ -52,6 +52,18 @@ def json_of(text: str) -> object:
 def lines_in(path: Path) -> list[object]:
     """What each line of a file says, as `json_of`; an empty list if there is no file."""
     return [json_of(line) for line in (_text_in(path) or "").splitlines() if line.strip()]
+
+
+def tail(path: Path, most: int) -> str:
+    """The end of a text file, at most so many bytes of it; empty if there is no such file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+            return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", file.read(most).decode(errors="replace"))
+    except (OSError, ValueError):
+        return ""
 
 
 def number_in(name: str, form: str) -> int | None:
@@ -102,7 +114,7 @@ def _as(hint: Any, value: object, name: str) -> object:
             except Damaged:
                 continue
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value) and abs(value) <= LARGEST:
+        if abs(value) <= LARGEST:  # which NaN is not
             return float(value)
     elif hint is int and isinstance(value, int) and not isinstance(value, bool):
         if abs(value) <= LARGEST:

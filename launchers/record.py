@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.launchers.failure import read_log_end, signal_name
+from dtrain.launchers.reading import Damaged, json_in, lines_in, number_in, shaped
 
-__all__ = ["ATTEMPT", "Beat", "RankRecord", "keep_attempt", "rank_files"]
+__all__ = ["ATTEMPT", "Beat", "RankRecord", "damaged", "keep_attempt", "rank_files"]
 
 ATTEMPT = "DTRAIN_ATTEMPT"
 """Environment of the ranks: how often all of them were started before."""
@@ -39,11 +40,19 @@ def keep_attempt(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def damaged(folder: Path) -> list[str]:
+    """Which of a job's records say nothing, as they are torn or not what they should be."""
+    ranks = rank_files(folder)
+    found = [path.name for path in ranks.glob("rank-*.json") if RankRecord.read(path) is None]
+    found += [path.name for path in ranks.glob("rank-*.beat") if Beat.read(path) is None]
+    return sorted(f"ranks/{name}" for name in found)
+
+
 def _keep(path: Path) -> None:
-    record = _read(path)
+    record = RankRecord.read(path)
     if record is not None:
-        with (path.parent / f"attempt-{int(str(record['attempt'])) + 1}.jsonl").open("a") as kept:
-            kept.write(json.dumps(record) + "\n")
+        with (path.parent / f"attempt-{record.attempt + 1}.jsonl").open("a") as kept:
+            kept.write(json.dumps(dataclasses.asdict(record)) + "\n")
     path.unlink(missing_ok=True)
 
 
@@ -72,7 +81,8 @@ class RankRecord:
     def begin(cls, folder: Path, rank: int, *, host: str, attempt: int) -> RankRecord:
         """Write down that the rank runs; what it left at its last attempt is kept with that."""
         record = cls(rank=rank, host=host, attempt=attempt, pid=os.getpid(), started=time.time())
-        if int(str((_read(folder / f"rank-{rank}.json") or {}).get("attempt", attempt))) != attempt:
+        last = cls.read(folder / f"rank-{rank}.json")
+        if last is not None and last.attempt != attempt:
             _keep(folder / f"rank-{rank}.json")
         (folder / f"rank-{rank}.error").unlink(missing_ok=True)
         (folder / f"rank-{rank}.beat").unlink(missing_ok=True)
@@ -82,10 +92,13 @@ class RankRecord:
     def end(self, folder: Path, code: int, *, log: Path, log_start: int) -> None:
         """Write down how it ended: ``code`` as subprocess reports it, -N for signal N."""
         kind, message, trace, ended = "", "", "", time.time()
-        told = _read(folder / f"rank-{self.rank}.error")
+        try:
+            told = shaped(_Error, json_in(folder / f"rank-{self.rank}.error"))
+        except Damaged:
+            told = None
         if told is not None:
-            kind, message, trace = str(told["kind"]), str(told["message"]), str(told["traceback"])
-            ended = float(str(told["time"]))  # when it failed, not when it had been cleared away
+            kind, message, trace = told.kind, told.message, told.traceback
+            ended = told.time  # when it failed, not when it had been cleared away
         elif code not in (0, 75, 130):
             message, trace = read_log_end(log, log_start)
             if code < 0:
@@ -99,23 +112,33 @@ class RankRecord:
     @classmethod
     def all(cls, folder: Path) -> list[RankRecord]:
         """Every rank's record of the last attempt, in rank order."""
-        found = [_read(path) for path in rank_files(folder).glob("rank-*.json")]
-        return sorted((cls._of(values) for values in found if values), key=lambda record: record.rank)
+        found = [cls.read(path) for path in rank_files(folder).glob("rank-*.json")]
+        return sorted((record for record in found if record is not None), key=lambda record: record.rank)
+
+    @classmethod
+    def read(cls, path: Path) -> RankRecord | None:
+        """The record in a file; None if it is torn or damaged."""
+        if number_in(path.name, "rank-{}.json") is None:
+            return None
+        return cls._of(json_in(path))
 
     @classmethod
     def earlier(cls, folder: Path) -> dict[int, list[RankRecord]]:
         """Number of each attempt before the last one, from 1 -> the records of its ranks, in rank order."""
         attempts = {}
         for path in rank_files(folder).glob("attempt-*.jsonl"):
-            found = [values for line in path.read_text().splitlines() if (values := _parsed(line)) is not None]
-            records = sorted((cls._of(values) for values in found), key=lambda record: record.rank)
-            attempts[int(path.stem.removeprefix("attempt-"))] = records
+            number = number_in(path.name, "attempt-{}.jsonl")
+            if number is not None:
+                found = [record for line in lines_in(path) if (record := cls._of(line)) is not None]
+                attempts[number] = sorted(found, key=lambda record: record.rank)
         return dict(sorted(attempts.items()))
 
     @classmethod
-    def _of(cls, values: dict[str, object]) -> RankRecord:
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in names})  # type: ignore[arg-type]
+    def _of(cls, found: object) -> RankRecord | None:
+        try:
+            return shaped(cls, found)
+        except Damaged:
+            return None
 
     @staticmethod
     def verdict(folder: Path, workers: int) -> int:
@@ -159,36 +182,37 @@ class Beat:
     @classmethod
     def all(cls, folder: Path) -> list[Beat]:
         """Every rank's last heartbeat, in rank order."""
-        beats = []
-        for path in rank_files(folder).glob("rank-*.beat"):
-            found = _read(path)
-            if found is None:
-                continue
-            waiting = found["waiting"] if isinstance(found["waiting"], dict) else {}
-            entered = found["entered"] if isinstance(found["entered"], dict) else {}
-            stack = found["stack"] if isinstance(found["stack"], list) else []
-            beats.append(
-                cls(
-                    rank=int(path.stem.removeprefix("rank-")), time=float(str(found["time"])),
-                    since=float(str(found["since"])), host=str(found["host"]), stack=tuple(stack),
-                    what=str(waiting.get("what", "")), group=str(waiting.get("group", "")),
-                    number=int(waiting.get("number", 0)), entered=entered,
-                )
-            )  # fmt: skip
-        return sorted(beats, key=lambda beat: beat.rank)
+        found = [cls.read(path) for path in rank_files(folder).glob("rank-*.beat")]
+        return sorted((beat for beat in found if beat is not None), key=lambda beat: beat.rank)
+
+    @classmethod
+    def read(cls, path: Path) -> Beat | None:
+        """The heartbeat in a file; None if it is torn or damaged."""
+        rank, found = number_in(path.name, "rank-{}.beat"), json_in(path)
+        if rank is None or not isinstance(found, dict):
+            return None
+        try:
+            waiting = found.get("waiting")
+            told = shaped(_Waiting, waiting) if waiting is not None else _Waiting()
+            return shaped(cls, found, rank=rank, what=told.what, group=told.group, number=told.number)
+        except Damaged:
+            return None
 
 
-def _read(path: Path) -> dict[str, object] | None:
-    """The JSON object in a file; None if there is none, or it is torn by a crash."""
-    try:
-        return _parsed(path.read_text())
-    except (OSError, ValueError):
-        return None
+@dataclass(frozen=True)
+class _Waiting:
+    """The part of a heartbeat about the collective that is waited for."""
+
+    what: str = ""
+    group: str = ""
+    number: int = 0
 
 
-def _parsed(text: str) -> dict[str, object] | None:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+@dataclass(frozen=True)
+class _Error:
+    """rank-K.error."""
+
+    kind: str
+    message: str
+    traceback: str
+    time: float

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dtrain.launchers.job import ENDED, Facts, Job
+from dtrain.launchers.reading import Damaged, json_in, tail
 
 __all__ = [
     "Replaced", "add", "every", "find", "holder", "is_here", "job_of", "jobs", "open_job", "replaced_by", "resolve",
@@ -54,11 +55,11 @@ def every() -> list[Job]:
 
 def _record(path: Path) -> Facts | None:
     try:
-        text = path.read_text().strip()
-        if text.startswith("{"):
-            return Facts.of(json.loads(text))
-        facts = Facts.read(Path(text))  # version 0.1 wrote the folder alone
-    except (OSError, ValueError, TypeError, KeyError):
+        found = json_in(path)
+        if found is not None:
+            return Facts.of(found)
+        facts = Facts.read(Path(tail(path, 4096).strip()))  # version 0.1 wrote the folder alone
+    except (OSError, ValueError):
         return None
     return facts if path.name.endswith(f"-{facts.id}") else None
 
@@ -81,7 +82,7 @@ def replaced_by(job: Job) -> Facts | None:
     """The job that its folder has gone on as; None where it is still its own."""
     try:
         now = Facts.read(job.folder)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError):
         return None
     same = (now.id, now.launcher) == (job.id, job.facts.launcher) and now.submitted <= job.facts.submitted
     return None if same else now
@@ -89,15 +90,18 @@ def replaced_by(job: Job) -> Facts | None:
 
 def holder(path: Path) -> Job | None:
     """The job of a folder that has not ended."""
-    job = job_of(path)
-    return job if job is not None and job.state() not in ENDED else None
+    try:
+        job = open_job(Facts.read(path.absolute()))
+    except (OSError, ValueError):
+        return None
+    return job if job.state() not in ENDED else None
 
 
 def job_of(path: Path) -> Job | None:
-    """The job of a folder, whether it has ended or not; None if it holds none that can be read."""
+    """The job or the run of a folder, whether it has ended or not; None if it holds none that can be read."""
     try:
-        return open_job(Facts.read(path.absolute()))
-    except (OSError, ValueError, TypeError, KeyError):
+        return _in_folder(path.absolute())
+    except (OSError, LookupError):
         return None
 
 
@@ -116,8 +120,8 @@ def resolve(name: str) -> list[Job]:
     Raises ``Replaced``, and ``LookupError`` naming the jobs that there are, or those that ``name`` may mean.
     """
     path = Path(name)
-    if (path / "job.json").is_file():
-        return [open_job(Facts.read(path.absolute()))]
+    if (path / "job.json").exists() or (path / "config.yaml").exists():
+        return [_in_folder(path.absolute())]
     known = every()
     called = [job for job in known if name in (job.id, job.facts.name, job.id.partition("_")[0])]
     here = [job for job in called if is_here(job)]
@@ -131,8 +135,25 @@ def resolve(name: str) -> list[Job]:
     if called:
         listed = "".join(f"\n  {_told(job)}" for job in called[:10])
         raise LookupError(f"there is no job {name} here. Jobs of other clusters are named by their folders:{listed}")
-    ids = ", ".join(job.id for job in jobs()[:10]) or "none was submitted from this machine"
-    raise LookupError(f"there is no job {name} (there are {ids}); give an id, or the folder of a job")
+    ids = ", ".join(job.id for job in jobs()[:10])
+    there = f"there are {ids}" if ids else "none was started from this machine"
+    if path.is_dir():
+        raise LookupError(f"{name} is a folder, but no job's and no run's: it has neither job.json nor config.yaml")
+    raise LookupError(f"there is no job {name} ({there}); give an id, or the folder of a job or a run")
+
+
+def _in_folder(path: Path) -> Job:
+    from dtrain.launchers.foreground import run_of
+
+    try:
+        return open_job(Facts.read(path))
+    except FileNotFoundError:
+        run = run_of(path)
+        if run is None:
+            raise LookupError(f"{path} is neither a job's folder nor a run's") from None
+        return run
+    except (OSError, Damaged) as error:
+        raise LookupError(f"{path / 'job.json'} is damaged ({error}): nobody can say what it was") from error
 
 
 def _meant(name: str, found: Sequence[Job]) -> list[Job]:
@@ -164,6 +185,10 @@ def open_job(facts: Facts) -> Job:
         from dtrain.launchers.slurm.job import SlurmJob
 
         return SlurmJob(facts)
+    if facts.launcher == "foreground":
+        from dtrain.launchers.foreground import ForegroundJob
+
+        return ForegroundJob(facts)
     from dtrain.launchers.background import BackgroundJob
 
     return BackgroundJob(facts)

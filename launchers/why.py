@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dtrain.launchers.failure import CONSEQUENCE, Failure
-from dtrain.launchers.record import Beat, RankRecord
+from dtrain.launchers.reading import json_in, tail
+from dtrain.launchers.record import Beat, RankRecord, damaged
 
 __all__ = ["why"]
 
 STALE_SECONDS = 30.0
 HANGING_SECONDS = 5.0  # a collective takes its time
+TAIL_BYTES = 20_000  # of the script's log
 KILLED_SECONDS = 2.0  # others notice that a rank was killed before that is written down; Slurm's own SIGKILL is later
 ENDED_WELL = (0, 75, 130, None)
 SCHEDULER = re.compile(
@@ -63,9 +65,23 @@ def why(folder: Path, *, state: str, end: Mapping[str, object] | None, waits_for
         lines += _said_by_the_starter(log)
     lines += [line for line in _said_by_the_scheduler(log) if line not in lines]
     lines += _ends(earlier, last=last)
+    if broken := _damaged(folder, ended=end is not None):
+        lines.append(broken)
     if last > 1:
         lines.append(f"it was the {last}. attempt" if state != "running" else f"this is attempt {last}")
     return "\n".join(lines)
+
+
+def _damaged(folder: Path, *, ended: bool) -> str:
+    """Which records were left out, as they cannot be read; empty if none was."""
+    names = damaged(folder)
+    names += (
+        ["end.json"] if not ended and (folder / "end.json").exists() and json_in(folder / "end.json") is None else []
+    )
+    if not names:
+        return ""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"damaged, and left out here: {', '.join(names[:4])}{more}"
 
 
 def _ends(attempts: Mapping[int, Sequence[RankRecord]], *, last: int) -> list[str]:
@@ -246,16 +262,10 @@ def _said_by_the_scheduler(log: Path) -> list[str]:
 
 def _last_attempt(log: Path) -> list[str]:
     """The lines of the script's log since its last attempt began."""
-    try:
-        text = log.read_text(errors="replace")[-20000:]
-    except OSError:
-        return []
+    text = tail(log, TAIL_BYTES)
     _, begun, last = text.rpartition(" dtrain: attempt ")
     return last.splitlines()[1 if begun else 0 :]
 
 
 def _attempts(folder: Path) -> int:
-    try:
-        return len((folder / "attempts").read_text().splitlines())
-    except OSError:
-        return 0
+    return len(tail(folder / "attempts", 1 << 20).splitlines())

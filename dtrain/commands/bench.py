@@ -73,7 +73,7 @@ def add(verbs: Verbs) -> None:
         )
         add_config_dir(verb)
         verb.add_argument("words", nargs="*", metavar="OVERRIDE", help="bench.KEY=..., launcher=..., run.dir=FOLDER")
-        verb.set_defaults(run=run)
+        verb.set_defaults(run=run, outlives_reader=True)
 
 
 def _collectives(chosen: argparse.Namespace) -> int:

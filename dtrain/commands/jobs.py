@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,14 +26,15 @@ down, by its folder only. What it was waiting for when it hung, and the error th
 
 examples:
   dtrain jobs list          dtrain jobs logs 1234 -f          dtrain jobs why runs/x
+  dtrain jobs table runs/2026-11-20                  dtrain jobs table runs/a runs/b 'runs/lr-*'
 """
 DOES = {
-    "list": "the jobs that were submitted from this machine, here or to this cluster",
+    "list": "the jobs and runs that were started from this machine, here or on this cluster",
     "status": "where a job stands",
     "logs": "what a job has printed",
     "cancel": "end a job, for good",
     "why": "why a job failed, or what it is waiting for",
-    "table": "the runs of a sweep, with their closing figures",
+    "table": "runs beside each other: what differs in their settings, and their closing figures",
 }
 
 
@@ -44,10 +47,9 @@ def add(verbs: Verbs) -> None:
         verb = add_verb(below, name, does=does)
         verb.set_defaults(run=_run, verb=name)
         if name != "list":
-            what = (
-                "id of the job array, or the sweep's folder" if name == "table" else "its id, its name, or its folder"
-            )
-            verb.add_argument("job", metavar="ID", help=what)
+            several = "a sweep's folder or the id of its job array; or any folders of runs, patterns too: 'runs/*'"
+            what = several if name == "table" else "its id, its name, or its folder"
+            verb.add_argument("job", metavar="ID", nargs="+" if name == "table" else None, help=what)
         else:
             verb.add_argument("--all", action="store_true", help="those of other clusters, too, and those replaced")
         if name == "logs":
@@ -59,16 +61,14 @@ def _run(chosen: argparse.Namespace) -> int:
     from dtrain.launchers import registry
     from dtrain.launchers.slurm.client import SlurmError
 
-    if chosen.words:
+    if chosen.words and chosen.verb != "table":
         raise ConfigError(f"{' '.join(chosen.words)}: one job at a time")
     enter_login_host(sys.argv[1:])
     try:
         if chosen.verb == "list":
             return _list(registry.every() if chosen.all else registry.jobs(), everywhere=chosen.all)
         if chosen.verb == "table":
-            from dtrain.commands.sweeping import table
-
-            print(table(_sweep(chosen.job)))
+            print(_table([*chosen.job, *chosen.words]))
             return 0
         return VERBS[chosen.verb](registry.resolve(chosen.job), chosen)
     except registry.Replaced as error:
@@ -98,18 +98,44 @@ def _list(jobs: Sequence[Job], *, everywhere: bool) -> int:
     return 0
 
 
-def _sweep(name: str) -> Path:
-    """The folder of a sweep, by itself or by the number of its job array."""
+def _table(names: Sequence[str]) -> str:
+    """The table of a sweep, or of all runs that the names mean."""
+    from dtrain.commands.sweeping import FILE, table
+    from dtrain.report.comparing import compared, settings_of
+
+    places = [place for name in names for place in _places(name)]
+    if len(places) == 1 and (places[0] / FILE).exists():
+        return table(places[0])
+    folders = list(dict.fromkeys(run for place in places for run in _runs_below(place)))
+    if not folders:
+        raise ConfigError(f"there is no run in {' '.join(map(str, places))}: a run's folder has a config.yaml")
+    common = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
+    runs = [(str(folder.absolute().relative_to(common)), folder) for folder in folders]
+    return compared(runs, {folder: settings_of(folder) for folder in folders})
+
+
+def _places(name: str) -> list[Path]:
+    """The folders that a name means: its own, those that fit a pattern, or that of a job or its sweep."""
     from dtrain.commands.sweeping import FILE
     from dtrain.launchers import registry
 
-    if Path(name).is_dir():
-        return Path(name)
-    folder = registry.resolve(name)[0].folder
-    found = next((parent for parent in folder.parents if (parent / FILE).is_file()), None)
-    if found is None:
-        raise ConfigError(f"job {name} is no sweep: its folder is {folder}")
-    return found
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return [path]
+    found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if Path(each).is_dir()]
+    if found:
+        return found
+    folders = [job.folder for job in registry.resolve(name)]
+    sweep = next((parent for parent in folders[0].parents if (parent / FILE).is_file()), None)
+    return folders if sweep is None else [sweep]
+
+
+def _runs_below(place: Path) -> list[Path]:
+    """The run in a folder, or else the runs in the folders below it."""
+    if (place / "config.yaml").is_file():
+        return [place]
+    found = sorted(path.parent for depth in ("*", "*/*", "*/*/*") for path in place.glob(f"{depth}/config.yaml"))
+    return [folder for folder in found if not any(parent in found for parent in folder.parents)]
 
 
 def _state(job: Job) -> str:
@@ -177,7 +203,7 @@ def _cancel(jobs: Sequence[Job], _: argparse.Namespace) -> int:
     from dtrain.launchers.job import ENDED
 
     for job in jobs:
-        if len(jobs) > 1 and job.state() in ENDED:
+        if (len(jobs) > 1 or job.facts.launcher == "foreground") and job.state() in ENDED:
             print(f"job {job.id} has ended already")
             continue
         job.cancel()

@@ -34,7 +34,7 @@ def add(verbs: Verbs) -> None:
     launch.add_argument("--name", default="launch", help="the job's name (default: %(default)s)")
     add_config_dir(launch)
     launch.add_argument("words", nargs="*", metavar="OVERRIDE", help="launcher=..., launcher.KEY=..., run.dir=FOLDER")
-    launch.set_defaults(run=_launch, takes_program=True)
+    launch.set_defaults(run=_launch, outlives_reader=True, takes_program=True)
 
 
 def _launch(chosen: argparse.Namespace) -> int:

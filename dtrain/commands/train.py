@@ -62,7 +62,7 @@ def add(verbs: Verbs) -> None:
     train.add_argument("-m", "--multirun", action="store_true", help="a run for each combination of key=a,b,c")
     add_config_dir(train)
     train.add_argument("words", nargs="*", metavar="OVERRIDE", help="group=choice, key=value or @FILE")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, outlives_reader=True)
 
 
 def _train(chosen: argparse.Namespace) -> int:
@@ -127,8 +127,8 @@ def _worker(config: Config) -> list[str]:
 
 
 def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) -> int:
-    from dtrain.launchers import probe
-    from dtrain.launchers.failure import Failure
+    from dtrain.launchers import foreground, probe
+    from dtrain.launchers.failure import Failure, root_cause
     from dtrain.launchers.local import launch
     from dtrain.launchers.lock import HELD
     from dtrain.launchers.record import rank_files
@@ -140,6 +140,7 @@ def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) 
     start = f"goes on from {goes_on_from}" if goes_on_from else "starts"
     mesh = f"{config.mesh.replicate} replicas x {config.mesh.shard} shards, {config.engine.name}"
     print(f"run {config.run.dir} {start}: {config.launcher.workers} workers, {mesh}", flush=True)
+    foreground.began(here, _worker(config), config.launcher.workers)
     with Progress(here / "metrics.jsonl", steps=config.train.steps) as progress:
 
         def tell(cause: Failure, restart: int) -> None:
@@ -162,7 +163,9 @@ def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) 
                 environment={**environment_of(config.launcher), **ours},
                 on_restart=tell,
             )
-    return finish(config, ending, words)
+    code = finish(config, ending, words)
+    foreground.ended(here, code, root_cause(ending) if ending.failures else "")
+    return code
 
 
 def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:

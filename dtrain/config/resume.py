@@ -45,7 +45,7 @@ class Difference(NamedTuple):
 
 def differences(old: Config, new: Config) -> list[Difference]:
     """Every key whose value differs, in the order of the keys."""
-    left, right = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    left, right = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
     keys = [*left, *(key for key in right if key not in left)]
     pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys)
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
@@ -115,12 +115,12 @@ def _value(value: object) -> str:
     return f"{value}"
 
 
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings as one of dotted keys; lists are values."""
-    flat: dict[str, object] = {}
+    found: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

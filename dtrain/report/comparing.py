@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dtrain.launchers.reading import json_in
 from dtrain.launchers.registry import job_of
 
-__all__ = ["compared", "differing"]
+__all__ = ["compared", "differing", "settings_of"]
 
 COLUMNS = ("loss", "validation_loss", "tokens_per_second", "sent_bytes_per_rank")
 MOST_KEYS = 8
@@ -32,6 +33,18 @@ def compared(runs: Sequence[tuple[str, Path]], settings: Mapping[Path, Mapping[s
     )
 
 
+def settings_of(folder: Path) -> dict[str, object]:
+    """The configuration of a run as dotted keys; empty where it cannot be read."""
+    from dtrain.config.composing import load
+    from dtrain.config.resume import flat
+    from dtrain.errors import ConfigError
+
+    try:
+        return flat(dataclasses.asdict(load(folder / "config.yaml")))
+    except ConfigError:
+        return {}
+
+
 def differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
     """The keys whose values are not the same in all runs, at most `MOST_KEYS`: those of what makes something first."""
     keys = list(dict.fromkeys(key for each in settings for key in each))
@@ -51,11 +64,7 @@ def shown(value: object) -> str:
 
 def _state(folder: Path) -> str:
     job = job_of(folder)
-    if job is not None:
-        return job.state()
-    if not (folder / "config.yaml").exists():
-        return "not started"
-    return "finished" if (folder / "summary.json").exists() else "not finished"
+    return job.state() if job is not None else "not started"
 
 
 def _figure(value: object) -> str:

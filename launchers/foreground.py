@@ -1,0 +1,108 @@
+"""Runs in the foreground of a terminal: a job whose launcher is the command itself, which every verb of jobs knows.
+
+The command writes job.json when it begins and end.json when it ends, as other launchers do. A folder that has neither,
+of an older version or of a copy, is still a run: its lock and its summary say how it stands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtrain.launchers import registry
+from dtrain.launchers.job import Facts, Job, State
+from dtrain.launchers.reading import json_in, tail
+from dtrain.launchers.record import RankRecord
+
+__all__ = ["FOREGROUND", "ForegroundJob", "began", "ended", "run_of"]
+
+FOREGROUND = "foreground"
+LOCK = ".lock"
+CONFIG = "config.yaml"
+ENDINGS = {0: "finished", 2: "the configuration cannot run", 75: "cancelled", 130: "cancelled"}
+
+
+def began(folder: Path, program: Sequence[str], workers: int) -> None:
+    """Write down that this command runs the job of ``folder``, whose lock it holds."""
+    (folder / "end.json").unlink(missing_ok=True)
+    facts = Facts(
+        id=str(os.getpid()), launcher=FOREGROUND, name=folder.name, folder=str(folder), program=tuple(program),
+        workers=workers, submitted=time.time(),
+    )  # fmt: skip
+    facts.write()
+    try:
+        registry.add(facts)
+    except OSError as error:
+        where = f"{error.filename or registry.folder()}: {error.strerror}"
+        print(f"dtrain: warning: `dtrain jobs` knows this run by its folder alone ({where})", file=sys.stderr)
+
+
+def ended(folder: Path, code: int, cause: str) -> None:
+    """Write down how it ended; ``cause``: what went wrong, in words, if anything did."""
+    content = {"code": code, "reason": ENDINGS.get(code, "failed"), "job": str(os.getpid()), "time": int(time.time())}
+    new = folder / "end.json.new"
+    new.write_text(json.dumps({**content, "cause": cause}) + "\n")
+    os.replace(new, folder / "end.json")
+
+
+def run_of(folder: Path) -> Job | None:
+    """The run of a folder in which no job was written down; None if there is none."""
+    if not (folder / CONFIG).is_file():
+        return None
+    holder = re.search(r"process ([0-9]{1,18}) on ", tail(folder / LOCK, 4096))
+    return ForegroundJob(
+        Facts(
+            id=holder[1] if holder else "0", launcher=FOREGROUND, name=folder.name, folder=str(folder), program=(),
+            workers=0, submitted=(folder / CONFIG).stat().st_mtime,
+        )
+    )  # fmt: skip
+
+
+class ForegroundJob(Job):
+    """A run that is its command's own; its id is the number of that process, 0 where it is not known."""
+
+    def ask(self) -> State:
+        """Whether that process lives and holds the folder's lock: a number alone may be another's by now."""
+        if self._holds_lock():
+            return "running"
+        summed_up = (self.folder / "summary.json").is_file() and json_in(self.folder / "job.json") is None
+        return "finished" if summed_up else "lost"
+
+    def cancel(self) -> None:
+        """SIGTERM: the run checkpoints. Nothing is sent to a process that does not hold the folder's lock."""
+        if self._holds_lock():
+            os.kill(int(self.id), signal.SIGTERM)
+
+    def why(self) -> str:
+        """How it ended, the root cause first."""
+        state, end = self.state(), json_in(self.folder / "end.json")
+        cause = end.get("cause") if isinstance(end, dict) and state in ("failed", "cancelled") else None
+        if state == "failed" and isinstance(cause, str) and cause:
+            return cause
+        if RankRecord.all(self.folder):
+            return super().why()
+        log = self.folder / "logs" / "launcher.log"
+        words = {
+            "running": "the run goes on; nothing has failed",
+            "finished": "the run has finished",
+            "cancelled": "the run was stopped by a signal; the same command goes on from its last checkpoint",
+            "failed": f"the run failed; what its ranks said: {self.folder}/logs",
+        }
+        killed = f"the command has ended without a word (was it killed?); the logs: {self.folder}/logs"
+        last = [line for line in tail(log, 4096).splitlines() if line.strip()][-3:] if state == "lost" else []
+        return "\n".join([words.get(state, killed), *(f"  {line}" for line in last)])
+
+    def _holds_lock(self) -> bool:
+        if self.id in ("0", str(os.getpid())):  # whoever asks does not run it
+            return False
+        lock = os.path.realpath(self.folder / LOCK)
+        try:
+            return any(os.path.realpath(link) == lock for link in Path(f"/proc/{self.id}/fd").iterdir())
+        except OSError:  # it has ended, or is another user's
+            return False
