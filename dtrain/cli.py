@@ -12,6 +12,7 @@ from typing import TextIO, cast
 from dtrain import __version__
 from dtrain.commands import Command, bench, cluster, data, doctor, jobs, launch, log, members, train
 from dtrain.errors import INTERRUPTED, DtrainError
+from dtrain.extras import missing
 
 COMMANDS = cast("list[Command]", [train, launch, jobs, doctor, bench, cluster, data, members, log])
 
@@ -36,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DtrainError as error:
         print(f"dtrain: error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        lacking = missing(error)
+        if lacking is None:
+            raise
+        print(f"dtrain: error: {lacking}", file=sys.stderr)
+        return lacking.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -11,9 +11,13 @@ from typing import Literal
 
 from dtrain.launchers.reading import json_in
 
-__all__ = ["CONSEQUENCE", "Ending", "Failure", "read_error", "read_log_end", "read_probe", "root_cause", "signal_name"]
+__all__ = [
+    "CONSEQUENCE", "Ending", "Failure", "advice", "read_error", "read_log_end", "read_probe", "root_cause",
+    "signal_name",
+]  # fmt: skip
 
 TAIL_BYTES = 65536
+LOOPBACK = re.compile(r"remote=\[127\.[0-9.]+\]|connect\w*[^\n]{0,80}\b127\.0\.1\.1\b", re.IGNORECASE)
 # What a healthy rank says when another one is gone. It tells nothing about the cause.
 CONSEQUENCE = re.compile(
     r"connection (was likely )?closed|connection reset|connection refused|connection aborted|broken pipe|socket closed"
@@ -77,6 +81,7 @@ def root_cause(ending: Ending) -> str:
     lines = [f"rank {root.rank} failed: {root.message}"]
     lines.append(f"  at {root.where} ({code}, host {root.host})" if root.where else f"  {code}, host {root.host}")
     lines.append(f"  log: {root.log}")
+    lines += [f"  -> {way_out}"] if (way_out := advice(root.message)) else []
     same = sum(other.message == root.message and not other.consequence for other in others)
     consequence = sum(other.consequence for other in others)
     for count, how in ((same, "in the same way"), (len(others) - same - consequence, "in another way: see their logs")):
@@ -87,6 +92,16 @@ def root_cause(ending: Ending) -> str:
     if ending.restarts:
         lines.append(f"  after {ending.restarts} restart{'s' * (ending.restarts > 1)}")
     return "\n".join(lines)
+
+
+def advice(message: str) -> str:
+    """What to do about an error that does not say so itself; empty for others."""
+    if LOOPBACK.search(message):
+        return (
+            "a host's name leads to its own loopback there, which no other host can reach: set launcher.interface to "
+            "the network between the hosts, or mend /etc/hosts; dtrain doctor with the same launcher says where"
+        )
+    return ""
 
 
 def signal_name(number: int) -> str:

@@ -47,8 +47,11 @@ def ended(folder: Path, code: int, cause: str) -> None:
     """Write down how it ended; ``cause``: what went wrong, in words, if anything did."""
     content = {"code": code, "reason": ENDINGS.get(code, "failed"), "job": str(os.getpid()), "time": int(time.time())}
     new = folder / "end.json.new"
-    new.write_text(json.dumps({**content, "cause": cause}) + "\n")
-    os.replace(new, folder / "end.json")
+    try:
+        new.write_text(json.dumps({**content, "cause": cause}) + "\n")
+        os.replace(new, folder / "end.json")
+    except OSError as error:  # a full disk, or somebody has deleted the folder: how it ended has been told
+        print(f"dtrain: warning: {folder}/end.json cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def run_of(folder: Path) -> Job | None:

@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union, cast
+from typing import Any, Literal, TypeVar, Union, cast
 
 __all__ = ["Damaged", "json_in", "json_of", "lines_in", "number_in", "shaped", "tail"]
 
@@ -80,7 +80,8 @@ def number_in(name: str, form: str) -> int | None:
 def shaped(cls: type[_T], found: object, **given: object) -> _T:
     """The dataclass of this JSON object: ``given``, and its fields by their types. Unknown keys are left out.
 
-    Types are text, numbers, truth values, None, tuples and lists of one of them, and mappings from text to one.
+    Types are text, numbers, truth values, None, a choice of text, ``object`` for anything, tuples and lists of one of
+    them, and mappings from text to one.
 
     Raises:
         Damaged: it is no object, or a field is missing or of another type.
@@ -118,6 +119,11 @@ def _as(hint: Any, value: object, name: str) -> object:
             return float(value)
     elif hint is int and isinstance(value, int) and not isinstance(value, bool):
         if abs(value) <= LARGEST:
+            return value
+    elif hint is object:
+        return value
+    elif origin is Literal:
+        if value in arguments:
             return value
     elif hint in (str, bool, type(None)):
         if type(value) is hint:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dtrain.launchers.failure import CONSEQUENCE, Failure
+from dtrain.launchers.failure import CONSEQUENCE, Failure, advice
 from dtrain.launchers.reading import json_in, tail
 from dtrain.launchers.record import Beat, RankRecord, damaged
 
@@ -144,6 +144,7 @@ def _failed(records: Sequence[RankRecord], beats: Sequence[Beat]) -> list[str]:
     lines = [f"rank {root.rank} on {root.host} failed: {root.message}"]
     lines.append(f"  at {where} ({code})" if where else f"  {code}")
     lines.append(f"  log: {root.log}")
+    lines += [f"  -> {way_out}"] if (way_out := advice(root.message)) else []
     same = [record for record in failures[1:] if _shape(record.message) == _shape(root.message)]
     fallen = [record for record in failures[1:] if record not in same and _consequence(record)]
     other = [record for record in failures[1:] if record not in same and record not in fallen]

@@ -17,6 +17,7 @@ from dtrain.commands import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.commands.entering import enter_launcher
 from dtrain.commands.submitting import sigterm_interrupts
 from dtrain.errors import INTERRUPTED, ConfigError, DtrainError
+from dtrain.extras import OF_LAUNCHING, require
 
 if TYPE_CHECKING:
     from dtrain.bench.rows import Row
@@ -77,6 +78,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _collectives(chosen: argparse.Namespace) -> int:
+    require(OF_LAUNCHING)
     from dtrain.bench import table
     from dtrain.bench.ops import GROUPS
     from dtrain.bench.rows import Row
@@ -89,6 +91,7 @@ def _collectives(chosen: argparse.Namespace) -> int:
 
 
 def _hooks(chosen: argparse.Namespace) -> int:
+    require(OF_LAUNCHING)
     from dtrain.bench import hook_rows
     from dtrain.bench.hook_rows import HookRow
     from dtrain.bench.hooks import GROUPS

@@ -34,8 +34,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _tokenize(chosen: argparse.Namespace) -> int:
-    from dtrain.config.targets import closest, hint
     from dtrain.data.tokenize import tokenize
+    from dtrain.nearest import closest, hint
 
     values: dict[str, str] = {"tokenizer": "bytes", "held_out": "0.05"}
     known = ("source", "out", "tokenizer", "held_out")

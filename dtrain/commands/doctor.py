@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.commands import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.commands.entering import enter_launcher
 from dtrain.errors import ConfigError, DtrainError
+from dtrain.extras import OF_LAUNCHING, require
 
 if TYPE_CHECKING:
     from dtrain.commands import Verbs
@@ -38,6 +40,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
+    require(OF_LAUNCHING)
     from dtrain.config import compose
     from dtrain.doctor import verdict
     from dtrain.launching import build_launcher
@@ -71,16 +74,33 @@ def _doctor(chosen: argparse.Namespace) -> int:
     return int(any(finding.level == "problem" for finding in found))
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What a rank wrote, its parts still to be read."""
+
+    host: str
+    versions: dict[str, str]
+    findings: list[object]
+    exchanges: list[object]
+
+
 def read(folder: Path) -> list[Report]:
     """What the ranks have left, in rank order."""
     from dtrain.doctor.finding import Finding
     from dtrain.doctor.pairs import Exchange
     from dtrain.doctor.verdict import Report
+    from dtrain.launchers.reading import Damaged, json_in, number_in, shaped
 
     out = []
     for path in (folder / "doctor").glob("rank-*.json"):
-        told = json.loads(path.read_text())
-        findings = tuple(Finding(**finding) for finding in told["findings"])
-        exchanges = tuple(Exchange(**one) for one in told["exchanges"])
-        out.append(Report(told["rank"], told["host"], told["versions"], findings, exchanges))
+        rank, told = number_in(path.name, "rank-{}.json"), json_in(path)
+        if rank is None or not isinstance(told, dict):
+            continue  # a rank without a report is a finding
+        try:
+            whole = shaped(_Told, told)
+            findings = tuple(shaped(Finding, finding) for finding in whole.findings)
+            exchanges = tuple(shaped(Exchange, one) for one in whole.exchanges)
+        except Damaged:
+            continue
+        out.append(Report(rank, whole.host, whole.versions, findings, exchanges))
     return sorted(out, key=lambda report: report.rank)

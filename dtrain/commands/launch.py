@@ -11,6 +11,7 @@ from dtrain.commands import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.commands.entering import enter_launcher
 from dtrain.commands.submitting import Checked
 from dtrain.errors import ConfigError, DtrainError
+from dtrain.extras import OF_LAUNCHING, require
 
 if TYPE_CHECKING:
     from dtrain.commands import Verbs
@@ -38,6 +39,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _launch(chosen: argparse.Namespace) -> int:
+    require(OF_LAUNCHING)
     from dtrain.config import compose, run_folder
     from dtrain.config.composing import names_folder
     from dtrain.launching import build_launcher

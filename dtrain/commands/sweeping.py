@@ -57,6 +57,7 @@ def combinations(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 def sweep(words: Sequence[str], *, dry_run: bool) -> int:
     """Run, or submit, every combination; returns the exit code."""
     from dtrain.config import compose, run_folder, validate
+    from dtrain.config.composing import names_folder
     from dtrain.config.words import written
 
     chosen = combinations(words)
@@ -68,6 +69,8 @@ def sweep(words: Sequence[str], *, dry_run: bool) -> int:
     configs = [run_folder.absolute(compose(command)) for command in commands]
     enter_launcher(configs[0].launcher, sys.argv[1:], dry_run=dry_run)
     descriptions = [validate(config) for config in configs]
+    if not (dry_run or names_folder(chosen[0][1])) and (own := run_folder.made(base)) != base:
+        return sweep([*words, written("run.dir", str(own))], dry_run=False)  # another began in the same second
     everything = list({run.folder: run for run in (*stored, *runs)}.values())
     if configs[0].launcher.name == "slurm":
         return _array(base, runs, everything, configs, descriptions, dry_run=dry_run)

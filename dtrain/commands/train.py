@@ -15,7 +15,8 @@ from dtrain.commands.again import STOP_AFTER, command, last_checkpoint, nothing_
 from dtrain.commands.entering import enter_launcher
 from dtrain.commands.interrupting import Stopping, goes_on, interruption
 from dtrain.commands.submitting import program, submit
-from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError
+from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError, DtrainError
+from dtrain.extras import OF_TRAINING, require
 
 if TYPE_CHECKING:
     from dtrain.commands import Verbs
@@ -66,6 +67,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _train(chosen: argparse.Namespace) -> int:
+    require(OF_TRAINING)
     if chosen.multirun:
         from dtrain.commands.sweeping import sweep
 
@@ -163,7 +165,11 @@ def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) 
                 environment={**environment_of(config.launcher), **ours},
                 on_restart=tell,
             )
-    code = finish(config, ending, words)
+    try:
+        code = finish(config, ending, words)
+    except DtrainError as error:
+        foreground.ended(here, error.exit_code, str(error))
+        raise
     foreground.ended(here, code, root_cause(ending) if ending.failures else "")
     return code
 

@@ -7,7 +7,6 @@ that does not exist, and the types that the target's annotations ask for.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import os
@@ -18,6 +17,8 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal, Union, cast
 
 from dtrain.errors import ConfigError, DtrainError
+from dtrain.nearest import closest as closest
+from dtrain.nearest import hint as hint
 
 if TYPE_CHECKING:
     from dtrain.config.words import Kind
@@ -30,17 +31,6 @@ _SIMPLE: dict[object, tuple[tuple[type, ...], str]] = {
     type(None): ((type(None),), "null"),
 }
 _KINDS = {bool: "a truth value", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a mapping"}
-
-
-def closest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that is spelt most like ``name``, or None where none is close."""
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return found[0] if found else None
-
-
-def hint(name: str | None) -> str:
-    """'; did you mean NAME?', or nothing for None."""
-    return f"; did you mean {name}?" if name else ""
 
 
 def shown(value: object) -> str:

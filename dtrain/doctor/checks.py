@@ -18,14 +18,24 @@ __all__ = ["local_findings", "versions"]
 FREE_GB, WRITE_MB, SLOW_MB_PER_S, OPEN_FILES, SHM_MB = 5.0, 64, 20.0, 1024, 64
 
 
-def local_findings(folder: Path) -> list[Finding]:
-    """Everything that this machine can be asked alone. ``folder``: where runs are to go; it exists."""
+def local_findings(folder: Path, *, hosts: int = 1) -> list[Finding]:
+    """Everything that this machine can be asked alone. ``folder``: where runs are to go; it exists.
+
+    ``hosts``: how many there are in all; what is harmless on one machine may stand in the way of several.
+    """
     host = socket.gethostname()
-    return [*own_name(host), *port(host), *interfaces(host), *disk(host, folder), *limits(host), *backend(host)]
+    return [
+        *own_name(host, hosts=hosts),
+        *port(host),
+        *interfaces(host),
+        *disk(host, folder),
+        *limits(host),
+        *backend(host),
+    ]
 
 
-def own_name(host: str) -> Iterator[Finding]:
-    """The host's name must lead to an address that others can use, as gloo publishes it."""
+def own_name(host: str, *, hosts: int = 1) -> Iterator[Finding]:
+    """The host's name must lead to an address that others can use, as gloo publishes it unless it has an interface."""
     try:
         addresses = sorted({entry[4][0] for entry in socket.getaddrinfo(host, None, socket.AF_INET)})
     except OSError as error:
@@ -34,10 +44,31 @@ def own_name(host: str) -> Iterator[Finding]:
         return
     told = ", ".join(map(str, addresses))
     if all(str(address).startswith("127.") for address in addresses):
-        way_out = "harmless on one machine; between machines set launcher.interface, or mend /etc/hosts"
-        yield Finding(host, "own name", "warning", f"{host} is {told}, which no other host can reach", way_out)
+        what = f"{host} is {told}, which no other host can reach"
+    elif not any(_here(str(address)) for address in addresses):
+        what = f"{host} is {told}, which is no address of this machine"
+    else:
+        yield Finding(host, "own name", "ok", f"{host} is {told}")
         return
-    yield Finding(host, "own name", "ok", f"{host} is {told}")
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if interface:
+        yield Finding(host, "own name", "ok", f"{what}, but ranks meet by {interface}")
+    elif hosts > 1:
+        way_out = "set launcher.interface to the network between the hosts, or mend /etc/hosts: training cannot connect"
+        yield Finding(host, "own name", "problem", what, way_out)
+    else:
+        way_out = "harmless on one machine; between machines set launcher.interface, or mend /etc/hosts"
+        yield Finding(host, "own name", "warning", what, way_out)
+
+
+def _here(address: str) -> bool:
+    """Whether it is an address of this machine."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True
 
 
 def port(host: str) -> Iterator[Finding]:

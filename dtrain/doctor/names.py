@@ -21,14 +21,19 @@ WAY_OUT = "name all nodes in /etc/hosts or in DNS"
 def names(host: str, others: Sequence[str]) -> list[Finding]:
     """What ``host`` finds about the names of all hosts of the job."""
     addresses: dict[str, str] = {}
-    missing = []
+    missing, loopback = [], []
     for name in others:
         try:
             found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)}
         except OSError:
             missing.append(name)
             continue
+        if name != host and all(address.startswith("127.") for address in found):
+            loopback.append(f"{name} is {', '.join(sorted(found))} here")
         addresses |= dict.fromkeys(sorted(found), name)
+    if loopback:
+        what = f"{'; '.join(sorted(loopback))}, which is this host and not that one"
+        return [Finding(host, "other names", "problem", what, f"mend /etc/hosts: {WAY_OUT}"), *_back(host, addresses)]
     if missing:
         what = f"{', '.join(sorted(missing))} do not resolve"
         return [Finding(host, "other names", "problem", what, WAY_OUT), *_back(host, addresses)]

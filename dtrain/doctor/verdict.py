@@ -85,5 +85,7 @@ def render(found: Sequence[Finding], reports: Sequence[Report]) -> str:
         latency, rate = statistics.median(one.latency_ms for one in pairs), statistics.median(one.mbit for one in pairs)
         lines.append(f"{len(pairs)} pairs: one way {latency:.2f} ms, {rate:.0f} Mbit/s (medians)")
     count = sum(finding.level == "problem" for finding in found)
-    lines.append(f"{count} problem{'s' * (count != 1)}" if count else "nothing stands in the way")
+    warned = sum(finding.level == "warning" for finding in found)
+    more = f", but mind {'the warning' if warned == 1 else f'{warned} warnings'} above" if warned else ""
+    lines.append(f"{count} problem{'s' * (count != 1)}" if count else f"nothing stands in the way{more}")
     return "\n".join(lines)

@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     here.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         (here / TOKEN).write_text(host)
-    findings = local_findings(folder)
+    findings = local_findings(folder, hosts=world)
     exchanges: list[Exchange] = []
     if world > 1:
         met, exchanges = _meet(here, host, rank, world)

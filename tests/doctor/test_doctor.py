@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.commands.doctor import read
 from dtrain.doctor import names as names_module
 from dtrain.doctor.checks import disk, own_name
 from dtrain.doctor.finding import Finding
 from dtrain.doctor.names import names
 from dtrain.doctor.pairs import Exchange, Server, exchange, rounds
 from dtrain.doctor.verdict import Report, findings, render
+from dtrain.launchers.failure import Ending, Failure, advice, root_cause
 
 SAME = {"dtrain": "1", "torch": "2"}
 
@@ -87,6 +89,40 @@ def test_a_host_that_does_not_answer_is_a_finding() -> None:
 def test_a_name_that_does_not_resolve_is_a_problem_with_a_way_out() -> None:
     (found,) = own_name("no-such-host.invalid")
     assert found.level == "problem" and "/etc/hosts" in found.way_out
+
+
+def test_a_name_that_leads_to_the_loopback_stands_in_the_way_of_two_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for address in ("127.0.1.1", "203.0.113.7"):  # and one of no machine here: an old entry
+        monkeypatch.setattr(socket, "getaddrinfo", NameService({"n0": address}, {}).getaddrinfo)
+        (alone,), (two,) = own_name("n0"), own_name("n0", hosts=2)
+        assert alone.level == "warning" and "harmless on one machine" in alone.way_out
+        assert two.level == "problem" and "set launcher.interface" in two.way_out
+        assert render([two], []).endswith("1 problem") and "mind the warning above" in render([alone], [])
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+        (chosen,) = own_name("n0", hosts=2)
+        assert chosen.level == "ok" and "ranks meet by eth0" in chosen.what
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(socket, "getaddrinfo", NameService({**HOSTS, "n1": "127.0.1.1"}, {}).getaddrinfo)
+    assert names("n0", ["n0", "n1"])[0].level == "problem"
+
+
+def test_training_that_cannot_connect_names_the_way_out() -> None:
+    message = "RuntimeError: Gloo connectFullMesh failed with [...] Connection refused, remote=[127.0.1.1]:40817"
+    failure = Failure(0, 1, None, message, "", "n0", Path("rank-0.log"), 1.0, True)
+    assert "launcher.interface" in root_cause(Ending("failed", None, 0, (failure,)))
+    assert advice("RuntimeError: Connection closed by peer [10.0.0.2]:4711") == ""
+
+
+def test_a_damaged_report_is_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "doctor").mkdir()
+    good = {"rank": 0, "host": "n0", "versions": SAME, "findings": [], "exchanges": []}
+    for number, content in enumerate(
+        [json.dumps(good), "{", "[]", json.dumps({**good, "findings": [{"level": "bad"}]})]
+    ):
+        (tmp_path / "doctor" / f"rank-{number}.json").write_text(content)
+    found = findings(read(tmp_path), 4)
+    assert problems(found) == [(f"rank {rank}", "report") for rank in (1, 2, 3)]
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_problem(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -42,7 +43,7 @@ FILES = {
     "logs/batch.log": "2026-01-01 dtrain: attempt 2\nsrun: error: n0: task 0: Exited\n",
     "logs/rank-0.log": "ValueError: no\n",
 }
-ODD = st.sampled_from([
+ODD: st.SearchStrategy[object] = st.sampled_from([
     None, True, -1, 0, 10**30, 1e308, float("nan"), float("inf"), "", "x", "\ud800", "\x1b[2J", "\0", [], {}, [[]],
     {"a": 1}, ["x", 3], "9" * 5000,
 ])  # fmt: skip
@@ -81,11 +82,11 @@ def spoilt(draw: st.DrawFn, text: str) -> bytes:
     return json.dumps(found).encode()
 
 
-def _places(node: object) -> Iterator[tuple[dict[str, object] | list[object], object]]:
+def _places(node: object) -> Iterator[tuple[Any, Any]]:
     for key, value in list(
         node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     ):
-        yield node, key  # type: ignore[misc]  # one of the two
+        yield node, key
         yield from _places(value)
 
 
