@@ -133,3 +133,25 @@ def messages(values: Named, elements: int = MESSAGE) -> list[dict[str, Tensor]]:
         groups[-1][fqn] = value
         held += value.numel()
     return groups
+
+
+def in_messages(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """All names in their order, in groups of about one message each; of more where a model would need hundreds.
+
+    What goes over a model in such parts needs memory for one of them at a time, at most a 32nd of the model where a
+    single parameter is not larger. By unsharded shapes, which all ranks have alike.
+
+    >>> in_messages({"a": (2, MESSAGE), "b": (7,), "c": (MESSAGE,), "d": (1,)})
+    [['a'], ['b', 'c'], ['d']]
+    """
+    numels = {fqn: math.prod(shape) for fqn, shape in shapes.items()}
+    elements = max(MESSAGE, sum(numels.values()) // 32)
+    groups: list[list[str]] = [[]]
+    held = 0
+    for fqn, numel in numels.items():
+        if held >= elements:
+            groups.append([])
+            held = 0
+        groups[-1].append(fqn)
+        held += numel
+    return groups

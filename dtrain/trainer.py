@@ -27,6 +27,7 @@ from dtrain.checkpoint.folders import step_of, write_text_durably
 from dtrain.checkpoint.state import OPAQUE
 from dtrain.checkpoint.weights import put_into, weights_of
 from dtrain.clock import TIME_LIMIT, Clock
+from dtrain.comm.norms import gathers
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.comm.shared_seed.forward_only import ForwardOnly
 from dtrain.config import Config, instantiate
@@ -54,6 +55,8 @@ from dtrain.metrics import MetricsWriter, cut
 from dtrain.metrics.rows import Row
 from dtrain.report.summary import Summary
 from dtrain.resuming import find_checkpoint, own_checkpoint
+
+NORM_BATCHES = 10  # training batches whose statistics BatchNorm is evaluated with at the anchor
 
 Reason = Literal["finished", "stopped", "signal"]
 
@@ -343,11 +346,25 @@ class _Run:
     def _evaluate(self) -> None:
         if self.held_out is None:
             return
-        with self.attached.evaluation():
+        with self.attached.evaluation(recalibrate=self._norms_anew()):
             self.validation_loss = evaluate(
                 self.engine, self.held_out, self.config.train.evaluation_examples, self.mesh, self.control
             )
         self._log({"step": self.attached.steps, "validation_loss": self.validation_loss})
+
+    def _norms_anew(self) -> Callable[[], None] | None:
+        """Forward passes for running statistics that fit the anchor; None where there are none, or no anchor."""
+        if self.attached.parameters_kind != "per_worker" or not any(map(gathers, self.model.modules())):
+            return None
+        settings, size = self.config.train, self.engine.options.microbatch_size
+
+        def passes() -> None:
+            for step in range(NORM_BATCHES):
+                share = positions(step, batch_size=settings.batch_size, rank=self.mesh.rank, world=self.mesh.world)
+                indices = [example_at(settings.seed, position, len(self.data)) for position in share][:size]
+                self.engine.evaluate(self._to_device(fetch(self.data, indices)))
+
+        return passes
 
     def _log(self, row: Row) -> None:
         self.metrics.write(row)

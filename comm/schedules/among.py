@@ -91,6 +91,10 @@ class AmongMembers(Attached):
             )
 
     @property
+    def _alike(self) -> tuple[Axis, ...]:
+        return ("shard",)  # a replica looks when it likes
+
+    @property
     def _votes(self) -> Channel:
         return self._within
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.combine import combine
 from dtrain.comm.feedback import as_compression
-from dtrain.comm.layout import Named, is_keepable, messages
+from dtrain.comm.layout import Named, in_messages, is_keepable, messages
 from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
@@ -54,7 +54,7 @@ class AttachedLocalUpdate(Attached):
         self.channel = pieces.channel.second() if spec.overlaps else pieces.channel
         self._choosing = Choosing(spec, pieces) if spec.auto is not None else None
         self._averaged = True
-        self._anchor_at(pieces.read())
+        self._anchor_here()
         pieces.hand_over(self._on_gradients())
 
     def _on_gradients(self) -> Exchange | None:
@@ -233,12 +233,12 @@ class AttachedLocalUpdate(Attached):
     def _follow(self) -> None:
         """In the warm-up, where the replicas are equal, the anchor is brought to them when somebody wants it."""
         if self._warming:
-            self._anchor_at(self.pieces.read())
+            self._anchor_here()
 
     def _stay_together(self) -> None:
         """A step of the warm-up has ended: the replicas are equal, and the anchor moves with them at its end."""
         if self.steps == self.spec.warmup_steps:
-            self._anchor_at(self.pieces.read())
+            self._anchor_here()
         for part in self.parts:
             part.sets_out(self.steps, self.tokens, self._rate)
 
@@ -395,6 +395,11 @@ class AttachedLocalUpdate(Attached):
 
     def _anchor(self, fqns: Iterable[str]) -> dict[str, Tensor]:
         return {fqn: self.state.tensors[fqn]["anchor"] for fqn in fqns if fqn in self.state.tensors}
+
+    def _anchor_here(self) -> None:
+        """At the live parameters."""
+        for names in in_messages(self.pieces.shapes):  # of a sharded anchor only a part is kept
+            self._anchor_at(self.pieces.read(names))
 
     def _anchor_at(self, values: Named) -> None:
         for fqn, value in values.items():

@@ -20,7 +20,9 @@ from dtrain.comm.compressors.lowrank import matrices
 from dtrain.comm.drivers.meter import Meter
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.fused import compile_what_is_due
-from dtrain.comm.ops import AllGather, AllReduce, Broadcast, Flow
+from dtrain.comm.layout import in_messages
+from dtrain.comm.norms import Norm, pooled, recalibrated
+from dtrain.comm.ops import AllGather, AllReduce, Axis, Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
 from dtrain.comm.plans.base import Plan, kinds_of, unmatched
@@ -171,23 +173,39 @@ class Attached(ABC):
         self.state.scale(kept, factor)
 
     @contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self, *, recalibrate: Callable[[], object] | None = None) -> Iterator[None]:
         """Within it the model holds the parameters that are to be evaluated and exported; they are not trained there.
 
-        Every rank must enter it.
+        Every rank must enter it. ``recalibrate``: runs the model on some training batches (ten do), for BatchNorm:
+        within the block its running statistics are those of these passes on all ranks, and behind it what they were.
+
+        >>> def passes():
+        ...     for batch in batches:
+        ...         model(batch)
+        >>> with sync.evaluation(recalibrate=passes):  # doctest: +SKIP
+        ...     validate(model)
         """
-        shown = self._to_evaluate()
-        if shown is None:
-            yield
-            return
-        live, before = self.pieces.read(), self._shows
-        self.pieces.write(shown)
-        self._shows = True
+        shown, norms = self._to_evaluate(), list[Norm]()
+        live, before = self.pieces.read() if shown is not None else {}, self._shows
         try:
+            if shown is not None:
+                self.pieces.write(shown)
+                self._shows = True
+            if recalibrate is not None:
+                norms = recalibrated(recalibrate)
+                self._votes.run(pooled(norms, self._alike), "recalibrate")
             yield
         finally:
+            for norm in norms:
+                norm.put_back()
             self._shows = before
-            self.pieces.write(live)
+            if shown is not None:
+                self.pieces.write(live)
+
+    @property
+    def _alike(self) -> tuple[Axis, ...]:
+        """The axes along which all ranks evaluate together."""
+        return ("shard", "replicate") if "shard" in self.pieces.channel.places else ("replicate",)
 
     def _to_evaluate(self) -> dict[str, Tensor] | None:
         """What `evaluation` shows; None for the parameters as they are."""
@@ -293,7 +311,9 @@ class Attached(ABC):
     def _begin(self, spec: str) -> None:
         """Begin alike: what replica 0 holds, after all were seen to have the same method and model."""
         self._require_agreement(spec)
-        self.pieces.write(self.pieces.channel.run(_broadcast(self.pieces.read()), "set-up"))
+        for names in in_messages(self.pieces.shapes):  # one after the other: large models have no room for a second one
+            own = self.pieces.read(names, copy=False)
+            self.pieces.write(self.pieces.channel.run(_broadcast(own), "set-up"), names)
 
     def _agreement(self, spec: str) -> bytes:
         """A digest of what all peers must be given alike."""

@@ -1,0 +1,100 @@
+"""Running statistics of BatchNorm for parameters that were not trained with them, such as the anchor of a local update.
+
+They describe what the layers before see with the parameters that they were gathered with. A replica's own do not fit
+the anchor, and their mean over the replicas fits it no better; some forward passes at the anchor do.
+
+Communication: one all-gather of means and variances for each axis. Keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from dtrain.comm.ops import AllGather, Axis, Flow
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer whose statistics are being gathered, and those that it had before."""
+
+    layer: _BatchNorm
+    buffers: dict[str, Tensor]
+
+    def put_back(self) -> None:
+        for name, value in self.buffers.items():
+            self.layer.get_buffer(name).copy_(value)
+
+
+def gathers(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a BatchNorm with running statistics."""
+    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+
+
+@contextmanager
+def gathering() -> Iterator[list[Norm]]:
+    """Every BatchNorm with running statistics that is called within begins anew and takes the plain mean of all calls.
+
+    Yields those that were called so far. Whether they train, as whoever calls the model may set, is left alone.
+    """
+    found: list[Norm] = []
+    before: list[tuple[float | None, bool]] = []
+
+    def begin(layer: nn.Module, given: object) -> None:
+        if not isinstance(layer, _BatchNorm) or not gathers(layer):
+            return
+        if all(norm.layer is not layer for norm in found):
+            held = {name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)}
+            found.append(Norm(layer, held))
+            layer.reset_running_stats()
+        before.append((layer.momentum, layer.training))
+        layer.momentum, layer.training = None, True
+
+    def end(layer: nn.Module, given: object, result: object) -> None:
+        if isinstance(layer, _BatchNorm) and gathers(layer):
+            layer.momentum, layer.training = before.pop()
+
+    hooks = [register_module_forward_pre_hook(begin), register_module_forward_hook(end, always_call=True)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def pooled(norms: Sequence[Norm], axes: Sequence[Axis]) -> Flow[None]:
+    """Give the layers of every rank the statistics of all that the ranks along ``axes`` have seen, equal shares."""
+    for axis in axes:
+        own = [(norm.layer.running_mean, norm.layer.running_var) for norm in norms]
+        gathered = yield AllGather(tuple(value for pair in own for value in pair if value is not None), axis=axis)
+        for (mean, variance), means, variances in zip(own, gathered[::2], gathered[1::2], strict=True):
+            assert mean is not None and variance is not None
+            variance.copy_(variances.mean(0) + means.var(0, correction=0))
+            mean.copy_(means.mean(0))
+
+
+def recalibrated(passes: Callable[[], object]) -> list[Norm]:
+    """Run ``passes``, forward passes without gradients; returns the layers that they went through.
+
+    Raises ``ValueError`` if there was none.
+    """
+    with gathering() as found:
+        try:
+            with torch.no_grad():
+                passes()
+            if not found:
+                raise ValueError(
+                    "recalibrate went through no BatchNorm with running statistics; let it run the model on some "
+                    "training batches, or leave it out"
+                )
+        except BaseException:
+            for norm in found:
+                norm.put_back()
+            raise
+    return found

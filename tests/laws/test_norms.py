@@ -1,0 +1,39 @@
+"""`dtrain train` evaluates a model with BatchNorm by statistics of the parameters that it evaluates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dtrain.testing import WorkerPool
+from tests.laws.jobs import run
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class Telling(nn.Module):
+    """Its loss in evaluation is the mean that its BatchNorm has seen, which is its only parameter."""
+
+    def __init__(self, **_: object) -> None:
+        super().__init__()
+        self.scale, self.norm = nn.Parameter(torch.ones(1)), nn.BatchNorm1d(1, affine=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        seen = self.norm(self.scale.expand(4, 1))
+        if self.training:
+            return (self.scale - 5).square().mean() + 0 * seen.sum()
+        return self.norm.get_buffer("running_mean").mean()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_statistics_are_those_of_the_anchor(pool: WorkerPool, text: Path, tmp_path: Path, engine: str) -> None:
+    model = [f"model._target_={__name__}.Telling", "train.steps=12", "sync.every_steps=5", "train.clip_norm=0"]
+    looked = run(pool, tmp_path / "looked", text, engine, "diloco", *model, "train.evaluate_every_steps=4", mesh=(2, 1))
+    never = run(pool, tmp_path / "never", text, engine, "diloco", *model, "train.evaluation_examples=0", mesh=(2, 1))
+    exported = load_file(tmp_path / "looked" / "export" / "model.safetensors")
+    assert looked.summary["validation_loss"] == pytest.approx(float(exported["scale"]), rel=1e-5)
+    assert looked.losses == never.losses and looked.digest == never.digest
