@@ -19,6 +19,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import faulthandler
+import importlib.util
 import json
 import os
 import runpy
@@ -37,7 +38,7 @@ CODE = "DTRAIN_CODE"  # the copy of the working directory that a job runs from
 RING = "TORCH_FR_BUFFER_SIZE"
 RING_ENTRIES = "256"  # collectives; the default is thousands, and all of them are read at every beat
 JOIN_SECONDS = 10.0  # a heartbeat takes milliseconds; a dead file system must not keep a rank from ending
-FAILED = 1
+FAILED, NEVER_AGAIN = 1, 2
 THREAD = "dtrain-probe"
 _noted: collections.deque[dict[str, Any]] = collections.deque(maxlen=int(RING_ENTRIES))
 
@@ -267,12 +268,33 @@ def main(arguments: list[str]) -> None:
     program = arguments[1:] if module else arguments
     with probed():
         sys.argv = program
-        if module:
-            sys.path[0] = os.environ.get(CODE) or os.getcwd()
-            runpy.run_module(program[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.path[0] = str(Path(program[0]).resolve().parent)
-            runpy.run_path(program[0], run_name="__main__")
+        sys.path[0] = (os.environ.get(CODE) or os.getcwd()) if module else str(Path(program[0]).resolve().parent)
+        try:
+            _must_be_there(program[0], module=module)
+            if module:
+                runpy.run_module(program[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(program[0], run_name="__main__")
+        except (_Missing, SyntaxError) as error:
+            # It would fail in the same way however often it is started.
+            traceback.print_exception(error, limit=None if isinstance(error, SyntaxError) else 0)
+            raise SystemExit(NEVER_AGAIN) from error
+
+
+class _Missing(Exception):
+    """There is no program to run."""
+
+
+def _must_be_there(program: str, *, module: bool) -> None:
+    if not module and not Path(program).exists():
+        raise _Missing(f"cannot start {program}: there is no such file in {os.getcwd()}")
+    if module:
+        try:
+            there = importlib.util.find_spec(program) is not None
+        except ModuleNotFoundError as error:  # of a package around it, or imported by one
+            there = not f"{program}.".startswith(f"{error.name}.")
+        if not there:
+            raise _Missing(f"cannot start python -m {program}: there is no such module on {sys.path}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,16 +35,23 @@ def folder() -> Path:
 
 
 def add(facts: Facts) -> None:
-    """Remember a job, with the cluster that it was given to."""
+    """Remember a job, with the cluster that it was given to. Where that cannot be written down, a warning says so."""
     if facts.launcher == "slurm":
         from dtrain.launchers.slurm.client import cluster
 
         here = cluster()
         facts = dataclasses.replace(facts, cluster=here.name or facts.cluster, came_up=here.came_up)
         facts.write()
-    folder().mkdir(parents=True, exist_ok=True)
     name = f"{facts.launcher}-{facts.cluster or 'here'}-{facts.submitted:.0f}-{facts.id}"
-    (folder() / name).write_text(json.dumps(dataclasses.asdict(facts)) + "\n")
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        (folder() / name).write_text(json.dumps(dataclasses.asdict(facts)) + "\n")
+    except (OSError, RuntimeError) as error:  # a home over its quota, or none at all; the job runs nevertheless
+        print(
+            f"dtrain: warning: job {facts.id} runs, but the list of jobs cannot be written to ({error}): it is found "
+            f"by its folder, dtrain jobs status {facts.folder}",
+            file=sys.stderr,
+        )
 
 
 def every() -> list[Job]:

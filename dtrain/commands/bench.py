@@ -114,7 +114,8 @@ def _names(word: str, words: Sequence[str]) -> bool:
 def _submitted(what: str, settings: Settings, words: Sequence[str]) -> tuple[Job, Path]:
     """The job that measures, and its folder."""
     from dtrain.bench.settings import FILE
-    from dtrain.config import compose
+    from dtrain.config import compose, run_folder
+    from dtrain.config.composing import names_folder
     from dtrain.launching import build_launcher
 
     for word in words:
@@ -126,11 +127,14 @@ def _submitted(what: str, settings: Settings, words: Sequence[str]) -> tuple[Job
     folder = Path(config.run.dir).absolute()
     # What fails would fail again, and its rows would be there twice.
     launcher = build_launcher(dataclasses.replace(config.launcher, max_restarts=0))
-    settings.write(folder)
-    (folder / "rows.jsonl").unlink(missing_ok=True)
+    if not names_folder(words):
+        folder = run_folder.made(folder)
     program = ["python", "-m", "dtrain.bench.worker", what, str(folder / FILE)]
     try:
-        return launcher.submit(program, folder=folder, name="bench"), folder
+        with run_folder.locked(folder):
+            settings.write(folder)
+            (folder / "rows.jsonl").unlink(missing_ok=True)
+            return launcher.submit(program, folder=folder, name="bench"), folder
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except (RuntimeError, OSError) as error:

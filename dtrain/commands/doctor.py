@@ -41,7 +41,8 @@ def add(verbs: Verbs) -> None:
 
 def _doctor(chosen: argparse.Namespace) -> int:
     require(OF_LAUNCHING)
-    from dtrain.config import compose
+    from dtrain.config import compose, run_folder
+    from dtrain.config.composing import names_folder
     from dtrain.doctor import verdict
     from dtrain.launching import build_launcher
 
@@ -53,11 +54,14 @@ def _doctor(chosen: argparse.Namespace) -> int:
     settings = dataclasses.replace(config.launcher, workers=config.launcher.nodes, max_restarts=0)
     enter_launcher(settings, sys.argv[1:])
     folder = Path(config.run.dir).absolute()
-    for stale in (folder / "doctor").glob("*"):
-        stale.unlink()
     try:
         launcher = build_launcher(settings)
-        job = launcher.submit(["python", "-m", "dtrain.doctor.worker", str(folder)], folder=folder, name="doctor")
+        if not names_folder(words_of(chosen)):
+            folder = run_folder.made(folder)
+        with run_folder.locked(folder):
+            for stale in (folder / "doctor").glob("*"):
+                stale.unlink()
+            job = launcher.submit(["python", "-m", "dtrain.doctor.worker", str(folder)], folder=folder, name="doctor")
         job.wait(SECONDS)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -15,26 +16,36 @@ LOOK_SECONDS = 0.5
 
 
 def follow(job: Job) -> int:
-    """Show what rank 0 prints until the job has ended; returns its exit code. Ctrl-C cancels a job of this machine."""
+    """Show what rank 0 prints until the job has ended; returns its exit code.
+
+    Ctrl-C, SIGTERM, and SIGHUP without nohup, cancel a job of this machine, and wait until its ranks have left.
+    """
+    from dtrain.commands.submitting import sigterm_interrupts
     from dtrain.launchers.job import ENDED
 
     shown = 0
     try:
-        while True:
-            ended = job.state() in ENDED
-            shown = _show(job, shown)
-            if ended:
-                break
-            time.sleep(LOOK_SECONDS)
+        with sigterm_interrupts():
+            while True:
+                ended = job.state() in ENDED
+                shown = _show(job, shown)
+                if ended:
+                    break
+                time.sleep(LOOK_SECONDS)
     except KeyboardInterrupt:
         if job.facts.launcher == "slurm":
-            print(f"\njob {job.id} goes on; dtrain jobs cancel {job.id} ends it", file=sys.stderr)
+            _say(f"\njob {job.id} goes on; dtrain jobs cancel {job.id} ends it")
         else:
-            print(f"\nstopping job {job.id}; Ctrl-C again leaves it to end by itself", file=sys.stderr)
+            _say(f"\nstopping job {job.id}; Ctrl-C again leaves it to end by itself")
             job.cancel()
             job.wait()
         return INTERRUPTED
     return exit_code(job)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def exit_code(job: Job) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +17,14 @@ from dtrain.extras import OF_LAUNCHING, require
 
 if TYPE_CHECKING:
     from dtrain.commands import Verbs
+    from dtrain.config.schema import LauncherConfig
 
 EPILOG = """\
 The program is started once per rank, with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT
-in its environment. A program that leaves with exit code 75 says: checkpointed, run me again.
+in its environment. A program that leaves with exit code 75 says: checkpointed, run me again; with 2 (a shell's 126 and
+127 too): it would fail again, so it is not started again.
+Ctrl-C, SIGTERM, or a terminal that is closed (not under nohup) ends a job on this machine and waits until it has
+checkpointed; a job of Slurm's goes on.
 
 examples:
   dtrain launch launcher.workers=2 -- python my_train.py --lr 0.1
@@ -51,13 +57,19 @@ def _launch(chosen: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{word}: launch takes launcher=..., launcher.KEY=..., run.dir=FOLDER and @FILE; the rest is train's"
             )
+    if not chosen.name.isprintable() or "/" in chosen.name or not chosen.name:
+        raise ConfigError(f"--name {chosen.name!r}: a job's name is one line without a slash, as it is part of a path")
     config = compose(words_of(chosen), name=chosen.name)
     enter_launcher(config.launcher, sys.argv[1:], dry_run=chosen.dry_run)
     named = names_folder(words_of(chosen))
     folder = Path(config.run.dir).absolute()
     launcher = build_launcher(config.launcher, replicas=config.launcher.nodes)  # of a program that is not ours
+    _must_be_there(chosen.program, config.launcher)
     if chosen.dry_run:
-        print(launcher.render(chosen.program, folder=folder, name=chosen.name), end="")
+        try:
+            print(launcher.render(chosen.program, folder=folder, name=chosen.name), end="")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         return 0
     if named:
         run_folder.without_job(folder)
@@ -79,3 +91,14 @@ def _launch(chosen: argparse.Namespace) -> int:
     from dtrain.commands.following import follow
 
     return follow(job)
+
+
+def _must_be_there(program: Sequence[str], launcher: LauncherConfig) -> None:
+    """Raise ``ConfigError`` for a program that no rank could start, where the ranks see what is seen here."""
+    first, *rest = program
+    if launcher.container or launcher.setup or launcher.hosts:
+        return
+    if first in ("python", "python3") and rest and rest[0].endswith(".py") and not Path(rest[0]).exists():
+        raise ConfigError(f"there is no {rest[0]} in {Path.cwd()}: name the program as it is found from here")
+    if launcher.name == "local" and first not in ("python", "python3") and shutil.which(first) is None:
+        raise ConfigError(f"there is no program {first} on PATH or at that path: nothing was started")

@@ -65,16 +65,21 @@ def submit(
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Within the block SIGTERM does what Ctrl-C does, so that a command that is ended ends its job, too."""
+    """Within the block SIGTERM does what Ctrl-C does, so that a command that is ended ends its job, too.
+
+    So does SIGHUP, by which a terminal that is closed ends what it has started, unless nohup keeps it away.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    old = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
+    old = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, before in old.items():
+            signal.signal(number, before)
 
 
 def follow(config: Config, job: Job, words: Sequence[str]) -> int:

@@ -24,15 +24,17 @@ CLUSTER = "DTRAIN_CLUSTER"
 CLUSTERS = Path("/run/dtrain")  # where those of `dtrain cluster` have their files
 
 SECONDS = 30.0
+SILENT = ("Unable to contact slurm controller", "resolve_ctls_from_dns_srv", "fetch_config", "configuration source")
+NO_CONTROLLER = "reaches no Slurm controller"
 STATES: dict[str, State] = {
     "PENDING": "pending", "CONFIGURING": "pending", "REQUEUED": "pending", "REQUEUE_HOLD": "pending",
-    "REQUEUE_FED": "pending", "SPECIAL_EXIT": "pending", "RESV_DEL_HOLD": "pending", "PREEMPTED": "pending",
+    "REQUEUE_FED": "pending", "SPECIAL_EXIT": "pending", "RESV_DEL_HOLD": "pending", "PREEMPTED": "failed",
     "RUNNING": "running", "COMPLETING": "running", "SUSPENDED": "running", "STOPPED": "running",
     "SIGNALING": "running", "STAGE_OUT": "running", "RESIZING": "running", "COMPLETED": "finished",
     "CANCELLED": "cancelled", "FAILED": "failed", "TIMEOUT": "failed", "NODE_FAIL": "failed",
     "BOOT_FAIL": "failed", "DEADLINE": "failed", "OUT_OF_MEMORY": "failed", "REVOKED": "failed",
 }  # fmt: skip
-"""A preempted job is requeued, as it was submitted with --requeue."""
+"""One that is preempted is pending where Slurm or its script starts it again, and PREEMPTED where neither could."""
 
 
 class SlurmError(RuntimeError):
@@ -55,6 +57,12 @@ def ask(*command: str, seconds: float = SECONDS) -> str:
         raise SlurmError(f"{' '.join(command)} did not answer within {seconds:g} s: is slurmctld up?") from error
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        if any(words in said for words in SILENT):
+            raise SlurmError(
+                f"{command[0]} {NO_CONTROLLER} ({said.splitlines()[0]}): it may be down for now, or this machine has "
+                "Slurm's commands and is in no cluster. Go to the cluster's login host, name its slurm.conf in "
+                "SLURM_CONF, start a cluster on this machine with `dtrain cluster up`, or take another launcher"
+            )
         raise SlurmError(f"{command[0]}: {said}")
     return done.stdout
 
@@ -86,7 +94,7 @@ def _word(job_id: str) -> str:
 
 
 def _unreachable(said: str) -> bool:
-    return "Unable to contact slurm controller" in said or "did not answer" in said or "on PATH" in said
+    return NO_CONTROLLER in said or "did not answer" in said or "on PATH" in said
 
 
 def job_line(job_id: str) -> str:

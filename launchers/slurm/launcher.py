@@ -24,7 +24,7 @@ from dtrain.launchers.slurm.job import SlurmJob
 from dtrain.launchers.slurm.preflight import problems
 from dtrain.launchers.slurm.refusal import told, unanswered
 from dtrain.launchers.slurm.script import Work, render
-from dtrain.launchers.slurm.settings import SlurmSettings
+from dtrain.launchers.slurm.settings import SlurmSettings, unwritable
 from dtrain.launchers.snapshot import Snapshot
 
 __all__ = ["SlurmLauncher"]
@@ -73,6 +73,7 @@ class SlurmLauncher:
 
     def check(self, folders: Sequence[Path]) -> None:
         """Raise ``ValueError`` for all that Slurm would refuse, or accept and never start."""
+        _check_names("", folders)
         found = problems(self.settings, folders[0], one_machine=CLUSTER in os.environ)
         if found:
             raise ValueError("\n".join(found))
@@ -82,6 +83,7 @@ class SlurmLauncher:
 
     def _work(self, program: tuple[str, ...], folders: Sequence[Path], name: str, *, literal: bool = False) -> Work:
         absolute = tuple(folder.absolute() for folder in folders)
+        _check_names(name, absolute)
         lists = absolute[0].parent / f"{name}-array" / "folders.txt"
         environment = dict(self._environment)
         if self._snapshot:
@@ -124,6 +126,16 @@ class SlurmLauncher:
             registry.add(facts)
             jobs.append(SlurmJob(facts))
         return jobs
+
+
+def _check_names(name: str, folders: Sequence[Path]) -> None:
+    """Raise ``ValueError`` for names that a directive cannot hold: sbatch would speak of something else."""
+    if unwritable(name):
+        raise ValueError(f"the job's name {name!r} holds {unwritable(name)}: choose another --name or run.dir")
+    for folder in map(str, folders):
+        if unwritable(folder) or "\\" in folder:
+            what = unwritable(folder) or "a backslash, below which Slurm writes no log"
+            raise ValueError(f"run.dir={folder!r} holds {what}: choose another run.dir")
 
 
 def _sbatch(text: str, folder: Path, settings: SlurmSettings) -> str:

@@ -35,24 +35,36 @@ def _partition(settings: SlurmSettings, known: list[Partition]) -> Iterator[str]
     nodes = [group.nodes for group in settings.groups] or [settings.nodes]
     names = ", ".join(partition.name for partition in known) or "none"
     for name, count in zip(wanted, nodes, strict=True):
-        chosen = [partition for partition in known if (partition.name == name if name else partition.default)]
-        if not chosen:
-            what = f"there is no partition {name}" if name else "the cluster has no default partition"
-            yield f"{what} (there are {names}); set launcher.partition"
+        if not name and not any(partition.default for partition in known):
+            yield f"the cluster has no default partition (there are {names}); set launcher.partition"
             continue
-        partition = chosen[0]
-        if not partition.up:
-            yield f"partition {partition.name} is not up; choose another (there are {names})"
-        if count > partition.nodes:
-            yield (
-                f"launcher.nodes={count}, but partition {partition.name} has {partition.nodes} nodes, so the job would "
-                "wait for ever; take fewer, or another partition"
-            )
-        if partition.minutes is not None and settings.minutes > partition.minutes:
-            yield (
-                f"launcher.minutes={settings.minutes} is more than partition {partition.name} allows, which is "
-                f"{partition.minutes}; the job goes on after each limit, so set launcher.minutes={partition.minutes}"
-            )
+        missing = [part for part in name.split(",") if name and part not in {partition.name for partition in known}]
+        if missing:
+            yield f"there is no partition {', '.join(missing)} (there are {names}); set launcher.partition"
+            continue
+        # Of several the job takes the one that lets it start first, so one that will do is enough.
+        of_each = [
+            list(_of_partition(settings, count, partition, names))
+            for partition in known
+            if (partition.name in name.split(",") if name else partition.default)
+        ]
+        if all(of_each):
+            yield from dict.fromkeys(problem for found in of_each for problem in found)
+
+
+def _of_partition(settings: SlurmSettings, nodes: int, partition: Partition, names: str) -> Iterator[str]:
+    if not partition.up:
+        yield f"partition {partition.name} is not up; choose another (there are {names})"
+    if nodes > partition.nodes:
+        yield (
+            f"launcher.nodes={nodes}, but partition {partition.name} has {partition.nodes} nodes, so the job would "
+            "wait for ever; take fewer, or another partition"
+        )
+    if partition.minutes is not None and settings.minutes > partition.minutes:
+        yield (
+            f"launcher.minutes={settings.minutes} is more than partition {partition.name} allows, which is "
+            f"{partition.minutes}; the job goes on after each limit, so set launcher.minutes={partition.minutes}"
+        )
 
 
 def _cpus_of_nodes() -> dict[str, list[int]]:
@@ -81,13 +93,14 @@ def too_many_cpus(settings: SlurmSettings, known: Mapping[str, Sequence[int]]) -
         return
     whole = Group(nodes=settings.nodes, workers=settings.workers, partition=settings.partition)
     for group in settings.groups or (whole,):
-        nodes = known.get(group.partition or settings.partition, ())
+        name = group.partition or settings.partition
+        # Of several partitions the job takes one: the nodes of that which has the most will do.
+        nodes = max((known.get(part, ()) for part in name.split(",")), key=lambda cpus: max(cpus, default=0))
         ranks = -(-group.workers // group.nodes)
         wanted = ranks * settings.cpus_per_worker
         if not nodes or sum(cpus >= wanted for cpus in nodes) >= group.nodes:
             continue
         most = sorted(nodes, reverse=True)[min(group.nodes, len(nodes)) - 1]
-        name = group.partition or settings.partition
         where = f"of partition {name}" if name else "of the default partition"
         fits = most // ranks
         way = f"set launcher.threads_per_worker to at most {fits}, or " if fits else ""

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Group", "SlurmSettings"]
+__all__ = ["Group", "SlurmSettings", "unwritable"]
 
 
 MOST_MINUTES = (2**31 - 1) // 60  # Slurm reads a time limit into 32 bits of seconds, and more comes out as nonsense
@@ -126,12 +126,24 @@ class SlurmSettings:
             )
         if not 0 <= self.port < 65536:
             found.append(f"launcher.port={self.port} is no port; choose 1024 to 65535, or 0 for a free one")
+        texts = {name: str(getattr(self, name)) for name in _DIRECTIVES}
+        for key, text in [*texts.items(), *(("sbatch", text) for text in self.sbatch)]:
+            if unwritable(text):
+                found.append(f"launcher.{key}={text!r} holds {unwritable(text)}, and is a line of the batch script")
         for directive in self.sbatch:
             key = directive.lstrip("-").partition("=")[0]
             if key in _OURS:
                 found.append(f"launcher.sbatch: {directive} is written by dtrain; set {_OURS[key]} instead")
         return found
 
+
+def unwritable(text: str) -> str:
+    """The control character in a text that is to stand in one line of a batch script, in words; empty if none does."""
+    found = next((sign for sign in text if ord(sign) < 32 or ord(sign) == 127), "")
+    return {"": "", "\n": "a line break"}.get(found, f"the control character {found!r}")
+
+
+_DIRECTIVES = ("partition", "account", "qos", "constraint", "exclude", "reservation", "address", "interface")
 
 _OURS = {
     "nodes": "launcher.nodes", "ntasks": "launcher.workers", "ntasks-per-node": "launcher.workers",
