@@ -4,23 +4,31 @@
 
 ``check_resume`` says whether a stored run may go on under another configuration; ``instantiate`` makes the data set,
 the sync and the optimizer from their ``_target_`` mappings, ``build_model`` the model.
+
+They are loaded when they are first used: only what composes needs hydra, and the commands that do not start without it.
 """
 
-from dtrain.config.building import build_model
-from dtrain.config.composing import compose, load, to_yaml
-from dtrain.config.resume import MAY_CHANGE_AT_RESUME, Difference, check_resume, differences
-from dtrain.config.schema import (
-    Config,
-    EngineConfig,
-    LauncherConfig,
-    MeshConfig,
-    OptimConfig,
-    RunConfig,
-    Settings,
-    TrainConfig,
-)
-from dtrain.config.targets import instantiate
-from dtrain.config.validating import validate
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dtrain.config.building import build_model
+    from dtrain.config.composing import compose, load, to_yaml
+    from dtrain.config.resume import MAY_CHANGE_AT_RESUME, Difference, check_resume, differences
+    from dtrain.config.schema import (
+        Config,
+        EngineConfig,
+        LauncherConfig,
+        MeshConfig,
+        OptimConfig,
+        RunConfig,
+        Settings,
+        TrainConfig,
+    )
+    from dtrain.config.targets import instantiate
+    from dtrain.config.validating import validate
 
 __all__ = [
     "MAY_CHANGE_AT_RESUME",
@@ -42,3 +50,37 @@ __all__ = [
     "to_yaml",
     "validate",
 ]
+
+_MODULES = {
+    "building": ("build_model",),
+    "composing": (
+        "compose",
+        "load",
+        "to_yaml",
+    ),
+    "resume": (
+        "MAY_CHANGE_AT_RESUME",
+        "Difference",
+        "check_resume",
+        "differences",
+    ),
+    "schema": (
+        "Config",
+        "EngineConfig",
+        "LauncherConfig",
+        "MeshConfig",
+        "OptimConfig",
+        "RunConfig",
+        "Settings",
+        "TrainConfig",
+    ),
+    "targets": ("instantiate",),
+    "validating": ("validate",),
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
