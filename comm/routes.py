@@ -79,7 +79,8 @@ def two_phase(
     outgoing: list[Payload] = []
     measures = []
     for fqn, value in values.items():
-        measures.append(_measure(value, chosen[fqn]))  # here, so that what is encoded next is in the caches
+        if weight is None:
+            measures.append(_measure(value, chosen[fqn]))  # here, so that what is encoded next is in the caches
         compressor, feedback = _in_rows(chosen[fqn], value)
         own = replace(key, fqn=fqn, phase="send")
         if weight == 0:
@@ -87,7 +88,7 @@ def two_phase(
             outgoing.append(compressor.encode(to_rows(value, world), own))
         else:
             outgoing.append(feedback.encode(fqn, value, compressor, world, own, state))
-    finite = usable and all_usable(values, chosen, measures)
+    finite = weight is not None or (usable and all_usable(values, chosen, measures))
     said = mark(values, key.step) + (MARKS if present is False else 0)
     incoming = yield AllToAll(_joined(outgoing, vote(world, finite, weight, _device(values), said)))
     votes = Votes(incoming[-1].flatten().tolist(), place)

@@ -222,7 +222,9 @@ class AttachedLocalUpdate(Attached):
         """From now on with these knobs; no round has begun."""
         self._choosing, self.spec = None, replace(self.spec, **vars(chosen))
         before, cut = self.parts[0], chosen.fragments.cut(self.pieces.shapes)
-        self.parts = [Part(number, fqns, before.captured, before.tokens) for number, fqns in enumerate(cut)]
+        self.parts = [
+            Part(number, fqns, before.captured, before.tokens, rates=before.rates) for number, fqns in enumerate(cut)
+        ]
         if why:
             self.decisions.append(why)
 
