@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 from hypothesis import given
@@ -235,6 +236,28 @@ def test_a_secret_that_is_missing_is_told_with_the_way_out(tmp_path: Path) -> No
 
 
 # ---- junk of one who knows the secret ------------------------------------------------------------------------------
+
+
+def test_replicas_listen_where_the_store_sees_them() -> None:
+    store, own = serve(0), psutil.Process()
+    before = {c.laddr.port for c in own.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    members = Members(f"127.0.0.1:{store.port}", replicas=1, patience_seconds=5, timeout_seconds=30)
+    members.join(Place(0, 1), lambda given: given)
+    members.enter(-1)
+    listening = {c.laddr for c in own.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert {address.ip for address in listening if address.port not in before} == {"127.0.0.1"}
+    members.close()
+
+
+def test_one_that_others_cannot_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = serve(0)
+    here = Members(f"127.0.0.1:{store.port}", replicas=2)
+    here.join(Place(0, 1), lambda given: given)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    with pytest.raises(ValueError, match=r"their own machine.*not localhost"):
+        Members(f"127.0.0.1:{store.port}", replicas=2).join(Place(0, 1), lambda given: given)
+    here.close()
+
 
 JUNK = [b"", b"{}", b"null", b"[]", b"\xff", b"1", b'{"number": 0, "slots": {"0": 0}, "donor": 7, "behind": []}',
         b'{"number": 0, "slots": {"0": 0, "1": 0}, "donor": -1, "behind": []}', b"[" * 100_000,
