@@ -17,6 +17,7 @@ import dtrain
 from dtrain import every_step
 from dtrain.cli import main
 from dtrain.comm.seeds import Key
+from dtrain.config import compose
 from dtrain.testing import check_compressor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,3 +98,14 @@ def test_the_defaults_in_the_table_of_local_updates_are_the_functions() -> None:
         found = inspect.signature(getattr(dtrain, name)).parameters
         for argument, value in re.findall(r"`(\w+)=([^`]*)`", told):
             assert found[argument].default == ast.literal_eval(value), (name, argument)
+
+
+@pytest.mark.parametrize(
+    "word", re.findall(r"`(\S*launcher\.\w+=\[.*?\]'?)`", (ROOT / "slurm" / "README.md").read_text())
+)
+def test_the_lists_in_the_page_about_slurm_arrive_as_they_are_printed(word: str) -> None:
+    (given,) = shlex.split(word)
+    key, _, value = given.partition("=")
+    assert getattr(compose(["run.dir=x", given]).launcher, key.partition(".")[2]) == ast.literal_eval(
+        value if '"' in value else re.sub(r"[\w:]+", r"'\g<0>'", value)
+    )
