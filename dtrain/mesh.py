@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtrain.comm.drivers.groups import free, own_group
+from dtrain.comm.drivers.groups import kept_group
 from dtrain.comm.drivers.mpi import TIMEOUT_SECONDS, MpiTransport, replicate_transport
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.drivers.torch_transport import TorchTransport
@@ -51,10 +51,9 @@ class Mesh:
         return self.replicas * self.shards
 
     def close(self) -> None:
-        """Free all groups, once nothing is under way and the engine is closed. Every rank must call it."""
+        """Free the groups, once nothing is under way; the engine's stays. Every rank must call it."""
         for channel in (self.channel, self.control):
             channel.close(timeout_seconds=2.0)
-        free(self.engine_group)
 
     def shard_mesh(self) -> DeviceMesh:
         """The shard axis as a one-dimensional device mesh, for FSDP2."""
@@ -84,7 +83,7 @@ def build_mesh(replicas: int, shards: int, transport: Literal["torch", "mpi"] = 
         replica=rank // shards,
         shard=rank % shards,
         device=device,
-        engine_group=own_group(row),
+        engine_group=kept_group(row),
         channel=Channel({"replicate": peers, "shard": TorchTransport.between(row) if shards > 1 else Alone()}),
         control=Channel({"replicate": TorchTransport.between(range(world), backend="gloo")}),
     )

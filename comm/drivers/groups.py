@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-_made: tuple[object, Counter[tuple[int, ...]]] = (None, Counter())
-"""The default group, and how often a group of these ranks was made beside it."""
+_made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
+"""By default group, how often a group of these ranks was made beside it."""
+_kept: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
+"""By default group, those that stay as long as it."""
 
 
 def own_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
@@ -24,13 +27,10 @@ def own_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessG
 
     ``backend``: the default group's by default, as its time-out is always.
     """
-    global _made
-    default = c10d._get_default_group()
-    if _made[0] is not default:
-        _made = (default, Counter())
-    members = tuple(sorted(ranks))
-    _made[1][members] += 1
-    name = c10d.GroupName(f"dtrain {_made[1][members]} of {' '.join(map(str, members))}")
+    default, members = c10d._get_default_group(), tuple(sorted(ranks))
+    made = _made.setdefault(default, Counter())
+    made[members] += 1
+    name = c10d.GroupName(f"dtrain {made[members]} of {' '.join(map(str, members))}")
     chosen, store = c10d._world.pg_map[default]
     patience = timeout_of(default)
     # A default group that is bound to a device would split its communicator, for which all of its ranks are needed.
@@ -47,6 +47,17 @@ def own_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessG
     # Until all have connected: whoever is done with the group before would break that off.
     c10d._store_based_barrier(dist.get_rank(), its, name, len(members), patience)
     return group
+
+
+def kept_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """The group of ``ranks`` for whatever takes turns; made by all of them at the first call, and never freed.
+
+    For engines: torch keeps device meshes, with the names of their groups, and takes equal ones for the same.
+    """
+    kept, members = _kept.setdefault(c10d._get_default_group(), {}), tuple(sorted(ranks))
+    if members not in kept:
+        kept[members] = own_group(members)
+    return kept[members]
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

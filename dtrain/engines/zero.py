@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.comm.attach import pieces_of
-from dtrain.comm.drivers.groups import free, own_group
+from dtrain.comm.drivers.groups import kept_group
 from dtrain.engines.base import Batch, Engine, EngineOptions, OptimizerFactory, checkpoint_activations
 from dtrain.engines.contract import loss_of
 from dtrain.mesh import Mesh
@@ -60,11 +60,11 @@ class ZeroEngine(Engine):
         if options.activation_checkpointing:
             # Stage 3 frees a gathered parameter after use, which the non-reentrant form takes for a changed tensor.
             checkpoint_activations(model, reentrant=stage == 3)
-        self._alone = own_group([mesh.rank])
+        alone = kept_group([mesh.rank])
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer(model.parameters()),
-            mpu=_ShardAxisOnly(mesh.engine_group, self._alone),
+            mpu=_ShardAxisOnly(mesh.engine_group, alone),
             dist_init_required=False,
             config=_config(options, stage),
         )
@@ -98,7 +98,6 @@ class ZeroEngine(Engine):
         self.deepspeed.destroy()
         for module in self.deepspeed.module.modules():
             _forget_deepspeed(module)
-        free(self._alone)
 
     @property
     def gradient_norm(self) -> float:
