@@ -48,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
 def run(folder: Path, program: Sequence[str], place: Environment) -> int:
     """Run ``program`` as the rank that ``place`` says, with its log and its record below ``folder``."""
     log, ranks = folder / "logs" / f"rank-{place.rank}.log", rank_files(folder)
+    with contextlib.suppress(trusted.Untrusted):  # that is told in the log
+        trusted.make_folder(folder)
     for needed in (log.parent, ranks):
         needed.mkdir(parents=True, exist_ok=True)
     attempt = int(os.environ.get(ATTEMPT, place.restart))
