@@ -394,6 +394,8 @@ class _Run:
             self._withhold()
             return False
         self.withheld = 0
+        if not self.attached.verify():  # a checkpoint of replicas that differ would be nobody's
+            state = snapshot.capture(self.attached, self.model)
         self.saved = write(
             self.folder / "checkpoints",
             step=self.attached.steps,

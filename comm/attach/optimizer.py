@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dtrain.comm.layout import Named
 
@@ -49,11 +50,27 @@ class StepGuard:
         self._hook.remove()
 
     def _check(self, *_: object) -> None:
-        if not self._allowed:
+        if not self._allowed and not _is_dry(self._optimizer):
             raise RuntimeError(
                 "this optimizer is stepped by its sync: call sync.step() where optimizer.step(), or engine.step() at "
                 "the last microbatch, was called; sync.detach() gives it back"
             )
+
+
+def _is_dry(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step would move nothing and only make the optimizer's state: torch takes one before it loads into it.
+
+    ``torch.distributed.checkpoint.state_dict`` does so with zero gradients and rates of 0. Rates alone do not tell: a
+    warm-up begins with 0 too.
+    """
+    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not any(bool(_on_this_rank(gradient).any()) for gradient in gradients)
+
+
+def _on_this_rank(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 _GUARDED: WeakSet[torch.optim.Optimizer] = WeakSet()

@@ -13,7 +13,8 @@ from dtrain.comm.drivers.run import Channel
 from dtrain.comm.drivers.transport import Alone, Transport
 from dtrain.comm.ops import Axis
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.schedules.sync import Attached, unlike
+from dtrain.comm.schedules.saved import unlike
+from dtrain.comm.schedules.sync import Attached
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,12 @@ class AmongMembers(Attached):
     @property
     def _votes(self) -> Channel:
         return self._within
+
+    def _saves_alike(self) -> int:
+        return 0  # newcomers were not there when the others were asked
+
+    def _told_by_all(self, number: int) -> tuple[list[int], list[int]]:
+        return [number], [number]  # whoever is behind catches up where members meet
 
     def _told_by_the_first(self, number: int) -> int:
         return int(self._over_shards(torch.tensor([number], dtype=torch.int64), "members"))

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from dtrain.comm.fused import kernel
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.guard import Tie
 from dtrain.comm.schedules.knobs import Knob
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
 from dtrain.comm.schedules.outer import (
     PLAIN,
     Momentum,
@@ -132,6 +133,8 @@ def co2(
     gap: Literal["gap_aware", "none"] | float | Gap = "gap_aware",
     clip: float | None = 1.0,
     compress: Compress = None,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
 ) -> LocalUpdate:
     """CO2.
 
@@ -143,6 +146,7 @@ def co2(
         gap: the penalty for staleness: "gap_aware", "none", a number of at least 1, or a rule.
         clip: the largest element of the outer momentum by amount; None leaves it as it is.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> co2().delay
     'stale'
@@ -154,7 +158,9 @@ def co2(
     outer: OuterOptimizer = heavy_ball if rule is None else Penalized(heavy_ball, rule)
     if rule is gap_aware and momentum:
         outer = GapAware(heavy_ball)
-    return local_update(every_steps=every_steps, outer=outer, compress=compress, delay="stale")
+    return local_update(
+        every_steps=every_steps, outer=outer, compress=compress, delay="stale", verify_every=verify_every, tie=tie
+    )
 
 
 def _rule(gap: object) -> Gap | None:

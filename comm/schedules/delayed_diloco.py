@@ -13,13 +13,19 @@ Keeps: the anchor and the outer momentum; eager also the last delta.
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.guard import Tie
 from dtrain.comm.schedules.knobs import Knob
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
 
 
 def delayed_diloco(
-    *, every_steps: Knob = 100, outer: OuterOptimizer | None = None, compress: Compress = None
+    *,
+    every_steps: Knob = 100,
+    outer: OuterOptimizer | None = None,
+    compress: Compress = None,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
 ) -> LocalUpdate:
     """DiLoCo one round late. For short rounds: it degrades as they grow.
 
@@ -27,17 +33,23 @@ def delayed_diloco(
         every_steps: H, the inner steps in a round, in which an exchange must fit to stay hidden; or "auto".
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> delayed_diloco(every_steps=20).overlap_steps
     20
 
     Raises ``ValueError`` for a period that is no positive integer. Source: arXiv:2502.12996.
     """
-    return _late(every_steps, outer, compress, eager=False)
+    return _late(every_steps, outer, compress, verify_every, tie, eager=False)
 
 
 def eager_diloco(
-    *, every_steps: Knob = 100, outer: OuterOptimizer | None = None, compress: Compress = None
+    *,
+    every_steps: Knob = 100,
+    outer: OuterOptimizer | None = None,
+    compress: Compress = None,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
 ) -> LocalUpdate:
     """DiLoCo that steps with the last round's mean and its own fresh part. Arguments as for `delayed_diloco`.
 
@@ -46,13 +58,17 @@ def eager_diloco(
 
     Raises ``ValueError`` for a period that is no positive integer. Source: arXiv:2502.12996.
     """
-    return _late(every_steps, outer, compress, eager=True)
+    return _late(every_steps, outer, compress, verify_every, tie, eager=True)
 
 
-def _late(every_steps: Knob, outer: OuterOptimizer | None, compress: Compress, *, eager: bool) -> LocalUpdate:
+def _late(
+    every_steps: Knob, outer: OuterOptimizer | None, compress: Compress, verify_every: int, tie: Tie, *, eager: bool
+) -> LocalUpdate:
     return local_update(
         every_steps=every_steps,
         outer=nesterov() if outer is None else outer,
         compress=compress,
         delay="eager" if eager else "stale",
+        verify_every=verify_every,
+        tie=tie,
     )

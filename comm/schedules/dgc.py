@@ -20,7 +20,8 @@ from dtrain.comm.compressors.sparse import topk
 from dtrain.comm.feedback import Compression, Feedback
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Plan, after
-from dtrain.comm.schedules.every_step import EveryStep, every_step
+from dtrain.comm.schedules.every_step import VERIFY_STEPS, EveryStep, every_step
+from dtrain.comm.schedules.guard import Tie
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.state import Kind, State
 
@@ -69,13 +70,21 @@ class Dgc:
             )
 
 
-def dgc(density: float = 0.001, *, momentum: float = 0.9, warmup_steps: int = 0) -> Dgc:
+def dgc(
+    density: float = 0.001,
+    *,
+    momentum: float = 0.9,
+    warmup_steps: int = 0,
+    verify_every: int = VERIFY_STEPS,
+    tie: Tie = "stop",
+) -> Dgc:
     """Deep Gradient Compression.
 
     Args:
         density: the part of the elements that is sent in the end.
         momentum: of each worker, before anything is left out.
         warmup_steps: over which the density falls, in five equal stages, from a quarter to ``density``.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `every_step`.
 
     Raises ``ValueError`` for values outside their range, and when attached to another optimizer than plain SGD.
     Source: arXiv:1712.01887, section 3.
@@ -92,7 +101,7 @@ def dgc(density: float = 0.001, *, momentum: float = 0.9, warmup_steps: int = 0)
         for stage in range(1, STAGES + 1):
             between = first * (last / first) ** (stage / STAGES)
             plan = after(stage * warmup_steps // STAGES, Compression(topk(between), feedback), before=plan)
-    return Dgc(every_step(compress=plan))
+    return Dgc(every_step(compress=plan, verify_every=verify_every, tie=tie))
 
 
 def _told(optimizer: torch.optim.Optimizer) -> str:

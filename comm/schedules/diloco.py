@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from dtrain.comm.combine import Route
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.guard import Tie
 from dtrain.comm.schedules.knobs import Knob
-from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS, LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
 
 
@@ -26,6 +27,8 @@ def diloco(
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
     route: Route = "two_phase",
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
 ) -> LocalUpdate:
     """DiLoCo.
 
@@ -38,6 +41,7 @@ def diloco(
             host memory between rounds); "replicated" by default.
         utilization: the compute utilization that "auto" aims at, in (0, 1).
         route: "two_phase", or "all_reduce" in fp32; see `local_update`.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> diloco().outer == nesterov(lr=0.7, momentum=0.9)
     True
@@ -52,4 +56,6 @@ def diloco(
         outer_state=outer_state,
         utilization=utilization,
         route=route,
+        verify_every=verify_every,
+        tie=tie,
     )

@@ -28,6 +28,7 @@ from dtrain.comm.ops import Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
 from dtrain.comm.schedules.among import AmongMembers, Unfit
+from dtrain.comm.schedules.guard import Verdict
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.parts import NEVER, Flight, Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
@@ -102,14 +103,14 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
     def _awaited(self) -> list[Part]:
         return [part for part in self.parts if part.flights] if self._closing else self._landing()
 
-    def verify(self) -> bool:
+    def _compared(self) -> Verdict:
         try:
-            return super().verify()
+            return super()._compared()
         except RuntimeError as error:
             if not is_loss(error):
                 raise
             self._break_off()  # the next round finds a new epoch
-            return self._agree(True)
+            return Verdict([])
 
     def _arrived(self) -> bool:
         """Wait for what is awaited; False if a peer was lost on its way."""

@@ -4,7 +4,8 @@
 
 Communication: for each group of gradients that the backward pass finishes, one `two_phase` flow, or one native
 all-reduce; overlapped with the rest of the backward pass where the engine hands gradients over piece by piece.
-Bytes: `routes.two_phase_bytes` of each group. Keeps: what the feedback keeps.
+Bytes: `routes.two_phase_bytes` of each group; every ``verify_every`` steps 16 more, see `guard`. Keeps: what the
+feedback keeps.
 
 A step of several backward passes has an exchange for each that is not in ``no_sync()``: feedback holds over all of them
 together. With `DistributedDataParallel.join`, a rank that has ended gives zeros and what its feedback still keeps; it
@@ -25,9 +26,12 @@ from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.routes import Combined
+from dtrain.comm.schedules.guard import Held, Tie, kept_by, numbers_of, require_guard
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
+
+VERIFY_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class EveryStep:
     rule: Aggregator
     route: Route
     lossless: int | None = None
+    verify_every: int = VERIFY_STEPS
+    tie: Tie = "stop"
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         return AttachedEveryStep(self, pieces, seed)
@@ -60,6 +66,7 @@ class AttachedEveryStep(Attached):
         pieces.hand_over(_Handed(self, adds=bool(self.state.kinds)))
 
     def step(self) -> bool:
+        self._require_live("step()")
         self.finish()
         if not self._handed and self.pieces.segments:
             raise RuntimeError(
@@ -128,6 +135,16 @@ class AttachedEveryStep(Attached):
 
     def _after_step(self) -> None:
         self._review()
+        if self.spec.verify_every and self.steps % self.spec.verify_every == 0:
+            self.verify()
+
+    def _held_alike(self) -> Held:
+        yield from self._parameters_alike()
+        yield from kept_by(self.pieces.optimizer)
+        yield from super()._held_alike()
+
+    def _alike_in_words(self) -> str:
+        return numbers_of(self.pieces.optimizer)
 
 
 @dataclass(frozen=True)
@@ -150,6 +167,8 @@ def every_step(
     combine: Aggregator | None = None,
     route: Route = "two_phase",
     lossless: int | None = None,
+    verify_every: int = VERIFY_STEPS,
+    tie: Tie = "stop",
 ) -> EveryStep:
     """Combine the gradients of all replicas before every optimizer step.
 
@@ -158,6 +177,9 @@ def every_step(
         combine: the rule, rows [world, n] -> [n]; `mean` by default.
         route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own; linear ones only).
         lossless: zstandard's level for all that is sent, for slow links between CPUs; None sends it as it is.
+        verify_every: steps between two comparisons of all replicas' parameters and optimizer state; 0 for none.
+        tie: what happens if they differ and none is in the majority, as with two replicas: "stop" raises, "first" goes
+            on with the first replica's.
 
     >>> from dtrain import error_feedback, every_step, quantize
     >>> every_step(compress=error_feedback(quantize(bits=8))).route
@@ -172,5 +194,6 @@ def every_step(
     require_summable(plan, rule, route)
     if route == "all_reduce" and lossless is not None:
         raise ValueError("lossless codes parts, which an all-reduce does not have; use route='two_phase'")
+    require_guard(verify_every, tie, "steps")
     warn_of_loss(plan)
-    return EveryStep(plan, rule, route, lossless)
+    return EveryStep(plan, rule, route, lossless, verify_every, tie)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dtrain.comm.combine import Route
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.guard import Tie
 from dtrain.comm.schedules.knobs import Knob
-from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS, LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import sgd
 
 
@@ -20,6 +21,8 @@ def local_sgd(
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
     route: Route = "two_phase",
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
 ) -> LocalUpdate:
     """Average the replicas' parameters every ``every_steps`` inner steps. Arguments as for `diloco`.
 
@@ -35,4 +38,6 @@ def local_sgd(
         outer_state=outer_state,
         utilization=utilization,
         route=route,
+        verify_every=verify_every,
+        tie=tie,
     )

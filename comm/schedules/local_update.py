@@ -33,10 +33,13 @@ from dtrain.comm.combine import Route, require_mean_for_low_rank, require_summab
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.schedules.fragments import WHOLE, Fragments
+from dtrain.comm.schedules.guard import Tie, require_guard
 from dtrain.comm.schedules.knobs import LEAST_STEPS, Auto, Knob, Knobs
 from dtrain.comm.schedules.outer import Looking, OuterOptimizer
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.state import Kind
+
+VERIFY_ROUNDS = 10
 
 Delay: TypeAlias = Literal["none", "stale", "eager"]
 OuterState: TypeAlias = Literal["replicated", "sharded", "offloaded"]
@@ -55,10 +58,11 @@ class LocalUpdate:
     mix: float = 0.0
     delay: Delay = "none"
     warmup_steps: int = 0
-    verify_every: int = 100
+    verify_every: int = VERIFY_ROUNDS
     outer_state: OuterState = "replicated"
     auto: Auto | None = None
     route: Route = "two_phase"
+    tie: Tie = "stop"
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         from dtrain.comm.schedules.offloaded import AttachedOffloaded
@@ -103,7 +107,8 @@ def local_update(
     mix: float | None = 0.0,
     delay: Delay = "none",
     warmup_steps: int = 0,
-    verify_every: int = 100,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
     route: Route = "two_phase",
@@ -121,7 +126,10 @@ def local_update(
             of up to one step, 0.5 with a longer one.
         delay: "stale" and "eager" overlap a whole round; see the module.
         warmup_steps: steps of data parallelism before the first round.
-        verify_every: rounds between two comparisons of what must be equal on all replicas; 0 for none.
+        verify_every: rounds between two comparisons of what must be equal on all replicas (anchor, outer momentum; in
+            the warm-up parameters and optimizer state, after as many times ``every_steps``); 0 for none.
+        tie: what happens if they differ and none is in the majority, as with two replicas: "stop" raises, "first" goes
+            on with the first replica's.
         outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas, "offloaded" keeps them in
             host memory between rounds; see `sharded` and `offloaded`.
         utilization: what "auto" aims at: the part of the time in which nobody waits for the links, in (0, 1).
@@ -160,15 +168,14 @@ def local_update(
         raise ValueError(f"mix is {mix!r}; the share of this replica's own parameters lies in [0, 1]")
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
         raise ValueError(f"warmup_steps is {warmup_steps!r}; give a whole number of steps, 0 for none")
-    if not isinstance(verify_every, int) or isinstance(verify_every, bool) or verify_every < 0:
-        raise ValueError(f"verify_every is {verify_every!r}; give a whole number of rounds, 0 for never")
+    require_guard(verify_every, tie, "rounds")
     plan, rule = as_plan(compress), mean() if combine is None else combine
     require_mean_for_low_rank(plan, rule)
     warn_of_loss(plan)
     require_summable(plan, rule, route, weighted=True)
     made = LocalUpdate(
         every_steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps, verify_every,
-        outer_state, auto if auto.wanted else None, route,
+        outer_state, auto if auto.wanted else None, route, tie,
     )  # fmt: skip
     _require_shardable(made)
     return made

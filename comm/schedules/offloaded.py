@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dtrain.comm.layout import Named
 from dtrain.comm.pieces import Pieces
+from dtrain.comm.schedules.guard import Held
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.parts import Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
@@ -33,11 +34,15 @@ class AttachedOffloaded(AttachedLocalUpdate):
         self._stream: torch.cuda.Stream | None = None
         super().__init__(spec, pieces, seed)
 
-    def verify(self) -> bool:
-        self._fetch(self.pieces.segments)
-        equal = super().verify()
-        self._stow()
-        return equal
+    def _held_alike(self) -> Held:
+        """Where it lies: what is on the host need not come to the device to be compared."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        yield from super()._held_alike()
+
+    def _take_over(self, values: Mapping[str, Tensor]) -> None:
+        super()._take_over(values)
+        self._stow()  # and what was copied ahead goes
 
     def close_round(self) -> bool:
         closed = super().close_round()

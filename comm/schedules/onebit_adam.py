@@ -31,7 +31,8 @@ from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Compress, after
 from dtrain.comm.routes import Combined
-from dtrain.comm.schedules.every_step import AttachedEveryStep, EveryStep, every_step
+from dtrain.comm.schedules.every_step import VERIFY_STEPS, AttachedEveryStep, EveryStep, every_step
+from dtrain.comm.schedules.guard import Tie
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
 
@@ -138,12 +139,15 @@ class _AttachedOneBitAdam(AttachedEveryStep):
         return self.pieces.optimizer.param_groups[0]
 
 
-def onebit_adam(warmup_steps: int, *, compress: Compress = None) -> OneBitAdam:
+def onebit_adam(
+    warmup_steps: int, *, compress: Compress = None, verify_every: int = VERIFY_STEPS, tie: Tie = "stop"
+) -> OneBitAdam:
     """1-bit Adam.
 
     Args:
         warmup_steps: of plain Adam in fp32; 15 to 25 % of a run, until the variance stands still.
         compress: what momenta are sent as afterwards; ``error_feedback(sign())`` by default.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `every_step`.
 
     Raises ``ValueError`` for a warm-up of less than a step, and when attached to another optimizer than Adam or AdamW.
     Source: arXiv:2102.02888, algorithm 1.
@@ -151,4 +155,5 @@ def onebit_adam(warmup_steps: int, *, compress: Compress = None) -> OneBitAdam:
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 1:
         raise ValueError(f"warmup_steps is {warmup_steps!r}; the variance needs at least one step to be frozen")
     then = error_feedback(sign()) if compress is None else compress
-    return OneBitAdam(warmup_steps, every_step(compress=after(warmup_steps, then)))
+    exchange = every_step(compress=after(warmup_steps, then), verify_every=verify_every, tie=tie)
+    return OneBitAdam(warmup_steps, exchange)

@@ -8,19 +8,34 @@ Communication: in the warm-up all gradients in fp32 at every step, then one roun
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.guard import Tie
 from dtrain.comm.schedules.knobs import Knob
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
 from dtrain.comm.schedules.outer import sgd
 
 
-def post_local_sgd(*, every_steps: Knob, warmup_steps: int, compress: Compress = None) -> LocalUpdate:
+def post_local_sgd(
+    *,
+    every_steps: Knob,
+    warmup_steps: int,
+    compress: Compress = None,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
+) -> LocalUpdate:
     """Average gradients for ``warmup_steps`` steps, then parameters every ``every_steps`` steps.
 
-    ``compress`` is for the parameters' deltas; the warm-up sends fp32.
+    ``compress`` is for the parameters' deltas; the warm-up sends fp32. ``verify_every``, ``tie``: see `local_update`.
 
     >>> post_local_sgd(every_steps=16, warmup_steps=1000).warmup_steps
     1000
 
     Raises ``ValueError`` for numbers that are not whole, or negative. Source: arXiv:1808.07217.
     """
-    return local_update(every_steps=every_steps, outer=sgd(lr=1.0), compress=compress, warmup_steps=warmup_steps)
+    return local_update(
+        every_steps=every_steps,
+        outer=sgd(lr=1.0),
+        compress=compress,
+        warmup_steps=warmup_steps,
+        verify_every=verify_every,
+        tie=tie,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.routes import Combined, two_phase
-from dtrain.comm.schedules.guard import differences, gauges, products, repaired
+from dtrain.comm.schedules.guard import Held, differences, gauges, kept_by, numbers_of, products
 from dtrain.comm.schedules.knobs import Knobs
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.measuring import Choosing
@@ -39,6 +38,9 @@ class AttachedLocalUpdate(Attached):
     settings: tuple[str, ...] = (
         "every_steps", "outer", "rule", "fragments", "overlap_steps", "mix", "delay", "warmup_steps", "auto",
     )  # fmt: skip
+
+    _alike_means = "anchor, outer momentum; in a warm-up parameters, optimizer state"
+    _from_the_beginning: tuple[str, ...] = ("anchor",)
 
     def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
         super().__init__(pieces, State(spec.kinds), spec.plan, seed, spec)
@@ -68,18 +70,14 @@ class AttachedLocalUpdate(Attached):
         """
         self.tokens += tokens - 1
 
-    def verify(self) -> bool:
-        """Compare what must be equal on all replicas, and make it so; True if it was. Every rank must call it."""
-        wrong = self.pieces.channel.run(repaired(self.state, self.pieces.place), "guard")
-        equal = self._agree(not wrong)
-        if not equal:
-            self.repairs += 1
-            warnings.warn(
-                f"step {self.steps}: what must be equal on all replicas (anchor, outer momentum) differed on replicas "
-                f"{wrong or 'of another shard'} and was replaced by the others'; look at their memory and processors",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
-        return equal
+    def _held_alike(self) -> Held:
+        if self._together:
+            yield from self._parameters_alike()
+            yield from kept_by(self.pieces.optimizer)
+        yield from super()._held_alike()
+
+    def _alike_in_words(self) -> str:
+        return numbers_of(self.pieces.optimizer) if self._together else ""
 
     def close_round(self) -> bool:
         self._require_live("close_round()")
@@ -229,6 +227,11 @@ class AttachedLocalUpdate(Attached):
             self.decisions.append(why)
 
     @property
+    def _together(self) -> bool:
+        """Whether the last step was one of the warm-up, in which the replicas are equal."""
+        return 0 < self.steps <= self.spec.warmup_steps
+
+    @property
     def _warming(self) -> bool:
         return 0 < self.steps < self.spec.warmup_steps
 
@@ -239,6 +242,9 @@ class AttachedLocalUpdate(Attached):
 
     def _stay_together(self) -> None:
         """A step of the warm-up has ended: the replicas are equal, and the anchor moves with them at its end."""
+        every, last = self.spec.verify_every * self.spec.every_steps, self.steps == self.spec.warmup_steps
+        if every and (last or self.steps % every == 0):
+            self.verify()
         if self.steps == self.spec.warmup_steps:
             self._anchor_here()
         for part in self.parts:

@@ -36,7 +36,8 @@ from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.plans.base import WEAK, Compress, Plan, as_plan, with_feedback
 from dtrain.comm.routes import Combined
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.guard import Tie
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
 from dtrain.comm.schedules.outer import sgd
 from dtrain.comm.schedules.parts import Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
@@ -184,7 +185,15 @@ class _Directing:
         """Nothing: it sends nothing."""
 
 
-def fedavg_m(*, every_steps: int = 10, beta: float = 0.1, lr: float = 1.0, compress: Compress = None) -> LocalUpdate:
+def fedavg_m(
+    *,
+    every_steps: int = 10,
+    beta: float = 0.1,
+    lr: float = 1.0,
+    compress: Compress = None,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
+) -> LocalUpdate:
     """FedAvg-M: each local step goes along the last round's mean direction, too.
 
     Args:
@@ -192,6 +201,7 @@ def fedavg_m(*, every_steps: int = 10, beta: float = 0.1, lr: float = 1.0, compr
         beta: what this replica's own gradient counts, in (0, 1]; 1 is Local SGD.
         lr: of the outer step, in units of what the replicas moved.
         compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> fedavg_m(beta=0.5).beta
     0.5
@@ -199,10 +209,19 @@ def fedavg_m(*, every_steps: int = 10, beta: float = 0.1, lr: float = 1.0, compr
     Raises ``ValueError`` for numbers outside their range, and when attached to another optimizer than plain SGD.
     Source: arXiv:2306.16504.
     """
-    return _directed(every_steps, beta, lr, compress, control=False)
+    loop = _loop(every_steps, lr, as_plan(compress), verify_every, tie)
+    return _directed(loop, beta, control=False)
 
 
-def scaffold_m(*, every_steps: int = 10, beta: float = 1.0, lr: float = 1.0, compress: Compress = None) -> LocalUpdate:
+def scaffold_m(
+    *,
+    every_steps: int = 10,
+    beta: float = 1.0,
+    lr: float = 1.0,
+    compress: Compress = None,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
+) -> LocalUpdate:
     """SCAFFOLD-M: local steps that are corrected by how this replica's gradients differ from all replicas'.
 
     Args: those of `fedavg_m`; with ``beta=1`` it is SCAFFOLD.
@@ -213,7 +232,10 @@ def scaffold_m(*, every_steps: int = 10, beta: float = 1.0, lr: float = 1.0, com
     Raises ``ValueError`` as `fedavg_m` does, and for EF21 or EControl around a compressor that loses more than half.
     Source: arXiv:2306.16504, arXiv:1910.06378.
     """
-    return _directed(every_steps, beta, lr, compress, control=True)
+    plan = as_plan(compress)
+    _require_stable(plan)
+    loop = _loop(every_steps, lr, with_feedback(plan, noted), verify_every, tie)
+    return _directed(loop, beta, control=True)
 
 
 def _require_stable(plan: Plan) -> None:
@@ -227,15 +249,16 @@ def _require_stable(plan: Plan) -> None:
             )
 
 
-def _directed(every_steps: int, beta: float, lr: float, compress: Compress, *, control: bool) -> LocalUpdate:
-    if not 0 < beta <= 1:
-        raise ValueError(f"beta is {beta!r}; what a replica's own gradient counts lies in (0, 1]")
+def _loop(every_steps: int, lr: float, plan: Plan, verify_every: int, tie: Tie) -> LocalUpdate:
     if not isinstance(every_steps, int):
         raise ValueError(f"every_steps is {every_steps!r}; give a whole number of steps")
-    plan = as_plan(compress)
-    if control:
-        _require_stable(plan)
-        plan = with_feedback(plan, noted)
-    made = local_update(every_steps=every_steps, outer=sgd(lr=lr), compress=plan)
+    return local_update(
+        every_steps=every_steps, outer=sgd(lr=lr), compress=plan, verify_every=verify_every, tie=tie
+    )
+
+
+def _directed(made: LocalUpdate, beta: float, *, control: bool) -> LocalUpdate:
+    if not 0 < beta <= 1:
+        raise ValueError(f"beta is {beta!r}; what a replica's own gradient counts lies in (0, 1]")
     fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     return Directed(**fields, beta=float(beta), control=control)

@@ -21,6 +21,7 @@ from dtrain.comm.layout import Named, chunk_width, from_rows, is_keepable, to_ro
 from dtrain.comm.ops import AllGather, AllToAll, Flow, Place
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.routes import Combined, Votes, all_finite, vote
+from dtrain.comm.schedules.guard import PARAMETER, Held
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.outer import Round
 from dtrain.comm.schedules.parts import Flight, Part
@@ -41,6 +42,16 @@ class AttachedSharded(AttachedLocalUpdate):
         for name in self.owned.kinds:
             for fqn, whole in self._gathered(name, self.pieces.segments).items():
                 self.state.tensors.setdefault(fqn, {})[name] = whole
+
+    def _held_alike(self) -> Held:
+        """Of what each replica keeps for itself nothing; but right after a round all hold the anchor."""
+        fresh = {fqn for part in self.parts if part.captured == self.steps and not self.spec.mix for fqn in part.fqns}
+        if self._together:
+            yield from super()._held_alike()
+            return
+        for name, value in self._parameters_alike():
+            if name.removeprefix(PARAMETER) in fresh:
+                yield name, value
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
         super().load_integers(integers)

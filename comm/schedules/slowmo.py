@@ -13,8 +13,9 @@ Communication: one round every H steps. Bytes: of one parameter exchange per rou
 from __future__ import annotations
 
 from dtrain.comm.plans.base import Compress
+from dtrain.comm.schedules.guard import Tie
 from dtrain.comm.schedules.knobs import Knob
-from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS, LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import SlowMomentum, checked
 
 
@@ -26,6 +27,8 @@ def slowmo(
     compress: Compress = None,
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
 ) -> LocalUpdate:
     """SlowMo. The inner learning rate must be the same for all parameters.
 
@@ -37,6 +40,7 @@ def slowmo(
         outer_state: "sharded" (1 / M of anchor and outer momentum on each of M replicas; fp32 only) or "offloaded" (in
             host memory between rounds); "replicated" by default.
         utilization: the compute utilization that "auto" aims at, in (0, 1).
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> slowmo().outer
     SlowMomentum(lr=1.0, momentum=0.5)
@@ -50,4 +54,6 @@ def slowmo(
         compress=compress,
         outer_state=outer_state,
         utilization=utilization,
+        verify_every=verify_every,
+        tie=tie,
     )

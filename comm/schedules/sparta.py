@@ -25,6 +25,8 @@ from dtrain.comm.feedback import as_compression
 from dtrain.comm.layout import chunk_width
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.routes import all_finite, two_phase
+from dtrain.comm.schedules.every_step import VERIFY_STEPS
+from dtrain.comm.schedules.guard import PARAMETER, Held, Tie, require_guard
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
@@ -36,6 +38,8 @@ class Sparta:
 
     density: float
     every_steps: int
+    verify_every: int = VERIFY_STEPS
+    tie: Tie = "stop"
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         return AttachedSparta(self, pieces, seed)
@@ -47,11 +51,13 @@ class AttachedSparta(Attached):
     parameters_kind: Kind = "per_worker"
     counters = (*Attached.counters, "left_out")
     settings = ("density", "every_steps")
+    _alike_means = "coordinates that were just averaged"
 
     def __init__(self, spec: Sparta, pieces: Pieces, seed: int) -> None:
         super().__init__(pieces, State({}), as_compression(None), seed, spec)
         self.spec = spec
         self.left_out = 0
+        self._averaged: dict[str, Tensor] = {}  # what the last exchange has made equal: coordinates
         pieces.hand_over(None)
 
     def _gradients_ok(self) -> bool:
@@ -63,8 +69,12 @@ class AttachedSparta(Attached):
         return True
 
     def _after_step(self) -> None:
+        self._averaged = {}
         if self.steps % self.spec.every_steps == 0:
-            self._average(self.spec.density, self.steps // self.spec.every_steps - 1)
+            number = self.steps // self.spec.every_steps
+            self._average(self.spec.density, number - 1)
+            if self.spec.verify_every and number % self.spec.verify_every == 0:
+                self.verify()
 
     def _average(self, density: float, number: int) -> None:
         key, place = Key(self.seed, self.steps, self.pieces.place.rank), self.pieces.place
@@ -80,6 +90,18 @@ class AttachedSparta(Attached):
         combined = self.pieces.channel.run(flow, "coordinates")
         if self._agree(combined.finite):
             self.pieces.write(_replaced(now, turns, combined.values))
+            self._averaged = turns
+
+    def _held_alike(self) -> Held:
+        for name, value in self._parameters_alike():
+            fqn = name.removeprefix(PARAMETER)
+            if fqn in self._averaged:
+                yield f"coordinates of {fqn}", value[self._averaged[fqn]]
+
+    def _take_over(self, values: Mapping[str, Tensor]) -> None:
+        now = self.pieces.read()
+        right = {fqn: values.get(f"coordinates of {fqn}", now[fqn][at]) for fqn, at in self._averaged.items()}
+        self.pieces.write({**now, **_replaced({fqn: now[fqn] for fqn in right}, self._averaged, right)})
 
 
 def turn(value: Tensor, density: float, number: int, key: Key) -> Tensor:
@@ -104,12 +126,17 @@ def _replaced(
     return {fqn: value.index_copy(0, turns[fqn], values[fqn]) for fqn, value in now.items()}
 
 
-def sparta(*, density: float = 0.005, every_steps: int = 1) -> Sparta:
+def sparta(
+    *, density: float = 0.005, every_steps: int = 1, verify_every: int = VERIFY_STEPS, tie: Tie = "stop"
+) -> Sparta:
     """Average a part of the parameters at a time.
 
     Args:
         density: the part, in (0, 1].
         every_steps: inner steps between two exchanges.
+        verify_every: exchanges between two comparisons of what was averaged last, which is all that must be equal on
+            all replicas; 0 for none.
+        tie: see `every_step`.
 
     >>> sparta().density
     0.005
@@ -120,4 +147,5 @@ def sparta(*, density: float = 0.005, every_steps: int = 1) -> Sparta:
         raise ValueError(f"density is {density!r}; the part that is averaged lies in (0, 1], for example 0.005")
     if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
         raise ValueError(f"every_steps is {every_steps!r}; give a positive whole number of inner steps")
-    return Sparta(float(density), every_steps)
+    require_guard(verify_every, tie, "exchanges")
+    return Sparta(float(density), every_steps, verify_every, tie)

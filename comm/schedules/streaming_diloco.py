@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 from dtrain.comm.plans.base import Compress
 from dtrain.comm.schedules.fragments import FirstRound, Pattern, fragments
+from dtrain.comm.schedules.guard import Tie
 from dtrain.comm.schedules.knobs import Knob
-from dtrain.comm.schedules.local_update import LocalUpdate, OuterState, local_update
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS, LocalUpdate, OuterState, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, nesterov
 
 
@@ -34,6 +35,8 @@ def streaming_diloco(
     staggered: bool = True,
     first_round: FirstRound = "full",
     utilization: float = 0.95,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
 ) -> LocalUpdate:
     """Streaming DiLoCo.
 
@@ -53,6 +56,7 @@ def streaming_diloco(
         first_round: "full": each fragment's first exchange comes after a whole period; "early": after its turn in the
             first period, as in torchft.
         utilization: what "auto" aims at: the part of the time in which nobody waits for the links, in (0, 1).
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> streaming_diloco(every_steps=30).overlap_steps
     1
@@ -77,4 +81,6 @@ def streaming_diloco(
         warmup_steps=warmup_steps,
         outer_state=outer_state,
         utilization=utilization,
+        verify_every=verify_every,
+        tie=tie,
     )

@@ -6,11 +6,12 @@ import hashlib
 import math
 import re
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +27,27 @@ from dtrain.comm.ops import AllGather, AllReduce, Axis, Broadcast, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
 from dtrain.comm.plans.base import Plan, kinds_of, unmatched
+from dtrain.comm.schedules.guard import PARAMETER, Held, ReplicasDiffer, Tie, Verdict, compared
+from dtrain.comm.schedules.saved import (
+    EACH_SAVES,
+    Entries,
+    RankedState,
+    entries_for,
+    holdings,
+    integers_of,
+    place_name,
+    require_same_sync,
+    tensors_of,
+)
 from dtrain.comm.seeds import Key
-from dtrain.comm.state import Kind, State
+from dtrain.comm.state import Kind, State, Tensors
 
 MANY_SKIPPED = 10
 """Steps in a row that nobody could make, after which it is said."""
+
+
+REFUSED = -1
+"""What a rank tells the others in place of the step of its state, if it cannot go on with that."""
 
 
 class Sync(Protocol):
@@ -52,6 +69,12 @@ class Attached(ABC):
     settings: tuple[str, ...] = ()
     """Fields of the spec that a state belongs to, beside the compressors."""
 
+    _alike_means = "parameters, optimizer state"
+    """What `_held_alike` is, for people."""
+
+    _from_the_beginning: tuple[str, ...] = ()
+    """Names of what is kept of every parameter from the first step on."""
+
     def __init__(self, pieces: Pieces, state: State, plan: Plan, seed: int, spec: object) -> None:
         self.pieces = pieces
         self.seed = seed
@@ -60,24 +83,25 @@ class Attached(ABC):
         self.steps = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.repairs = 0
+        self.tie: Tie = getattr(spec, "tie", "stop")
+        self.meter: Meter = pieces.channel.meter  # what this rank has sent, and how long it stood waiting
         self.gauges: dict[str, float] = {}
         self.decisions: list[str] = []  # for people, who take them out
         self.matrices = matrices(pieces.segments, pieces.shapes)
         own = (f"{name}={getattr(spec, name)}" for name in self.settings)
         method = f"{type(self).__name__}: {'; '.join(map(str, plan.compressions))}"
         self.told = _without_addresses("; ".join([method, *own]))
-        self._shows = False
         self.stepped_elsewhere: frozenset[str] = frozenset()
         """Parameters that the optimizer of ``pieces`` does not step, though they are trained."""
         self.require_still: Callable[[], None] = lambda: None
         """Raises ``RuntimeError`` if somebody has moved them since the last step."""
+        self._live: Mapping[str, Tensor] | None = None  # while something else is shown
+        self._saves = 0
+        self._given: weakref.ref[Entries] | None = None
+        self._lost_at: int | None = None
         self._warn_of_rules(plan)
         self._begin(f"{spec}")
-
-    @property
-    def meter(self) -> Meter:
-        """What this rank has sent, and how long it stood waiting."""
-        return self.pieces.channel.meter
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
         """What methods of forward passes only are stepped from: see `ForwardOnly.estimate`.
@@ -186,11 +210,11 @@ class Attached(ABC):
         ...     validate(model)
         """
         shown, norms = self._to_evaluate(), list[Norm]()
-        live, before = self.pieces.read() if shown is not None else {}, self._shows
+        live, before = self.pieces.read() if shown is not None else {}, self._live
         try:
             if shown is not None:
                 self.pieces.write(shown)
-                self._shows = True
+                self._live = live if before is None else before
             if recalibrate is not None:
                 norms = recalibrated(recalibrate)
                 self._votes.run(pooled(norms, self._alike), "recalibrate")
@@ -198,7 +222,7 @@ class Attached(ABC):
         finally:
             for norm in norms:
                 norm.put_back()
-            self._shows = before
+            self._live = before
             if shown is not None:
                 self.pieces.write(live)
 
@@ -213,59 +237,205 @@ class Attached(ABC):
 
     def _require_live(self, what: str) -> None:
         """Raise ``RuntimeError`` within `evaluation`, at whose end whatever ``what`` changes would be lost."""
-        if self._shows:
+        self._require_saved()
+        if self._live is not None:
             raise RuntimeError(
                 f"{what} within sync.evaluation(), where the model holds what is to be evaluated; call it behind that "
                 "block"
             )
 
-    def state_dict(self) -> dict[str, object]:
-        """Plain tensors, integers and text: ``{"tensors": {fqn: {name: tensor}}, "integers": ..., "parameters": ...}``.
+    def verify(self) -> bool:
+        """Compare what must be equal on all replicas, and make it so; True if it was. Every rank must call it.
 
-        Each rank has its own. The last entry is a digest of this rank's parameters, which are saved apart. Every rank
-        must call it at the same step.
+        The largest group that agrees is right, and the others take what it has, with a warning that names them. Raises
+        `ReplicasDiffer` where no group is the largest, unless ``tie="first"`` says whom to take then; where replicas do
+        not even hold the same tensors; and if only some were asked for their state since they were attached.
         """
-        self._require_live("state_dict()")
+        size = self.pieces.place.size
+        found = self._compared()
+        told = self._over_shards(found.told(size), "agree")
+        wrong = [rank for rank in range(size) if told[rank]]
+        if bool(told[size:].any()):
+            raise ReplicasDiffer(f"step {self.steps}: {found.refusal(told[size:], self._alike_means, self._saves)}")
+        if wrong:
+            self._take_over(found.values)
+            self.repairs += 1
+            warnings.warn(
+                f"step {self.steps}: what must be equal on all replicas ({self._alike_means}) differed on replicas "
+                f"{wrong} and was replaced by the others'; {found.first}look at their memory and processors",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+        return not wrong
+
+    def _compared(self) -> Verdict:
+        flow = compared(self._held_alike, self._alike_in_words(), self._saves_alike(), self.pieces.place, self.tie)
+        return self.pieces.channel.run(flow, "guard")
+
+    def _saves_alike(self) -> int:
+        """How often every rank must have been asked for its state; 0 where that does not matter."""
+        return self._saves if self._each_its_own else 0
+
+    def _held_alike(self) -> Held:
+        """What must be equal on all replicas now, in memory of its own but for parameters."""
+        names = sorted(name for name, kind in self.state.kinds.items() if kind == "replicated")
+        for fqn in sorted(self.state.tensors):
+            for name in names:
+                if name in self.state.tensors[fqn]:
+                    yield f"{name} of {fqn}", self.state.tensors[fqn][name]
+
+    def _alike_in_words(self) -> str:
+        """What must be equal on all replicas now and is no tensor."""
+        return ""
+
+    def _parameters_alike(self) -> Held:
+        """The parameters, one after the other, for `_held_alike` where they are equal on all replicas."""
+        for fqn in self.pieces.segments:
+            yield PARAMETER + fqn, self.pieces.read([fqn], copy=False)[fqn]
+
+    def _take_over(self, values: Mapping[str, Tensor]) -> None:
+        """Set what is wrong here: ``values`` by the names of `_held_alike`. Every rank calls it, as it writes."""
+        for name, tensor in self._held_alike():
+            if name in values and not name.startswith(PARAMETER):
+                tensor.copy_(values[name])
+        mine = {name.removeprefix(PARAMETER): value for name, value in values.items() if name.startswith(PARAMETER)}
+        self.pieces.write({**self.pieces.read(), **mine})
+
+    @property
+    def _each_its_own(self) -> bool:
+        """Whether a rank keeps what no other rank has."""
+        kinds = set(self.state.kinds.values())
+        shards = self.pieces.channel.places["shard"].size
+        return self.parameters_kind == "per_worker" or "per_worker" in kinds or (shards > 1 and bool(kinds))
+
+    def state_dict(self) -> dict[str, object]:
+        """This rank's state, by its place: ``{"replica-0-of-2.shard-0-of-1": {"tensors": ..., "integers": ..., ...}}``.
+
+        Plain tensors, integers and text; see `dtrain.comm.schedules.saved`. Each rank has its own, and every rank must
+        call it at the same step and save what it gets. "parameters" is a digest of this rank's parameters, which are
+        saved apart; taken within `evaluation`, a state holds also the live ones, and brings them back.
+        """
+        self._require_saved()
         self.settle()
-        digest = _digest(self.pieces.read(copy=False))
-        return {
-            "tensors": self.state.tensors, "integers": self.integers(), "parameters": digest, "place": self._place(),
-            "sync": self.told,
+        self._saves += 1
+        tensors = {fqn: dict(named) for fqn, named in self.state.tensors.items()}
+        entries: dict[str, object] = {
+            "tensors": tensors, "holds": holdings(tensors), "integers": self.integers(),
+            "parameters": _digest(self.pieces.read(copy=False)), "place": self._place(), "sync": self.told,
         }  # fmt: skip
+        if self._live is not None:
+            entries["live"] = dict(self._live)
+        own, step, me = Entries(entries), self.steps, weakref.ref(self)
+        self._given = weakref.ref(own)
+
+        def unread() -> None:
+            attached = me()
+            if attached is not None:
+                attached._lost_at = step
+                warnings.warn(f"the state of step {step} was thrown away unread", RuntimeWarning, stacklevel=2)
+
+        return RankedState(self._name(), own, unread if self._each_its_own else None)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from `state_dict`, after the model's and the optimizer's own states have been loaded.
 
-        Raises ``ValueError`` for the state of another method, or one with other settings, and if the model does not
-        hold the parameters that this rank had when the state was taken. A state whose "sync" entry was taken out is
-        loaded as far as the names of what both keep agree.
+        Every rank must call it, with its own state or with what was put together of several ranks'. Raises
+        ``ValueError`` for the state of another rank, of another method, or one with other settings, for one of which a
+        part is missing, if the model does not hold the parameters that this rank had when the state was taken, and if
+        the ranks' states are of different steps. ``state | {"sync": None}`` is loaded as far as the names of what both
+        keep agree.
         """
-        found = state if isinstance(state, Mapping) else {}
-        tensors, integers = found.get("tensors"), found.get("integers")
-        if not isinstance(tensors, Mapping) or not isinstance(integers, Mapping):
-            raise TypeError("the state of a sync is {'tensors': {fqn: {name: tensor}}, 'integers': {name: int}}")
-        saved = state.get("sync")
-        if saved not in (None, self.told):
+        refusal: Exception | None = None
+        tensors: Tensors = {}
+        integers = {"steps": REFUSED}
+        try:
+            entries, tensors, integers = self._taken_apart(state)
+        except (TypeError, ValueError) as error:
+            refusal = error
+        replicas, shards = self._told_by_all(integers["steps"])
+        if refusal is not None:
+            raise refusal
+        if REFUSED in (*replicas, *shards):
+            other = [rank for rank, step in enumerate(replicas) if step == REFUSED]
             raise ValueError(
-                f"this state was saved with {unlike(str(saved), self.told)}, and this is "
-                f"{unlike(self.told, str(saved))}; attach what it was saved with, or take out its entry 'sync' if the "
-                "change is meant"
+                f"replicas {other or 'of another shard'} refused the states that they were to load, and say why; load "
+                "one and the same checkpoint on all ranks"
             )
-        if state.get("place") not in (None, self._place()):
+        if len({*replicas, *shards}) > 1:
             raise ValueError(
-                f"this state was taken by {state['place']}, and this is {self._place()}; every rank loads its own files"
+                f"the states that are loaded are of different steps: {replicas} on the replicas, {shards} on the ranks "
+                "of this one; load one and the same checkpoint on all ranks"
             )
-        if state.get("parameters") not in (None, _digest(self.pieces.read(copy=False))):
+        before = self.state.tensors, self.integers()
+        try:
+            self.state.load(self._brought_here(tensors))
+            self.load_integers(integers)
+        except (KeyError, ValueError) as error:
+            self.state.tensors = before[0]
+            self.load_integers(before[1])
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"this state was saved with another sync: {error.args[0]} is missing") from error
+        if isinstance(live := entries.get("live"), Mapping):
+            self.pieces.write(live)
+
+    def _taken_apart(self, state: object) -> tuple[Mapping[str, object], Tensors, dict[str, int]]:
+        """This rank's entries, and their tensors and integers, if it can go on with them."""
+        given = self._given() if self._given is not None else None
+        if given is not None and isinstance(state, Mapping) and any(value is given for value in state.values()):
+            raise ValueError(
+                "this is what this sync itself gave as its state, and nothing was loaded into it since: is there none "
+                "in the checkpoint? To go back to it in memory, take copy.deepcopy(sync.state_dict())"
+            )
+        entries = entries_for(state, self._name(), whichever=not self._each_its_own)
+        require_same_sync(entries, self.told, self._place() if self._each_its_own else None)
+        tensors = tensors_of(entries, self.state.kinds, self.pieces.segments, self._from_the_beginning)
+        integers = integers_of(entries, self.counters)
+        self._require_parameters(entries)
+        return entries, tensors, integers
+
+    def _require_parameters(self, entries: Mapping[str, object]) -> None:
+        saved = entries.get("parameters")
+        if saved is None:
+            return
+        now = _digest(self.pieces.read(copy=False))
+        others = str(entries.get("place")).partition(", ")[2] not in self._place()  # another shard: other parameters
+        live = entries.get("live")
+        if saved != now and not others and not (isinstance(live, Mapping) and _digest(live) == now):
             raise ValueError(
                 "the model does not hold the parameters that this rank had when this state was taken; on every rank: "
                 "attach, then load the model's and the optimizer's states, then the sync's, each from this rank's own "
                 "files (in a round of a local update the replicas differ)"
             )
-        try:
-            self.state.load(tensors)
-            self.load_integers({name: int(value) for name, value in integers.items()})
-        except KeyError as error:
-            raise ValueError(f"this state was saved with another sync: {error.args[0]}") from error
+
+    def _told_by_all(self, number: int) -> tuple[list[int], list[int]]:
+        """``number`` of all replicas, and of all ranks of this one. Every rank must call it."""
+        own = torch.tensor([number])
+        shards = self.pieces.channel.run(_gather(own, "shard"), "agreement")
+        return self.pieces.channel.run(_gather(own), "agreement").flatten().tolist(), shards.flatten().tolist()
+
+    def _brought_here(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """On the device of the parameter that each belongs to."""
+        devices = {fqn: value.device for fqn, value in self.pieces.read(copy=False).items()}
+        found: dict[str, dict[str, Tensor]] = {}
+        for fqn, named in tensors.items():
+            found[fqn] = {name: tensor.to(devices.get(fqn, tensor.device)) for name, tensor in named.items()}
+        return found
+
+    def _require_saved(self) -> None:
+        """Raise ``RuntimeError`` if a state that this rank gave was thrown away by whoever had asked for it."""
+        if self._lost_at is not None:
+            step, self._lost_at = self._lost_at, None
+            raise RuntimeError(
+                f"the state that {self._place()} gave at step {step} was thrown away unread, so what it keeps is not "
+                "in that checkpoint: a framework asked all ranks and wrote what the main process got (as "
+                f"register_for_checkpointing of accelerate, or save of lightning.fabric). {EACH_SAVES}"
+            )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} is at work in this process, between its model and the links, and cannot be "
+            f"pickled or copied; save its state. {EACH_SAVES}"
+        )
 
     def integers(self) -> dict[str, int]:
         return {**{name: getattr(self, name) for name in self.counters}, **self.plan.integers()}
@@ -285,6 +455,11 @@ class Attached(ABC):
         """Stop syncing and leave the model as it was found."""
         self.pieces.detach()
         self.pieces.channel.close()
+        self._require_saved()
+
+    def _name(self) -> str:
+        """Of this rank's entries in a state."""
+        return place_name(self.pieces.channel.places["replicate"], self.pieces.channel.places["shard"])
 
     def _place(self) -> str:
         replicas, shards = self.pieces.channel.places["replicate"], self.pieces.channel.places["shard"]
@@ -364,23 +539,13 @@ def _digest(values: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def unlike(one: str, other: str) -> str:
-    """The settings of ``one``, as `Attached.told` has them, that ``other`` does not have.
-
-    >>> unlike("Attached: fp32; every_steps=5; mix=0.0", "Attached: fp32; every_steps=6; mix=0.0")
-    'every_steps=5'
-    """
-    others = other.split("; ")
-    return "; ".join(part for part in one.split("; ") if part not in others) or "nothing else"
-
-
 def _without_addresses(text: str) -> str:
     """So that a function or an object of somebody else is called the same in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def _gather(own: Tensor) -> Flow[Tensor]:
-    (everybody,) = yield AllGather((own,))
+def _gather(own: Tensor, axis: Axis = "replicate") -> Flow[Tensor]:
+    (everybody,) = yield AllGather((own,), axis)
     return everybody
 
 

@@ -27,6 +27,8 @@ from dtrain.comm.layout import Named
 from dtrain.comm.ops import AllGather, Flow, Payload
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
+from dtrain.comm.schedules.guard import Held, Tie, require_guard
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.shared_seed.directions import At, Noise, Walk, move, single
 from dtrain.comm.shared_seed.forward_only import ForwardOnly, require_plain_sgd
@@ -47,6 +49,8 @@ class FedKSeed:
     eps: float
     noise: Noise
     sampling: Sampling
+    verify_every: int = VERIFY_ROUNDS
+    tie: Tie = "stop"
 
     constant_rate = True
     """What the trainer refuses a schedule of the learning rate for."""
@@ -71,12 +75,14 @@ class AttachedFedKSeed(ForwardOnly):
 
     parameters_kind: Kind = "per_worker"
     counters = (*ForwardOnly.counters, "rounds", "tokens")
+    _alike_means = "first weights, sums along directions; after a round the weights"
+    _from_the_beginning = ("first",)
 
     def __init__(self, spec: FedKSeed, pieces: Pieces, seed: int) -> None:
         walk = Walk(seed % 2**64, noise=spec.noise)
         self.rate = float(pieces.optimizer.param_groups[0]["lr"])
         super().__init__((spec, self.rate), pieces, seed, walk, spec.eps, {"first": "replicated"})
-        self.spec = spec
+        self.spec, self.tie = spec, spec.tie
         self.rounds = self.tokens = 0
         self.sums = [0.0] * spec.directions  # A
         self.seen = [(0.0, 1)] * spec.directions  # for "pro": sum of amounts, and how many; one of 0 to begin with
@@ -110,6 +116,8 @@ class AttachedFedKSeed(ForwardOnly):
         self._count(usable)
         if len(self.own) == self.spec.every_steps:
             self._end_round()
+            if self.spec.verify_every and self.rounds % self.spec.verify_every == 0:
+                self.verify()
         return usable
 
     def close_round(self) -> bool:
@@ -118,6 +126,14 @@ class AttachedFedKSeed(ForwardOnly):
         if open_round:
             self._end_round()
         return open_round
+
+    def _held_alike(self) -> Held:
+        yield from super()._held_alike()
+        if self.rounds and not self.own:
+            yield from self._parameters_alike()
+
+    def _alike_in_words(self) -> str:
+        return f"{self.sums}"
 
     def _to_evaluate(self) -> dict[str, Tensor] | None:
         return dict(self._made()) if self.own else None
@@ -205,6 +221,8 @@ def fedkseed(
     eps: float = 5e-4,
     noise: Noise = "signs",
     sampling: Sampling = "uniform",
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
 ) -> FedKSeed:
     """Zeroth-order rounds along directions that never change; some kilobytes a round whatever the model's size.
 
@@ -215,6 +233,8 @@ def fedkseed(
         noise: "signs", or "normal" numbers.
         sampling: "uniform", or "pro": in proportion to exp of how much the loss has changed along a direction, from the
             least (0) to the most (1) of all.
+        verify_every: rounds between two comparisons of the weights that all replicas have made; 0 for none.
+        tie: see `every_step`.
 
     >>> fedkseed().directions
     4096
@@ -229,7 +249,8 @@ def fedkseed(
     if sampling not in ("uniform", "pro"):
         raise ValueError(f"sampling is {sampling!r}; choose 'uniform' or 'pro'")
     Walk(0, noise=noise)  # refuses what makes no sense
-    return FedKSeed(every_steps, directions, eps, noise, sampling)
+    require_guard(verify_every, tie, "rounds")
+    return FedKSeed(every_steps, directions, eps, noise, sampling, verify_every, tie)
 
 
 def odds(amounts: list[float]) -> list[float]:

@@ -31,7 +31,8 @@ from dtrain.comm.layout import Named
 from dtrain.comm.ops import AllGather, Flow, Place
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.routes import Combined, all_finite
-from dtrain.comm.schedules.local_update import LocalUpdate, local_update
+from dtrain.comm.schedules.guard import Tie
+from dtrain.comm.schedules.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
 from dtrain.comm.schedules.outer import OuterOptimizer, sgd
 from dtrain.comm.schedules.parts import Flight, Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
@@ -169,7 +170,8 @@ def ferret(
     directions: int = 8192,
     block: int = 16384,
     shrink: Shrink = "least_error",
-    verify_every: int = 100,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
 ) -> Ferret:
     """Ferret: local updates of which a few kilobytes are told.
 
@@ -180,7 +182,7 @@ def ferret(
         block: elements of a block.
         shrink: "least_error" takes what was heard for as much as can be known by it; "none" is unbiased, and of a norm
             that is sqrt((K + d) / K) times as large as the delta's.
-        verify_every: as in `local_update`.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> ferret().directions
     8192
@@ -192,7 +194,8 @@ def ferret(
             raise ValueError(f"{name} is {value!r}; give a positive whole number")
     if shrink not in ("least_error", "none"):
         raise ValueError(f"shrink is {shrink!r}; choose 'least_error' or 'none'")
-    loop = local_update(every_steps=every_steps, outer=sgd() if outer is None else outer, verify_every=verify_every)
+    outer = sgd() if outer is None else outer
+    loop = local_update(every_steps=every_steps, outer=outer, verify_every=verify_every, tie=tie)
     return Ferret(**vars(loop), directions=directions, block=block, shrink=shrink)
 
 

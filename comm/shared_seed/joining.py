@@ -99,13 +99,13 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
         super()._keep(record)
         self.records.append(record)
 
-    def verify(self) -> None:
+    def verify(self) -> bool:
         try:
-            super().verify()
+            return super().verify()
         except RuntimeError as error:
             if not is_loss(error):
                 raise
-            # The next step finds a new epoch.
+            return True  # the next step finds a new epoch
 
     # ---- where machines wait for each other --------------------------------------------------------------------------
 

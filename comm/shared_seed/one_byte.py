@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dtrain.comm.ops import AllGather, Flow
 from dtrain.comm.pieces import Pieces
+from dtrain.comm.schedules.guard import ReplicasDiffer, groups_of, require_guard
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.shared_seed.code import encode
 from dtrain.comm.shared_seed.digest import signed
@@ -100,19 +101,23 @@ class AttachedOneByte(ForwardOnly):
             self.verify()
         return ok
 
-    def verify(self) -> None:
-        """Compare the digests of all machines. Every rank must call it.
+    def verify(self) -> bool:
+        """Compare the digests of all machines; True: they are equal. Every rank must call it.
 
-        Raises ``RuntimeError`` if they differ: somebody had another learning rate, or computes something else.
+        Raises `ReplicasDiffer` if they are not: somebody had another learning rate, or computes something else. Nothing
+        is repaired: each machine's log says what its weights were.
         """
         digests = self.pieces.channel.run(gathered(torch.tensor([signed(self.digest())])), "verify").flatten().tolist()
-        differ = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if differ:
+        most, *others = groups_of(digests)
+        if others:
             rate = self.pieces.optimizer.param_groups[0]["lr"]
-            raise RuntimeError(
-                f"after step {self.steps - 1} machines {differ} have other weights than machine 0: have all the same "
-                f"learning rate (here {rate!r}) and decay at each step? If so, look at their memory and processors"
+            differ = sorted(rank for group in others for rank in group)
+            unknown = " (which are right cannot be known)" if len(most) == len(others[0]) else ""
+            raise ReplicasDiffer(
+                f"after step {self.steps - 1} machines {differ} have other weights than {most}{unknown}: have all the "
+                f"same learning rate (here {rate!r}) and decay at each step? If so, look at their memory and processors"
             )
+        return True
 
     def _keep(self, record: Record) -> None:
         if self.log is not None:
@@ -160,8 +165,7 @@ def one_byte(
     if not 0 < eps < math.inf:
         raise ValueError(f"eps is {eps!r}; give a small positive number such as 1e-3")
     Walk(0, samples, noise, seeds, rule, trimmed)  # refuses what makes no sense
-    if not isinstance(verify_every, int) or isinstance(verify_every, bool) or verify_every < 0:
-        raise ValueError(f"verify_every is {verify_every!r}; give a whole number of steps, 0 for never")
+    require_guard(verify_every, "stop", "steps")
     return OneByte(eps, samples, noise, seeds, rule, trimmed, log, verify_every)
 
 

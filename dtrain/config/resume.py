@@ -23,6 +23,8 @@ MAY_CHANGE_AT_RESUME: Mapping[str, str] = {
     "train.log_every_steps": "logging only looks",
     "train.agree_every_steps": "how often stopping is agreed on changes when a run can stop, not what it computes",
     "train.max_skipped_steps": "the limit only decides when to give up",
+    "sync.verify_every": "comparing replicas only looks",
+    "sync.tie": "it decides what happens where replicas differ, which nobody plans for",
     "sync.log": "a log only records; one in another folder begins where the run goes on",
     "train.microbatch_size": "the same examples in other pieces: equal to round-off, and another mesh may need it",
 }

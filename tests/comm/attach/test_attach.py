@@ -380,8 +380,7 @@ def misused(case: str) -> str:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     try:
         if case == "other ranks, other syncs":
-            sync = local_sgd(every_steps=3 + dist.get_rank())
-            attach(model, optimizer, sync)
+            attach(model, optimizer, local_sgd(every_steps=3 + dist.get_rank()))
         if case == "another compressor's state":
             attached = attach(model, optimizer, every_step(compress=error_feedback(quantize(bits=8))))
             state = attached.state_dict()
@@ -395,7 +394,8 @@ def misused(case: str) -> str:
             model.register_comm_hook(None, fp16_compress_hook)
         if case == "not a sync":
             attach(model, optimizer, error_feedback(topk(0.1)))  # type: ignore[arg-type]
-        attached = attach(model, optimizer, diloco(every_steps=3) if case == "pretrained" else every_step())
+        sync = every_step(compress=error_feedback(topk(0.1))) if case == "another rank's state" else every_step()
+        attached = attach(model, optimizer, diloco(every_steps=3) if case == "pretrained" else sync)
         if case == "pretrained":
             model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()})
         if case == "attached twice":

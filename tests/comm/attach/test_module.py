@@ -99,7 +99,7 @@ def rounds_by_a_native_all_reduce() -> list[tuple[Tensor, Tensor, bool]]:
                         next(iter(model.parameters()))[0, 0] = float("inf")
                 each.step()
         assert [each.left_out for each in attached] == 2 * [int(dist.get_rank() == 1)]  # type: ignore[attr-defined]
-        found.append((flat(models[0]), flat(models[1]), attached[1].verify()))  # type: ignore[attr-defined]
+        found.append((flat(models[0]), flat(models[1]), attached[1].verify()))
     return found
 
 

@@ -331,8 +331,8 @@ def test_a_state_of_other_fragments_is_refused_even_where_the_change_is_meant() 
         whole.attached[0].load_state_dict(state)
 
 
-@pytest.mark.parametrize("what", ["step", "close_round", "state_dict"])
-def test_nothing_is_trained_or_saved_where_the_model_shows_the_anchor(what: str) -> None:
+@pytest.mark.parametrize("what", ["step", "close_round"])
+def test_nothing_is_trained_where_the_model_shows_the_anchor(what: str) -> None:
     replicas = Replicas(diloco(every_steps=5), 1)
     replicas.train(3)
     attached, live = replicas.attached[0], replicas.live(0)

@@ -498,18 +498,18 @@ def test_an_anchor_with_a_flipped_bit_is_found_and_repaired() -> None:
     replicas.attached[1].state.tensors["layers.2.weight"]["momentum"][7] += 1e-3
     with pytest.warns(RuntimeWarning, match=re.escape("differed on replicas [1] and was replaced by the others'")):
         replicas.train(1)
-    assert [attached.repairs for attached in replicas.attached] == [1, 1, 1]  # type: ignore[attr-defined]
+    assert [attached.repairs for attached in replicas.attached] == [1, 1, 1]
     for name in ("anchor", "momentum"):
         assert all(equal(replicas.kept(rank, name), replicas.kept(0, name)) for rank in (1, 2))
     replicas.train(6)
-    assert replicas.attached[0].repairs == 1  # type: ignore[attr-defined]
+    assert replicas.attached[0].repairs == 1
 
 
 def test_what_is_each_replicas_own_is_not_compared() -> None:
     spec = eager_diloco(every_steps=2)
     replicas = Replicas(local_update(every_steps=2, outer=spec.outer, delay="eager", verify_every=1), 3)
     replicas.train(6)
-    assert replicas.attached[0].repairs == 0  # type: ignore[attr-defined]
+    assert replicas.attached[0].repairs == 0
 
 
 def test_gauges_tell_how_far_replicas_drift_and_whether_they_agree() -> None:

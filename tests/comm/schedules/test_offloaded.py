@@ -110,7 +110,7 @@ def test_evaluation_and_repair() -> None:
         tensors["anchor"][0] += 1
 
     with pytest.warns(RuntimeWarning, match="anchor"):
-        assert replicas.all(lambda rank: replicas.attached[rank].verify()) == [False] * 3  # type: ignore[attr-defined]
+        assert replicas.all(lambda rank: replicas.attached[rank].verify()) == [False] * 3
     assert equal(replicas.kept(2, "anchor"), anchor)
 
 
