@@ -143,7 +143,9 @@ def plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The tensors with memory of their own in ``tensor``: a DTensor's local one, a quantized one's codes."""
     if is_traceable_wrapper_subclass(tensor):
         for inner in tensor.__tensor_flatten__()[0]:
-            yield from plain(name if inner == "_local_tensor" else f"{name}.{inner}", getattr(tensor, inner))
+            part = getattr(tensor, inner)
+            if isinstance(part, Tensor):  # a DTensor names its mesh too
+                yield from plain(name if inner == "_local_tensor" else f"{name}.{inner}", part)
     else:
         yield name, tensor.detach()
 

@@ -31,6 +31,11 @@ EACH_SAVES = (
     '{"sync": sync}, which keeps all ranks\' (docs/own_loop.md)'
 )
 
+NOTHING_LOADED = (
+    "this is what this sync itself gave as its state, and nothing was loaded into it since: is there none in the "
+    "checkpoint? To go back to it in memory, take copy.deepcopy(sync.state_dict())"
+)
+
 LARGEST = 2**63
 """Of an integer, by amount: what a checkpoint keeps."""
 
@@ -160,6 +165,8 @@ def entries_for(state: object, place: str, *, whichever: bool) -> Mapping[str, o
                 "state, and every rank loads its own files"
             )
         own = ranked[name]
+        if own is None:
+            raise ValueError(NOTHING_LOADED)
         own = own.entries if isinstance(own, Entries) else own
         found = {**own, **replaced} if isinstance(own, Mapping) else own
     if not (

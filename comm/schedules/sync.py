@@ -30,6 +30,7 @@ from dtrain.comm.plans.base import Plan, kinds_of, unmatched
 from dtrain.comm.schedules.guard import PARAMETER, Held, ReplicasDiffer, Tie, Verdict, compared
 from dtrain.comm.schedules.saved import (
     EACH_SAVES,
+    NOTHING_LOADED,
     Entries,
     RankedState,
     entries_for,
@@ -382,10 +383,7 @@ class Attached(ABC):
         """This rank's entries, and their tensors and integers, if it can go on with them."""
         given = self._given() if self._given is not None else None
         if given is not None and isinstance(state, Mapping) and any(value is given for value in state.values()):
-            raise ValueError(
-                "this is what this sync itself gave as its state, and nothing was loaded into it since: is there none "
-                "in the checkpoint? To go back to it in memory, take copy.deepcopy(sync.state_dict())"
-            )
+            raise ValueError(NOTHING_LOADED)
         entries = entries_for(state, self._name(), whichever=not self._each_its_own)
         require_same_sync(entries, self.told, self._place() if self._each_its_own else None)
         tensors = tensors_of(entries, self.state.kinds, self.pieces.segments, self._from_the_beginning)
