@@ -6,6 +6,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +78,7 @@ class Run:
             model = small()
             for layer in (model[0], model[2]):  # type: ignore[index]
                 fully_shard(layer, mesh=mesh["shard"])
-            self.model = fully_shard(model, mesh=mesh["shard"])
+            self.model = cast(nn.Module, fully_shard(model, mesh=mesh["shard"]))
             self.replica, group = mesh.get_local_rank("replicate"), mesh.get_group("replicate")
         self.optimizer = make(self.model.parameters(), lr=0.01)
         self.sync: Attached = attach(self.model, self.optimizer, spec, replicate_group=group)
@@ -130,7 +131,7 @@ def through_dcp(way: str, one: Run, other: Run, path: Path) -> None:
 
     if way.startswith("async"):
         group = dist.new_group(backend="gloo")
-        async_save(of(one), checkpoint_id=path, process_group=group).result()
+        cast("Future[Any]", async_save(of(one), checkpoint_id=path, process_group=group)).result()
     else:
         save(of(one), checkpoint_id=path)
     other.model.load_state_dict(one.model.state_dict())
