@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+from dtrain.launchers.reading import Damaged, json_of, shaped
+
 __all__ = ["NOISE", "Key", "Row", "append", "compare", "read", "read_as", "slower"]
 
 Key: TypeAlias = tuple[str, str, str, int, int]
@@ -83,13 +85,13 @@ def read_as(path: Path, kind: type[R]) -> list[R]:
     Raises ``ValueError`` naming a line that is no row.
     """
     found = []
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
             break
         try:
-            found.append(kind(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            found.append(shaped(kind, json_of(line)))
+        except Damaged as error:
             raise ValueError(f"{path} line {number} is no row of this version of `dtrain bench`: {error}") from error
     return found
 

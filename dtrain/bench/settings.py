@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import ConfigError
+from dtrain.launchers.reading import Damaged, json_in, shaped
 
 __all__ = ["DTYPES", "Settings", "link_mbit", "parse"]
 
@@ -59,9 +60,11 @@ class Settings:
 
     @classmethod
     def read(cls, path: Path) -> Settings:
-        """What `write` wrote into a folder, from the file there."""
-        found = json.loads(path.read_text())
-        return cls(**{**found, "ops": tuple(found["ops"])})
+        """What `write` wrote into a folder, from the file there. Raises ``ConfigError`` for what is damaged."""
+        try:
+            return shaped(cls, json_in(path))
+        except Damaged as error:
+            raise ConfigError(f"{path} is damaged: {error}; give the command again") from error
 
 
 def parse(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[Settings, list[str]]:
