@@ -87,7 +87,7 @@ class Clock:
 
 
 class ClockedChannel(Channel):
-    """A channel that clocks what it performs for gradients."""
+    """A channel that clocks what it performs for gradients, over the transports of another one."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__({**channel.transports, "shard": Alone()})
@@ -95,6 +95,10 @@ class ClockedChannel(Channel):
 
     def start(self, flow: Flow[R], label: str, then: Callable[[Handle[R]], None] | None = None) -> Handle[R]:
         return super().start(_clocked(flow, self.clock) if label == "gradients" else flow, label, then)
+
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """Finish what was started. The transports belong to the channel that lent them, and serve the next hook."""
+        self._end(timeout_seconds)
 
 
 class Hook(Protocol):
