@@ -101,9 +101,12 @@ def set_aside(path: Path) -> Path:
 
 
 def write_text_durably(path: Path, text: str) -> None:
-    """Replace a file's whole content: temporary file, fsync, rename, fsync of the folder."""
+    """Replace a file's whole content: temporary file, fsync, rename, fsync of the folder.
+
+    Whatever the umask, its owner alone can write to it: ranks are told by such files what to run.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with open(partial, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o644)) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -165,6 +165,8 @@ def test_values_for_the_ranks_are_readable_by_their_owner_alone_and_in_no_record
     secret = 'launcher.environment=["HF_TOKEN=hf_secret","NCCL_DEBUG=INFO"]'
     config = compose([f"run.dir={tmp_path / 'run'}", secret])
     path = run_folder.write(config, {})
+    require_own(path)
+    require_own(path.parent)
     for file in path.parent.iterdir():
         assert "hf_secret" not in file.read_text()
     assert load(path).launcher.environment == ["HF_TOKEN=(not kept)", "NCCL_DEBUG=INFO"]
