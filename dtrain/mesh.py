@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -95,3 +96,13 @@ def _over_mpi(replicas: int, shards: int, rank: int) -> MpiTransport:
     timeout = hang_seconds + PROBE_FIRST_SECONDS if hang_seconds else TIMEOUT_SECONDS
     watch = functools.partial(note_collective, f"replicate-{rank % shards} over MPI")
     return replicate_transport(replicas, shards, rank, timeout_seconds=timeout, watch=watch)
+
+
+def patience(backend: str) -> timedelta:
+    """How long a collective of torch waits: torch's own time, or longer where launcher.hang_seconds is.
+
+    >>> patience("gloo")
+    datetime.timedelta(seconds=1800)
+    """
+    limit = timedelta(seconds=float(os.environ.get(HANG_SECONDS, "0")) + PROBE_FIRST_SECONDS)
+    return max(limit, timedelta(minutes=10) if backend == "nccl" else dist.default_pg_timeout)

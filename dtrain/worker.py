@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
         from dtrain.clock import Clock
         from dtrain.comm.drivers.mpi import finalize
         from dtrain.config import load
+        from dtrain.mesh import patience
         from dtrain.report.progress import printer
         from dtrain.signals import StopRequest
         from dtrain.trainer import train
@@ -63,8 +64,9 @@ def main(arguments: list[str]) -> int:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if cuda else "gloo"
     with alone(Path(config.run.dir)):
-        dist.init_process_group("nccl" if cuda else "gloo", **meeting.of_environment())
+        dist.init_process_group(backend, timeout=patience(backend), **meeting.of_environment())
         try:
             # A few seconds less than the launcher waits, so that the stacks of a rank that hangs reach its log.
             grace = max(1.0, config.launcher.grace_seconds - 5)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from dtrain.clock import TIME_LIMIT
 from dtrain.config import compose
 from dtrain.config.run_folder import write
 from dtrain.errors import ConfigError
+from dtrain.launchers.probe import HANG_SECONDS
 from dtrain.launchers.record import ATTEMPT
+from dtrain.mesh import patience
 from dtrain.report import summary
 from dtrain.trainer import Outcome
 from dtrain.worker import check_interface, closing, main
@@ -74,3 +77,11 @@ def test_an_error_of_the_configuration_is_in_the_log_and_is_code_2() -> None:
         timeout=55,
     )
     assert done.returncode == 2 and "dtrain: error: cannot read the configuration /nowhere" in done.stderr
+
+
+@pytest.mark.parametrize(("hang_seconds", "minutes"), [("", 30.0), ("0", 30.0), ("60", 30.0), ("10800", 180.5)])
+def test_groups_wait_at_least_as_long_as_a_hang_is_waited_for(
+    hang_seconds: str, minutes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HANG_SECONDS, hang_seconds or "0")
+    assert patience("gloo") == timedelta(minutes=minutes)

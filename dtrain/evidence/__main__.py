@@ -19,6 +19,7 @@ from dtrain.evidence.elastic import elastic
 from dtrain.evidence.equal_tokens import equal_tokens
 from dtrain.evidence.fine_tuning import fine_tuning
 from dtrain.evidence.kernels import kernels
+from dtrain.evidence.leaks import leaks
 from dtrain.evidence.lgreco import lgreco
 from dtrain.evidence.links import local, powersgd, slow
 from dtrain.evidence.network import network
@@ -36,6 +37,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
     "powersgd": powersgd, "slow": slow, "local": local, "torchft": torchft, "overlap": overlap,
     "equal_tokens": equal_tokens, "elastic": elastic, "one_byte": one_byte_on_hosts,
+    "leaks": leaks,
     "shared_seed": shared_seed, "fine_tuning": fine_tuning, "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,25 @@ def test_a_rank_that_waits_for_no_collective_is_left_alone(tmp_path: Path) -> No
     code, error, beat = run(tmp_path, "finishes", "0.8")
     assert (code, error, beat["waiting"]) == (0, {}, None)
     assert beat["recent"] == ["AllReduce #1 of group replicas (10 float32)", "AllGather #2 of group replicas (7 int8)"]
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_clock_that_is_set_while_a_rank_waits_ends_nothing(
+    jump: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    watch = probe.Probe(tmp_path, 0, hang_seconds=600.0)
+    watch._main = threading.main_thread().ident
+    monkeypatch.setattr(watch, "_give_up", lambda waiting, waited, stack: ended.append(str(waited)))
+    wall, monotonic = time.time(), time.monotonic()
+    over = probe.note_collective("replicas", "AllGather", 3, 7, "int8")
+    since = []
+    for wall_passed, passed in ((0.0, 0.0), (1.0, 1.0), (2.0 + jump, 2.0), (602.0 + jump, 602.0)):
+        monkeypatch.setattr(time, "time", lambda wall_passed=wall_passed: wall + wall_passed)
+        monkeypatch.setattr(time, "monotonic", lambda passed=passed: monotonic + passed)
+        watch._beat()
+        beat = json.loads((tmp_path / "rank-0.beat").read_text())
+        since.append(round(beat["time"] - beat["since"], 3))
+    over()
+    assert since == [0.0, 1.0, 2.0, 602.0]
+    assert ended == ["602.0"], "only the last of them has waited for longer than the limit"
