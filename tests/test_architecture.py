@@ -25,6 +25,7 @@ TOUCH_TORCH_DISTRIBUTED = {
     "dtrain/bench/*.py": "measure torch's collectives beside our own",
     "dtrain/evidence/steps.py": "measures steps with torch's hooks beside our own",
     "dtrain/evidence/overlap.py": "measures rounds in whole processes",
+    "dtrain/evidence/leaks.py": "attaches in whole processes",
     "dtrain/evidence/elastic.py": "replicas that come and go are whole processes",
     "dtrain/evidence/one_byte.py": "machines that come and go are whole processes",
     "dtrain/evidence/beside.py": "torchft's managers meet in a store; measured beside our own",
