@@ -62,7 +62,15 @@ def compose(words: Sequence[str] = (), *, name: str = "") -> Config:
         ConfigError: an unknown key or choice (with the nearest one there is), a value of another type, a syntax error.
     """
     config, sync = _composed(words)
-    return config if config.run.dir else _with_default_folder(config, name or sync)
+    config = config if config.run.dir else _with_default_folder(config, name or sync)
+    try:
+        str(Path(config.run.dir).absolute()).encode()
+    except UnicodeEncodeError as error:  # the current folder's name
+        where = str(Path(config.run.dir).absolute())
+        raise ConfigError(
+            f"run.dir={where!a} is not UTF-8, in which everything is written down: go elsewhere"
+        ) from error
+    return config
 
 
 def names_folder(words: Sequence[str]) -> bool:

@@ -220,6 +220,17 @@ def test_a_word_is_taken_apart_at_its_first_equals_sign() -> None:
     assert (word.sign, word.key, word.package, word.text) == ("+", "compress", "sync.compress", "a=b")
 
 
+def test_a_current_folder_that_is_not_utf_8_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    monkeypatch.chdir(os.fsdecode(folder))
+    with pytest.raises(ConfigError, match=r"run\.dir='.*caf.udce9/x' is not UTF-8"):
+        compose(["run.dir=x"])
+    assert compose([f"run.dir={tmp_path}/x"]).run.dir == f"{tmp_path}/x"
+
+
 def test_many_overrides_are_all_applied() -> None:
     words = [f"train.steps={number}" for number in range(1, 400)]
     assert compose(["run.dir=x", *words]).train.steps == 399
