@@ -54,6 +54,26 @@ def test_what_the_model_raises_says_what_the_batch_was() -> None:
     assert raised.value.__notes__ == [SEEN]
 
 
+class PreTrainedModel(torch.nn.Module):
+    """As those of transformers: inputs one by one, and more than a loss comes back."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"loss": W.mean()}
+
+
+def test_models_of_transformers_are_told_how_they_are_wrapped() -> None:
+    with pytest.raises(ModelError, match="return the loss alone, of a model that is not yours"):
+        loss_of(PreTrainedModel(), BATCH)
+
+    class Deaf(PreTrainedModel):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            raise AttributeError("'dict' object has no attribute 'shape'")
+
+    with pytest.raises(AttributeError) as raised:
+        loss_of(Deaf(), BATCH)
+    assert "takes its inputs one by one: wrap it in a module" in raised.value.__notes__[0]
+
+
 def test_descriptions_end() -> None:
     assert described({}) == "nothing" and described([1, "a"]) == "a list (a int, a str)"
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.attach.grid import own_groups
-from dtrain.comm.attach.servable import is_plain, require_call, require_servable, require_silent
+from dtrain.comm.attach.servable import is_plain, require_call, require_servable
+from dtrain.comm.attach.silence import Listening, require_silent
 from dtrain.comm.attach.trained import Trained
 from dtrain.comm.attach.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.drivers.run import Channel
@@ -118,6 +119,7 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
         pieces.trained.differ = attached.parameters_kind == "per_worker"
         if pieces.trained.differ:
             require_silent(pieces.optimizer)
+            pieces.trained.listening = Listening(pieces.optimizer, _replica(pieces.channel))
             pieces.trained.watch_outside()
             attached.stepped_elsewhere = frozenset(pieces.trained.outside)
             attached.require_still = pieces.trained.require_still
@@ -127,6 +129,12 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
         pieces.detach()
         pieces.channel.close(timeout_seconds=2.0)
         raise
+
+
+def _replica(channel: Channel) -> list[int]:
+    """The ranks that hold this replica together."""
+    within = channel.transports["shard"]
+    return dist.get_process_group_ranks(within.group) if isinstance(within, TorchTransport) else [dist.get_rank()]
 
 
 class Adapter(Pieces, Protocol):

@@ -201,19 +201,9 @@ class DDPPieces(ModulePieces):
 
     def _require_still_there(self) -> None:
         """Raise ``RuntimeError`` if a gradient that the optimizer shall step with was cleared before it could."""
-        stepped = self.parameters.keys() - set(self.trained.outside)
-        cleared = [fqn for fqn in self._handed if fqn in stepped and self.parameters[fqn].grad is None]
-        cleared = [fqn for fqn in cleared if self._was_used(fqn)]
-        doubtful = (
-            []
-            if not self._may_be_unused
-            else [fqn for fqn in self.trained.outside if self.parameters[fqn].grad is None and self._was_used(fqn)]
-        )
-        if cleared or doubtful:
-            raise RuntimeError(
-                f"the gradient of {(cleared or doubtful)[0]} was exchanged in this step, and is gone: zero_grad() came "
-                "before sync.step(), which clears what it has used itself; step and clear other optimizers after it"
-            )
+        gone = [fqn for fqn in self._handed if self.parameters[fqn].grad is None and self._was_used(fqn)]
+        outside = set() if self._may_be_unused else set(self.trained.outside)  # their own optimizer stepped and cleared
+        self.trained.require_there(fqn for fqn in gone if fqn not in outside)
 
     @property
     def _may_be_unused(self) -> bool:

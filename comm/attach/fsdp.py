@@ -78,16 +78,19 @@ class FSDPPieces:
         self.trained.require_unchanged()
         if self._passes is not None:
             self._passes.finish()
+            self.trained.require_there(self._passes.given - set(self.trained.outside))
 
     def gradients_finite(self) -> bool:
         grads = [p.grad for p in self.parameters.values()]
         return is_finite(*(_local(g) for g in grads if g is not None))
 
     def unused(self) -> set[str]:
-        return {fqn for fqn, parameter in self.parameters.items() if parameter.grad is None}
+        given = self._passes.given if self._passes is not None else set()
+        # What another optimizer has stepped and cleared was not unused.
+        return {fqn for fqn, parameter in self.parameters.items() if parameter.grad is None and fqn not in given}
 
     def step(self) -> None:
-        with self._guard.opened(), self.trained.writing():
+        with self._guard.opened(), self.trained.stepping():
             self.optimizer.step()
         self.optimizer.zero_grad()
         self._step_ended()

@@ -87,7 +87,7 @@ class ModulePieces:
         return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}
 
     def step(self) -> None:
-        with self._guard.opened(), self.trained.writing():
+        with self._guard.opened(), self.trained.stepping():
             self.optimizer.step()
         self._given = False
         self.optimizer.zero_grad()

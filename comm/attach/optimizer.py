@@ -53,7 +53,8 @@ class StepGuard:
         if not self._allowed and not _is_dry(self._optimizer):
             raise RuntimeError(
                 "this optimizer is stepped by its sync: call sync.step() where optimizer.step(), or engine.step() at "
-                "the last microbatch, was called; sync.detach() gives it back"
+                "the last microbatch, was called; sync.detach() gives it back. Where it was a GradScaler: "
+                "scaler.unscale_(optimizer), ok = sync.step(), and scaler.update() as docs/own_loop.md has it"
             )
 
 

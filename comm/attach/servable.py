@@ -12,9 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.attach.wrappers import named_parameters
 
-COMMUNICATE = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
-"""Optimizers, or what they are derived from, that send something in every step or some."""
-
 
 def is_plain(model: nn.Module) -> bool:
     """Whether every rank holds ``model`` whole, with nothing around it that communicates."""
@@ -92,18 +89,6 @@ def require_dense(sparse: list[str]) -> None:
         raise ValueError(
             f"{sparse[0]} has sparse gradients, which no exchange takes; build it with sparse=False, or train with a "
             "local update without warmup_steps, which exchanges no gradients where each rank is a replica"
-        )
-
-
-def require_silent(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ``ValueError`` for an optimizer that communicates: under a local update nobody else may."""
-    names = [owner.__name__ for owner in type(optimizer).__mro__]
-    known = next((name for name in names if name in COMMUNICATE), None)
-    if known is not None:
-        raise ValueError(
-            f"{names[0]} sends parameters to all ranks by itself, in steps in which a local update leaves replicas to "
-            "themselves; give the optimizer that it wraps, for example AdamW (with fully_shard or DeepSpeed its state "
-            "is sharded within a replica), or use every_step(...)"
         )
 
 

@@ -6,8 +6,8 @@ Looked at before each step, on names and identities only, so that all ranks come
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import ref
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dtrain.comm.attach.silence import Listening
 from dtrain.comm.attach.wrappers import named_parameters
 
 WAY_OUT = (
@@ -51,6 +52,7 @@ class Trained:
         self.outside = [
             name for name, p in self.parameters.items() if stepped is not None and id(p) not in stepped and p.numel()
         ]
+        self.listening: Listening | None = None
         self._watch: _Watch | None = None
         self._require_free()
 
@@ -85,6 +87,15 @@ class Trained:
         if self._watch is not None:
             self._watch.require_in_order()
 
+    def require_there(self, names: Iterable[str]) -> None:
+        """Raise ``RuntimeError`` if one of these, which were given a gradient in this step, has none any more."""
+        gone = next((name for name in names if self.parameters[name].grad is None), None)
+        if gone is not None:
+            raise RuntimeError(
+                f"the gradient of {gone} was exchanged in this step, and is gone: zero_grad() came before sync.step(), "
+                "which clears what it has used itself; step and clear other optimizers after it"
+            )
+
     def warn_of_outside(self) -> None:
         """Say which parameters the sync's optimizer does not step. Once, at attach."""
         if self.outside:
@@ -110,6 +121,12 @@ class Trained:
         """Raise ``RuntimeError`` if what is outside of the optimizer has moved since the last step of the sync."""
         if self._watch is not None:
             self._watch.require_still()
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Within it the sync steps its optimizer. Raises ``RuntimeError`` behind it if that one communicates."""
+        with self.writing(), nullcontext() if self.listening is None else self.listening.heard():
+            yield
 
     @contextmanager
     def writing(self) -> Iterator[None]:

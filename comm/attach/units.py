@@ -168,6 +168,7 @@ class Passes:
         self._sent: list[int] = []  # in this round, a part of the pass in which each unit sets out once
         self._under_way: list[_Sent] = []
         self._present: dict[int, bool] = {}  # whether anybody had run it, in this pass
+        self.given: set[str] = set()  # parameters that have been given a gradient in this step
         self._local = False  # whether nothing is sent at present, as behind a warm-up
         self._exchanged = False  # in this step
         self._closed = 0  # passes of this step
@@ -190,7 +191,7 @@ class Passes:
 
     def step_ended(self) -> None:
         """What comes from now on belongs to the next step."""
-        self._closed, self._arrivals, self._exchanged = 0, [], False
+        self._closed, self._arrivals, self._exchanged, self.given = 0, [], False, set()
 
     def detach(self) -> None:
         for unit in self.units:
@@ -275,6 +276,8 @@ class Passes:
             self._local = combined.present is None
             if not self._local:
                 self._present[sent.number] = bool(combined.present) or self._present.get(sent.number, False)
+            if combined.present or (self._local and sent.own is not None):
+                self.given.update(combined.values)
             if sent.into and self.overlap:
                 unit.require_shown(sent.into)
             elif not sent.into and (combined.present or (self._local and sent.own is not None)):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dtrain.comm.attach.silence import require_silent
+
 IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 """Submodules that torch adds to a name: those of ``torch.compile`` and ``checkpoint_wrapper``."""
 
@@ -50,7 +52,8 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
     """The optimizer of torch within what trainers put around it.
 
-    Raises ``TypeError`` for what is none, for several, and for a wrapper that is not known.
+    Raises ``TypeError`` for what is none, for several, and for a wrapper that is not known; ``ValueError`` for one that
+    communicates.
     """
     while (inner := _within(optimizer, AROUND_OPTIMIZERS)) is not None:
         optimizer = inner
@@ -64,6 +67,7 @@ def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
             "torch.optim.Optimizer over all parameters. A class of your own that holds several is one too, if it "
             "derives from torch.optim.Optimizer, calls its __init__, and steps them in step()"
         )
+    require_silent(optimizer)
     inner = next((name for name, value in _attributes(optimizer) if isinstance(value, torch.optim.Optimizer)), None)
     behind = f"; if it only hands on to the optimizer in .{inner}, give that one" if inner else ""
     raise TypeError(

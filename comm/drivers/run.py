@@ -34,6 +34,9 @@ from dtrain.comm.ops import Axis, Flow, Op, Place
 
 R = TypeVar("R")
 
+PEER_LEFT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say where another rank has ended."""
+
 
 class Handle(Generic[R]):
     """A flow under way. `wait` returns its result, or raises what it raised."""
@@ -59,7 +62,9 @@ class Handle(Generic[R]):
     def result(self) -> R:
         """The result of a flow that has ended."""
         if self._error is not None:
-            raise RuntimeError(f"a collective flow failed: {self._error}") from self._error
+            left = any(sign in f"{self._error}" for sign in PEER_LEFT)
+            why = "; a peer has left: do all ranks make the same number of steps? Its own log says more" if left else ""
+            raise RuntimeError(f"a collective flow failed: {self._error}{why}") from self._error
         if self._ready is not None:
             torch.cuda.current_stream().wait_event(self._ready)
         return cast(R, self._result)

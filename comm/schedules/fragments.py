@@ -122,7 +122,8 @@ def _by_blocks(layers: int, pattern: Pattern, shapes: Shapes) -> list[list[str]]
     if not blocks:
         raise ValueError(
             f"layers_per_fragment={layers} counts numbered blocks, and no parameter has a number in its name (they are "
-            f"like {next(iter(shapes), 'nothing')}); name the fragments by hand: fragments=[['embedding*'], ['body.*']]"
+            f"like {next(iter(shapes), 'nothing')}); name the fragments by hand: "
+            "fragments_by_name=[['embedding*'], ['body.*']]"
         )
     count = math.ceil(len(blocks) / layers)
     found: list[list[str]] = [[] for _ in range(count)]

@@ -252,9 +252,7 @@ def _require_stable(plan: Plan) -> None:
 def _loop(every_steps: int, lr: float, plan: Plan, verify_every: int, tie: Tie) -> LocalUpdate:
     if not isinstance(every_steps, int):
         raise ValueError(f"every_steps is {every_steps!r}; give a whole number of steps")
-    return local_update(
-        every_steps=every_steps, outer=sgd(lr=lr), compress=plan, verify_every=verify_every, tie=tie
-    )
+    return local_update(every_steps=every_steps, outer=sgd(lr=lr), compress=plan, verify_every=verify_every, tie=tie)
 
 
 def _directed(made: LocalUpdate, beta: float, *, control: bool) -> LocalUpdate:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.combine import consolidate
-from dtrain.comm.compressors.lowrank import matrices
+from dtrain.comm.compressors.lowrank import LowRank, matrices
 from dtrain.comm.drivers.meter import Meter
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.fused import compile_what_is_due
@@ -28,6 +28,7 @@ from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Settled, begun
 from dtrain.comm.plans.base import Plan, kinds_of, unmatched
 from dtrain.comm.schedules.guard import PARAMETER, Held, ReplicasDiffer, Tie, Verdict, compared
+from dtrain.comm.schedules.optimizer_mode import mode_kept
 from dtrain.comm.schedules.saved import (
     EACH_SAVES,
     NOTHING_LOADED,
@@ -102,6 +103,7 @@ class Attached(ABC):
         self._given: weakref.ref[Entries] | None = None
         self._lost_at: int | None = None
         self._warn_of_rules(plan)
+        self._warn_of_ranks(self.plan)
         self._begin(f"{spec}")
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
@@ -203,6 +205,7 @@ class Attached(ABC):
 
         Every rank must enter it. ``recalibrate``: runs the model on some training batches (ten do), for BatchNorm:
         within the block its running statistics are those of these passes on all ranks, and behind it what they were.
+        An optimizer that has modes (schedule-free) is given back in the one that it had.
 
         >>> def passes():
         ...     for batch in batches:
@@ -219,7 +222,8 @@ class Attached(ABC):
             if recalibrate is not None:
                 norms = recalibrated(recalibrate)
                 self._votes.run(pooled(norms, self._alike), "recalibrate")
-            yield
+            with mode_kept(self.pieces.optimizer):
+                yield
         finally:
             for norm in norms:
                 norm.put_back()
@@ -509,6 +513,21 @@ class Attached(ABC):
         for pattern in unmatched(plan, self.pieces.shapes):
             warnings.warn(
                 f"by_layer: {pattern!r} matches no parameter; names are like {', '.join(list(self.pieces.shapes)[:3])}",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+
+    def _warn_of_ranks(self, plan: Plan) -> None:
+        """Say it if low rank was asked for and no matrix is sent so: adapters have a low rank themselves."""
+        low = {}
+        for fqn, matrix in self.matrices.items():
+            compressor = plan.of(fqn, 0).compressor
+            if isinstance(compressor, LowRank) and matrix.rows > 1 and matrix.columns > 1:
+                low[fqn] = compressor
+        if low and not any(compressor.pays(self.matrices[fqn]) for fqn, compressor in low.items()):
+            fqn, compressor = next(iter(low.items()))
+            warnings.warn(
+                f"powersgd: rank {compressor.rank} makes none of {len(low)} matrices smaller by min_rate; all of them, "
+                f"such as {fqn} of {self.pieces.shapes[fqn]}, are sent in fp32. Give a lower rank, or quantize(bits=8)",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
 

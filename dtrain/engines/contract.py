@@ -12,6 +12,7 @@ from dtrain.errors import ModelError
 __all__ = ["loss_of"]
 
 CONTRACT = "model(batch) -> Tensor: the scalar mean loss"
+WRAPPED = "for example self.model(input_ids=batch[...], labels=batch[...]).loss"
 
 
 def loss_of(model: Callable[[Mapping[str, Tensor]], object], batch: Mapping[str, Tensor]) -> Tensor:
@@ -26,7 +27,7 @@ def loss_of(model: Callable[[Mapping[str, Tensor]], object], batch: Mapping[str,
     try:
         loss = model(batch)
     except Exception as error:
-        error.add_note(f"the batch has {described(batch)}")
+        error.add_note(f"the batch has {described(batch)}{_how_to_wrap(model)}")
         raise
     wrong = _wrong(loss)
     if wrong:
@@ -35,8 +36,23 @@ def loss_of(model: Callable[[Mapping[str, Tensor]], object], batch: Mapping[str,
     return loss
 
 
+def _how_to_wrap(model: object) -> str:
+    """For models of transformers, which take their inputs one by one; empty for others."""
+    classes = type(getattr(model, "module", model)).__mro__
+    if not any(owner.__name__ == "PreTrainedModel" for owner in classes):
+        return ""
+    return (
+        "; a model is called with the batch as one mapping, and this one of transformers takes its inputs one by one: "
+        f"wrap it in a module whose forward(self, batch) returns its loss, {WRAPPED}"
+    )
+
+
 def _wrong(loss: object) -> str:
     """What came back instead of a loss, and what to do about it; empty for a loss."""
+    if isinstance(loss, Mapping) and "loss" in loss:
+        return (
+            f"{described(loss)}: return the loss alone, of a model that is not yours from a module around it, {WRAPPED}"
+        )
     if not isinstance(loss, Tensor):
         return f"{described(loss)}: return the loss alone"
     if loss.dim():
