@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -142,6 +143,7 @@ def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) 
     start = f"goes on from {goes_on_from}" if goes_on_from else "starts"
     mesh = f"{config.mesh.replicate} replicas x {config.mesh.shard} shards, {config.engine.name}"
     print(f"run {config.run.dir} {start}: {config.launcher.workers} workers, {mesh}", flush=True)
+    shutil.rmtree(rank_files(here), ignore_errors=True)  # another job's
     foreground.began(here, _worker(config), config.launcher.workers)
     with Progress(here / "metrics.jsonl", steps=config.train.steps) as progress:
 
