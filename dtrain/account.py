@@ -6,7 +6,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from dtrain import strict_json
 from dtrain.comm.drivers.meter import Meter
+from dtrain.errors import ResumeError
 
 
 class Account:
@@ -68,8 +70,11 @@ class Account:
         }
 
     def restore(self, record: Mapping[str, object]) -> None:
-        """Undo `record`."""
-        figures = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+        """Undo `record`. Raises ``ResumeError`` for what is none."""
+        try:
+            figures = {name: strict_json.number(record, name) or 0 for name in self.record()}
+        except ValueError as error:
+            raise ResumeError(f"the checkpoint's account of its run cannot be read: {error}") from error
         self.tokens = int(figures["tokens"])
         self.seconds, self.computing_seconds = figures["seconds"], figures["computing_seconds"]
         self.exposed_seconds = figures["exposed_seconds"]

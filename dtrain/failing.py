@@ -6,10 +6,11 @@ RUN/logs/failed-rank-K.json    the step and the error of rank K's last failure; 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from dtrain import strict_json
 
 __all__ = ["Failed", "forget"]
 
@@ -25,12 +26,12 @@ class Failed:
         """Whether this rank's last failure was the same; from now on this one is its last."""
         path = folder / "logs" / f"failed-rank-{rank}.json"
         mine = {**asdict(self), "error": re.sub(r"0x[0-9a-f]+", "", self.error)}
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            if json.loads(path.read_text(encoding="utf-8")) == mine:
+        with contextlib.suppress(OSError, ValueError):
+            if strict_json.read(path) == mine:
                 return True
         with contextlib.suppress(OSError):  # the error itself is what matters
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(mine) + "\n", encoding="utf-8")
+            path.write_text(strict_json.dumps(mine), encoding="utf-8")
         return False
 
 

@@ -8,7 +8,7 @@ does so in its workers, tests do it in theirs.
 
 from __future__ import annotations
 
-import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from dtrain import rng, snapshot
+from dtrain import rng, snapshot, strict_json
 from dtrain.account import Account
 from dtrain.checkpoint import Placement, export, load, read_manifest, write
 from dtrain.checkpoint.finite import first_not_finite
@@ -30,8 +30,9 @@ from dtrain.clock import TIME_LIMIT, Clock
 from dtrain.comm.norms import gathers
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.comm.shared_seed.forward_only import ForwardOnly
-from dtrain.config import Config, instantiate
+from dtrain.config import Config, instantiate, run_folder
 from dtrain.config.building import build_model
+from dtrain.config.data_contract import DATA, check_content
 from dtrain.control import Control, Report
 from dtrain.data.batches import fetch, positions
 from dtrain.data.order import example_at
@@ -40,9 +41,11 @@ from dtrain.engines.base import Batch
 from dtrain.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     DtrainError,
     FailedAtTheStart,
     FailedTwice,
+    ModelError,
     NotFinite,
     TooManySkippedSteps,
 )
@@ -145,12 +148,15 @@ class _Run:
             replica=self.mesh.replica, replicas=self.mesh.replicas, shard=self.mesh.shard, shards=self.mesh.shards
         )
         self.data: Any = instantiate(config.data, "data", split="train")
+        self._check_data()
         self.held_out: Any = None
         if config.train.evaluation_examples:
             self.held_out = instantiate(config.data, "data", split="validation")
         self.tokens_per_example = int(cast(Any, self.data).tokens_per_example)
         rng.seed_everything(config.train.seed)
         self.model = build_model(config.model, self.data)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ModelError(f"model: {config.model['_target_']} has no parameter that requires a gradient")
         if config.run.weights:
             self._begin_with(Path(config.run.weights))
         self.engine = self._engine()
@@ -168,6 +174,20 @@ class _Run:
         self.validation_loss: float | None = None
         self.last_loss: float | None = None
         self.on_row: Callable[[Row], None] = lambda row: None
+
+    def _check_data(self) -> None:
+        """Whether the data are still those that the run was launched with: a restart or a requeue checks nothing else.
+
+        Raises ``DataError``. One rank of each machine looks.
+        """
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+        description, path = self.data.describe(), self.folder / DATA
+        known = path.is_file() and run_folder.has_digest(strict_json.read(path))
+        changed = run_folder.other_data(self.folder, description) if known else ""
+        if changed:
+            raise DataError(f"the data have changed since the run was launched: {changed}; bring the same files back")
+        check_content(self.config, self.data, description)
 
     def _begin_with(self, path: Path) -> None:
         """Raises ``ConfigError``: what is wrong with a file that a run begins with is so at each start."""
@@ -187,6 +207,7 @@ class _Run:
             clip_norm=config.train.clip_norm,
             microbatches=share // micro,
             microbatch_size=micro,
+            unused_parameters=config.engine.unused_parameters,
         )
         self.peak_lr = float(cast(float, config.optim.inner.get("lr", 1e-3)))
 
@@ -451,7 +472,7 @@ class _Run:
             if reason != "signal":
                 self._summarize(cast(Path, self.saved), skipped)
             said = {"reason": reason, "signal": outcome.signal or None, "step": step, "withheld": withheld}
-            write_text_durably(self.folder / "outcome.json", json.dumps(said) + "\n")
+            write_text_durably(self.folder / "outcome.json", strict_json.dumps(said))
         self.control.barrier()
         return outcome
 

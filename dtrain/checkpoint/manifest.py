@@ -14,8 +14,11 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
+import torch
+
+from dtrain import strict_json
 from dtrain.checkpoint.state import Kind
 from dtrain.comm.layout import Segment
 from dtrain.errors import CheckpointError, ResumeError
@@ -24,6 +27,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 
 _CHUNK = 1 << 22
+_ITEM_BYTES = {
+    name: dtype.itemsize for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype)
+}
+"""By the names that manifests have them under."""
 
 
 @dataclass(frozen=True)
@@ -121,19 +128,30 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has format {body.get('format')!r}, this dtrain reads format {FORMAT}: use the dtrain that wrote it"
         )
     try:
+        mesh = _integers(body["mesh"], 2)
         manifest = Manifest(
-            step=int(body["step"]),
-            sequence=int(body["sequence"]),
-            mesh=(int(body["mesh"][0]), int(body["mesh"][1])),
-            shapes={fqn: tuple(shape) for fqn, shape in body["shapes"].items()},
-            meta=dict(body["meta"]),
+            step=strict_json.integer(body, "step"),
+            sequence=strict_json.integer(body, "sequence"),
+            mesh=(mesh[0], mesh[1]),
+            shapes={fqn: _integers(shape) for fqn, shape in strict_json.object_of(body, "shapes").items()},
+            meta=strict_json.object_of(body, "meta"),
             files=tuple(_file_from_json(file) for file in body["files"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} does not hold what a manifest holds: {error!r}") from error
-    if [file.rank for file in manifest.files] != list(range(math.prod(manifest.mesh))):
+    if not 0 < len(manifest.files) == math.prod(manifest.mesh):
         raise CheckpointError(f"{path} lists {len(manifest.files)} files for a mesh of {manifest.mesh}")
+    if [file.rank for file in manifest.files] != list(range(len(manifest.files))):
+        raise CheckpointError(f"{path} lists its files in another order than that of their ranks")
+    _check_segments(path, manifest)
     return manifest
+
+
+def _check_segments(path: Path, manifest: Manifest) -> None:
+    for file in manifest.files:
+        for fqn, segment in file.segments.items():
+            if fqn not in manifest.shapes or segment.stop > math.prod(manifest.shapes[fqn]):
+                raise CheckpointError(f"{path}: rank {file.rank} lists {segment}, which its parameter does not have")
 
 
 def check_files(folder: Path, manifest: Manifest, *, crc: bool) -> None:
@@ -225,18 +243,18 @@ def _canonical(body: Mapping[str, object]) -> str:
 
 def _seal(body: Mapping[str, object]) -> str:
     # Through JSON once, so that the sum is over what a reader gets back (tuples as lists, keys as text).
-    plain: dict[str, object] = json.loads(json.dumps(body, allow_nan=False))
+    plain = strict_json.parse(strict_json.dumps(body))
     return _canonical({**plain, "crc32_of_the_rest": zlib.crc32(_canonical(plain).encode())})
 
 
 def _unseal(path: Path) -> dict[str, Any]:
     try:
-        body = json.loads(path.read_bytes())
+        body = strict_json.read(path)
     except OSError as error:
         raise _damage(path, error) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(body, dict) or body.pop("crc32_of_the_rest", None) != zlib.crc32(_canonical(body).encode()):
+    if body.pop("crc32_of_the_rest", None) != zlib.crc32(_canonical(body).encode()):
         raise CheckpointError(f"{path} does not have the CRC-32 that it says it has: its content changed")
     return body
 
@@ -253,16 +271,48 @@ def _file_to_json(file: RankFile) -> dict[str, object]:
     }
 
 
-def _file_from_json(body: dict[str, Any]) -> RankFile:
-    return RankFile(
-        rank=int(body["rank"]),
-        bytes=int(body["bytes"]),
-        crc32=int(body["crc32"]),
-        kinds=dict(body["kinds"]),
-        segments={fqn: Segment(fqn, int(offset), int(numel)) for fqn, (offset, numel) in body["segments"].items()},
+def _file_from_json(body: object) -> RankFile:
+    """Raises KeyError, TypeError or ValueError for what is no description of a rank's file."""
+    if not isinstance(body, dict):
+        raise TypeError(f"a file is described by {body!r:.80}")
+    pairs = {fqn: _integers(pair, 2) for fqn, pair in strict_json.object_of(body, "segments").items()}
+    file = RankFile(
+        rank=strict_json.integer(body, "rank"),
+        bytes=strict_json.integer(body, "bytes"),
+        crc32=strict_json.integer(body, "crc32"),
+        kinds=cast(dict[str, Kind], strict_json.object_of(body, "kinds")),
+        segments={fqn: Segment(fqn, offset, numel) for fqn, (offset, numel) in pairs.items()},
         sections={
-            section: {name: (str(dtype), int(dim)) for name, (dtype, dim) in entries.items()}
-            for section, entries in body["sections"].items()
+            section: {name: _entry(entry) for name, entry in strict_json.object_of(body["sections"], section).items()}
+            for section in strict_json.object_of(body, "sections")
         },
-        integers={name: int(value) for name, value in body["integers"].items()},
+        integers={
+            name: strict_json.integer(body["integers"], name, least=-strict_json.LARGEST)
+            for name in strict_json.object_of(body, "integers")
+        },
     )
+    if wrong := [section for section, kind in file.kinds.items() if kind not in get_args(Kind)]:
+        raise ValueError(f"section {wrong[0]!r} is of unknown kind {file.kinds[wrong[0]]!r:.80}")
+    sizes = 0
+    for section in file.kinds:
+        for fqn, (dtype, dim) in file.sections.get(section, {}).items():
+            sizes += file.segments[fqn].numel * _ITEM_BYTES[dtype] if dim else 0
+    if sizes > file.bytes:
+        raise ValueError(f"its {file.bytes} bytes cannot hold the {sizes} bytes of its tensors")
+    return file
+
+
+def _integers(value: object, count: int | None = None) -> tuple[int, ...]:
+    """A list of integers that are not negative, of ``count`` of them."""
+    if not isinstance(value, list) or any(type(part) is not int or part < 0 for part in value):
+        raise ValueError(f"{value!r:.80} is no list of integers")
+    if count is not None and len(value) != count:
+        raise ValueError(f"{value!r:.80} has {len(value)} parts, not {count}")
+    return tuple(value)
+
+
+def _entry(value: object) -> tuple[str, int]:
+    """(dtype, dim) of a tensor."""
+    if not isinstance(value, list) or len(value) != 2 or value[0] not in _ITEM_BYTES or type(value[1]) is not int:
+        raise ValueError(f"{value!r:.80} is no type and number of dimensions")
+    return value[0], value[1]

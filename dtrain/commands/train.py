@@ -136,13 +136,13 @@ def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) 
     from dtrain.launchers.lock import HELD
     from dtrain.launchers.record import rank_files
     from dtrain.launching import environment_of
-    from dtrain.report.progress import Progress
+    from dtrain.report.progress import Progress, say
     from dtrain.signals import overheard
 
     here = Path(config.run.dir)
     start = f"goes on from {goes_on_from}" if goes_on_from else "starts"
     mesh = f"{config.mesh.replicate} replicas x {config.mesh.shard} shards, {config.engine.name}"
-    print(f"run {config.run.dir} {start}: {config.launcher.workers} workers, {mesh}", flush=True)
+    say(f"run {config.run.dir} {start}: {config.launcher.workers} workers, {mesh}")
     shutil.rmtree(rank_files(here), ignore_errors=True)  # another job's
     foreground.began(here, _worker(config), config.launcher.workers)
     with Progress(here / "metrics.jsonl", steps=config.train.steps) as progress:
@@ -183,8 +183,9 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
     outcome.json.
     """
     from dtrain.config import run_folder
-    from dtrain.launchers.failure import root_cause
+    from dtrain.launchers.failure import root_cause, signal_name
     from dtrain.report import summary
+    from dtrain.report.progress import say
 
     here = Path(config.run.dir)
     outcome = run_folder.outcome(here)
@@ -192,7 +193,7 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
     if outcome is None and interrupted:
         if any(not (failure.consequence or interruption(failure)) for failure in ending.failures):
             print(f"dtrain: error: {root_cause(ending)}", file=sys.stderr)
-        print(f"SIGINT: ended before it could checkpoint; {goes_on(config, words)}")
+        say(f"SIGINT: ended before it could checkpoint; {goes_on(config, words)}")
         return INTERRUPTED
     if outcome is None or ending.kind == "failed":
         if ending.failures:
@@ -204,7 +205,7 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
         return ConfigError.exit_code if codes == {ConfigError.exit_code} else FAILED
     if outcome.get("reason") == "signal":
         number = outcome.get("signal")
-        name = signal.Signals(number).name if isinstance(number, int) else "a signal"
+        name = signal_name(number) if isinstance(number, int) else "a signal"
         step, last = outcome.get("step"), last_checkpoint(config)
         done = f"checkpointed at step {step}; the same command goes on"
         if outcome.get("withheld"):
@@ -213,13 +214,16 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
                 f"left at step {step} without a checkpoint, as its last steps were skipped for gradients that are not "
                 f"finite; the same command goes on from {there} and would meet them again"
             )
-        print(f"{name}: {done}:\n  {command(words, config)}")
+        say(f"{name}: {done}:\n  {command(words, config)}")
         return INTERRUPTED if interrupted or number == signal.SIGINT else CHECKPOINTED
     if outcome.get("reason") == "stopped":
-        print(
+        say(
             f"stopped at step {outcome.get('step')} as asked; it goes on with a larger {STOP_AFTER}, or without it:\n"
             f"  {command(words, config, to_the_end=True)}"
         )
     if (here / "summary.json").is_file():
-        print(summary.render(summary.read(here / "summary.json")))
+        try:
+            say(summary.render(summary.read(here / "summary.json")))
+        except (OSError, ValueError) as error:
+            raise DtrainError(f"{error}; the run itself has ended as it should") from error
     return 0

@@ -120,14 +120,34 @@ def load(path: str | Path) -> Config:
     """The configuration that ``to_yaml`` wrote.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or has keys or values that this version does not know.
+        ConfigError: the file is missing, is no YAML, lacks a section, has keys or values that this version does not
+            know, or looks something up: in the environment of whoever reads it.
     """
     stored = mapping_of(path)
+    plain = cast(dict[str, object], OmegaConf.to_container(stored, resolve=False))
+    if looked_up := next(_looked_up(plain), None):
+        raise ConfigError(f"{path}: {looked_up} would be looked up here, and a stored configuration holds values only")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(composable(Config)), stored)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_explained(error) or str(error).splitlines()[0]}") from error
-    return _frozen(cast(DictConfig, merged))
+    config = _frozen(cast(DictConfig, merged))
+    # What dtrain writes has every section; without one, the defaults would pass for what a run was computed with.
+    if lost := [f.name for f in dataclasses.fields(Config) if not isinstance(plain.get(f.name), dict)]:
+        raise ConfigError(
+            f"{path} is damaged: it lacks {', '.join(lost)}; put a copy back (config-N.yaml beside it are earlier ones)"
+        )
+    return config
+
+
+def _looked_up(value: object) -> Iterator[str]:
+    """Texts with an interpolation in them that is not escaped; keys have none."""
+    if isinstance(value, str):
+        if re.search(r"(?<!\\)(?:\\\\)*\$\{", value):
+            yield repr(value)
+        return
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _looked_up(inner)
 
 
 def dotted_keys(config: Config) -> list[str]:

@@ -6,11 +6,12 @@ raises with the line that raised it: all of it would otherwise end every worker,
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from dtrain import strict_json
 from dtrain.config.schema import Config
 from dtrain.config.targets import instantiate, shown
 from dtrain.errors import ConfigError, DataError, DtrainError
@@ -25,6 +26,9 @@ MEMBERS = {
     "tokens_per_example": "tokens_per_example",
     "describe": "describe()",
 }
+
+DATA = "data.json"
+"""In the run folder: what the data set said of itself at the last launch."""
 
 _T = TypeVar("_T")
 
@@ -49,7 +53,27 @@ def check_data(config: Config) -> tuple[object, dict[str, object]]:
             "number of tokens of an example, or 1 where there are none: tokens per second are counted with it"
         )
     _example(target, data)
-    return data, _description(target, data)
+    description = _description(target, data)
+    check_content(config, data, description)
+    return data, description
+
+
+def check_content(config: Config, data: object, description: Mapping[str, object]) -> None:
+    """Have a data set that can (``check_content()``) read all that it stands for, unless a launch of this run did.
+
+    Raises:
+        DataError: it is not what its description says.
+    """
+    check = getattr(data, "check_content", None)
+    if not callable(check):
+        return
+    try:
+        seen = strict_json.read(Path(config.run.dir) / DATA)
+    except (OSError, ValueError):
+        seen = {}
+    known = ("sha256", "modified", "vocab_size")
+    if any(name not in seen or seen[name] != description.get(name) for name in known):
+        _tried(str(config.data["_target_"]), "check_content()", check)
 
 
 def _splits(config: Config, target: str, data: object) -> None:
@@ -86,7 +110,7 @@ def _description(target: str, data: object) -> dict[str, object]:
             f"data: describe() of {target} must return a dict, but returned {shown(described)}; {CONTRACT}"
         )
     try:
-        json.dumps(described)
+        strict_json.parse(strict_json.dumps(described))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"data: describe() of {target} returns what JSON cannot hold: {error}") from error
     return cast(dict[str, object], described)

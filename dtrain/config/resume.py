@@ -30,6 +30,9 @@ MAY_CHANGE_AT_RESUME: Mapping[str, str] = {
 }
 """Patterns of keys that may change at a resume, each with the reason. ``*`` stands for anything."""
 
+WHERE_THE_DATA_LIE = ("data.path", "data.root", "data.folder", "data.dir", "data.file")
+"""May change too, where the digest says that the data are the same."""
+
 ABSENT = "(absent)"
 
 
@@ -53,13 +56,16 @@ def differences(old: Config, new: Config) -> list[Difference]:
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
 
 
-def check_resume(old: Config, new: Config) -> None:
+def check_resume(old: Config, new: Config, *, same_data: bool = False) -> None:
     """Refuse to go on from a run of ``old`` under ``new`` if anything differs that would change what is computed.
+
+    ``same_data``: a digest says that the data are the same, wherever they lie now.
 
     Raises:
         ResumeError: listing each such key with its old and its new value, and what to do.
     """
-    changed = [d for d in differences(old, new) if not any(fnmatch.fnmatchcase(d.key, p) for p in MAY_CHANGE_AT_RESUME)]
+    may = [*MAY_CHANGE_AT_RESUME, *(WHERE_THE_DATA_LIE if same_data else ())]
+    changed = [d for d in differences(old, new) if not any(fnmatch.fnmatchcase(d.key, p) for p in may)]
     if not changed:
         return
     refused = _without_the_insides(changed, dataclasses.asdict(old), dataclasses.asdict(new))
@@ -71,8 +77,15 @@ def check_resume(old: Config, new: Config) -> None:
     raise ResumeError(
         f"{folder} cannot go on like this: what these keys say may not change at a resume (then -> now):{lines}\n"
         f"go on with what was: {', and '.join(back)}\n"
+        "or begin at step 0 with its weights and all else anew: a run.dir that has no run yet, without run.resume, and "
+        f"run.weights={_weights(new, folder)}\n"
         "or start from step 0: a run.dir that has no run yet, without run.resume"
     )
+
+
+def _weights(new: Config, folder: str) -> str:
+    """What to begin with instead of going on: the checkpoint that was asked for, or the run."""
+    return new.run.resume if new.run.resume not in ("auto", "never") else f"{folder}/checkpoints/step-N"
 
 
 def _without_the_insides(

@@ -12,15 +12,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dtrain import strict_json
 from dtrain.checkpoint.folders import write_text_durably
 from dtrain.config.composing import load, to_yaml
+from dtrain.config.data_contract import DATA as DATA
 from dtrain.config.resume import check_resume
 from dtrain.config.schema import Config
 from dtrain.errors import ConfigError, DtrainError, ResumeError
@@ -32,9 +33,12 @@ from dtrain.launchers.registry import holder
 from dtrain.launchers.slurm.client import SlurmError
 from dtrain.report.environment import KEPT, NOT_KEPT, record
 
-CONFIG, ENVIRONMENT, DATA, OUTCOME, CHECKPOINTS = (
-    "config.yaml", "environment.json", "data.json", "outcome.json", "checkpoints",
+CONFIG, ENVIRONMENT, OUTCOME, CHECKPOINTS = (
+    "config.yaml", "environment.json", "outcome.json", "checkpoints",
 )  # fmt: skip
+
+IDENTITY = ("sha256", "digest", "vocab_size", "dtype", "count", "held_out")
+"""What of a description says that data are the same, in the words of our data sets; the first two are a digest."""
 
 
 def absolute(config: Config) -> Config:
@@ -46,7 +50,11 @@ def absolute(config: Config) -> Config:
     folder = str(Path(config.run.dir).absolute())
     run = dataclasses.replace(config.run, dir=folder, resume=resume, weights=weights)
     log = {"log": str(Path(str(config.sync["log"])).absolute())} if config.sync.get("log") else {}
-    return dataclasses.replace(config, run=run, sync={**config.sync, **log})
+    path = config.data.get("path")
+    # A data set of somebody else's may mean something else by it, which is then no file here.
+    there = Path(path).expanduser() if isinstance(path, str) and path else None
+    data = {"path": str(there.absolute())} if there is not None and there.exists() else {}
+    return dataclasses.replace(config, run=run, sync={**config.sync, **log}, data={**config.data, **data})
 
 
 def previous(config: Config) -> Path | None:
@@ -100,20 +108,40 @@ def check(config: Config, description: Mapping[str, object], folder: Path) -> No
     """
     if not (folder / CONFIG).is_file():
         raise ResumeError(f"{folder} has checkpoints but no {CONFIG}, so nobody can say whether they fit; put it back")
-    check_resume(load(folder / CONFIG), config)
-    if (folder / DATA).is_file():
-        try:
-            stored, now = _digest(json.loads((folder / DATA).read_text())), _digest(description)
-        except ValueError as error:
-            raise ResumeError(
-                f"{folder / DATA} is damaged ({error}), so nobody can say whether the data are the same; delete it to "
-                "go on without that check"
-            ) from error
-        if stored != now:
-            raise ResumeError(
-                f"the data have changed since {folder} was trained: the digest was {stored} and is {now}; bring the "
-                f"same files back ({folder / DATA} lists them), or start a new run in another run.dir"
-            )
+    try:
+        changed = other_data(folder, description)
+        same = not changed and has_digest(description) and (folder / DATA).is_file()
+        check_resume(absolute(load(folder / CONFIG)), config, same_data=same)
+    except ValueError as error:
+        raise ResumeError(
+            f"{folder / DATA} is damaged ({error}), so nobody can say whether the data are the same; delete it to "
+            "go on without that check"
+        ) from error
+    if changed:
+        raise ResumeError(
+            f"the data have changed since {folder} was trained: {changed}; bring the same files back ({folder / DATA} "
+            "lists them), or start a new run in another run.dir"
+        )
+
+
+def other_data(folder: Path, description: Mapping[str, object]) -> str:
+    """How these data differ from those that the run in ``folder`` was launched with; empty if they do not.
+
+    Raises ValueError for a damaged record of them.
+    """
+    try:
+        stored, now = strict_json.read(folder / DATA), strict_json.parse(strict_json.dumps(description))
+    except FileNotFoundError:
+        return ""
+    if not has_digest(stored) and not has_digest(now):  # in somebody else's words: then all of it counts
+        return "" if stored == now else f"they were {stored} and are {now}"
+    names = {"sha256": "digest"}
+    parts = [
+        f"the {names.get(name, name)} was {stored.get(name)} and is {now.get(name)}"
+        for name in IDENTITY
+        if stored.get(name) != now.get(name) and (name in stored or name in ("sha256", "digest"))
+    ]
+    return ", ".join(parts)
 
 
 def write(config: Config, description: Mapping[str, object]) -> Path:
@@ -134,8 +162,8 @@ def write(config: Config, description: Mapping[str, object]) -> Path:
             number = 1 + sum(1 for _ in here.glob("config-*.yaml"))
             os.replace(path, here / f"config-{number}.yaml")
         write_text_durably(path, text)
-        write_text_durably(here / ENVIRONMENT, json.dumps(record(), indent=2) + "\n")
-        write_text_durably(here / DATA, json.dumps(description, indent=2) + "\n")
+        write_text_durably(here / ENVIRONMENT, strict_json.dumps(record(), indent=2))
+        write_text_durably(here / DATA, strict_json.dumps(description, indent=2))
         forget(here)
         (here / OUTCOME).unlink(missing_ok=True)  # that of an earlier launch must not be taken for this one's
     except trusted.Untrusted as error:
@@ -255,10 +283,13 @@ def outcome(folder: Path) -> dict[str, object] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise DtrainError(f"{path} is damaged: {error}") from error
-    return found if isinstance(found, dict) else None
+        found = strict_json.read(path)
+        strict_json.integer(found, "step")
+        if found.get("reason") not in ("finished", "stopped", "signal"):
+            raise ValueError(f"its reason is {found.get('reason')!r:.80}")
+    except (OSError, ValueError) as error:
+        raise DtrainError(f"{path} is damaged: {error}; the same command goes on from the last checkpoint") from error
+    return found
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -269,6 +300,6 @@ def _has_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or _has_checkpoint(folder)
 
 
-def _digest(description: Mapping[str, object]) -> object:
-    """The digest where there is one; a data set of somebody else's may say it in other words, then all of it counts."""
-    return description.get("sha256", description.get("digest", json.loads(json.dumps(description))))
+def has_digest(description: Mapping[str, object]) -> bool:
+    """Whether a data set says by a digest which data it holds."""
+    return "sha256" in description or "digest" in description

@@ -135,6 +135,9 @@ class EngineConfig:
     activation_checkpointing: bool = False
     bucket_mib: float = 4.0
     """Gradients are handed over in buckets of at most this many MiB."""
+    unused_parameters: bool = False
+    """Some steps leave parameters without a gradient (experts, parts that are switched off): it counts as zero then, on
+    every replica. ZeRO 1 and 2 and local updates need no word for it, and ZeRO 3 cannot do it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,6 +203,13 @@ def _model(config: Config, data: object) -> None:
             model = build_model(config.model, data)
     except Exception:  # some models look at their values while they are made; and only a real one says what is wrong
         model = build_model(config.model, data)
+    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    sparse = [name for name, module in model.named_modules() if isinstance(module, embeddings) and module.sparse]
+    if sparse:
+        raise ConfigError(
+            f"model: {', '.join(sparse[:3])} of {config.model['_target_']} makes sparse gradients, which are neither "
+            "clipped nor exchanged, nor taken by AdamW: build it with sparse=False"
+        )
     if config.run.weights:
         from dtrain.checkpoint.weights import put_into, weights_of
 

@@ -30,6 +30,7 @@ class EngineOptions:
 
     ``precision``: "fp32", or "bf16" with fp32 master parameters and fp32 reductions where the engine can.
     ``bucket_mib``: size of the gradient groups that are handed over. ``clip_norm``: 0 leaves gradients as they are.
+    ``unused_parameters``: a parameter that has no part in a loss has the gradient zero.
     """
 
     precision: str
@@ -38,6 +39,7 @@ class EngineOptions:
     clip_norm: float
     microbatches: int
     microbatch_size: int
+    unused_parameters: bool = False
 
 
 class Engine(ABC):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dtrain.errors import ModelError
 
-__all__ = ["loss_of"]
+__all__ = ["loss_of", "unused"]
 
 CONTRACT = "model(batch) -> Tensor: the scalar mean loss"
 WRAPPED = "for example self.model(input_ids=batch[...], labels=batch[...]).loss"
@@ -44,6 +44,16 @@ def _how_to_wrap(model: object) -> str:
     return (
         "; a model is called with the batch as one mapping, and this one of transformers takes its inputs one by one: "
         f"wrap it in a module whose forward(self, batch) returns its loss, {WRAPPED}"
+    )
+
+
+def unused(names: Sequence[str]) -> ModelError:
+    """What to raise where these parameters have no gradient, and the engine would wait for one."""
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ModelError(
+        f"{listed or 'some parameters'} had no part in the loss of this step, and the other ranks wait for a gradient: "
+        "set engine.unused_parameters=true, and it counts as zero; or freeze what is never trained by "
+        "requires_grad_(False)"
     )
 
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.attach import pieces_of
 from dtrain.engines.base import Batch, EngineOptions, OptimizerFactory, TorchEngine, checkpoint_activations
-from dtrain.engines.contract import loss_of
+from dtrain.engines.contract import loss_of, unused
 from dtrain.mesh import Mesh
 
 
@@ -23,9 +23,13 @@ class DDPEngine(TorchEngine):
         model = model.to(mesh.device)
         if options.activation_checkpointing:
             checkpoint_activations(model)
+        if options.unused_parameters:
+            _use_all(model)
         self.ddp = DistributedDataParallel(
-            model, process_group=mesh.engine_group, bucket_cap_mb=options.bucket_mib, gradient_as_bucket_view=True
-        )
+            model, process_group=mesh.engine_group, bucket_cap_mb=options.bucket_mib, gradient_as_bucket_view=True,
+            # Buckets then stay as they are, and are not built anew in the order in which this replica had gradients.
+            find_unused_parameters=options.unused_parameters,
+        )  # fmt: skip
         self.model = self.ddp
         self.optimizer = optimizer(model.parameters())
         self.pieces = pieces_of(self.ddp, self.optimizer, mesh.channel, overlap=True)
@@ -39,6 +43,11 @@ class DDPEngine(TorchEngine):
                     loss = loss_of(self.ddp, batch)
                 (loss / len(microbatches)).backward()
             total += loss.detach().float() / len(microbatches)
+        if self.ddp.require_backward_grad_sync and not self.options.unused_parameters:
+            # DDP would wait for them in the bucket that they are in, until the next forward pass.
+            names = [name for name, p in self.ddp.module.named_parameters() if p.requires_grad and p.grad is None]
+            if names:
+                raise unused(names)
         return total
 
     def evaluate(self, batch: Batch) -> Tensor:
@@ -50,3 +59,17 @@ class DDPEngine(TorchEngine):
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
+
+
+def _use_all(model: nn.Module) -> None:
+    """Give every parameter a part in the loss, a zero: DDP's own search leaves out what other replicas alone used."""
+    forward = model.forward
+
+    def with_all(batch: Batch) -> object:
+        loss = forward(batch)
+        if not isinstance(loss, Tensor) or loss.dim() or not torch.is_grad_enabled():
+            return loss  # whether it may be so is asked elsewhere
+        nothing = [p.reshape(-1)[:0].sum().float() for p in model.parameters() if p.requires_grad]
+        return loss + torch.stack(nothing).sum()
+
+    model.forward = with_all

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dtrain.comm.attach import pieces_of
 from dtrain.engines.base import Batch, EngineOptions, OptimizerFactory, TorchEngine, blocks_of, checkpoint_activations
-from dtrain.engines.contract import loss_of
+from dtrain.engines.contract import loss_of, unused
 from dtrain.mesh import Mesh
 
 
@@ -32,6 +32,7 @@ class FSDPEngine(TorchEngine):
         fully_shard(model, mesh=shard_mesh, mp_policy=policy)
         self.model = model
         self.root = cast(FSDPModule, model)
+        self.root.set_reduce_scatter_unused_params(options.unused_parameters)
         self.optimizer = optimizer(model.parameters())
         self.pieces = pieces_of(model, self.optimizer, mesh.channel, overlap=True)
 
@@ -40,6 +41,11 @@ class FSDPEngine(TorchEngine):
         for index, batch in enumerate(microbatches):
             self.root.set_requires_gradient_sync(index == len(microbatches) - 1)
             loss = loss_of(self.model, batch)
-            (loss / len(microbatches)).backward()
+            try:
+                (loss / len(microbatches)).backward()
+            except RuntimeError as error:
+                if "set_reduce_scatter_unused_params" in str(error):
+                    raise unused([]) from error
+                raise
             total += loss.detach().float() / len(microbatches)
         return total

@@ -7,6 +7,9 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
+
+from dtrain import strict_json
 
 __all__ = ["Row", "Value", "as_line", "cut", "parse", "read"]
 
@@ -27,12 +30,13 @@ def as_line(row: Mapping[str, Value]) -> str:
 
 
 def parse(line: str) -> Row | None:
-    """The row of a line; None if the line is torn, that is, not one whole JSON object."""
+    """The row of a line; None if the line is torn or damaged, that is, not one whole JSON object of plain values."""
     try:
-        row = json.loads(line)
+        row = strict_json.parse(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+    plain = all(value is None or isinstance(value, float | int | str | bool) for value in row.values())
+    return cast(Row, row) if plain else None
 
 
 def read(path: Path) -> list[Row]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -20,7 +21,7 @@ class MetricsWriter:
 
     With ``enabled=False`` (every rank but one) it does nothing at all, so that callers need not ask. ``purge_step``: at
     a resume, the first step that is trained again; TensorBoard then hides what an earlier process wrote from that step
-    on. Without the tensorboard package only the JSON lines are written. A context manager.
+    on. Without the tensorboard package, or once it has failed, only the JSON lines are written. A context manager.
     """
 
     def __init__(self, folder: Path, *, enabled: bool, purge_step: int | None = None) -> None:
@@ -46,19 +47,36 @@ class MetricsWriter:
         self._file.flush()
         if not self._written:
             self._written = True
-            self._events = _open_events(self._folder / "tensorboard", self._purge_step)
+            self._try(lambda: _open_events(self._folder / "tensorboard", self._purge_step))
         if self._events is not None:
-            for name, value in _numbers(row).items():
-                self._events.add_scalar(name, value, step)
+            self._try(lambda: self._add(_numbers(row), step))
 
     def close(self) -> None:
         """Flush and close both. Closing twice is fine."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        events, self._events = self._events, None
+        if events is not None:
+            self._try(lambda: events.close())
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _add(self, numbers: Mapping[str, float], step: int) -> SummaryWriter | None:
+        for name, value in numbers.items():
+            assert self._events is not None
+            self._events.add_scalar(name, value, step)
+        return self._events
+
+    def _try(self, action: Callable[[], SummaryWriter | None]) -> None:
+        """What pictures are made of is not worth a run: the rows are in metrics.jsonl."""
+        try:
+            self._events = action()
+        except Exception as error:  # TensorBoard writes in a thread, and raises later whatever went wrong there
+            self._events = None
+            warnings.warn(
+                f"{self._folder / 'tensorboard'} is written no more, as it failed ({type(error).__name__}: {error}); "
+                "metrics.jsonl goes on",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -6,6 +6,7 @@ Where nobody looks on, rank 0 prints the same lines into its log, by `printer`.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 from collections import deque
@@ -20,7 +21,7 @@ from dtrain.report.tail import Tail
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-__all__ = ["Progress", "printer"]
+__all__ = ["Progress", "printer", "say"]
 
 LOOK_SECONDS = 0.2
 RATE_ROWS = 20  # tokens per second over this many rows: one row alone jumps about
@@ -102,6 +103,20 @@ def printer(steps: int, stream: TextIO | None = None) -> Callable[[Row], None]:
         view.say(state.line())
 
     return show
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line. If whoever read it has left (``| head``), this and all that follows goes nowhere: a run goes on."""
+    stream = stream or sys.stdout
+    try:
+        stream.write(text + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+        finally:
+            os.close(nowhere)
 
 
 class _State:
@@ -197,8 +212,7 @@ class _Plain:
             self.say(line)
 
     def say(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        say(text, self._stream)
 
     def close(self, line: str) -> None:
         if line != self._printed:

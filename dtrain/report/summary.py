@@ -6,9 +6,12 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
+from dtrain import strict_json
 from dtrain.report.figures import in_bytes, in_time
 
 __all__ = ["Summary", "read", "render"]
@@ -64,12 +67,29 @@ class Summary:
 
 def read(path: Path) -> Summary:
     """The summary in a file; unknown keys are ignored. Raises OSError without a file, ValueError if it is none."""
-    figures = json.loads(path.read_text(encoding="utf-8"))
-    names = [field.name for field in dataclasses.fields(Summary)]
-    missing = [name for name in names if not isinstance(figures, dict) or name not in figures]
-    if missing:
-        raise ValueError(f"{path} is not the summary of a run: it lacks {', '.join(missing)}")
-    return Summary(**{name: figures[name] for name in names})
+    try:
+        figures = strict_json.read(path)
+        names = [field.name for field in dataclasses.fields(Summary)]
+        if missing := [name for name in names if name not in figures]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return Summary(**{name: _figure(figures, name) for name in names})
+    except ValueError as error:
+        raise ValueError(f"{path} is not the summary of a run: {error}") from error
+
+
+def _figure(figures: Mapping[str, object], name: str) -> Any:
+    """One figure, of the type that the summary has it in. Raises ValueError for another one."""
+    kind = get_type_hints(Summary)[name]
+    if kind is int:
+        return strict_json.integer(figures, name)
+    if kind is str and not isinstance(figures[name], str):
+        raise ValueError(f"{name} is {figures[name]!r:.80}, not a text")
+    if kind is str:
+        return figures[name]
+    value = strict_json.number(figures, name)
+    if value is None and kind is float:
+        raise ValueError(f"{name} is null, not a number")
+    return value
 
 
 def render(summary: Summary) -> str:

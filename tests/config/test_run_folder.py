@@ -83,6 +83,8 @@ def test_the_advice_can_be_followed(make: Make) -> None:
         "    sync._target_: dtrain.diloco -> dtrain.every_step\n"
         "    train.seed: 1 -> 2\n"
         "go on with what was: data.block=16 train.seed=1, and the choices of runs/x/config.yaml\n"
+        "or begin at step 0 with its weights and all else anew: a run.dir that has no run yet, without run.resume, and "
+        "run.weights=runs/x\n"
         "or start from step 0: a run.dir that has no run yet, without run.resume"
     )
     check_resume(old, make("run.dir=runs/y", "run.resume=runs/x", "data.block=16", "train.seed=1"))
@@ -177,6 +179,58 @@ def test_other_data_are_refused_whatever_their_path_says(changed: dict[str, obje
         ResumeError, match=r"the data have changed since .*: the digest was abc and is .*data\.json lists"
     ):
         run_folder.check(make(), changed, folder)
+
+
+def test_the_same_data_may_lie_elsewhere(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = begun(make("data.path=here"), 10)
+    run_folder.check(make("data.path=there"), {**DATA, "root": "there"}, folder)
+    with pytest.raises(ResumeError, match=r"data\.path: .*here -> .*there"):
+        run_folder.check(make("data.path=there"), {"sha256": "xyz"}, folder)
+    (folder / "data.json").unlink()
+    with pytest.raises(ResumeError, match=r"data\.path: .*here -> .*there"):
+        run_folder.check(make("data.path=there"), DATA, folder)  # nothing says that they are the same
+    (tmp_path / "moved").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.absolute(make("data.path=moved")).data["path"] == str(tmp_path / "moved")
+    assert run_folder.absolute(make("data.path=user/dataset")).data["path"] == "user/dataset"  # nothing here
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "held_out", "count"])
+def test_data_that_are_cut_in_another_way_are_others(name: str, make: Make) -> None:
+    config, described = make(), {**DATA, "vocab_size": 256, "held_out": [[4, 8]], "count": 9}
+    folder = begun(config, 10)
+    run_folder.write(config, described)
+    run_folder.check(make(), {**described, "held_out": ((4, 8),)}, folder)
+    with pytest.raises(ResumeError, match=f"the data have changed since .*the {name} was "):
+        run_folder.check(make(), {**described, name: 7}, folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", "\xff", "[" * 100_000, '{"sha256": NaN}'])
+def test_a_damaged_record_of_the_data_is_told(text: str, make: Make) -> None:
+    folder = begun(make(), 10)
+    (folder / "data.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ResumeError, match=r"data\.json is damaged"):
+        run_folder.check(make(), DATA, folder)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "model: {_target_: x}\n", "run: {dir: x}\ntrain: {}\n"])
+def test_a_configuration_that_lacks_sections_is_damaged_and_not_one_of_defaults(text: str, make: Make) -> None:
+    folder = begun(make(), 10)
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged: it lacks .*sync"):
+        run_folder.check(make(), DATA, folder)
+
+
+def test_what_a_stored_configuration_would_look_up_is_not_looked_up(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "5")
+    folder = begun(make(), 10)
+    text = (folder / "config.yaml").read_text()
+    for key, value in (("seed", "${oc.env:SECRET}"), ("seed", "${train.steps}"), ("name", "a${oc.env:SECRET}")):
+        (folder / "config.yaml").write_text(re.sub(rf"(\n  {key}: ).*", rf"\g<1>{value}", text, count=1))
+        with pytest.raises(ConfigError, match=r"would be looked up here"):
+            load(folder / "config.yaml")
 
 
 def test_checkpoints_without_a_configuration_are_refused(make: Make, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,9 +145,48 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, changes: dic
     assert said in refusal(craft(tmp_path, list(range(20)), **changes), block=2)
 
 
+def whole(folder: Path) -> list[list[int]]:
+    """Every example, once all of the file was read."""
+    found: list[list[int]] = []
+    for split in ("train", "validation"):
+        data = TokenFile(path=str(folder), block=8, split=split)
+        data.check_content()
+        found += [[len(data), data.vocab_size, *data[i]["input"].tolist()] for i in range(len(data))]
+    return found
+
+
+@pytest.mark.parametrize("name", [TOKENS, MANIFEST])
+def test_no_flipped_bit_gives_another_example(name: str, written: Path) -> None:
+    file, good = written / name, whole(written)
+    content, draw = file.read_bytes(), random.Random(1)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            assert whole(written) == good  # white space, or what is for people
+        except DataError:
+            refused += 1
+    assert refused > 250
+
+
+@pytest.mark.parametrize("changes", [{"held_out": [[4, 9]]}, {}, {"more": 1}])
+def test_a_description_that_was_edited_is_refused(changes: dict[str, Any], written: Path) -> None:
+    found = json.loads((written / MANIFEST).read_text())
+    (written / MANIFEST).write_text(json.dumps({**found, "vocab_size": 255, **changes}))
+    refusal(written)
+
+
+def test_a_vocabulary_that_is_too_small_is_refused_before_a_model_is_made(tmp_path: Path) -> None:
+    folder = craft(tmp_path, list(range(100, 120)), vocab_size=119)  # by hand: without a digest or a seal
+    with pytest.raises(DataError, match=r"holds the token 119, its description says vocab_size 119"):
+        TokenFile(path=str(folder), block=2).check_content()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "is damaged"), ("[]", "no version"), ("{}", "no version"), ('{"version": 1}', "lacks dtype")],
+    [("{", "is damaged"), ("[]", "it holds a list"), ("{}", "no version"), ('{"version": 1}', "lacks dtype")],
 )
 def test_a_description_that_is_none_is_refused(written: Path, text: str, said: str) -> None:
     (written / MANIFEST).write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from dtrain.metrics import MetricsWriter, cut, read
 from dtrain.metrics.rows import as_line
+from dtrain.report.progress import Progress
 
 
 def refuse(word: str) -> float:
@@ -103,3 +105,54 @@ def test_cut_leaves_only_the_file(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"note": "no step"}\n')
     cut(path, 1)
     assert path.read_text() == '{"step": 1}\n{"note": "no step"}\n' and list(tmp_path.iterdir()) == [path]
+
+
+class Failing:
+    """Stands for TensorBoard's writer on a disk that has become full at ``fails``."""
+
+    def __init__(self, fails: str) -> None:
+        self.fails = fails
+
+    def add_scalar(self, *_: object) -> None:
+        if self.fails == "add":
+            raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        if self.fails == "close":
+            raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("fails", ["open", "add", "close"])
+def test_tensorboard_that_fails_is_warned_of_once_and_rows_go_on(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fails == "open":
+        (tmp_path / "tensorboard").write_text("no folder")
+    else:
+        monkeypatch.setattr("dtrain.metrics.writer._open_events", lambda *_: Failing(fails))
+    metrics = MetricsWriter(tmp_path, enabled=True)
+
+    def three() -> None:
+        with metrics:
+            for step in (1, 2, 3):
+                metrics.write({"step": step, "loss": 1.0})
+
+    with pytest.warns(RuntimeWarning, match=r"tensorboard is written no more.*metrics\.jsonl goes on") as warned:
+        three()
+    assert len(warned) == 1 and [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "value", ["[1]", "{}", "1" * 30, "NaN", "Infinity", "[" * 100_000, '"x"'], ids=lambda text: text[:9]
+)
+def test_a_damaged_value_is_no_row_or_one_that_can_be_shown(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = {"step": 2, "loss": 1.0, "seconds": 1.0, "tokens": 5}
+    for name in ("step", "loss", "seconds", "decision", "sent_bytes"):
+        path.write_text(as_line({**good, "step": 1}) + f'{{"step": 2, "{name}": {value}}}\n' + as_line(good))
+        stream = io.StringIO()
+        with Progress(tmp_path / "not yet", steps=3, stream=stream) as progress:
+            path.rename(tmp_path / "not yet")
+            progress.close()
+        assert "step 1/3" in stream.getvalue() and "step 2/3" in stream.getvalue()
+        (tmp_path / "not yet").unlink()

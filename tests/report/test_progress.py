@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from pathlib import Path
 
 from dtrain.metrics import cut
-from dtrain.report.progress import Progress, printer
+from dtrain.report.progress import Progress, printer, say
 
 
 class Terminal(io.StringIO):
@@ -119,3 +120,12 @@ def test_the_rows_of_a_log_are_lines_at_once() -> None:
         "step 1: validation loss 1.2500",
         "step 2/1,000  loss not finite  2,000 tokens/s  sent 2.00 MB per rank  exposed communication 10.0 %",
     ]
+
+
+def test_a_reader_that_has_left_does_not_end_a_run(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # `dtrain train | head`
+    with os.fdopen(writing, "w") as stream, Progress(tmp_path / "metrics.jsonl", steps=3, stream=stream) as progress:
+        progress.say("restart 1 of at most 3")
+        say("run x", stream)
+        printer(3, stream)({"step": 1, "loss": 2.5})

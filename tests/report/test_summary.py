@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -83,12 +84,23 @@ def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
     assert figures["loss"] is None and figures["validation_loss"] is None
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"steps": 3}'])
+@pytest.mark.parametrize("text", ["{}", '{"of": []}', '{"steps": 3}'])
 def test_what_is_no_summary_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "summary.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"summary.json is not the summary of a run: it lacks run"):
         read(path)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Summary)])
+@pytest.mark.parametrize("value", ["[]", "{}", "true", "1e999", "NaN", "1" * 400, "-1", '"x"', "[" * 99_999])
+def test_a_damaged_figure_is_refused_or_can_be_shown(name: str, value: str, tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    SUMMARY.write(path)
+    figures = {key: json.dumps(figure) for key, figure in json.loads(path.read_text()).items()} | {name: value}
+    path.write_text("{" + ", ".join(f'"{key}": {text}' for key, text in figures.items()) + "}")
+    with contextlib.suppress(ValueError):
+        render(read(path))
 
 
 def test_unknown_figures_are_ignored(tmp_path: Path) -> None:
