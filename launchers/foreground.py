@@ -79,8 +79,19 @@ class ForegroundJob(Job):
 
     def cancel(self) -> None:
         """SIGTERM: the run checkpoints. Nothing is sent to a process that does not hold the folder's lock."""
-        if self._holds_lock():
-            os.kill(int(self.id), signal.SIGTERM)
+        if not self._holds_lock():
+            return
+        try:
+            process = os.pidfd_open(int(self.id))  # its number is not given away while it is asked for
+        except OSError:
+            return
+        try:
+            if self._holds_lock():
+                signal.pidfd_send_signal(process, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(process)
 
     def why(self) -> str:
         """How it ended, the root cause first."""
@@ -104,8 +115,11 @@ class ForegroundJob(Job):
     def _holds_lock(self) -> bool:
         if self.id in ("0", str(os.getpid())):  # whoever asks does not run it
             return False
-        lock = os.path.realpath(self.folder / LOCK)
+        # A link in place of the lock would name any file, and whoever has that open.
+        lock = os.path.join(os.path.realpath(self.folder), LOCK)
         try:
-            return any(os.path.realpath(link) == lock for link in Path(f"/proc/{self.id}/fd").iterdir())
+            owner = Path(f"/proc/{self.id}").stat().st_uid
+            held = any(os.path.realpath(link) == lock for link in Path(f"/proc/{self.id}/fd").iterdir())
+            return held and owner == os.geteuid() and not os.path.islink(lock)
         except OSError:  # it has ended, or is another user's
             return False

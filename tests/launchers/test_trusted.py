@@ -245,6 +245,28 @@ def test_another_jobs_process_is_not_this_ones(tmp_path: Path) -> None:
             process.kill()
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("written", [True, False])
+def test_a_lock_that_is_a_link_names_nobody_who_has_that_file_open(tmp_path: Path, written: bool) -> None:
+    diary, folder = tmp_path / "diary", tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    with diary.open("w") as opened_by_victim, subprocess.Popen(["sleep", "1000"], stdout=opened_by_victim) as victim:
+        try:
+            diary.write_text(f"a dtrain command, process {victim.pid} on here\n")
+            (folder / ".lock").symlink_to(diary)
+            if written:
+                facts = Facts(str(victim.pid), "foreground", "job", str(folder), (), 1, 0.0)
+                (folder / "job.json").write_text(json.dumps(dataclasses.asdict(facts)))
+            (job,) = registry.resolve(str(folder))
+            assert job.state() == "lost"
+            job.cancel()
+            with pytest.raises(subprocess.TimeoutExpired):
+                victim.wait(0.3)
+        finally:
+            victim.kill()
+
+
 def test_the_environment_names_folders_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTRAIN_TRUSTED_FOLDERS", "")
     make_folder(tmp_path / "x")
