@@ -24,7 +24,7 @@ from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.launchers.slurm.settings import SlurmSettings
 from dtrain.testing.fake_slurm import FakeSlurm
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 TRAIN = [
     "launcher.workers=1", "mesh.replicate=1", "mesh.shard=1", "engine=ddp", "sync=dense", "data=text", "train.steps=4",
@@ -49,7 +49,7 @@ def slurm() -> Iterator[FakeSlurm]:
         yield fake
 
 
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -160,6 +160,7 @@ def test_a_job_runs_whose_home_cannot_be_written_to(
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_launch_that_is_ended_ends_its_ranks_and_waits_for_them(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "stops.py").write_text(
@@ -169,12 +170,15 @@ def test_a_launch_that_is_ended_ends_its_ranks_and_waits_for_them(number: signal
         "time.sleep(60)\n"
     )
     words = ["launch", "launcher.workers=1", "run.dir=run", "--", "python", "stops.py"]
-    command = subprocess.Popen([sys.executable, "-m", "dtrain", *words])
-    log = tmp_path / "run" / "logs" / "rank-0.log"
-    deadline = time.monotonic() + 50
-    while not (log.exists() and "ready" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    command.send_signal(number)
-    assert command.wait(40) == 130 and "checkpointed" in log.read_text()
+    with subprocess.Popen([sys.executable, "-m", "dtrain", *words]) as command:
+        try:
+            log = tmp_path / "run" / "logs" / "rank-0.log"
+            deadline = time.monotonic() + 120
+            while not (log.exists() and "ready" in log.read_text()):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            command.send_signal(number)
+            assert command.wait(100) == 130 and "checkpointed" in log.read_text()
+        finally:
+            command.kill()
     assert registry.find(str(tmp_path / "run")).state() == "cancelled"
