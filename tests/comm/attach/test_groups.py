@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -155,6 +156,14 @@ def held() -> tuple[int, int]:
     return len(list(Path("/proc/self/task").iterdir())), len(os.listdir("/proc/self/fd"))
 
 
+def settled(found: list[tuple[int, int]], index: int) -> list[tuple[int, int]]:
+    """``found`` with what is held once threads that are on their way out have gone, at most some seconds later."""
+    deadline = time.monotonic() + 20
+    while any(now > then for now, then in zip(held(), found[index], strict=True)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [*found, held()]
+
+
 def attached_often(method: str, times: int, early: bool) -> list[tuple[int, int]]:
     kind, spec = METHODS[method]
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
@@ -176,13 +185,13 @@ def attached_often(method: str, times: int, early: bool) -> list[tuple[int, int]
         if early and not dist.get_rank():
             dist.barrier()
         found.append(held())
-    return found
+    return settled(found, 1)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_detached_leaves_no_thread_and_no_descriptor(pool: WorkerPool, method: str) -> None:
     for rows in pool.run(attached_often, method, 8, method == "streaming", world=2):
-        assert max(rows[2:]) == min(rows[2:])
+        assert rows[-1] <= rows[1], f"threads and descriptors: {rows}"
 
 
 def refused_often(times: int) -> list[tuple[int, int]]:
@@ -193,12 +202,12 @@ def refused_often(times: int) -> list[tuple[int, int]]:
         with pytest.raises(ValueError, match="another sync"):
             attach(model, torch.optim.SGD(model.parameters(), lr=0.1), spec)
         found.append(held())
-    return found
+    return settled(found, 1)
 
 
 def test_nor_does_what_is_refused(pool: WorkerPool) -> None:
     for rows in pool.run(refused_often, 5, world=2):
-        assert rows[-1] == rows[1]
+        assert rows[-1] <= rows[1], f"threads and descriptors: {rows}"
 
 
 def after_the_default_group_is_gone() -> None:
