@@ -140,7 +140,7 @@ def test_validating_writes_nothing(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", AT_LEAST_ONE)
 @pytest.mark.parametrize("value", [0, -1])
 def test_what_counts_is_at_least_one(key: str, value: int, text: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"^{re.escape(key)} must be at least 1, but is {value}$"):
+    with pytest.raises(ConfigError, match=rf"(?m)^{re.escape(key)} must be at least 1, but is {value}$"):
         validate(changed(key, value))
 
 
