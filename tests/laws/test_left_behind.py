@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def trained_often(configs: list[Config]) -> list[tuple[int, int]]:
         for config in configs[number * len(KINDS) : (number + 1) * len(KINDS)]:
             train(config)
         gc.collect()
+        time.sleep(1)  # threads that are on their way out
         found.append((len(list(Path("/proc/self/task").iterdir())), len(os.listdir("/proc/self/fd"))))
     return found
 
@@ -40,4 +42,4 @@ def test_many_trainings_in_one_process(pool: WorkerPool, text: Path, tmp_path: P
             mesh = ["mesh.replicate=2", "mesh.shard=1", "launcher.workers=2", "train.steps=3"]
             configs.append(compose([*chosen, *mesh]))
     for rows in pool.run(trained_often, configs, world=2):
-        assert rows[1] == rows[2], f"threads and descriptors: {rows}"
+        assert rows[2] <= rows[1], f"threads and descriptors: {rows}"
