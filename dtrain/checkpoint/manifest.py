@@ -27,9 +27,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 
 _CHUNK = 1 << 22
-_ITEM_BYTES = {
-    name: dtype.itemsize for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype)
-}
+_ITEM_BYTES = {name: dtype.itemsize for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype)}
 """By the names that manifests have them under."""
 
 
