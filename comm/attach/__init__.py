@@ -18,6 +18,7 @@ from dtrain.comm.attach.grid import own_groups
 from dtrain.comm.attach.servable import is_plain, require_call, require_servable
 from dtrain.comm.attach.silence import Listening, require_silent
 from dtrain.comm.attach.trained import Trained
+from dtrain.comm.attach.untrained import equalized
 from dtrain.comm.attach.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.drivers.run import Channel
 from dtrain.comm.drivers.torch_transport import TorchTransport
@@ -45,7 +46,8 @@ def attach(
     backward.
 
     Call ``attached.step()`` where ``optimizer.step()`` and ``zero_grad()`` were called. The replicas' parameters are
-    made equal first (replica 0's). Gradient clipping stays between ``backward`` and ``step``.
+    made equal first (replica 0's), trained and frozen ones, and buffers. Gradient clipping stays between ``backward``
+    and ``step``.
 
     Args:
         model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` with the shard axis alone); or a DeepSpeed
@@ -83,7 +85,13 @@ def attach(
     if replicate_group.rank() < 0:
         raise ValueError("this rank is not in replicate_group; build the groups on every rank and pass its own")
     channel = Channel(own_groups(model, replicate_group))
-    return _bound(pieces_of(model, optimizer, channel, overlap=False), lambda pieces: sync.bind(pieces, seed))
+
+    def bind(pieces: Pieces) -> Attached:
+        attached = sync.bind(pieces, seed)
+        channel.run(equalized(model, pieces.place), "agreement")
+        return attached
+
+    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
 
 
 def _attached_to_members(

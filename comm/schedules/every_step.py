@@ -26,7 +26,7 @@ from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.base import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.routes import Combined
-from dtrain.comm.schedules.guard import Held, Tie, kept_by, numbers_of, require_guard
+from dtrain.comm.schedules.guard import ABSENT, Held, Tie, kept_by, numbers_of, require_guard
 from dtrain.comm.schedules.sync import Attached
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
@@ -60,7 +60,7 @@ class AttachedEveryStep(Attached):
         super().__init__(pieces, State({**kinds_of(spec.plan), **more}), spec.plan, seed, spec)
         self.spec = spec
         self._all_finite = True
-        self._handed = False
+        self._handed = self._standing_in = False
         self._exchanges: dict[str, int] = {}  # of each parameter in this step
         self._passes = 1  # backward passes of the last step that were exchanged
         pieces.hand_over(_Handed(self, adds=bool(self.state.kinds)))
@@ -95,7 +95,14 @@ class AttachedEveryStep(Attached):
             self.state.rollback()
             self.skipped += 1
         self.steps += 1
-        self._after_step()
+        self._standing_in = True
+        try:
+            self._after_step()
+        finally:
+            self._standing_in = False
+
+    def _saves_alike(self) -> int:
+        return ABSENT if self._standing_in else super()._saves_alike()
 
     def _begin_step(self) -> None:
         self._handed, self._exchanges = False, {}

@@ -39,6 +39,8 @@ PARAMETER = "parameter "
 
 DIGEST_BYTES, COUNT_BYTES, TENSOR_BYTES = 12, 4, 8
 COLUMNS = 512
+ABSENT = 2 ** (8 * COUNT_BYTES) - 1
+"""In place of how often a rank was asked for its state: it has no part in the last step, and is not compared."""
 
 
 class ReplicasDiffer(RuntimeError):
@@ -106,7 +108,7 @@ def compared(held: Callable[[], Held], more: str, saves: int, place: Place, tie:
     """Compare what all peers hold, and find out what is right.
 
     ``held`` may be called twice. ``more``: what must be equal besides, in words. ``saves``: how often this rank was
-    asked for its state.
+    asked for its state; `ABSENT`: it is not compared.
     """
     names, hashes, kinds = [], [], []
     for name, tensor in held():
@@ -116,25 +118,27 @@ def compared(held: Callable[[], Held], more: str, saves: int, place: Place, tie:
     layout = hashlib.blake2b("\n".join([more, *kinds]).encode(), digest_size=TENSOR_BYTES).digest()
     whole = hashlib.blake2b(layout + b"".join(hashes), digest_size=DIGEST_BYTES).digest()
     rows = yield from _gathered(whole + (saves % 2 ** (8 * COUNT_BYTES)).to_bytes(COUNT_BYTES, "little"))
-    groups = groups_of([row[:DIGEST_BYTES] for row in rows])
-    counts = groups_of([row[DIGEST_BYTES:] for row in rows])
+    absent = [rank for rank, row in enumerate(rows) if int.from_bytes(row[DIGEST_BYTES:], "little") == ABSENT]
+    groups = groups_of([row[:DIGEST_BYTES] for row in rows], absent)
+    counts = groups_of([row[DIGEST_BYTES:] for row in rows], absent)
     if len(counts) > 1:
         return Verdict(counts, "saved")
-    if len(groups) == 1:
+    if len(groups) <= 1:
         return Verdict(groups)
-    layouts = groups_of((yield from _gathered(layout)))
+    layouts = groups_of((yield from _gathered(layout)), absent)
     if len(layouts) > 1:
         return Verdict(layouts, "unlike")
     each = yield from _gathered(b"".join(hashes))
     parts = [slice(number * TENSOR_BYTES, (number + 1) * TENSOR_BYTES) for number in range(len(names))]
-    differ = [name for name, part in zip(names, parts, strict=True) if len({row[part] for row in each}) > 1]
+    here = [row for rank, row in enumerate(each) if rank not in absent]
+    differ = [name for name, part in zip(names, parts, strict=True) if len({row[part] for row in here}) > 1]
     if tie == "stop" and len(groups[0]) == len(groups[1]):
         return Verdict(groups, "tie", differ)
     values, source = {}, groups[0][0]
     for name, tensor in held():
         if name in differ:
             (found,) = yield Broadcast((_bytes_of(tensor),), source)
-            if place.rank not in groups[0]:
+            if place.rank not in (*groups[0], *absent):
                 values[name] = found.view(tensor.dtype).view(tensor.shape)
     return Verdict(groups, "", differ, values)
 
@@ -206,11 +210,12 @@ def _gathered(own: bytes) -> Flow[list[bytes]]:
     return [bytes(row) for row in rows.to(torch.uint8).tolist()]
 
 
-def groups_of(rows: Sequence[Hashable]) -> list[list[int]]:
-    """Ranks with equal rows: the largest group first, of equally large ones that of the lowest rank."""
+def groups_of(rows: Sequence[Hashable], absent: Sequence[int] = ()) -> list[list[int]]:
+    """Ranks with equal rows, but the ``absent``: the largest group first, of equal ones that of the lowest rank."""
     found: dict[Hashable, list[int]] = {}
     for rank, row in enumerate(rows):
-        found.setdefault(row, []).append(rank)
+        if rank not in absent:
+            found.setdefault(row, []).append(rank)
     return sorted(found.values(), key=lambda ranks: (-len(ranks), ranks[0]))
 
 

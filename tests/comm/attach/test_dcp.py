@@ -328,3 +328,17 @@ def saved_as_an_object(call: str) -> str:
 def test_a_sync_that_is_saved_whole_is_refused(pool: WorkerPool, call: str) -> None:
     for said in pool.run(saved_as_an_object, call, world=2):
         assert "cannot be pickled or copied; save its state" in said
+
+
+def compared_under_join() -> tuple[int, int, int]:
+    """One rank of three has fewer batches: it does not step, and is not compared; two go on."""
+    run = Run("ddp", every_step(verify_every=2))
+    with cast(DistributedDataParallel, run.model).join():
+        for number in range(2 if dist.get_rank() == 0 else 7):
+            run.model(torch.full((5, 8), float(number))).square().mean().backward()
+            run.sync.step()
+    return run.sync.steps, run.sync.repairs, run.sync.meter.sent_as("guard")
+
+
+def test_who_has_no_batches_left_is_not_taken_for_one_who_differs(pool: WorkerPool) -> None:
+    assert pool.run(compared_under_join, world=3) == [(7, 0, 3 * 2 * 16)] * 3
