@@ -154,6 +154,7 @@ def tokens(name: str, folder: Path) -> Case:
     def read(data: bytes) -> object:
         file.write_bytes(data)
         found = TokenFile(path=str(made), block=8)
+        found.check_content()  # as a launch does, once
         return [found[i]["input"] for i in range(4)]
 
     def check(found: object, intact: bool) -> None:
