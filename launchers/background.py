@@ -235,7 +235,8 @@ def main(launcher: str, folder: Path) -> None:
 
 
 ENDINGS = {
-    0: "finished", 2: "the configuration cannot run", 75: "checkpointed, to be run again", 130: "ended by the user",
+    0: "finished", 2: "it cannot run, or would fail in the same way again", 75: "checkpointed, to be run again",
+    130: "ended by the user",
 }  # fmt: skip
 
 

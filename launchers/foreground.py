@@ -25,7 +25,7 @@ __all__ = ["FOREGROUND", "ForegroundJob", "began", "ended", "run_of"]
 FOREGROUND = "foreground"
 LOCK = ".lock"
 CONFIG = "config.yaml"
-ENDINGS = {0: "finished", 2: "the configuration cannot run", 75: "cancelled", 130: "cancelled"}
+ENDINGS = {0: "finished", 2: "it cannot run, or would fail in the same way again", 75: "cancelled", 130: "cancelled"}
 
 
 def began(folder: Path, program: Sequence[str], workers: int) -> None:

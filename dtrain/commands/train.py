@@ -52,8 +52,9 @@ examples:
   dtrain train -m sync=dense,diloco train.seed=1,2,3 launcher=slurm        a job array, a run for each combination
 
 exit codes:
-  0 finished, or stopped as asked; 2 bad configuration (nothing was launched), or an error before the first step was
-  done, which would come again; 75 checkpointed after a signal, to be run again; 130 ended by the user; 1 failed
+  0 finished, or stopped as asked; 2 bad configuration (nothing was launched), or an error that would come again (before
+  the first step, NaN or infinity, the same one twice); 75 checkpointed after a signal, to be run again; 130 ended by
+  the user; 1 failed
 """
 
 
