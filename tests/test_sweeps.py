@@ -74,7 +74,7 @@ def test_folders_have_plain_names_whatever_the_values_are(sweep: Sweep, runs: Ru
     names = [folder.name for folder in runs.folders]
     assert len(set(names)) == 3 and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) for name in names)
     assert {folder.parent for folder in runs.folders} == {tmp_path / "sw"}
-    assert load(runs.folders[0] / "config.yaml").data["path"] == "a b"
+    assert load(runs.folders[0] / "config.yaml").data["path"] == str(tmp_path / "a b")
     # What dtrain names can be named: here, and in sweeps of before, whose folders held an equals sign.
     for folder in (runs.folders[0], tmp_path / "sw/0-data.path='a b',sync=dense"):
         assert compose([f"run.weights={folder}", f"run.dir={folder}"]).run.weights == str(folder)

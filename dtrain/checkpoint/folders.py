@@ -21,6 +21,10 @@ _STEP = re.compile(r"step-(\d{10,})")
 _MARKED = re.compile(r"(step-\d{10,})\.(tmp|replaced|deleting)-.+")
 
 
+OWNERS = 0o644
+"""The mode of a file that its owner alone can write to, whatever the umask."""
+
+
 def step_name(step: int) -> str:
     """
     >>> step_name(1200)
@@ -100,13 +104,13 @@ def set_aside(path: Path) -> Path:
     return corrupt
 
 
-def write_text_durably(path: Path, text: str) -> None:
+def write_text_durably(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Replace a file's whole content: temporary file, fsync, rename, fsync of the folder.
 
-    Whatever the umask, its owner alone can write to it: ranks are told by such files what to run.
+    ``mode``: what the umask leaves of it; `OWNERS` for a file that tells ranks what to run.
     """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o644)) as file:
+    with open(partial, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -174,12 +174,12 @@ def _array(
 
 
 def _write(base: Path, runs: Sequence[Run]) -> None:
-    from dtrain.checkpoint.folders import write_text_durably
+    from dtrain.checkpoint.folders import OWNERS, write_text_durably
 
     content = [{"values": run.values, "folder": str(run.folder)} for run in runs]
     try:
         base.mkdir(parents=True, exist_ok=True)
-        write_text_durably(base / FILE, json.dumps(content, indent=1) + "\n")
+        write_text_durably(base / FILE, json.dumps(content, indent=1) + "\n", mode=OWNERS)
     except OSError as error:
         raise ConfigError(f"run.dir={base} cannot be written to: {error}; choose another run.dir") from error
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dtrain import strict_json
-from dtrain.checkpoint.folders import write_text_durably
+from dtrain.checkpoint.folders import OWNERS, write_text_durably
 from dtrain.config.composing import load, to_yaml
 from dtrain.config.data_contract import DATA as DATA
 from dtrain.config.resume import check_resume
@@ -161,7 +161,7 @@ def write(config: Config, description: Mapping[str, object]) -> Path:
         if path.is_file() and path.read_text() != text:
             number = 1 + sum(1 for _ in here.glob("config-*.yaml"))
             os.replace(path, here / f"config-{number}.yaml")
-        write_text_durably(path, text)
+        write_text_durably(path, text, mode=OWNERS)
         write_text_durably(here / ENVIRONMENT, strict_json.dumps(record(), indent=2))
         write_text_durably(here / DATA, strict_json.dumps(description, indent=2))
         forget(here)
