@@ -1,12 +1,15 @@
 """DiLoCo among replicas that come and go: each is a run of its own, and they meet at a store.
 
     dtrain members --port 29400 &
-    for _ in 1 2 3; do python examples/come_and_go.py localhost:29400 & done
+    for _ in 1 2 3; do python examples/come_and_go.py localhost:29400 0.05 & done
 
-Kill one of them, and the others go on; start another one, and it joins at the end of a round.
+They begin when three are here; 0.05 are the seconds that a step takes at least. Kill one of them, and the others go on;
+start another one, and it joins at the end of a round. On other machines they need the secret that `dtrain members` has
+made and named.
 """
 
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -28,8 +31,9 @@ while sync.steps < 400:  # a newcomer begins where the others are
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
     loss.backward()
     sync.step()
+    time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 0)
     if sync.steps % 100 == 1:
-        print(f"step {sync.steps}: replica {members.slot} of {members.place.size}, loss {loss.item():.2f}")
+        print(f"step {sync.steps}: replica {members.slot} of {members.place.size}, loss {loss.item():.2f}", flush=True)
 
 sync.close_round()
 print(sync.report())

@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,9 @@ settings.register_profile("local", deadline=None)
 # In CI the same examples each time: a red build says something about the change, not about luck. People's machines
 # go on searching.
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+# The list of the user's jobs, and secrets, are the user's: tests have a folder of their own.
+_STATE = tempfile.TemporaryDirectory(prefix="dtrain-tests-")
+os.environ["XDG_STATE_HOME"] = _STATE.name
 # One thread, as the workers have: two test processes on two cores then do not fight, and sums keep their order.
 torch.set_num_threads(1)
 # Under nohup, or behind `&` in a script, these are ignored, and so they would be in every process that a test starts.

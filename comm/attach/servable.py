@@ -46,6 +46,9 @@ def require_call(optimizer: object, sync: object) -> None:
         )
     if sync is None:
         raise TypeError("attach got no sync; call attach(model, optimizer, sync) with, for example, every_step()")
+    if callable(sync):
+        name = getattr(sync, "__name__", type(sync).__name__)
+        raise TypeError(f"sync is {name} itself; call it: attach(model, optimizer, {name}(...))")
     raise TypeError(
         f"sync is {sync!r}; give a sync such as every_step(...) or diloco(...). A compressor goes into one: "
         "every_step(compress=...)"

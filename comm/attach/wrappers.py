@@ -67,6 +67,11 @@ def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
             "torch.optim.Optimizer over all parameters. A class of your own that holds several is one too, if it "
             "derives from torch.optim.Optimizer, calls its __init__, and steps them in step()"
         )
+    if isinstance(optimizer, torch.nn.Module):
+        raise TypeError(
+            f"attach got a {type(optimizer).__name__}, which is a model, where the optimizer belongs; call "
+            "attach(model, optimizer, sync)"
+        )
     require_silent(optimizer)
     inner = next((name for name, value in _attributes(optimizer) if isinstance(value, torch.optim.Optimizer)), None)
     behind = f"; if it only hands on to the optimizer in .{inner}, give that one" if inner else ""

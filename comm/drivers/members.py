@@ -42,6 +42,8 @@ from dtrain.comm.ops import Op, Place
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS, POLL_SECONDS = 1.0, 0.05
+TELL_SECONDS = 5.0
+"""A newcomer that has waited for so long says for what."""
 CONNECT_SECONDS = 60.0
 AXES = 2  # flights travel beside what is waited for
 NOBODY = -1
@@ -312,6 +314,7 @@ class Members:
     def _written(self, number: int, before: Epoch | None, position: int, since: float) -> Epoch:
         """The record of epoch ``number``, once there is one."""
         key, own = f"epoch/{number}", f"ready/{number}/{self.id}"
+        silent_until = since + TELL_SECONDS if before is None else math.inf
         while True:
             said = self._store.look(key) or b""
             with contextlib.suppress(ValueError):
@@ -324,7 +327,19 @@ class Members:
                 if self._store.look(own) != str(position).encode():
                     self._store.set(own, str(position))
                 self._propose(number, before, said)
+                if time.monotonic() > silent_until:
+                    silent_until = math.inf
+                    log.warning("replica %d waits at %s: %s", self.id, self.address, self._awaited(number))
             time.sleep(POLL_SECONDS)
+
+    def _awaited(self, number: int) -> str:
+        """What a newcomer waits for, for people."""
+        if number == 0:
+            return f"{len(self._ready(number))} of {self.replicas} replicas are here"
+        return (
+            "the others let it in at the end of a round; if none of them trains any more, another run needs a store, "
+            "or a name (Members(run=...)), of its own"
+        )
 
     def _propose(self, number: int, before: Epoch | None, instead_of: bytes) -> None:
         assert self._pulse is not None  # join() came first

@@ -176,7 +176,7 @@ def entries_for(state: object, place: str, *, whichever: bool) -> Mapping[str, o
     ):
         raise TypeError(
             "the state of a sync is {place: {'tensors': {fqn: {name: tensor}}, 'integers': {name: int}, ...}}, as its "
-            "state_dict() gives it"
+            f"state_dict() gives it; this has the keys {', '.join(map(repr, [*state][:4])) or 'of nothing'}"
         )
     return found
 
