@@ -32,7 +32,7 @@ class Clock:
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Clock:
         """The time that the launcher says is left; none if it says nothing."""
         text = variables.get(SECONDS_LEFT, "")
-        return cls(float(text) if text.isdigit() else None)
+        return cls(float(text) if text.isdecimal() else None)
 
     def due(self, seconds_between: float) -> bool:
         """Whether to stop now, if the next occasion comes in ``seconds_between``. A checkpoint may take twice as long

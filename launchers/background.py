@@ -27,6 +27,7 @@ from dtrain.launchers.inherited import handed_on
 from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
+from dtrain.launchers.reading import Damaged, json_of, shaped
 from dtrain.launchers.record import ATTEMPT, RankRecord, keep_attempt, rank_files
 from dtrain.launchers.words import sent
 
@@ -218,10 +219,11 @@ def began(pid: str) -> str | None:
 
 def main(launcher: str, folder: Path) -> None:
     """Run the job to its end."""
-    with trusted.opened(folder / "background.json") as file:
-        stored = json.loads(file.read())
-    settings = stored["settings"]
-    command = rank_command(stored["program"], folder, settings["python"])
+    try:
+        settings, program = stored(launcher, folder / "background.json")
+    except Damaged as damage:
+        raise SystemExit(f"{folder / 'background.json'} is damaged ({damage}); submit the job again") from damage
+    command = rank_command(program, folder, settings["python"])
     ours = {FOLDER: str(rank_files(folder)), HANG_SECONDS: f"{settings['hang_seconds']:g}"}
     settings["environment"] = {**settings["environment"], **ours}
     run = _run_mpi if launcher == "mpi" else _run_local
@@ -232,6 +234,22 @@ def main(launcher: str, folder: Path) -> None:
     new = folder / "end.json.new"
     new.write_text(json.dumps(content) + "\n")
     os.replace(new, folder / "end.json")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    settings: object
+    program: tuple[str, ...]
+
+
+def stored(launcher: str, path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What `start` wrote: the launcher's settings, and the program. Raises ``Damaged`` for anything else."""
+    with trusted.opened(path) as file:
+        found = shaped(_Stored, json_of(file.read().decode(errors="replace")))
+    settings = shaped(MpiLauncher if launcher == "mpi" else LocalLauncher, found.settings)
+    if not found.program:
+        raise Damaged("it has no program")
+    return dict(vars(settings)), found.program
 
 
 ENDINGS = {

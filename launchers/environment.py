@@ -104,7 +104,7 @@ class Environment:
         restart, port = number("restart", 0), variables.get("MASTER_PORT", "0")
         return cls(
             backend, rank + offset, whole, local_rank, local_world, node, nodes, restart,
-            variables.get("MASTER_ADDR", ""), int(port) if port.isdigit() else 0,
+            variables.get("MASTER_ADDR", ""), int(port) if port.isdecimal() and len(port) < 6 else 0,
         )  # fmt: skip
 
     def export(self) -> dict[str, str]:

@@ -32,7 +32,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -65,6 +65,7 @@ SETTLE_SECONDS = 2.0  # from the start of mpirun
 CLEAN_UP_SECONDS = 10.0
 SWEEP_SECONDS = 3.0
 POLL_SECONDS = 0.05
+MOST_NODES = 1 << 16
 PORTS = range(20000, 32000)  # below those that the kernel gives to outgoing connections
 
 
@@ -150,24 +151,39 @@ def nodes_of_slurm(environment: Mapping[str, str] = os.environ) -> tuple[str, ..
 
     >>> nodes_of_slurm({"SLURM_JOB_NODELIST": "gpu[08-10,12],login1"})
     ('gpu08', 'gpu09', 'gpu10', 'gpu12', 'login1')
+
+    Raises ``ValueError`` for a variable that is no such list.
     """
-    return tuple(
-        name
-        for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", environment.get("SLURM_JOB_NODELIST", ""))
-        for name in _expanded(part)
-    )
+    text = environment.get("SLURM_JOB_NODELIST", "")
+    names: list[str] = []
+    try:
+        for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+            for name in _expanded(part):
+                if len(names) == MOST_NODES or not re.fullmatch(r"[\w.-]+", name):
+                    raise ValueError(name)
+                names.append(name)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"SLURM_JOB_NODELIST={text[:200]!r} is no list of nodes; run this in a shell of Slurm's own (salloc, srun "
+            "--pty bash), or unset it"
+        ) from error
+    return tuple(names)
 
 
-def _expanded(pattern: str) -> list[str]:
-    found = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", pattern)
+def _expanded(pattern: str) -> Iterator[str]:
+    found = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\](.*)", pattern)
     if found is None:
-        return [pattern]
+        yield pattern
+        return
     head, ranges, tail = found.groups()
-    numbers = []
     for part in ranges.split(","):
-        first, _, last = part.partition("-")
-        numbers += [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
-    return [head + number + rest for number in numbers for rest in _expanded(tail)]
+        numbers = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        if numbers is None:
+            raise ValueError(part)
+        first, last = numbers[1], numbers[2] or numbers[1]
+        for number in range(int(first), int(last) + 1):
+            for rest in _expanded(tail):
+                yield f"{head}{number:0{len(first)}d}{rest}"
 
 
 def placed(ranks: Ranks, nodes: Sequence[str]) -> list[tuple[str, int]]:

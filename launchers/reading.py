@@ -130,7 +130,7 @@ def _as(hint: Any, value: object, name: str) -> object:
             return value
     elif origin in (tuple, list) and isinstance(value, list):
         return origin(_as(arguments[0], each, name) for each in value)
-    elif origin is dict and isinstance(value, dict):
+    elif origin in (dict, Mapping) and isinstance(value, dict):
         return {key: _as(arguments[1], each, name) for key, each in value.items()}
     raise Damaged(f"its {name} is {str(value)[:40]!r}")
 

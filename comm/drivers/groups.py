@@ -73,5 +73,9 @@ def free(group: dist.ProcessGroup) -> None:
     With gloo each rank goes by itself; with NCCL they wait for each other, and must free several groups in the same
     order. A group that is gone, since the default one was destroyed, is none any more.
     """
-    if group in c10d._world.pg_map:
+    world = c10d._world
+    if group in world.pg_map:
+        tag = world.pg_to_tag.get(group, "")
         dist.destroy_process_group(group)
+        if tag in world.tags_to_pg and not world.tags_to_pg[tag]:
+            del world.tags_to_pg[tag]  # torch keeps the empty list of each group that there ever was

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -274,7 +275,7 @@ class Members:
 
     def _connected(self) -> GuardedStore:
         host, _, port = self.address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
             raise ValueError(f"the store's address is {self.address!r}; give host:port")
         reach(host, int(port), min(CONNECT_SECONDS, self.timeout))
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -32,6 +33,9 @@ from dtrain.comm.schedules.guard import Verdict
 from dtrain.comm.schedules.local_update import LocalUpdate
 from dtrain.comm.schedules.parts import NEVER, Flight, Part
 from dtrain.comm.schedules.rounds import AttachedLocalUpdate
+
+CHECKSUM = 4
+"""Bytes of it at the end of what is handed over."""
 
 
 class AttachedElastic(AmongMembers, AttachedLocalUpdate):
@@ -206,12 +210,17 @@ class AttachedElastic(AmongMembers, AttachedLocalUpdate):
         whole = {"tensors": tensors, "counters": counters, "parts": parts, "rates": rates, "position": self.position}
         buffer = io.BytesIO()
         torch.save(whole, buffer)
-        return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        content = buffer.getvalue()
+        checked = content + zlib.crc32(content).to_bytes(CHECKSUM, "little")  # torch.load compares none
+        return torch.frombuffer(bytearray(checked), dtype=torch.uint8)
 
     def _unpack(self, packed: Tensor, position: int | None) -> None:
         """Take it over, all or nothing. Raises `Unfit`. ``position``: where the donor told the store that it stands."""
+        content, checksum = (part.numpy().tobytes() for part in packed.tensor_split([-CHECKSUM]))
         try:
-            found = torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
+            if zlib.crc32(content).to_bytes(CHECKSUM, "little") != checksum:
+                raise ValueError("it was changed on its way")
+            found = torch.load(io.BytesIO(content), weights_only=True)
             self._require_fitting(found, position)
         except Exception as error:  # whatever torch says of what is no archive
             told = str(error).partition("\n")[0]

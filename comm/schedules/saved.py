@@ -245,8 +245,9 @@ def tensors_of(
         )
     listed, found = entries.get("holds"), holdings(tensors)
     if isinstance(listed, Mapping) and dict(listed) != found:
-        wrong = sorted(set(listed.items()) ^ set(found.items()))
-        lost = sorted(set(listed) - set(found))
+        said = {str(what): str(kind) for what, kind in listed.items()}
+        wrong = sorted({*said.items()} ^ {*found.items()}) or [("its list", "no text")]
+        lost = sorted({*said} - {*found})
         raise ValueError(
             f"this state says that it holds {len(listed)} tensors, and {len(lost)} of them are missing"
             f"{f' ({lost[0]})' if lost else ''}; the first that differs is {wrong[0][0]}: {wrong[0][1]}. Whatever "

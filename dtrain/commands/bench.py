@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -172,10 +171,13 @@ def _completed(settings: Settings, launcher: LauncherConfig) -> Settings:
 
 def _cluster_link() -> str:
     """The slowest link of the `dtrain cluster` that this is a host of, or "none" where nobody limits or knows it."""
-    state = Path("/run/dtrain") / os.environ.get("DTRAIN_CLUSTER", "") / "cluster.json"
-    if not state.is_file():
+    from dtrain.slurm.devcluster.state import Facts
+
+    try:
+        facts = Facts.read(os.environ.get("DTRAIN_CLUSTER", ""))
+    except (OSError, ValueError):
         return "none"
-    rates = [rate for host, rate in json.loads(state.read_text())["rates"].items() if host != "login" and rate]
+    rates = [rate for host, rate in facts.rates.items() if host != "login" and rate]
     return f"{min(rates) / 1e3:f}kbit" if rates else "none"
 
 

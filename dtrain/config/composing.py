@@ -408,7 +408,7 @@ def _open(key: str) -> bool:
 
 def _has(node: object, part: str) -> bool:
     if isinstance(node, list):
-        return part.isdigit() and int(part) < len(node)
+        return part.isdecimal() and len(part) < 10 and int(part) < len(node)
     return isinstance(node, dict) and part in node
 
 

@@ -152,8 +152,12 @@ def alternatives(word: Word, kind: Kind, loader: ConfigLoader) -> list[str]:
 
 
 def _parsed(word: Word, loader: ConfigLoader | None = None) -> Override:
+    """Raises ``HydraException`` for what is none."""
     package = f"@{word.package}" if word.package is not None else ""
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides([f"{word.key}{package}={word.text}"])[0]
+    try:
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides([f"{word.key}{package}={word.text}"])[0]
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets as deep
+        raise HydraException(str(error)) from error
     return replace(parsed, input_line=word.given)
 
 
@@ -206,7 +210,7 @@ def _unquoted(text: str) -> str | None:
         return None
     try:
         override = OverridesParser.create().parse_overrides([f"k={text}"])[0]
-    except HydraException:
+    except (HydraException, RecursionError):
         return None
     if override.is_sweep_override() or not isinstance(override._value, QuotedString):
         return None

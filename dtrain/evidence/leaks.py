@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dtrain.evidence.page import Report, at_most, table
 from dtrain.evidence.runs import Session, say
+from dtrain.launchers.probe import RING, RING_ENTRIES
 
 ATTACHED, TRAINED = 500, 200
 LOOKS = 5  # rows of a page: at the start, when what is loaded once is loaded, to the end
@@ -110,6 +111,7 @@ def measured(attach_times: int = ATTACHED, train_times: int = TRAINED) -> dict[s
     """Rank 0's rows by what was done."""
     from dtrain.testing import WorkerPool
 
+    os.environ.setdefault(RING, RING_ENTRIES)
     rows: dict[str, list[Held]] = {}
     for method in METHODS:
         say(f"{attach_times} times attach and detach: {method}")
@@ -147,7 +149,9 @@ def leaks_report(rows: Mapping[str, Sequence[Held]]) -> Report:
         f"Two ranks over gloo, each a process that goes on: {ATTACHED} times attach, three steps and detach of a small "
         f"model for each method, and {TRAINED} trainings by `dtrain.trainer.train` over "
         f"{', '.join(f'{engine} with {sync}' for engine, sync in KINDS)} in turn. The first row is after {SETTLED} "
-        "times, when all that is loaded once has been; growth is that of the largest later row over it.\n\n"
+        "times, when all that is loaded once has been; growth is that of the largest later row over it. torch's flight "
+        f"recorder keeps {RING_ENTRIES} collectives, as in all that dtrain launches; its own default is 2,000, which "
+        "take 2 MiB once they are there, whoever makes them.\n\n"
     )
     return Report(
         "What attaching and training leave behind",

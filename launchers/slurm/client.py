@@ -18,7 +18,9 @@ from typing import NamedTuple
 from dtrain.launchers.inherited import handed_on
 from dtrain.launchers.job import State
 
-__all__ = ["Cluster", "SlurmError", "ask", "cluster", "job_line", "job_record", "job_state", "partitions", "since"]
+__all__ = [
+    "Cluster", "SlurmError", "ask", "cluster", "count_of", "job_line", "job_record", "job_state", "partitions", "since",
+]  # fmt: skip
 
 CLUSTER = "DTRAIN_CLUSTER"
 CLUSTERS = Path("/run/dtrain")  # where those of `dtrain cluster` have their files
@@ -51,8 +53,9 @@ def ask(*command: str, seconds: float = SECONDS) -> str:
     try:
         # Without SQUEUE_STATES and its like, which change what is answered.
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=False, env=handed_on(os.environ, "slurm")
-        )
+            command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False,
+            env=handed_on(os.environ, "slurm"),
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{' '.join(command)} did not answer within {seconds:g} s: is slurmctld up?") from error
     if done.returncode:
@@ -168,14 +171,25 @@ class Partition:
 def partitions() -> list[Partition]:
     """All partitions that this user can see."""
     answer = ask("sinfo", "--noheader", "--summarize", "--format", "%P|%D|%l|%a")
-    return [_partition(line.split("|")) for line in answer.splitlines() if line.count("|") == 3]
+    return [found for line in answer.splitlines() if (found := _partition(line.split("|")))]
 
 
-def _partition(fields: Sequence[str]) -> Partition:
-    name, nodes, limit, available = (field.strip() for field in fields)
-    return Partition(
-        name.rstrip("*"), name.endswith("*"), int(nodes), minutes_of(limit), available.lower().startswith("up")
-    )
+def _partition(fields: Sequence[str]) -> Partition | None:
+    """None for a line that is no partition: what Slurm cannot say is Slurm's to judge."""
+    if len(fields) != 4 or (nodes := count_of(fields[1])) is None:
+        return None
+    name, _, limit, available = (field.strip() for field in fields)
+    return Partition(name.rstrip("*"), name.endswith("*"), nodes, minutes_of(limit), available.lower().startswith("up"))
+
+
+def count_of(text: str) -> int | None:
+    """A number of nodes or CPUs as ``sinfo`` shows it, None for anything else.
+
+    >>> count_of(" 12 "), count_of("2K"), count_of("n/a")
+    (12, 2048, None)
+    """
+    found = re.fullmatch(r"([0-9]{1,9})(K?)", text.strip())
+    return int(found[1]) * (1024 if found[2] else 1) if found else None
 
 
 def minutes_of(limit: str) -> int | None:
@@ -184,7 +198,7 @@ def minutes_of(limit: str) -> int | None:
     >>> minutes_of("1-02:00:00"), minutes_of("30:00"), minutes_of("infinite")
     (1560, 30, None)
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    found = re.fullmatch(r"(?:([0-9]{1,9})-)?(?:([0-9]{1,2}):)?([0-9]{1,2}):([0-9]{1,2})", limit)
     if found is None:
         return None
     days, hours, minutes, _ = (int(part or 0) for part in found.groups())

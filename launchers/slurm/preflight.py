@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dtrain.launchers.slurm.client import Partition, SlurmError, ask, partitions
+from dtrain.launchers.slurm.client import Partition, SlurmError, ask, count_of, partitions
 from dtrain.launchers.slurm.settings import Group, SlurmSettings
 
 __all__ = ["problems", "too_many_cpus"]
 
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+MOST_NODES = 1 << 16
 OVERCOMMITTED = ("overcommit", "O")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/scratch/local", "/local")
 
@@ -77,9 +78,11 @@ def _cpus_of_nodes() -> dict[str, list[int]]:
     for line in answer.splitlines():
         name, _, rest = line.strip().partition("|")
         nodes, _, cpus = rest.partition("|")
-        if nodes.strip().isdigit() and cpus.strip().isdigit():
-            for known in {name.strip().rstrip("*"), *([""] if name.strip().endswith("*") else [])}:
-                found.setdefault(known, []).extend([int(cpus)] * int(nodes))
+        many, each = count_of(nodes), count_of(cpus.strip().rstrip("+"))
+        if many is None or each is None:
+            continue
+        for known in {name.strip().rstrip("*"), *([""] if name.strip().endswith("*") else [])}:
+            found.setdefault(known, []).extend([each] * min(many, MOST_NODES))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +34,7 @@ class Group:
         values: dict[str, int | str] = {}
         for word in text.split():
             key, equals, value = word.partition("=")
-            if not equals or key not in known or (known[key] == "int" and not value.isdigit()):
+            if not equals or key not in known or (known[key] == "int" and not re.fullmatch("[0-9]{1,9}", value)):
                 raise ValueError(f"{text!r}: {word} is none of {', '.join(f'{key}=...' for key in known)}")
             values[key] = int(value) if known[key] == "int" else value
         if not (values.get("nodes") and values.get("workers")):

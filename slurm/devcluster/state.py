@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import ipaddress
 import json
+import math
 import os
 import re
 import subprocess
@@ -184,9 +186,25 @@ class Facts:
 
     @classmethod
     def read(cls, name: str) -> Facts:
-        """Raises ``OSError`` or ``ValueError`` if there is no such cluster."""
-        found = json.loads((ROOT / name / "cluster.json").read_text())
-        return cls(**{**found, "hosts": tuple(found["hosts"]), "cut": tuple(found["cut"])})
+        """Raises ``OSError`` if there is no such cluster, ``ValueError`` where its file is damaged."""
+        try:
+            found = json.loads((ROOT / name / "cluster.json").read_text())
+            facts = cls(**{**found, "hosts": tuple(found["hosts"]), "cut": tuple(found["cut"])})
+            facts._require_whole(name)
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"the file of cluster {name} is damaged: {error}") from error
+        return facts
+
+    def _require_whole(self, name: str) -> None:
+        """Raises ``ValueError``, and whatever comes of values of other types."""
+        known, rates = {*self.addresses}, [rate for rate in self.rates.values() if rate is not None]
+        whole = self.name == name and {*self.rates} == known >= {*self.hosts, *self.pids, *self.cut}
+        counts = all(type(number) is int and number >= 0 for number in (self.switch_pid, *self.pids.values(), *rates))
+        latency = type(self.latency_seconds) in (int, float) and 0 <= self.latency_seconds < math.inf
+        if not (whole and counts and latency):
+            raise ValueError(f"the file of cluster {name} is damaged")
+        for address in self.addresses.values():
+            ipaddress.IPv4Address(address.strip())  # a number has no strip, and would be one
 
     @property
     def alive(self) -> bool:

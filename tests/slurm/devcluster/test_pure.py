@@ -89,7 +89,7 @@ def test_the_configuration_of_slurm_is_the_golden_one() -> None:
 def test_facts_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "ROOT", tmp_path)
     (tmp_path / "dev").mkdir()
-    facts = Facts("dev", ("c1",), ADDRESSES, {"login": 1}, {"c1": 10**9, "login": None}, cut=("c1",))
+    facts = Facts("dev", ("c1",), ADDRESSES, {"login": 1}, {**dict.fromkeys(ADDRESSES), "c1": 10**9}, cut=("c1",))
     facts.write()
     assert Facts.read("dev") == facts
 
@@ -101,7 +101,7 @@ def test_the_cluster_that_is_meant_must_be_clear(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Facts, "alive", True)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        Facts(name, ("c1",), ADDRESSES, {"login": 1}, {"c1": None}).write()
+        Facts(name, ("c1",), ADDRESSES, {"login": 1}, dict.fromkeys(ADDRESSES)).write()
     with pytest.raises(ClusterError, match=r"several clusters are up \(one, two\)"):
         named(None)
     assert named("two").name == "two"
@@ -112,7 +112,8 @@ def test_the_cluster_that_is_meant_must_be_clear(tmp_path: Path, monkeypatch: py
 def test_a_crashed_cluster_is_not_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "ROOT", tmp_path)
     (tmp_path / "dev").mkdir()
-    Facts("dev", ("c1",), ADDRESSES, {"login": os.getpid()}, {"c1": None}).write()  # a number that is another's now
+    pids = {"login": os.getpid()}  # a number that is another's now
+    Facts("dev", ("c1",), ADDRESSES, pids, dict.fromkeys(ADDRESSES)).write()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "cluster.json").write_text("{")
     assert state.running() == []
@@ -256,7 +257,7 @@ def test_several_clusters_and_no_name_is_bad_input_to_every_command(
     monkeypatch.setattr(Facts, "alive", True)
     for name in ("one", "two"):
         (state.ROOT / name).mkdir(parents=True)
-        Facts(name, ("c1",), ADDRESSES, {"login": 1}, {"c1": None}).write()
+        Facts(name, ("c1",), ADDRESSES, {"login": 1}, dict.fromkeys(ADDRESSES)).write()
     assert main(["cluster", "status"]) == 2
     assert "several clusters are up (one, two)" in capsys.readouterr().err
 
