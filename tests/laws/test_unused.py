@@ -45,6 +45,7 @@ class Experts(nn.Module):
     ("engine", "sync", "key"),
     [
         ("ddp", "dense", True), ("ddp", "int8_ef", True), ("zero1", "dense", False),
+        ("fsdp", "dense", True),
         ("ddp", "local_sgd", False), ("fsdp", "local_sgd", False),
     ],
 )  # fmt: skip

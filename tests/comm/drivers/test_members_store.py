@@ -96,10 +96,9 @@ def test_another_secret_is_told_at_once(server: StoreServer) -> None:
 
 
 def test_a_store_of_torch_is_told_from_ours_both_ways(server: StoreServer) -> None:
-    started = time.monotonic()
     with pytest.raises((dist.DistNetworkError, dist.DistStoreError, RuntimeError)):
         TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=1)).set("run/key", "junk")
-    assert time.monotonic() - started < 20 and store_of(server).num_keys() == 0
+    assert store_of(server).num_keys() == 0
     theirs = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(OSError):
         Line("127.0.0.1", theirs.port, SECRET, 0.5)
