@@ -37,6 +37,21 @@ def gathers(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
+class Kept:
+    """The running statistics of a model's BatchNorm layers before a step, for the case that the step is skipped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and gathers(layer)]
+        self._norms: list[Norm] = []
+
+    def keep(self) -> None:
+        self._norms = [Norm(layer, _held(layer)) for layer in self._layers]
+
+    def put_back(self) -> None:
+        for norm in self._norms:
+            norm.put_back()
+
+
 @contextmanager
 def gathering() -> Iterator[list[Norm]]:
     """Every BatchNorm with running statistics that is called within begins anew and takes the plain mean of all calls.
@@ -50,8 +65,7 @@ def gathering() -> Iterator[list[Norm]]:
         if not isinstance(layer, _BatchNorm) or not gathers(layer):
             return
         if all(norm.layer is not layer for norm in found):
-            held = {name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)}
-            found.append(Norm(layer, held))
+            found.append(Norm(layer, _held(layer)))
             layer.reset_running_stats()
         before.append((layer.momentum, layer.training))
         layer.momentum, layer.training = None, True
@@ -66,6 +80,10 @@ def gathering() -> Iterator[list[Norm]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _held(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)}
 
 
 def pooled(norms: Sequence[Norm], axes: Sequence[Axis]) -> Flow[None]:

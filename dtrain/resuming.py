@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from dtrain.checkpoint import newest, verify
 from dtrain.checkpoint.folders import had_checkpoints
+from dtrain.checkpoint.weights import EXPORTED
 from dtrain.comm.drivers.telling import told_by_all
 from dtrain.config import Config
 from dtrain.errors import CheckpointError, ResumeError
@@ -99,9 +100,11 @@ def none_left(folder: Path, told: Sequence[str]) -> str:
     aside = sorted(path.name for path in checkpoints.glob("step-*.corrupt-*"))
     if aside:
         reasons += f"\n    set aside as damaged before: {', '.join(aside)}"
+    export = folder / EXPORTED
+    weights = str(export) if export.is_file() else "FILE where you still have weights"
     return (
         f"{folder} had checkpoints, and none of them can be used:{reasons or ' their folders are gone'}\n"
         "nothing was overwritten. Put back a copy of one of these folders "
         f"(cp -r COPY {checkpoints}/step-N) and give the same command; or begin anew in another run.dir, with "
-        f"run.weights=FILE where you still have weights; to begin at step 0 in this folder, move {checkpoints} away"
+        f"run.weights={weights}; to begin at step 0 in this folder, move {checkpoints} away"
     )

@@ -27,7 +27,7 @@ from dtrain.checkpoint.folders import step_of, write_text_durably
 from dtrain.checkpoint.state import OPAQUE
 from dtrain.checkpoint.weights import put_into, weights_of
 from dtrain.clock import TIME_LIMIT, Clock
-from dtrain.comm.norms import gathers
+from dtrain.comm.norms import Kept, gathers
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.comm.shared_seed.forward_only import ForwardOnly
 from dtrain.config import Config, instantiate, run_folder
@@ -166,6 +166,7 @@ class _Run:
         self.damaged: list[str] = []
         self.resumed_from = self._resume()
         self.saved = self.resumed_from if own_checkpoint(self.resumed_from, self.folder) else None
+        self.statistics = Kept(self.model)
         self.due = False  # a checkpoint, which waits for a step that is not skipped
         self.not_finite, self.withheld = "", 0  # why one could not be written, and how often in a row
         self.metrics = self._metrics()
@@ -282,6 +283,7 @@ class _Run:
             parts = [indices[start : start + size] for start in range(0, len(indices), size)]
             batches = [self._to_device(fetch(self.data, part)) for part in parts]
             self.engine.set_learning_rate(self.peak_lr * self._lr_factor(step))
+            self.statistics.keep()
             with self.account.computing():
                 loss: float | Tensor  # a tensor is not looked at before all is under way
                 if isinstance(self.attached, ForwardOnly):
@@ -290,7 +292,8 @@ class _Run:
                     loss = self.engine.forward_backward(batches)
                     self.attached.finish()
                     self.engine.clip()
-                self.attached.step()
+                if not self.attached.step():
+                    self.statistics.put_back()
         if self.attached.skipped_in_a_row > settings.max_skipped_steps:
             raise TooManySkippedSteps(
                 f"step {step}: {self.attached.skipped_in_a_row} steps in a row had no finite gradient or loss, more "

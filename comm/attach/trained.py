@@ -162,8 +162,8 @@ class Trained:
             owner = _CLAIMED.get(parameter)
             if owner is not None and owner() is not None:
                 raise RuntimeError(
-                    f"a sync is attached to this model already: it has {name}; call its detach() first. One sync has "
-                    "all parameters of a model, whatever optimizers step them"
+                    f"a sync is attached to this model already, to its parameter {name} among others; call its "
+                    "detach() first. One sync has all parameters of a model, whatever optimizers step them"
                 )
 
 

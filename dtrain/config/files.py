@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dtrain.config.words import Word
 from dtrain.errors import ConfigError
+from dtrain.nearest import closest, hint
 
 __all__ = ["mapping_of", "words_of"]
 
@@ -41,7 +42,8 @@ def mapping_of(path: str | Path, what: str = "configuration") -> DictConfig:
         with Path(path).open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ConfigError(f"cannot read the {what} {path}: {getattr(error, 'strerror', error)}") from error
+        meant = hint(_beside(Path(path))) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"cannot read the {what} {path}: {getattr(error, 'strerror', error)}{meant}") from error
     if len(content) > MOST_BYTES:
         raise ConfigError(f"{path} is not a {what}: it is larger than {MOST_BYTES >> 20} MiB")
     try:
@@ -58,6 +60,16 @@ def mapping_of(path: str | Path, what: str = "configuration") -> DictConfig:
     if not isinstance(stored, DictConfig):
         raise ConfigError(f"{path} is not a {what}: it holds a list, not sections")
     return stored
+
+
+def _beside(path: Path) -> str | None:
+    """The file in the same folder whose name is most like that of ``path``, if any is."""
+    try:
+        there = [other.name for other in path.parent.iterdir() if other.is_file()]
+    except OSError:
+        return None
+    found = closest(path.name, there)
+    return None if found is None else str(path.with_name(found))
 
 
 def words_of(path: str) -> list[Word]:

@@ -23,10 +23,11 @@ def compared(runs: Sequence[tuple[str, Path]], settings: Mapping[Path, Mapping[s
     keys = differing([settings.get(folder, {}) for _, folder in runs])
     rows: list[tuple[str, ...]] = [("run", "state", *keys, *COLUMNS)]
     for name, folder in runs:
-        found = json_in(folder / "summary.json")
-        summary = found if isinstance(found, dict) else {}
+        state, found = _state(folder), json_in(folder / "summary.json")
+        # What has begun again since it was summed up is not what the figures are of.
+        summary = found if isinstance(found, dict) and state not in ("pending", "running", "failed") else {}
         values = [shown(settings.get(folder, {}).get(key)) for key in keys]
-        rows.append((name, _state(folder), *values, *(_figure(summary.get(column)) for column in COLUMNS)))
+        rows.append((name, state, *values, *(_figure(summary.get(column)) for column in COLUMNS)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -45,7 +45,7 @@ def test_all_damaged_is_refused_with_each_reason_and_nothing_is_renamed(
         with pytest.raises(ResumeError) as refused:
             look(run, resume, set_aside=set_aside)
         said = str(refused.value)
-        assert "none of them can be used" in said and "run.weights=" in said and "move " in said
+        assert "none of them can be used" in said and "run.weights=FILE" in said and "move " in said
         assert said.count("DAMAGED CHECKPOINT") == 2 and said.count("CRC-32") == 2
 
 
@@ -64,6 +64,10 @@ def test_what_is_left_of_a_run_says_that_it_was_one(save: Save, run: Path, tmp_p
     shutil.rmtree(tmp_path / "step-0000000002.corrupt-0")
     with pytest.raises(ResumeError, match="their folders are gone"):
         look(run, "auto")  # `latest` is there
+    (run / "export").mkdir()
+    (run / "export" / "model.safetensors").touch()
+    with pytest.raises(ResumeError, match=r"run\.weights=\S*/run/export/model\.safetensors; to begin"):
+        look(run, "auto")
     (tmp_path / LATEST).unlink()
     assert look(run, "auto") is None  # which is how one begins anew on purpose
 

@@ -119,8 +119,10 @@ def test_a_bad_file_is_refused_by_its_name(content: str, message: str) -> None:
 
 
 def test_a_file_that_is_not_there_is_refused() -> None:
+    Path("exp.yaml").write_text("a: 1")
     for word, message in (
         ("@nope.yaml", "nope.yaml: No such file"),
+        ("@exp.yml", "No such file or directory; did you mean exp.yaml?"),
         ("@", "cannot read the configuration file"),
         ("@\0", "\0"),
     ):

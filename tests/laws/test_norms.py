@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,32 @@ def test_statistics_are_those_of_the_anchor(pool: WorkerPool, text: Path, tmp_pa
     exported = load_file(tmp_path / "looked" / "export" / "model.safetensors")
     assert looked.summary["validation_loss"] == pytest.approx(float(exported["scale"]), rel=1e-5)
     assert looked.losses == never.losses and looked.digest == never.digest
+
+
+class Once(nn.Module):
+    """One training batch, its third, is NaN."""
+
+    def __init__(self, **_: object) -> None:
+        super().__init__()
+        self.norm, self.scale, self.calls = nn.BatchNorm1d(1), nn.Parameter(torch.ones(1)), 0
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        self.calls += self.training
+        given = batch["input"].float().view(-1, 1) * self.scale
+        if self.training and self.calls == 3:
+            given = given * float("nan")
+        loss: Tensor = (self.norm(given) - 1).square().mean()
+        return loss
+
+
+@pytest.mark.parametrize(("engine", "sync"), [("ddp", "dense"), ("fsdp", "dense"), ("zero2", "dense")])
+def test_a_skipped_step_leaves_no_trace_in_running_statistics(
+    pool: WorkerPool, text: Path, tmp_path: Path, engine: str, sync: str
+) -> None:
+    model = [f"model._target_={__name__}.Once", "train.steps=6", "train.microbatch_size=0"]
+    done = run(pool, tmp_path, text, engine, sync, *model, mesh=(2, 1))
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    values = torch.cat([value.flatten() for value in exported.values()])
+    assert done.summary["skipped_steps"] == 1 and bool(torch.isfinite(values).all())
+    assert int(exported["norm.num_batches_tracked"]) == 5
+    assert math.isfinite(float(str(done.summary["validation_loss"])))
