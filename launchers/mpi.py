@@ -181,6 +181,8 @@ def _expanded(pattern: str) -> Iterator[str]:
         if numbers is None:
             raise ValueError(part)
         first, last = numbers[1], numbers[2] or numbers[1]
+        if int(last) - int(first) >= MOST_NODES:
+            raise ValueError(part)
         for number in range(int(first), int(last) + 1):
             for rest in _expanded(tail):
                 yield f"{head}{number:0{len(first)}d}{rest}"

@@ -29,6 +29,7 @@ __all__ = ["mapping_of", "words_of"]
 
 MOST_BYTES = 1 << 20
 MOST_NODES = 20_000
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 RESOLVER = re.compile(r"\$\{[^}]*?:")
 
 
@@ -51,7 +52,7 @@ def mapping_of(path: str | Path, what: str = "configuration") -> DictConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a {what}: it is no text ({error})") from error
     try:
-        _bound(yaml.compose(text, Loader=yaml.SafeLoader))
+        _bound(yaml.compose(text, Loader=LOADER))
         stored = OmegaConf.load(io.StringIO(text))
     except RecursionError as error:
         raise ConfigError(f"{path} is not a {what}: its brackets go too deep") from error
