@@ -7,6 +7,7 @@ was freed: the next would read the addresses of the last. Here they are counted 
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -79,3 +80,5 @@ def free(group: dist.ProcessGroup) -> None:
         dist.destroy_process_group(group)
         if tag in world.tags_to_pg and not world.tags_to_pg[tag]:
             del world.tags_to_pg[tag]  # torch keeps the empty list of each group that there ever was
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # glibc keeps what a group's threads had, where the next group's threads do not look for it
