@@ -22,6 +22,7 @@ from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.attach.before import Before
 from dtrain.comm.attach.module import ModulePieces
 from dtrain.comm.attach.servable import require_dense
+from dtrain.comm.attach.unsynced import Unsynced
 from dtrain.comm.attach.wrappers import plain_name
 from dtrain.comm.drivers.run import Channel, Handle
 from dtrain.comm.layout import Named, to_rows, working
@@ -46,6 +47,7 @@ class DDPPieces(ModulePieces):
         self.names = {id(p): name for name, p in self.trained.parameters.items()}
         self._exchange: Exchange | None = None
         self._before: Before | None = None
+        self._unsynced: Unsynced | None = None
         self._under_way: list[Handle[None]] = []
         self._backward_ended = 0.0
         self._arrived: set[str] = set()  # in this pass through the buckets
@@ -55,6 +57,7 @@ class DDPPieces(ModulePieces):
         if exchange is not None or self.shard.size > 1:
             require_dense(self._sparse)
             self._require_reduced()
+            self._unsynced = self._unsynced or Unsynced(self.model, self.parameters.values())
         self._exchange = exchange
         # A replica of one rank that keeps its own gradients: without DDP's buckets, whose copies cost 4 % of a step. A
         # static graph insists on them in its first step.
@@ -70,6 +73,7 @@ class DDPPieces(ModulePieces):
         super().finish()
         self._require_no_join()
         self._require_all_handed()
+        self._require_exchanged()
         ended = [handle.ended_at for handle in self._under_way]
         for handle in self._under_way:
             handle.result()
@@ -93,6 +97,8 @@ class DDPPieces(ModulePieces):
         self._handed, self._arrived = {}, set()
         if self._before is not None:
             self._before.step_ended()
+        if self._unsynced is not None:
+            self._unsynced.step_ended()
 
     def detach(self) -> None:
         """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
@@ -101,6 +107,8 @@ class DDPPieces(ModulePieces):
         self.model.require_backward_grad_sync = True
         if self._before is not None:
             self._before.remove()
+        if self._unsynced is not None:
+            self._unsynced.remove()
         super().detach()
 
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -140,6 +148,8 @@ class DDPPieces(ModulePieces):
         if not standing_in:
             if self._before is not None:
                 self._before.pass_ended()
+            if self._unsynced is not None:
+                self._unsynced.exchanged()
         elif isinstance(self._exchange, Repeated):
             for handle in self._under_way:
                 handle.wait()
@@ -198,6 +208,14 @@ class DDPPieces(ModulePieces):
             "gradients of this step; build it with find_unused_parameters=True (static_graph=True where it is the same "
             "ones in every step)"
         )
+
+    def _require_exchanged(self) -> None:
+        """Raise ``RuntimeError`` if something was added to exchanged gradients on this replica alone."""
+        if self._unsynced is not None and self._unsynced.pending and self._handed:
+            raise RuntimeError(
+                "the last backward pass of this step ran within no_sync(), so its gradient was not exchanged, and the "
+                "replicas would step apart; leave the last microbatch of a step outside of no_sync()"
+            )
 
     def _require_still_there(self) -> None:
         """Raise ``RuntimeError`` if a gradient that the optimizer shall step with was cleared before it could."""

@@ -58,6 +58,14 @@ class Unit:
             )
         return pieces
 
+    def unsynced(self) -> bool:
+        """Whether a gradient waits here for a pass that reduces it."""
+        for held in self._trained():
+            waits = held.unsharded_accumulated_grad is not None
+            if waits or (hasattr(held, "_unsharded_param") and held._unsharded_param.grad is not None):
+                return True
+        return False
+
     def zeros(self) -> dict[str, Tensor]:
         """What a replica that did not run this unit has to say."""
         found = {}
@@ -185,6 +193,11 @@ class Passes:
             self._close()
         self._wait()
         self._judge()
+        if self._exchanged and any(unit.unsynced() for unit in self.units):
+            raise RuntimeError(
+                "the last backward pass of this step ran with set_requires_gradient_sync(False), so its gradient waits "
+                "for another step; call set_requires_gradient_sync(True) before the last microbatch of a step"
+            )
         if self._exchanged and not self.agreed:
             seen = list(dict.fromkeys(reversed(self._arrivals)))[::-1]  # each where it came for the last time
             self.order, self.agreed = self.channel.run(_first_order(_merged(seen, self.order)), "set-up"), True

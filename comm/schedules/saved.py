@@ -1,7 +1,8 @@
 """What a sync gives to be saved, and what it takes back: each rank's entries under a name that no other rank has.
 
     {"replica-0-of-2.shard-0-of-1": {"tensors": {fqn: {name: tensor}}, "holds": ..., "integers": {name: int},
-                                     "parameters": digest, "place": ..., "sync": ..., "live": {fqn: tensor}}}
+                                     "parameters": digest, "place": ..., "sync": ..., "optimizer": int,
+                                     "live": {fqn: tensor}}}
 
 Whoever puts the states of several ranks together by their keys (torch.distributed.checkpoint, a merged mapping) keeps
 all of them so, and a rank finds its own. The entries are one value that is saved as a whole: a template to load into,

@@ -99,6 +99,7 @@ class Attached(ABC):
         self.require_still: Callable[[], None] = lambda: None
         """Raises ``RuntimeError`` if somebody has moved them since the last step."""
         self._live: Mapping[str, Tensor] | None = None  # while something else is shown
+        self._detached = False
         self._saves = 0
         self._given: weakref.ref[Entries] | None = None
         self._lost_at: int | None = None
@@ -243,6 +244,8 @@ class Attached(ABC):
     def _require_live(self, what: str) -> None:
         """Raise ``RuntimeError`` within `evaluation`, at whose end whatever ``what`` changes would be lost."""
         self._require_saved()
+        if self._detached:
+            raise RuntimeError(f"{what} after detach() was called: attach the model again, or step its own optimizer")
         if self._live is not None:
             raise RuntimeError(
                 f"{what} within sync.evaluation(), where the model holds what is to be evaluated; call it behind that "
@@ -326,6 +329,7 @@ class Attached(ABC):
         entries: dict[str, object] = {
             "tensors": tensors, "holds": holdings(tensors), "integers": self.integers(),
             "parameters": _digest(self.pieces.read(copy=False)), "place": self._place(), "sync": self.told,
+            "optimizer": self._optimizer_states(),
         }  # fmt: skip
         if self._live is not None:
             entries["live"] = dict(self._live)
@@ -393,6 +397,7 @@ class Attached(ABC):
         tensors = tensors_of(entries, self.state.kinds, self.pieces.segments, self._from_the_beginning)
         integers = integers_of(entries, self.counters)
         self._require_parameters(entries)
+        self._require_optimizer(entries)
         return entries, tensors, integers
 
     def _require_parameters(self, entries: Mapping[str, object]) -> None:
@@ -408,6 +413,20 @@ class Attached(ABC):
                 "attach, then load the model's and the optimizer's states, then the sync's, each from this rank's own "
                 "files (in a round of a local update the replicas differ)"
             )
+
+    def _require_optimizer(self, entries: Mapping[str, object]) -> None:
+        saved = entries.get("optimizer")
+        if isinstance(saved, int) and saved > 0 and not self._optimizer_states():
+            raise ValueError(
+                f"the optimizer has no state, and had that of {saved} parameters when this was taken: load the "
+                "optimizer's state first, then the sync's; if it is to begin anew, leave out the entry 'optimizer': "
+                'load_state_dict(state | {"optimizer": None})'
+            )
+
+    def _optimizer_states(self) -> int:
+        """Of how many parameters the optimizer keeps something."""
+        kept = self.pieces.optimizer.state.values()
+        return sum(any(isinstance(value, Tensor) for value in one.values()) for one in kept)
 
     def _told_by_all(self, number: int) -> tuple[list[int], list[int]]:
         """``number`` of all replicas, and of all ranks of this one. Every rank must call it."""
@@ -455,6 +474,7 @@ class Attached(ABC):
 
     def detach(self) -> None:
         """Stop syncing and leave the model as it was found."""
+        self._detached = True
         self.pieces.detach()
         self.pieces.channel.close()
         self._require_saved()

@@ -405,6 +405,8 @@ def misused(case: str) -> str:
                 backward(model, dist.get_rank(), 0)
         else:
             backward(model, dist.get_rank(), 0)
+        if case == "stepped after detach":
+            attached.detach()
         if case == "another rank's state":
             states: list[dict[str, object]] = [{} for _ in range(dist.get_world_size())]
             dist.all_gather_object(states, attached.state_dict())
@@ -532,6 +534,7 @@ def test_a_parameter_that_nobody_used_keeps_its_residual(pool: WorkerPool) -> No
         ("attached twice", "call its detach() first"),
         ("a hook of their own", "wrap the module in a new DistributedDataParallel"),
         ("all under no_sync", "outside of no_sync()"),
+        ("stepped after detach", "detach() was called"),
         ("stepped twice", "no gradient was exchanged since the last sync.step()"),
         ("another rank's state", "every rank loads its own files"),
         ("other ranks, other syncs", "were given another sync or another model than this one"),

@@ -197,6 +197,31 @@ def test_training_with_an_exchange_for_each_backward_pass_is_as_good_as_with_one
         assert loss < 1.3 * once[name] + 0.05, (name, often, once)
 
 
+def unsynced_last(engine: str) -> list[str]:
+    """What is said of a last microbatch that is not exchanged, the first time and after a step that was right."""
+    said = []
+    with synced(every_step(), engine) as (model, attached, _):
+        for alone in (False, True):
+            for last in (False, True):
+                if engine == "fsdp":
+                    model.set_requires_gradient_sync(not (alone and last))  # type: ignore[operator]
+                quiet = alone and last and engine == "ddp"
+                with model.no_sync() if quiet else nullcontext():  # type: ignore[operator]
+                    backward(model, torch.ones(SIDE, SIDE))
+            try:
+                attached.step()
+                said.append("")
+            except RuntimeError as error:
+                said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_last_microbatch_that_is_not_exchanged_is_told(pool: WorkerPool, engine: str) -> None:
+    for first, second in pool.run(unsynced_last, engine, world=2):
+        assert first == "" and "the last backward pass of this step ran with" in second
+
+
 def joined(method: str, nan: bool) -> tuple[float, int, int]:
     """The same identity where rank 0 ends long before rank 1; what was not applied of a skipped step is not counted."""
     rank, own = dist.get_rank(), torch.zeros(SIDE, SIDE)
