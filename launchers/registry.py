@@ -131,6 +131,10 @@ def resolve(name: str) -> list[Job]:
     if (path / "job.json").exists() or (path / "config.yaml").exists():
         return [_in_folder(path.absolute())]
     known = every()
+    if (path / "sweep.json").is_file():
+        runs = [job for job in known if path.resolve() in Path(job.folder).resolve().parents and not replaced_by(job)]
+        if runs:
+            return sorted(runs, key=lambda job: job.facts.submitted)
     called = [job for job in known if name in (job.id, job.facts.name, job.id.partition("_")[0])]
     here = [job for job in called if is_here(job)]
     own = [job for job in here if replaced_by(job) is None]

@@ -142,7 +142,8 @@ def quantize(
     Raises ``ValueError`` for values outside these ranges. Source: `quantize` and `grids`, the modules' docstrings.
     """
     if grid not in GRIDS:
-        raise ValueError(f"grid is {grid!r}; choose one of {', '.join(GRIDS)}")
+        meant = f", or write quantize(bits={grid})" if isinstance(grid, int) else ""
+        raise ValueError(f"grid is {grid!r}; choose one of {', '.join(GRIDS)}{meant}")
     if grid in FIXED_BITS:
         if bits not in (None, FIXED_BITS[grid]):
             raise ValueError(f"bits is {bits!r}; {grid} has {FIXED_BITS[grid]} bits, so leave it out")

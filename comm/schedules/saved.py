@@ -65,6 +65,9 @@ class Entries:
     def pop(self, name: str, default: object = None) -> object:
         return self.entries.pop(name, default)
 
+    def __repr__(self) -> str:
+        return repr(self.entries)  # equal states look alike
+
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return OrderedDict, (), None, None, iter(self.entries.items())
 
@@ -248,11 +251,13 @@ def tensors_of(
     if isinstance(listed, Mapping) and dict(listed) != found:
         said = {str(what): str(kind) for what, kind in listed.items()}
         wrong = sorted({*said.items()} ^ {*found.items()}) or [("its list", "no text")]
-        lost = sorted({*said} - {*found})
+        lost, first = sorted({*said} - {*found}), wrong[0][0]
+        what = f"{len(lost)} of them are missing ({lost[0]})" if lost else (
+            f"{first} is {found.get(first, 'not there')}, which was {said.get(first, 'not there')}"
+        )  # fmt: skip
         raise ValueError(
-            f"this state says that it holds {len(listed)} tensors, and {len(lost)} of them are missing"
-            f"{f' ({lost[0]})' if lost else ''}; the first that differs is {wrong[0][0]}: {wrong[0][1]}. Whatever "
-            "saved or loaded it has left some out; load the state as a whole, as it was given"
+            f"this state says that it holds {len(listed)} tensors, and {what}. Whatever saved or loaded it has changed "
+            "it; load the state as a whole, as it was given"
         )
     for fqn, named in tensors.items():
         for name, tensor in named.items():

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.5
 
 
-def follow(job: Job) -> int:
-    """Show what rank 0 prints until the job has ended; returns its exit code.
+def follow(job: Job, start: int = 0) -> int:
+    """Show what rank 0 prints, from this byte of its log on, until the job has ended; returns its exit code.
 
     Ctrl-C, SIGTERM, and SIGHUP without nohup, cancel a job of this machine, and wait until its ranks have left.
     """
     from dtrain.commands.submitting import sigterm_interrupts
     from dtrain.launchers.job import ENDED
 
-    shown = 0
+    shown = start
     try:
         with sigterm_interrupts():
             while True:

@@ -203,7 +203,7 @@ def _cancel(jobs: Sequence[Job], _: argparse.Namespace) -> int:
     from dtrain.launchers.job import ENDED
 
     for job in jobs:
-        if (len(jobs) > 1 or job.facts.launcher == "foreground") and job.state() in ENDED:
+        if _state(job) in ENDED and (len(jobs) > 1 or job.state() != "lost"):  # of one that is lost more can be told
             print(f"job {job.id} has ended already")
             continue
         job.cancel()

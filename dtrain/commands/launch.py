@@ -73,11 +73,18 @@ def _launch(chosen: argparse.Namespace) -> int:
         return 0
     if named:
         run_folder.without_job(folder)
+        if (folder / run_folder.DATA).is_file():
+            raise ConfigError(
+                f"run.dir={folder} holds a training run of dtrain, whose records would be overwritten; choose another "
+                "run.dir"
+            )
     try:
         if isinstance(launcher, Checked):
             launcher.check([folder])
         if not named:
             folder = run_folder.made(folder)
+        log = folder / "logs" / "rank-0.log"
+        begin = log.stat().st_size if log.is_file() else 0  # what an earlier job has printed is not told again
         with run_folder.locked(folder), run_folder.withdrawn_if_refused(folder):
             job = launcher.submit(chosen.program, folder=folder, name=chosen.name)
     except ValueError as error:
@@ -90,7 +97,7 @@ def _launch(chosen: argparse.Namespace) -> int:
         return 0
     from dtrain.commands.following import follow
 
-    return follow(job)
+    return follow(job, begin)
 
 
 def _must_be_there(program: Sequence[str], launcher: LauncherConfig) -> None:

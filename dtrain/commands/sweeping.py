@@ -48,7 +48,10 @@ def combinations(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     fixed = [values[0] for values in found if len(values) == 1]
     swept = [values for values in found if len(values) > 1]
     if not swept:
-        raise ConfigError("train -m needs a key with several values, as in train.seed=1,2,3")
+        raise ConfigError(
+            "train -m needs a key with several values on the command line, as in train.seed=1,2,3 (those of a file are "
+            "one value each)"
+        )
     if (count := math.prod(map(len, swept))) > MOST_RUNS:
         raise ConfigError(f"these are {count:,} combinations; a sweep has at most {MOST_RUNS:,} runs")
     return [(",".join(chosen), [*fixed, *chosen]) for chosen in itertools.product(*swept)]

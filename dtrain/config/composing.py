@@ -270,7 +270,8 @@ class _Composition:
         options = self._loader.get_group_options(name)
         if value not in options:
             if word.text.lstrip()[:1] != "[" and ("," in word.text or "(" in word.text):
-                every = f"a run for each is started by: dtrain train -m {word.given}"
+                given = f"{word.key}={word.value}" if word.from_file else word.given
+                every = f"a run for each is started by: dtrain train -m {given}"
                 raise ConfigError(f"{place}{word.given}: a run has one {name}; {every}")
             near = targets.hint(targets.closest(str(value), options))
             raise ConfigError(f"{place}{word.given}: there is no such choice{near} (there are {', '.join(options)})")

@@ -27,10 +27,10 @@ from dtrain.config.schema import Config
 from dtrain.errors import ConfigError, DtrainError, ResumeError
 from dtrain.failing import forget
 from dtrain.launchers import trusted
-from dtrain.launchers.job import ENDED
+from dtrain.launchers.job import ENDED, Facts
 from dtrain.launchers.lock import LOCK, InUse, held
 from dtrain.launchers.registry import holder
-from dtrain.launchers.slurm.client import SlurmError
+from dtrain.launchers.slurm.client import SlurmError, since
 from dtrain.report.environment import KEPT, NOT_KEPT, record
 
 CONFIG, ENVIRONMENT, OUTCOME, CHECKPOINTS = (
@@ -246,12 +246,23 @@ def without_job(folder: Path) -> None:
         job = holder(folder)
         state = job.state() if job is not None else "lost"
     except SlurmError as error:
-        raise ConfigError(
-            f"run.dir={folder} holds a job, and nobody can say whether it has ended: {error}. If you know that it has, "
-            f"remove {folder / 'job.json'}; else choose another run.dir"
-        ) from error
+        raise ConfigError(_unasked(folder, error)) from error
     if job is not None and state not in ENDED:
         raise ConfigError(f"run.dir={folder} holds job {job.id}, which is {state}; cancel it or choose another run.dir")
+
+
+def _unasked(folder: Path, error: SlurmError) -> str:
+    """What to say of a folder whose job cannot be asked about from here."""
+    facts = Facts.read(folder)
+    if facts.came_up and since(facts.cluster) == facts.came_up:
+        return (
+            f"run.dir={folder} holds job {facts.id} of cluster {facts.cluster}, which is up and not asked from here: "
+            f"dtrain jobs status {folder} says how it stands; cancel it, or choose another run.dir"
+        )
+    return (
+        f"run.dir={folder} holds a job, and nobody can say whether it has ended: {error}. If you know that it has, "
+        f"remove {folder / 'job.json'}; else choose another run.dir"
+    )
 
 
 def in_its_own(config: Config) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def _partition(settings: SlurmSettings, known: list[Partition]) -> Iterator[str]
             continue
         missing = [part for part in name.split(",") if name and part not in {partition.name for partition in known}]
         if missing:
-            yield f"there is no partition {', '.join(missing)} (there are {names}); set launcher.partition"
+            shell = os.environ.get("SBATCH_PARTITION") == name
+            whence = ", which SBATCH_PARTITION of this shell names" if shell else ""
+            yield f"there is no partition {', '.join(missing)}{whence} (there are {names}); set launcher.partition"
             continue
         # Of several the job takes the one that lets it start first, so one that will do is enough.
         of_each = [
