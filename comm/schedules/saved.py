@@ -253,7 +253,7 @@ def tensors_of(
         wrong = sorted({*said.items()} ^ {*found.items()}) or [("its list", "no text")]
         lost, first = sorted({*said} - {*found}), wrong[0][0]
         what = f"{len(lost)} of them are missing ({lost[0]})" if lost else (
-            f"{first} is {found.get(first, 'not there')}, which was {said.get(first, 'not there')}"
+            f"{first}: {found.get(first, 'not there')}, was {said.get(first, 'not there')}"
         )  # fmt: skip
         raise ValueError(
             f"this state says that it holds {len(listed)} tensors, and {what}. Whatever saved or loaded it has changed "

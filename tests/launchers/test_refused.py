@@ -144,6 +144,20 @@ def test_a_name_that_is_no_part_of_a_path_is_refused(name: str, capsys: pytest.C
     assert "a job's name is one line without a slash" in capsys.readouterr().err
 
 
+@pytest.mark.processes
+def test_launch_stays_out_of_a_training_runs_folder_and_tells_no_old_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "data.json").write_text("{}")
+    assert main(["launch", "launcher.workers=1", "run.dir=trained", "--", "echo", "x"]) == 2
+    assert "holds a training run of dtrain" in capsys.readouterr().err
+    for word in ("first", "second"):
+        assert main(["launch", "launcher.workers=1", "run.dir=run", "--", "echo", word]) == 0
+    told = capsys.readouterr().out
+    assert told.count("first\n") == 1 and told.count("second\n") == 1
+
+
 # ---- what only warns, and how a command ends -------------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from dtrain.cli import main
+from dtrain.config import run_folder
+from dtrain.errors import ConfigError
 from dtrain.launchers import registry
 from dtrain.launchers.job import Facts
 from dtrain.launchers.slurm import client
@@ -88,6 +90,36 @@ def test_a_number_of_a_cluster_that_went_down_is_not_answered_to(
     assert "old: lost" in shown and "waits for" not in shown and "nodes" not in shown
     assert run("cancel", old.folder) == 1 and not slurm.cancelled
     assert registry.jobs() == [] and [job.id for job in registry.every()] == ["11"]
+
+
+def test_the_folder_of_a_sweep_names_its_jobs(
+    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, folder in (("7_0", "sw/0-a"), ("7_1", "sw/1-b"), ("9", "alone")):
+        slurm.has(submitted(tmp_path, number, "each", folder=folder, ago=100 - int(number[-1])), "PENDING")
+    with pytest.raises(LookupError, match="no job's and no run's"):
+        registry.resolve("sw")
+    (tmp_path / "sw" / "sweep.json").write_text("[]")
+    assert [job.id for job in registry.resolve("sw")] == ["7_0", "7_1"]
+    assert run("cancel", "sw") == 0 and slurm.cancelled == ["7_0", "7_1"]
+
+
+def test_a_live_clusters_job_that_is_not_asked_from_here_is_named(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = submitted(tmp_path, "11", "far", cluster="dev", came_up=NOW - 1000)
+
+    def silent(*_: object, **__: object) -> str:
+        raise SlurmError("scontrol reaches no Slurm controller")
+
+    monkeypatch.setattr(client, "ask", silent)
+    monkeypatch.setattr(client, "CLUSTERS", tmp_path / "run")
+    (tmp_path / "run" / "dev").mkdir(parents=True)
+    (tmp_path / "run" / "dev" / "slurm.conf").symlink_to(slurm.conf)
+    with pytest.raises(ConfigError, match=r"holds job 11 of cluster dev, which is up .* dtrain jobs status"):
+        run_folder.without_job(Path(facts.folder))
+    slurm.comes_up(NOW - 50)
+    run_folder.without_job(Path(facts.folder))  # it went with its cluster
 
 
 def test_the_live_clusters_job_of_a_number_is_meant(
