@@ -95,13 +95,13 @@ def test_a_number_of_a_cluster_that_went_down_is_not_answered_to(
 def test_the_folder_of_a_sweep_names_its_jobs(
     slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number, folder in (("7_0", "sw/0-a"), ("7_1", "sw/1-b"), ("9", "alone")):
-        slurm.has(submitted(tmp_path, number, "each", folder=folder, ago=100 - int(number[-1])), "PENDING")
+    for number, folder in (("7", "sw/0-a"), ("8", "sw/1-b"), ("9", "alone")):
+        slurm.has(submitted(tmp_path, number, "each", folder=folder, ago=100 - int(number)), "PENDING")
     with pytest.raises(LookupError, match="no job's and no run's"):
         registry.resolve("sw")
     (tmp_path / "sw" / "sweep.json").write_text("[]")
-    assert [job.id for job in registry.resolve("sw")] == ["7_0", "7_1"]
-    assert run("cancel", "sw") == 0 and slurm.cancelled == ["7_0", "7_1"]
+    assert [job.id for job in registry.resolve("sw")] == ["7", "8"]
+    assert run("cancel", "sw") == 0 and slurm.cancelled == ["7", "8"]
 
 
 def test_a_live_clusters_job_that_is_not_asked_from_here_is_named(
