@@ -322,6 +322,8 @@ def as_compression(compress: Compressor | LowRank | Compression | None) -> Compr
     if isinstance(compress, Compressor | LowRank):
         return Compression(compress, NoFeedback())
     typed = f"; on the command line compress@sync.compress={compress}" if isinstance(compress, str) else ""
+    name = getattr(compress, "__name__", "") if callable(compress) else ""
     raise TypeError(
-        f"compress is {compress!r}; give a compressor, as quantize(bits=8), or error_feedback(...) of one{typed}"
+        f"compress is {name or repr(compress)}{', which was not called' if name else ''}; give a compressor, as "
+        f"quantize(bits=8), or error_feedback(...) of one{typed}"
     )

@@ -487,9 +487,10 @@ class _Run:
             )
         key = "train.steps" if attached.steps == settings.steps else "train.stop_after_steps"
         which = "all steps" if attached.skipped == attached.steps else "the last steps, on some rank"
+        end = "" if attached.skipped == attached.steps else f"; or end at a step that is not skipped: {key}=..."
         return TooManySkippedSteps(
             f"step {attached.steps}, the last one: {which}, had no finite gradient or loss, so no checkpoint of it is "
-            f"written; {self._way_out()}; or end at a step that is not skipped: {key}=..."
+            f"written; {self._way_out()}{end}"
         )
 
     def _summarize(self, path: Path, skipped: int) -> None:

@@ -65,7 +65,7 @@ SETTLE_SECONDS = 2.0  # from the start of mpirun
 CLEAN_UP_SECONDS = 10.0
 SWEEP_SECONDS = 3.0
 POLL_SECONDS = 0.05
-MOST_NODES = 1 << 16
+MOST_NODES = 1 << 14
 PORTS = range(20000, 32000)  # below those that the kernel gives to outgoing connections
 
 

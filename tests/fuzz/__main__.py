@@ -1,10 +1,17 @@
-"""``make fuzz``: the long run, 100,000 damaged inputs for each parser, into docs/evidence/fuzz.md."""
+"""``make fuzz``: the long run, 100,000 damaged inputs for each parser, into docs/evidence/fuzz.md.
+
+It takes hours, so what is done is kept, and a run that was ended goes on with the rest as long as the code is the same.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,11 +24,42 @@ from tests.fuzz.targets import TARGETS
 
 CHUNK = 5_000
 PROCESSES = 2
+KEPT = Path("build/fuzz.jsonl")
+CODE = ("comm", "dtrain", "launchers", "slurm", "tests/fuzz")
+
+Work = tuple[int, int, int, int]
+"""Number of the target, first input, how many, seed."""
 
 
-def _chunk(work: tuple[int, int, int, int]) -> Counts:
+def _chunk(work: Work) -> Counts:
     index, first, count, seed = work
     return run(TARGETS[index], count, seed=seed, first=first)
+
+
+class Kept:
+    """Chunks that were tried before with this very code, in a file of lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        asked = ["git", "rev-parse", *(f"HEAD:{folder}" for folder in CODE)]
+        self.code = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+        self._found: dict[str, Counts] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            name, code, counts = json.loads(line)
+            if code == self.code:
+                self._found[name] = Counts(**{**counts, "failures": Counter(counts["failures"])})
+
+    def get(self, work: Work) -> Counts | None:
+        return self._found.get(self._name(work))
+
+    def add(self, work: Work, counts: Counts) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps([self._name(work), self.code, dataclasses.asdict(counts)]) + "\n")
+
+    def _name(self, work: Work) -> str:
+        index, *numbers = work
+        return f"{TARGETS[index].name} {numbers}"
 
 
 def merged(parts: Sequence[Counts]) -> Counts:
@@ -86,12 +124,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = circumstances()
     firsts = range(0, chosen.inputs, CHUNK)
     work = [(n, first, min(CHUNK, chosen.inputs - first), chosen.seed) for n in picked for first in firsts]
+    kept = Kept(KEPT)
     found: dict[str, list[Counts]] = {}
     with ProcessPoolExecutor(PROCESSES) as pool:
-        for (index, first, _, _), counts in zip(work, pool.map(_chunk, work), strict=True):
-            name = TARGETS[index].name
+        tried = pool.map(_chunk, [chunk for chunk in work if kept.get(chunk) is None])
+        for chunk in work:
+            counts = kept.get(chunk)
+            if counts is None:
+                counts = next(tried)
+                kept.add(chunk, counts)
+            name = TARGETS[chunk[0]].name
             found.setdefault(name, []).append(counts)
-            if first + CHUNK >= chosen.inputs:
+            if chunk[1] + CHUNK >= chosen.inputs:
                 whole = merged(found[name])
                 say(f"{name}: {whole.inputs:,} inputs, {sum(whole.failures.values())} failed {dict(whole.failures)}")
                 for example in whole.examples[:3]:
