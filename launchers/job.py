@@ -31,6 +31,8 @@ __all__ = ["ENDED", "Facts", "Job", "JobFailed", "Launcher", "Program", "State",
 State: TypeAlias = Literal["pending", "running", "finished", "failed", "cancelled", "lost"]
 """``lost``: the scheduler knows it no longer, and it has not said how it ended."""
 
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 ENDED: tuple[State, ...] = ("finished", "failed", "cancelled", "lost")
 
 Program: TypeAlias = Sequence[str] | Callable[[], object]
@@ -93,6 +95,8 @@ class Facts:
         facts = shaped(cls, found)
         if not re.fullmatch(r"[0-9]{1,18}(_[0-9]{1,9})?", facts.id):
             raise Damaged(f"its id is {facts.id[:40]!r}")
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(facts.folder).parts):
+            raise Damaged(f"its folder is {facts.folder[:40]!r}...")
         return facts
 
 

@@ -57,7 +57,7 @@ def add(facts: Facts) -> None:
 def every() -> list[Job]:
     """All jobs whose folders are still there, newest first: those of other clusters, too, and those replaced."""
     found = [facts for path in folder().glob("*") if (facts := _record(path)) is not None]
-    found = [facts for facts in found if (Path(facts.folder) / "job.json").is_file()]
+    found = [facts for facts in found if os.path.isfile(Path(facts.folder) / "job.json")]
     return [open_job(facts) for facts in sorted(found, key=lambda facts: -facts.submitted)]
 
 
@@ -128,10 +128,10 @@ def resolve(name: str) -> list[Job]:
     Raises ``Replaced``, and ``LookupError`` naming the jobs that there are, or those that ``name`` may mean.
     """
     path = Path(name)
-    if (path / "job.json").exists() or (path / "config.yaml").exists():
+    if os.path.exists(path / "job.json") or os.path.exists(path / "config.yaml"):
         return [_in_folder(path.absolute())]
     known = every()
-    if (path / "sweep.json").is_file():
+    if os.path.isfile(path / "sweep.json"):
         runs = [job for job in known if path.resolve() in Path(job.folder).resolve().parents and not replaced_by(job)]
         if runs:
             return sorted(runs, key=lambda job: job.facts.submitted)
@@ -149,7 +149,7 @@ def resolve(name: str) -> list[Job]:
         raise LookupError(f"there is no job {name} here. Jobs of other clusters are named by their folders:{listed}")
     ids = ", ".join(job.id for job in jobs()[:10])
     there = f"there are {ids}" if ids else "none was started from this machine"
-    if path.is_dir():
+    if os.path.isdir(path):
         raise LookupError(f"{name} is a folder, but no job's and no run's: it has neither job.json nor config.yaml")
     raise LookupError(f"there is no job {name} ({there}); give an id, or the folder of a job or a run")
 

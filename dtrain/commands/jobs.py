@@ -120,9 +120,9 @@ def _places(name: str) -> list[Path]:
     from dtrain.launchers import registry
 
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return [path]
-    found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if Path(each).is_dir()]
+    found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if os.path.isdir(each)]
     if found:
         return found
     folders = [job.folder for job in registry.resolve(name)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import time
 from pathlib import Path
@@ -90,6 +92,18 @@ def test_a_number_of_a_cluster_that_went_down_is_not_answered_to(
     assert "old: lost" in shown and "waits for" not in shown and "nodes" not in shown
     assert run("cancel", old.folder) == 1 and not slurm.cancelled
     assert registry.jobs() == [] and [job.id for job in registry.every()] == ["11"]
+
+
+def test_names_that_no_file_can_have_are_no_jobs(
+    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = submitted(tmp_path, "11", "each")
+    known = next(registry.folder().glob("*-11"))
+    strange = dataclasses.replace(facts, id="12", folder="9" * 3000)
+    known.with_name(f"{known.name[:-2]}12").write_text(json.dumps(dataclasses.asdict(strange)))
+    assert [job.id for job in registry.every()] == ["11"]
+    assert run("status", "9" * 3000) == 2 and "there is no job 999" in capsys.readouterr().err
+    assert run("table", "9" * 3000) == 2
 
 
 def test_the_folder_of_a_sweep_names_its_jobs(
