@@ -60,7 +60,7 @@ test: setup setup-system
 	$(BIN)/python -m pytest -m "not cluster" -n 2 --dist loadfile $(ARGS)
 
 test-cluster: setup setup-system
-	$(BIN)/python -m pytest -m cluster $(ARGS)
+	$(BIN)/python -m pytest -m cluster -n 2 --dist loadfile $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

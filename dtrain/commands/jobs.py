@@ -63,7 +63,8 @@ def _run(chosen: argparse.Namespace) -> int:
 
     if chosen.words and chosen.verb != "table":
         raise ConfigError(f"{' '.join(chosen.words)}: one job at a time")
-    enter_login_host(sys.argv[1:])
+    if not _is_of_this_machine(chosen):
+        enter_login_host(sys.argv[1:])
     try:
         if chosen.verb == "list":
             return _list(registry.every() if chosen.all else registry.jobs(), everywhere=chosen.all)
@@ -80,6 +81,16 @@ def _run(chosen: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from error
     except SlurmError as error:
         raise DtrainError(str(error)) from error
+
+
+def _is_of_this_machine(chosen: argparse.Namespace) -> bool:
+    """Whether a folder is named whose job is no cluster's, so that it does not matter which of them are up."""
+    from dtrain.launchers.job import Facts
+
+    try:
+        return isinstance(chosen.job, str) and Facts.read(Path(chosen.job)).launcher != "slurm"
+    except (AttributeError, OSError, ValueError):  # jobs list names none
+        return False
 
 
 def _list(jobs: Sequence[Job], *, everywhere: bool) -> int:

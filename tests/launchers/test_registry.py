@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dtrain.cli import main
+from dtrain.commands import jobs
 from dtrain.config import run_folder
 from dtrain.errors import ConfigError
 from dtrain.launchers import registry
@@ -92,6 +93,20 @@ def test_a_number_of_a_cluster_that_went_down_is_not_answered_to(
     assert "old: lost" in shown and "waits for" not in shown and "nodes" not in shown
     assert run("cancel", old.folder) == 1 and not slurm.cancelled
     assert registry.jobs() == [] and [job.id for job in registry.every()] == ["11"]
+
+
+def test_only_a_clusters_job_is_asked_for_on_a_login_host(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entered: list[object] = []
+    monkeypatch.setattr(jobs, "enter_login_host", entered.append)
+    theirs = submitted(tmp_path, "11", "theirs")
+    mine = dataclasses.replace(theirs, launcher="local", folder=str(tmp_path / "mine"))
+    Path(mine.folder).mkdir()
+    mine.write()
+    assert run("status", mine.folder) == 0 and not entered  # whichever clusters are up
+    assert run("status", theirs.folder) == 0 and run("list") == 0 and run("table", theirs.folder, mine.folder) == 2
+    assert len(entered) == 3
 
 
 def test_names_that_no_file_can_have_are_no_jobs(

@@ -15,7 +15,7 @@ import pytest
 
 from dtrain.slurm.devcluster import Cluster, devcluster
 
-NAME = "tests"
+NAME = f"tests{os.environ.get('PYTEST_XDIST_WORKER', '')[-1:]}"  # two sets of files run at a time
 TINY = (
     "mesh.replicate=2", "mesh.shard=1", "launcher=slurm", "launcher.nodes=2", "launcher.workers=2", "model.dim=64",
     "model.layers=2", "data.block=32", "train.batch_size=8", "train.evaluate_every_steps=0", "train.log_every_steps=5",
