@@ -185,7 +185,8 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
         if by_log:
             if came_now:
                 self._begin_at(here)
-            records = from_bytes(tail.numpy().tobytes()) if tail_bytes else []
+            start = min(place for place in places if place != NOBODY)
+            records = from_bytes(tail.numpy().tobytes()[:tail_bytes], range(start, there))
             self._walk_along(values, [record for record in records if record.step.number >= here])
         else:
             self.pieces.write(dict(zip(values, copied, strict=True)))

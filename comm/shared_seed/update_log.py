@@ -160,11 +160,17 @@ def to_bytes(records: Iterable[Record]) -> bytes:
     return b"".join(_frame(record.encoded()) for record in records)
 
 
-def from_bytes(data: bytes) -> list[Record]:
-    """Undo `to_bytes`. Raises `LogError` for what is damaged."""
+def from_bytes(data: bytes, steps: range) -> list[Record]:
+    """Undo `to_bytes`, of the records of these steps. Raises `LogError` for what is damaged or has not all of them."""
     records, end = _records(data, 0, "what was received of a log")
     if end < len(data):
         raise LogError(f"what was received of a log ends within record {len(records)}")
+    numbers = [record.step.number for record in records]
+    if numbers != list(steps):
+        raise LogError(
+            f"what was received of a log has {len(records)} records and not those of the {len(steps)} steps from "
+            f"{steps.start} on"
+        )
     return records
 
 

@@ -6,7 +6,7 @@ It takes hours, so what is done is kept, and a run that was ended goes on with t
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import json
 import os
 import subprocess
@@ -55,7 +55,9 @@ class Kept:
     def add(self, work: Work, counts: Counts) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps([self._name(work), self.code, dataclasses.asdict(counts)]) + "\n")
+            file.write(
+                json.dumps([self._name(work), self.code, {**vars(counts), "failures": dict(counts.failures)}]) + "\n"
+            )
 
     def _name(self, work: Work) -> str:
         index, *numbers = work
@@ -126,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = [(n, first, min(CHUNK, chosen.inputs - first), chosen.seed) for n in picked for first in firsts]
     kept = Kept(KEPT)
     found: dict[str, list[Counts]] = {}
-    with ProcessPoolExecutor(PROCESSES) as pool:
+    with ProcessPoolExecutor(PROCESSES) as pool, contextlib.ExitStack() as ended:
+        ended.callback(pool.shutdown, cancel_futures=True)  # an error here does not wait for hours of work
         tried = pool.map(_chunk, [chunk for chunk in work if kept.get(chunk) is None])
         for chunk in work:
             counts = kept.get(chunk)

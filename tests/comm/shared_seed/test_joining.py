@@ -87,11 +87,15 @@ def test_a_tail_is_a_piece_of_a_log(tmp_path: Path) -> None:
         assert alone["a"].wait(60) == 0
     (path,) = tmp_path.glob("machine-*.log")
     records = read(path).records
-    assert from_bytes(to_bytes(records[4:])) == records[4:] and from_bytes(b"") == []
+    steps = range(4, len(records))
+    assert from_bytes(to_bytes(records[4:]), steps) == records[4:] and from_bytes(b"", range(3, 3)) == []
+    for lost in (records[4:-1], records[5:], [*records[4:6], *records[7:]], []):
+        with pytest.raises(LogError, match="and not those of the"):
+            from_bytes(to_bytes(lost), steps)
     with pytest.raises(LogError, match="ends within record 5"):
-        from_bytes(to_bytes(records[4:])[:-1])
+        from_bytes(to_bytes(records[4:])[:-1], steps)
     with pytest.raises(LogError, match=r"record 0, at byte 0, is damaged"):
-        from_bytes(to_bytes(records)[:30] + b"?" + to_bytes(records)[31:])
+        from_bytes(to_bytes(records)[:30] + b"?" + to_bytes(records)[31:], range(len(records)))
 
 
 @pytest.mark.parametrize(("sync", "said"), [(one_byte(), r"one_byte\(log=FOLDER\)"), (ferret(), "Ferret's own way")])

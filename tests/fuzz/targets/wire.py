@@ -139,8 +139,8 @@ def log_records(_: Path) -> Case:
         assert found == expected
 
     return Case(
-        update_log.to_bytes(expected), update_log.from_bytes, (update_log.LogError,), check,
-        others=(update_log.to_bytes(_steps(40, 3)),),
+        update_log.to_bytes(expected), lambda data: update_log.from_bytes(data, range(_RECORDS)),
+        (update_log.LogError,), check, others=(update_log.to_bytes(_steps(40, 3)),),
     )  # fmt: skip
 
 
