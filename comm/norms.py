@@ -37,7 +37,7 @@ def gathers(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
-class Kept:
+class RunningStatistics:
     """The running statistics of a model's BatchNorm layers before a step, for the case that the step is skipped."""
 
     def __init__(self, model: nn.Module) -> None:

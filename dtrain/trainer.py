@@ -27,7 +27,7 @@ from dtrain.checkpoint.folders import step_of, write_text_durably
 from dtrain.checkpoint.state import OPAQUE
 from dtrain.checkpoint.weights import put_into, weights_of
 from dtrain.clock import TIME_LIMIT, Clock
-from dtrain.comm.norms import Kept, gathers
+from dtrain.comm.norms import RunningStatistics, gathers
 from dtrain.comm.schedules.sync import Attached, Sync
 from dtrain.comm.shared_seed.forward_only import ForwardOnly
 from dtrain.config import Config, instantiate, run_folder
@@ -166,7 +166,7 @@ class _Run:
         self.damaged: list[str] = []
         self.resumed_from = self._resume()
         self.saved = self.resumed_from if own_checkpoint(self.resumed_from, self.folder) else None
-        self.statistics = Kept(self.model)
+        self.statistics = RunningStatistics(self.model)
         self.due = False  # a checkpoint, which waits for a step that is not skipped
         self.not_finite, self.withheld = "", 0  # why one could not be written, and how often in a row
         self.metrics = self._metrics()

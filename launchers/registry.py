@@ -20,8 +20,12 @@ from dtrain.launchers.job import ENDED, Facts, Job
 from dtrain.launchers.reading import Damaged, json_in, tail
 
 __all__ = [
-    "Replaced", "add", "every", "find", "holder", "is_here", "job_of", "jobs", "open_job", "replaced_by", "resolve",
+    "SWEEP", "Replaced", "add", "every", "find", "holder", "is_here", "job_of", "jobs", "open_job", "replaced_by",
+    "resolve",
 ]  # fmt: skip
+
+SWEEP = "sweep.json"
+"""In the folder of a sweep: its runs."""
 
 
 class Replaced(LookupError):
@@ -131,7 +135,7 @@ def resolve(name: str) -> list[Job]:
     if os.path.exists(path / "job.json") or os.path.exists(path / "config.yaml"):
         return [_in_folder(path.absolute())]
     known = every()
-    if os.path.isfile(path / "sweep.json"):
+    if os.path.isfile(path / SWEEP):
         runs = [job for job in known if path.resolve() in Path(job.folder).resolve().parents and not replaced_by(job)]
         if runs:
             return sorted(runs, key=lambda job: job.facts.submitted)

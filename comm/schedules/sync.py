@@ -415,6 +415,7 @@ class Attached(ABC):
             )
 
     def _require_optimizer(self, entries: Mapping[str, object]) -> None:
+        """Raise ``ValueError`` if the optimizer has lost all of the state that it had when this was taken."""
         saved = entries.get("optimizer")
         if isinstance(saved, int) and saved > 0 and not self._optimizer_states():
             raise ValueError(

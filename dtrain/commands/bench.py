@@ -175,8 +175,10 @@ def _cluster_link() -> str:
 
     try:
         facts = Facts.read(os.environ.get("DTRAIN_CLUSTER", ""))
-    except (OSError, ValueError):
+    except OSError:
         return "none"
+    except ValueError as error:
+        raise ConfigError(f"{error}; name the link yourself: bench.link=100mbit, or none") from error
     rates = [rate for host, rate in facts.rates.items() if host != "login" and rate]
     return f"{min(rates) / 1e3:f}kbit" if rates else "none"
 

@@ -87,9 +87,10 @@ def _is_of_this_machine(chosen: argparse.Namespace) -> bool:
     """Whether a folder is named whose job is no cluster's, so that it does not matter which of them are up."""
     from dtrain.launchers.job import Facts
 
+    name = getattr(chosen, "job", None)  # `list` names none, `table` several
     try:
-        return isinstance(chosen.job, str) and Facts.read(Path(chosen.job)).launcher != "slurm"
-    except (AttributeError, OSError, ValueError):  # jobs list names none
+        return isinstance(name, str) and Facts.read(Path(name)).launcher != "slurm"
+    except (OSError, ValueError):
         return False
 
 
@@ -214,7 +215,8 @@ def _cancel(jobs: Sequence[Job], _: argparse.Namespace) -> int:
     from dtrain.launchers.job import ENDED
 
     for job in jobs:
-        if _state(job) in ENDED and (len(jobs) > 1 or job.state() != "lost"):  # of one that is lost more can be told
+        state = _state(job)
+        if state in ENDED and (len(jobs) > 1 or state != "lost"):  # of one that is lost more can be told
             print(f"job {job.id} has ended already")
             continue
         job.cancel()

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from dtrain.commands.entering import enter_launcher
 from dtrain.commands.submitting import program
 from dtrain.errors import CHECKPOINTED, INTERRUPTED, ConfigError, DtrainError
+from dtrain.launchers.registry import SWEEP
 
 if TYPE_CHECKING:
     from dtrain.config import Config
 
-FILE = "sweep.json"
+FILE = SWEEP
 MOST_RUNS = 10_000
 
 

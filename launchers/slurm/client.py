@@ -159,11 +159,15 @@ def _configured(scontrol: str, configuration: str | None) -> str:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition as ``sinfo`` shows it. ``minutes``: its time limit, None without one."""
+    """A partition as ``sinfo`` shows it.
+
+    ``nodes``: how many; None where it is written in a way that is not known here. ``minutes``: its time limit, None
+    without one.
+    """
 
     name: str
     default: bool
-    nodes: int
+    nodes: int | None
     minutes: int | None
     up: bool
 
@@ -171,25 +175,23 @@ class Partition:
 def partitions() -> list[Partition]:
     """All partitions that this user can see."""
     answer = ask("sinfo", "--noheader", "--summarize", "--format", "%P|%D|%l|%a")
-    return [found for line in answer.splitlines() if (found := _partition(line.split("|")))]
+    return [_partition(line.split("|")) for line in answer.splitlines() if line.count("|") == 3]
 
 
-def _partition(fields: Sequence[str]) -> Partition | None:
-    """None for a line that is no partition: what Slurm cannot say is Slurm's to judge."""
-    if len(fields) != 4 or (nodes := count_of(fields[1])) is None:
-        return None
-    name, _, limit, available = (field.strip() for field in fields)
-    return Partition(name.rstrip("*"), name.endswith("*"), nodes, minutes_of(limit), available.lower().startswith("up"))
+def _partition(fields: Sequence[str]) -> Partition:
+    name, nodes, limit, available = (field.strip() for field in fields)
+    up = available.lower().startswith("up")
+    return Partition(name.rstrip("*"), name.endswith("*"), count_of(nodes), minutes_of(limit), up)
 
 
 def count_of(text: str) -> int | None:
     """A number of nodes or CPUs as ``sinfo`` shows it, None for anything else.
 
-    >>> count_of(" 12 "), count_of("2K"), count_of("n/a")
-    (12, 2048, None)
+    >>> count_of(" 12 "), count_of("1.5K"), count_of("n/a")
+    (12, None, None)
     """
-    found = re.fullmatch(r"([0-9]{1,9})(K?)", text.strip())
-    return int(found[1]) * (1024 if found[2] else 1) if found else None
+    found = re.fullmatch(r"[0-9]{1,9}", text.strip())
+    return int(found[0]) if found else None
 
 
 def minutes_of(limit: str) -> int | None:

@@ -59,7 +59,7 @@ def _partition(settings: SlurmSettings, known: list[Partition]) -> Iterator[str]
 def _of_partition(settings: SlurmSettings, nodes: int, partition: Partition, names: str) -> Iterator[str]:
     if not partition.up:
         yield f"partition {partition.name} is not up; choose another (there are {names})"
-    if nodes > partition.nodes:
+    if partition.nodes is not None and nodes > partition.nodes:
         yield (
             f"launcher.nodes={nodes}, but partition {partition.name} has {partition.nodes} nodes, so the job would "
             "wait for ever; take fewer, or another partition"
@@ -72,21 +72,27 @@ def _of_partition(settings: SlurmSettings, nodes: int, partition: Partition, nam
 
 
 def _cpus_of_nodes() -> dict[str, list[int]]:
-    """Of each partition, the CPUs of each of its nodes; the default one is also called "". Empty if nobody says."""
+    """Of each partition, the CPUs of each of its nodes; the default one is also called "".
+
+    Empty if nobody says; without those of which a line cannot be read, which are Slurm's to judge.
+    """
     try:
         answer = ask("sinfo", "--noheader", "--exact", "--format", "%P|%D|%c")
     except SlurmError:  # the check is a kindness: Slurm has the last word
         return {}
     found: dict[str, list[int]] = {}
+    unread: set[str] = set()
     for line in answer.splitlines():
         name, _, rest = line.strip().partition("|")
         nodes, _, cpus = rest.partition("|")
-        many, each = count_of(nodes), count_of(cpus.strip().rstrip("+"))
-        if many is None or each is None:
+        many, each = count_of(nodes), count_of(cpus)
+        names = {name.strip().rstrip("*"), *([""] if name.strip().endswith("*") else [])}
+        if many is None or each is None or many > MOST_NODES:
+            unread |= names
             continue
-        for known in {name.strip().rstrip("*"), *([""] if name.strip().endswith("*") else [])}:
-            found.setdefault(known, []).extend([each] * min(many, MOST_NODES))
-    return found
+        for known in names:
+            found.setdefault(known, []).extend([each] * many)
+    return {name: cpus for name, cpus in found.items() if name not in unread}
 
 
 def too_many_cpus(settings: SlurmSettings, known: Mapping[str, Sequence[int]]) -> Iterator[str]:

@@ -44,6 +44,10 @@ class Kept:
         asked = ["git", "rev-parse", *(f"HEAD:{folder}" for folder in CODE)]
         self.code = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
         self._found: dict[str, Counts] = {}
+        changed = subprocess.run(["git", "status", "--porcelain", "--", *CODE], capture_output=True, check=True).stdout
+        if changed:  # no name for this code
+            self.code = ["changed"]
+            return
         for line in path.read_text().splitlines() if path.exists() else ():
             name, code, counts = json.loads(line)
             if code == self.code:

@@ -14,6 +14,7 @@ import pytest
 from dtrain.cli import main
 from dtrain.launchers import registry
 from dtrain.launchers.background import LocalLauncher
+from dtrain.launchers.slurm import client, preflight
 from dtrain.launchers.slurm.client import SlurmError, ask
 from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.launchers.slurm.preflight import problems, too_many_cpus
@@ -142,6 +143,16 @@ def test_a_rank_that_cannot_start_its_program_is_started_once(program: list[str]
 def test_a_name_that_is_no_part_of_a_path_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "--name", name, "--", "true"]) == 2
     assert "a job's name is one line without a slash" in capsys.readouterr().err
+
+
+def test_what_sinfo_says_in_another_way_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"%P|%D|%l|%a": "main*|1.5K|infinite|up\n", "%P|%D|%c": "main*|4|2\nmain*|1.5K|64+\n"}
+    for module in (client, preflight):
+        monkeypatch.setattr(module, "ask", lambda *command, **_: answers[command[-1]])
+    settings = SlurmSettings(nodes=900, workers=900, cpus_per_worker=32)
+    assert problems(settings, tmp_path, one_machine=True) == []
+    answers["%P|%D|%l|%a"] = "main*|4|infinite|up\n"
+    assert any("has 4 nodes" in problem for problem in problems(settings, tmp_path, one_machine=True))
 
 
 @pytest.mark.processes
