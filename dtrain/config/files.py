@@ -21,7 +21,7 @@ from typing import Any, cast
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain.config.words import Word
+from dtrain.config.words import Word, huge_integer
 from dtrain.errors import ConfigError
 from dtrain.nearest import closest, hint
 
@@ -54,6 +54,8 @@ def mapping_of(path: str | Path, what: str = "configuration") -> DictConfig:
     try:
         _bound(yaml.compose(text, Loader=LOADER))
         stored = OmegaConf.load(io.StringIO(text))
+        if huge := huge_integer(OmegaConf.to_container(stored, resolve=False)):
+            raise ValueError(f"{huge} is no number for a configuration: integers have at most 64 bits")
     except RecursionError as error:
         raise ConfigError(f"{path} is not a {what}: its brackets go too deep") from error
     except Exception as error:  # PyYAML's errors, OmegaConf's, and what YAML's own constructors raise

@@ -91,6 +91,10 @@ def _ranges(config: Config) -> Iterator[str]:
         name = str(_value(config, key))
         if name not in names:
             yield f"{key} is {name}{hint(closest(name, names))} (there are {', '.join(names)})"
+    for keyword, setting in config.optim.inner.items():
+        for each in setting if isinstance(setting, list | tuple) else [setting]:
+            if isinstance(each, float) and not math.isfinite(each):
+                yield f"optim.inner.{keyword} must be finite, but is {setting}"
 
 
 def _mesh(config: Config) -> Iterator[str]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -116,7 +117,27 @@ def value_of(word: Word, kind: Kind, expected: str | None) -> object:
             f"{word.given}: a key has one value; a list is written {word.key}=[...], text with commas "
             f"\"{word.key}='...'\", and a run for each value is started by: dtrain train -m"
         )
-    return override.value()
+    value = cast(object, override.value())
+    if huge := huge_integer(value):
+        must = f"{word.key} must be {expected}" if expected else word.key
+        raise ConfigError(f"{must}: an integer has at most 64 bits, but is {huge}")
+    return value
+
+
+def huge_integer(value: object) -> str:
+    """The first integer in it that has more than 64 bits, shortened; empty if there is none.
+
+    No key takes one, and it ends in an ``OverflowError`` wherever it meets a float or a tensor.
+    """
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        digits = hex(value) if value.bit_length() > 8_192 else str(value)  # str() refuses thousands of digits
+        return digits if len(digits) <= 24 else f"{digits[:10]}... ({len(digits):,} digits)"
+    inner: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        inner = (*value, *value.values())
+    elif isinstance(value, list | tuple):
+        inner = value
+    return next(filter(None, map(huge_integer, inner)), "")
 
 
 def alternatives(word: Word, kind: Kind, loader: ConfigLoader) -> list[str]:

@@ -107,10 +107,11 @@ def test_a_folder_of_ones_own_has_choices() -> None:
         ("a: &a {b: *a}", "it holds itself, by an alias"),
         ("x: " + "[" * 5000, "exp.yaml is not a configuration file"),
         ("x: " + "[" * 5000 + "]" * 5000, "its brackets go too deep"),
+        ("optim: {inner: {lr: 1" + "0" * 400 + "}}", "integers have at most 64 bits"),
         ("a: 1\na: 2", "duplicate key"),
         ("# " + "x" * (1 << 20), "it is larger than 1 MiB"),
     ],
-    ids=range(20),
+    ids=range(21),
 )
 def test_a_bad_file_is_refused_by_its_name(content: str, message: str) -> None:
     Path("exp.yaml").write_text(content)

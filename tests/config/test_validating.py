@@ -165,6 +165,13 @@ def changed(key: str, value: object) -> Config:
         ("engine.bucket_mib=nan", "engine.bucket_mib must be more than 0, but is nan"),
         ("train.clip_norm=nan", "train.clip_norm must be 0 or more, but is nan"),
         ("launcher.grace_seconds=inf", "launcher.grace_seconds must be 0 or more, but is inf"),
+        ("optim.inner.lr=inf", "optim.inner.lr must be finite, but is inf"),
+        ("optim.inner.betas=[nan,0.9]", "optim.inner.betas must be finite, but is [nan, 0.9]"),
+        (
+            f"optim.inner.lr=1{'0' * 400}",
+            "optim.inner.lr must be a number: an integer has at most 64 bits, but is 1000000000... (401 dig",
+        ),
+        (f"train.steps=-1{'0' * 30}", "train.steps must be an integer: an integer has at most 64 bits, but is -1000"),
         ("optim.final_lr_fraction=1.5", "optim.final_lr_fraction is a fraction between 0 and 1, but is 1.5"),
         ("engine.name=zero4", "engine.name is zero4; did you mean zero3? (there are ddp, fsdp, zero1, zero2, zero3)"),
         ("engine.precision=fp23", "engine.precision is fp23; did you mean fp32? (there are fp32, bf16)"),

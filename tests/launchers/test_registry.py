@@ -121,9 +121,7 @@ def test_names_that_no_file_can_have_are_no_jobs(
     assert run("table", "9" * 3000) == 2
 
 
-def test_the_folder_of_a_sweep_names_its_jobs(
-    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_folder_of_a_sweep_names_its_jobs(slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, folder in (("7", "sw/0-a"), ("8", "sw/1-b"), ("9", "alone")):
         slurm.has(submitted(tmp_path, number, "each", folder=folder, ago=100 - int(number)), "PENDING")
     with pytest.raises(LookupError, match="no job's and no run's"):
