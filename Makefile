@@ -6,7 +6,7 @@
 #   make fuzz      100,000 damaged inputs for every parser, into docs/evidence/fuzz.md (an hour or two)
 #   make kill      100 runs killed at random and resumed, into docs/evidence/kill_and_resume.md (three quarters of an hour)
 #   make evidence  every timed or long measurement, into docs/evidence/
-# ARGS goes to the command:      make train ARGS="engine=zero2 sync=int8_ef"      make test ARGS="tests/config -x"
+# ARGS goes to the command:      make train ARGS="engine=zero2 sync=int8_ef"      make test ARGS="tests/train/config -x"
 # Two test files run at a time: most tests are processes that wait for each other. A debugger wants ARGS="-n 0 --pdb".
 # PIP_FLAGS goes to pip install: make setup PIP_FLAGS="--extra-index-url URL"     for another build of torch
 
@@ -74,7 +74,7 @@ kill: setup
 
 evidence: setup setup-system
 	@$(BIN)/python -c 'import torchft, sklearn' 2>/dev/null || $(PIP) torchft scikit-learn  # measured beside ours, and data
-	$(BIN)/python -m dtrain.evidence $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -25,8 +25,8 @@ from typing import cast as cast_
 
 from torch import Tensor
 
-from dtrain.comm.compressors.base import Compressor, one_pass
 from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.compressor import Compressor, one_pass
 from dtrain.comm.compressors.lowrank import LowRank, Matrix
 from dtrain.comm.layout import chunk_width, from_rows, to_rows
 from dtrain.comm.ops import Payload
@@ -247,7 +247,7 @@ class Compression:
 def error_feedback(compressor: Compressor | LowRank) -> Compression:
     """EF14 around ``compressor``: what it leaves out is added to the next step's value.
 
-    >>> from dtrain import error_feedback, quantize
+    >>> from dtrain.compress import error_feedback, quantize
     >>> error_feedback(quantize(bits=8)).feedback.kinds
     {'residual': 'per_worker'}
 
@@ -264,7 +264,7 @@ def ef21(compressor: Compressor | LowRank, *, eta: float = 0.1) -> Compression:
         eta: of the momentum before the compressor, in (0, 1]. 0.1 is EF21-SGDM; then let the inner optimizer have no
             momentum of its own. 1 is EF21, for large batches: with small ones a noise floor stays.
 
-    >>> from dtrain import ef21, topk
+    >>> from dtrain.compress import ef21, topk
     >>> sorted(ef21(topk(0.01)).feedback.kinds)
     ['estimate', 'mean_estimate', 'momentum']
 

@@ -7,7 +7,7 @@ An algorithm is a generator, a `Flow`. It yields an `Op`, receives that op's rep
 ...     (total,) = yield AllReduce((x,), "sum")
 ...     (world,) = yield AllReduce((torch.ones(()),), "sum")
 ...     return total / world
->>> from dtrain.comm.drivers.simulate import simulate
+>>> from dtrain.comm.transports.simulate import simulate
 >>> simulate([average(torch.tensor([1.0])), average(torch.tensor([3.0]))])
 [tensor([2.]), tensor([2.])]
 

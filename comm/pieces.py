@@ -1,6 +1,6 @@
 """The seam between a sync and whatever holds the model: named local fp32 pieces of one rank.
 
-`comm/attach` adapts each engine, and anybody's own DDP or FSDP2 model, to this Protocol. Syncs know nothing else.
+`comm/adapters` adapts each engine, and anybody's own DDP or FSDP2 model, to this Protocol. Syncs know nothing else.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dtrain.comm.drivers.run import Channel
+from dtrain.comm.channel import Channel
+from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.layout import Named, Segment
 from dtrain.comm.ops import Flow, Place
-from dtrain.comm.routes import Combined
 
 
 class Exchange(Protocol):

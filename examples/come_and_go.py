@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import Members, attach, diloco, quantize
+from dtrain import Members, attach, diloco
+from dtrain.compress import quantize
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # this replica's own ranks: one
 torch.manual_seed(0)

@@ -8,7 +8,8 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 
-from dtrain import attach, error_feedback, every_step, quantize
+from dtrain import attach, every_step
+from dtrain.compress import error_feedback, quantize
 
 # On CPU this op would be compiled for a minute, and would carry small collectives past gloo.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

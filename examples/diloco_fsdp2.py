@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dtrain import attach, diloco, nesterov, quantize
+from dtrain import attach, diloco
+from dtrain.compress import quantize
+from dtrain.outer import nesterov
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))

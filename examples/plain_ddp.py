@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import attach, error_feedback, every_step, quantize
+from dtrain import attach, every_step
+from dtrain.compress import error_feedback, quantize
 
 dist.init_process_group("gloo")
 torch.manual_seed(dist.get_rank())

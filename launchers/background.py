@@ -22,14 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain.launchers import mpi, registry, trusted
-from dtrain.launchers.inherited import handed_on
+from dtrain.launchers import job_list as registry
+from dtrain.launchers import mpi
+from dtrain.launchers import trust as trusted
+from dtrain.launchers.argv import sent
+from dtrain.launchers.inherited_environment import handed_on
 from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
 from dtrain.launchers.reading import Damaged, json_of, shaped
-from dtrain.launchers.record import ATTEMPT, RankRecord, keep_attempt, rank_files
-from dtrain.launchers.words import sent
+from dtrain.launchers.records import ATTEMPT, RankRecord, keep_attempt, rank_files
 
 __all__ = ["BackgroundJob", "LocalLauncher", "MpiLauncher", "rank_command"]
 

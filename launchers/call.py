@@ -10,7 +10,7 @@ import pickle
 import sys
 from pathlib import Path
 
-from dtrain.launchers import trusted
+from dtrain.launchers import trust as trusted
 from dtrain.launchers.environment import Environment
 
 

@@ -15,10 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtrain.launchers import registry
+from dtrain.launchers import job_list as registry
 from dtrain.launchers.job import Facts, Job, State
 from dtrain.launchers.reading import json_in, tail
-from dtrain.launchers.record import RankRecord
+from dtrain.launchers.records import RankRecord
 
 __all__ = ["FOREGROUND", "ForegroundJob", "began", "ended", "run_of"]
 

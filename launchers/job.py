@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, cast
 
-from dtrain.launchers import trusted
+from dtrain.launchers import trust as trusted
 from dtrain.launchers.reading import Damaged, json_in, number_in, shaped
 
 __all__ = ["ENDED", "Facts", "Job", "JobFailed", "Launcher", "Program", "State", "command_of"]

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from dtrain.launchers import meeting
+from dtrain.launchers import rendezvous as meeting
 from dtrain.launchers.failure import (
     CONSEQUENCE,
     Ending,
@@ -40,7 +40,7 @@ from dtrain.launchers.failure import (
     root_cause,
     signal_name,
 )
-from dtrain.launchers.inherited import handed_on, replaced
+from dtrain.launchers.inherited_environment import handed_on, replaced
 from dtrain.launchers.probe import FOLDER
 
 if TYPE_CHECKING:

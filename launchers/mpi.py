@@ -38,8 +38,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal, NoReturn
 
-from dtrain.launchers import meeting
-from dtrain.launchers.inherited import handed_on
+from dtrain.launchers import rendezvous as meeting
+from dtrain.launchers.inherited_environment import handed_on
 
 __all__ = [
     "Mpirun", "NoMpirun", "Ranks", "carried", "find_mpirun", "leave", "line", "names_of_this_host", "nodes_of_slurm",

@@ -11,7 +11,7 @@ interpreter can run it by its path. Files, in the folder that DTRAIN_RANKS names
 
 The collectives come from torch's flight recorder, a ring buffer in which NCCL and gloo note each one, whoever called.
 What carries messages without torch, MPI, notes its own by `note_collective`; sends and receives over gloo, which the
-recorder leaves out, are noted by `dtrain.comm.drivers.noting`.
+recorder leaves out, are noted by `dtrain.comm.transports.flight_recorder`.
 """
 
 from __future__ import annotations
@@ -177,7 +177,10 @@ def _collectives() -> list[dict[str, Any]]:
     """What torch has noted and what others have, oldest first."""
     # A rank runs this file as a program, and then `note_collective` is that of another copy of this module.
     copy = sys.modules.get("dtrain.launchers.probe")
-    noted = [*getattr(copy, "_noted", _noted), *getattr(sys.modules.get("dtrain.comm.drivers.noting"), "NOTED", ())]
+    noted = [
+        *getattr(copy, "_noted", _noted),
+        *getattr(sys.modules.get("dtrain.comm.transports.flight_recorder"), "NOTED", ()),
+    ]
     entries = _ring()
     return sorted([*entries, *noted], key=lambda entry: entry.get("time_created_ns", 0)) if noted else entries
 

@@ -21,13 +21,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from dtrain.launchers import mpi, probe, trusted
+from dtrain.launchers import mpi, probe
+from dtrain.launchers import trust as trusted
+from dtrain.launchers.argv import received
+from dtrain.launchers.code_copy import CODE
 from dtrain.launchers.environment import Environment
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.lock import HELD, InUse, held
-from dtrain.launchers.record import ATTEMPT, RankRecord, rank_files
-from dtrain.launchers.snapshot import CODE
-from dtrain.launchers.words import received
+from dtrain.launchers.records import ATTEMPT, RankRecord, rank_files
 
 FAILED, BAD_CONFIG = 1, 2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dtrain.launchers.failure import CONSEQUENCE, Failure, advice
 from dtrain.launchers.reading import json_in, tail
-from dtrain.launchers.record import Beat, RankRecord, damaged
+from dtrain.launchers.records import Beat, RankRecord, damaged
 
 __all__ = ["why"]
 

@@ -20,22 +20,19 @@ LINKS = ("comm", "launchers", "configs", "slurm")
 FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, CONSTRUCTOR_PARAMETERS, PUBLIC_METHODS = 600, 600, 60, 7, 15
 
 TOUCH_TORCH_DISTRIBUTED = {
-    "comm/drivers/*.py": "drivers perform the collectives that algorithms only describe",
-    "comm/attach/*.py": "they adapt models that hold process groups, meshes and DTensors",
+    "comm/transports/*.py": "carry the ops of flows",
+    "comm/channel.py": "performs the collectives that algorithms only describe",
+    "comm/attach.py": "finds the process group of a model",
+    "comm/runtime/membership/*.py": "replicas that come and go meet in a store of torch's kind and make their own groups",
+    "comm/adapters/*.py": "they adapt models that hold process groups, meshes and DTensors",
     "dtrain/bench/*.py": "measure torch's collectives beside our own",
-    "dtrain/evidence/steps.py": "measures steps with torch's hooks beside our own",
-    "dtrain/evidence/overlap.py": "measures rounds in whole processes",
-    "dtrain/evidence/leaks.py": "attaches in whole processes",
-    "dtrain/evidence/elastic.py": "replicas that come and go are whole processes",
-    "dtrain/evidence/one_byte.py": "machines that come and go are whole processes",
-    "dtrain/evidence/beside.py": "torchft's managers meet in a store; measured beside our own",
     "dtrain/doctor/worker.py": "hosts meet in a store, without a process group",
-    "dtrain/mesh.py": "makes the process groups of a run",
-    "dtrain/engines/*.py": "wrap models in DDP, FSDP2 and DeepSpeed, which own the shard axis",
-    "dtrain/worker.py": "joins and leaves the default process group",
-    "dtrain/resuming.py": "rank 0's choice of the checkpoint goes to all ranks before there is a mesh to send it over",
+    "dtrain/train/mesh.py": "makes the process groups of a run",
+    "dtrain/train/engines/*.py": "wrap models in DDP, FSDP2 and DeepSpeed, which own the shard axis",
+    "dtrain/train/worker.py": "joins and leaves the default process group",
+    "dtrain/train/checkpoint_choice.py": "rank 0's choice goes to all ranks before there is a mesh to send it over",
     "dtrain/testing/*.py": "make the process groups of tests",
-    "launchers/meeting.py": "serves the store where ranks of one machine meet; no collective is called there",
+    "launchers/rendezvous.py": "serves the store where ranks of one machine meet; no collective is called there",
     "launchers/local.py": "torch.distributed.elastic starts the workers; no collective is called there",
 }
 """Files that may name torch.distributed at all, and why. All others are pure, and are tested without processes."""
@@ -45,7 +42,7 @@ TOUCH_TORCH_DISTRIBUTED = {
 def _files() -> tuple[str, ...]:
     """Every Python file of ours, once: the real folders, not the links to them."""
     found: list[str] = []
-    for top in ("comm", "launchers", "slurm", "dtrain", "tests", "examples"):
+    for top in ("comm", "launchers", "slurm", "dtrain", "benchmarks", "tests", "examples"):
         for folder, _, names in os.walk(ROOT / top):  # does not follow links to folders
             found += [str((Path(folder) / name).relative_to(ROOT)) for name in names if name.endswith(".py")]
     return tuple(sorted(found))
@@ -163,9 +160,9 @@ def test_comm_imports_torch_and_the_standard_library_only() -> None:
 
     # One file each for what is neither; a user of anything else in comm needs none of them.
     others = {
-        "deepspeed": "comm/attach/zero.py",
-        "mpi4py": "comm/drivers/mpi.py",
-        "zstandard": "comm/drivers/packing.py",
+        "deepspeed": "comm/adapters/zero.py",
+        "mpi4py": "comm/transports/mpi.py",
+        "zstandard": "comm/compressors/lossless.py",
     }
     wrong = [
         f"{name} imports {imported}"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.engines.contract import described, loss_of
 from dtrain.errors import ModelError
-from dtrain.trainer import _may_pass
+from dtrain.train.engines.contract import described, loss_of
+from dtrain.train.trainer import _may_pass
 
 BATCH = {"input": torch.zeros(2, 3, dtype=torch.long), "weight": torch.ones(2)}
 SEEN = "the batch has input: Tensor[2, 3] of int64, weight: Tensor[2] of float32"

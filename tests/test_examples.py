@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.comm.drivers.members import serve
+from dtrain.comm.runtime.membership.members import serve
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "deepspeed_zero": 4}

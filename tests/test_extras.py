@@ -22,7 +22,7 @@ class Absent:
         if name.partition(".")[0] in sys.argv[1].split(","):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
-from dtrain.cli import main
+from dtrain.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
 

@@ -16,48 +16,26 @@ import dtrain
 NAMES = [
     "Members",
     "__version__",
-    "accordion",
-    "adam",
-    "after",
     "attach",
-    "by_layer",
-    "cast",
     "co2",
-    "compeft",
     "delayed_diloco",
     "dgc",
     "diloco",
     "eager_diloco",
-    "econtrol",
-    "ef21",
-    "ef21w",
-    "error_feedback",
     "every_step",
     "fedavg_m",
-    "fedhyper",
     "fedkseed",
     "ferret",
-    "lgreco",
     "local_sgd",
     "local_update",
-    "mean",
-    "nesterov",
     "one_byte",
     "onebit_adam",
     "post_local_sgd",
-    "powersgd",
-    "projection",
-    "quantize",
-    "randk",
     "scaffold_m",
-    "sgd",
-    "sign",
     "simulate",
     "slowmo",
     "sparta",
     "streaming_diloco",
-    "terngrad",
-    "topk",
 ]
 FOR_TRAINING_ONLY = {"hydra", "omegaconf", "antlr4", "yaml", "rich", "safetensors", "tensorboard"}
 NOT_FOR_THE_HOOKS = FOR_TRAINING_ONLY | {"submitit", "deepspeed", "mpi4py", "tokenizers", "pyroute2"}
@@ -119,4 +97,4 @@ def test_a_user_of_the_hooks_imports_torch_and_nothing_of_the_command() -> None:
 
 
 def test_the_help_of_the_command_needs_no_torch() -> None:
-    assert not loaded_by("import dtrain.cli; dtrain.cli._parser()") & ({"torch"} | NOT_FOR_THE_HOOKS)
+    assert not loaded_by("import dtrain.cli.main; dtrain.cli.main._parser()") & ({"torch"} | NOT_FOR_THE_HOOKS)

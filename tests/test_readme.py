@@ -15,10 +15,10 @@ import torch
 
 import dtrain
 from dtrain import every_step
-from dtrain.cli import main
+from dtrain.cli.main import main
 from dtrain.comm.seeds import Key
-from dtrain.config import compose
 from dtrain.testing import check_compressor
+from dtrain.train.config import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

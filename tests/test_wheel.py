@@ -68,12 +68,12 @@ def test_an_installed_dtrain_composes_and_imports_behind_the_links(wheel: Path, 
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import dtrain, dtrain.launchers.local\n"
         "from dtrain import every_step\n"
-        "from dtrain.config import compose\n"
+        "from dtrain.train.config import compose\n"
         "print(dtrain.__file__, every_step.__module__, compose(['run.dir=x']).engine.name)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [f"{tmp_path}/site/dtrain/__init__.py", "dtrain.comm.schedules.every_step", "fsdp"]
+    assert done.stdout.split() == [f"{tmp_path}/site/dtrain/__init__.py", "dtrain.comm.methods.every_step", "fsdp"]
 
 
 def test_the_wheel_asks_for_torch_and_numpy_alone(wheel: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_wheel_asks_for_torch_and_numpy_alone(wheel: Path) -> None:
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         lines = archive.read(metadata).decode().splitlines()
         (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert "dtrain = dtrain.cli:main" in archive.read(entry_points).decode()
+        assert "dtrain = dtrain.cli.main:main" in archive.read(entry_points).decode()
     needed = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     assert [need for need in needed if "extra ==" not in need] == ["torch>=2.13", "numpy>=1.26"]
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}

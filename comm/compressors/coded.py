@@ -11,8 +11,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.base import RowWise
 from dtrain.comm.compressors.blocks import by_blocks, packed_bytes
+from dtrain.comm.compressors.compressor import RowWise
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 

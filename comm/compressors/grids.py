@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dtrain.comm.compressors.blocks import pack_bits, scaled, unpack_bits
 from dtrain.comm.compressors.coded import Coded, Kernels
-from dtrain.comm.fused import kernel
+from dtrain.comm.kernels import kernel
 
 
 class _Grid(Coded):

@@ -20,7 +20,7 @@ from torch import Tensor
 from dtrain.comm.compressors.blocks import checked_block, pack_bits, unpack_bits
 from dtrain.comm.compressors.coded import Coded, Kernels
 from dtrain.comm.compressors.grids import Even, Powers
-from dtrain.comm.fused import kernel
+from dtrain.comm.kernels import kernel
 
 ROUNDINGS = ("nearest", "stochastic")
 GRIDS = ("max_min", "symmetric", "qsgd", "e3m0", "natural")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.base import RowWise
+from dtrain.comm.compressors.compressor import RowWise
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 

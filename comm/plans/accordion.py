@@ -23,7 +23,7 @@ from dtrain.comm.compressors.lowrank import Matrix
 from dtrain.comm.feedback import Compression
 from dtrain.comm.ops import AllGather, Axis, Flow
 from dtrain.comm.plans.adaptive import Choosing, begun, bits_of, number_of
-from dtrain.comm.plans.base import Compress, Plan, as_plan
+from dtrain.comm.plans.plan import Compress, Plan, as_plan
 from dtrain.comm.seeds import Key
 
 
@@ -136,7 +136,8 @@ def accordion(critical: Compress, otherwise: Compress, *, every: int = 100, thre
         every: exchanges between two looks; an epoch in the paper.
         threshold: relative change of the norm; 0.5 in the paper.
 
-    >>> from dtrain import error_feedback, lgreco, powersgd
+    >>> from dtrain.compress import error_feedback, powersgd
+    >>> from dtrain.plans import lgreco
     >>> accordion(error_feedback(powersgd(8)), lgreco(error_feedback(powersgd(2)))).threshold
     0.5
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtrain.comm.compressors.lowrank import Matrix
 from dtrain.comm.ops import Flow
-from dtrain.comm.plans.base import Plan
+from dtrain.comm.plans.plan import Plan
 from dtrain.comm.seeds import Key
 
 

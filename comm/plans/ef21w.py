@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.lowrank import LowRank, Matrix
 from dtrain.comm.feedback import EF21, Compression, ef21
 from dtrain.comm.ops import AllGather, Flow, Payload
@@ -170,7 +170,8 @@ def ef21w(compressor: Compressor, *, warmup_steps: int = 100) -> EF21W:
         compressor: a contraction. Where it is homogeneous, the result is that of ``ef21(compressor, eta=1)``.
         warmup_steps: exchanges in which it measures; all workers weigh the same meanwhile.
 
-    >>> from dtrain import ef21w, topk
+    >>> from dtrain.compress import topk
+    >>> from dtrain.plans import ef21w
     >>> sorted(ef21w(topk(0.01)).learning.kinds)
     ['estimate', 'last_gradient', 'mean_estimate']
 

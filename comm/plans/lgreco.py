@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.collectives.two_phase import two_phase_bytes
 from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.grids import Even
 from dtrain.comm.compressors.lowrank import LowRank, Matrix
 from dtrain.comm.compressors.quantize import Quantize
@@ -32,7 +33,6 @@ from dtrain.comm.compressors.sparse import RandomK, TopK
 from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import chunk_width, to_rows
 from dtrain.comm.ops import AllGather, Axis, Flow
-from dtrain.comm.routes import two_phase_bytes
 from dtrain.comm.seeds import Key
 
 GRID = 10_000  # steps into which the budget is divided
@@ -316,7 +316,8 @@ def lgreco(
         alpha: the error allowed, in units of the uniform choice's.
         hysteresis: the part of the bytes that a change must save.
 
-    >>> from dtrain import error_feedback, lgreco, powersgd
+    >>> from dtrain.compress import error_feedback, powersgd
+    >>> from dtrain.plans import lgreco
     >>> [option.compressor.rank for option in lgreco(error_feedback(powersgd(4))).options]
     [2, 3, 4, 5, 6, 7, 8]
 
@@ -349,7 +350,7 @@ def _choices(base: Compressor | LowRank) -> list[Compressor | LowRank]:
 def told(compression: Compression) -> str:
     """A compression in a few words.
 
-    >>> from dtrain import powersgd
+    >>> from dtrain.compress import powersgd
     >>> told(as_compression(powersgd(3)))
     'rank 3'
     """

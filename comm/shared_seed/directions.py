@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.layout import Named, Segment
-from dtrain.comm.shared_seed.code import decode
+from dtrain.comm.shared_seed.byte_codec import decode
 from dtrain.comm.shared_seed.philox import Address, SharedRandom
 
 Noise: TypeAlias = Literal["signs", "normal"]

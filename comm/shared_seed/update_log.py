@@ -26,7 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from dtrain.comm.shared_seed import code, philox
+from dtrain.comm.shared_seed import byte_codec as code
+from dtrain.comm.shared_seed import philox
 from dtrain.comm.shared_seed.directions import Step, Walk
 
 MAGIC = b"dtrain update log 1\n"

@@ -21,19 +21,19 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.attach import pieces_of
-from dtrain.comm.combine import combine
+from dtrain.comm.channel import Channel, Handle
+from dtrain.comm.collectives.combine import combine
 from dtrain.comm.compressors.lowrank import matrices
-from dtrain.comm.drivers.run import Channel, Handle
-from dtrain.comm.drivers.simulate import simulate
-from dtrain.comm.drivers.transport import Alone
 from dtrain.comm.layout import Segment
+from dtrain.comm.methods.every_step import EveryStep
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.plans.adaptive import begun
-from dtrain.comm.plans.base import kinds_of
-from dtrain.comm.schedules.every_step import EveryStep
+from dtrain.comm.plans.plan import kinds_of
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
-from dtrain.config import compose, instantiate
+from dtrain.comm.transports.simulate import simulate
+from dtrain.comm.transports.transport import Alone
+from dtrain.train.config import compose, instantiate
 
 __all__ = ["GROUPS", "HOOKS", "LEAST_WARMUP", "Hook", "disagreeing", "error", "gradient", "prepare"]
 

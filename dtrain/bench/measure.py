@@ -17,8 +17,8 @@ from dtrain.bench.load import Load, Watch, of_machines, why_invalid
 from dtrain.bench.ops import Case, bus_factor, prepare
 from dtrain.bench.rows import Row
 from dtrain.bench.settings import Settings, link_mbit
-from dtrain.comm.drivers.run import Channel
-from dtrain.comm.drivers.telling import told_by_all
+from dtrain.comm.channel import Channel
+from dtrain.comm.transports.json_gather import told_by_all
 
 __all__ = ["Bench", "Told", "row"]
 

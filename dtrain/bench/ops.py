@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtrain.comm.drivers.run import Channel
+from dtrain.comm.channel import Channel
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Flow, Op, Payload, Shift
 
 __all__ = ["COMM", "GROUPS", "NATIVE", "OPS", "Case", "bus_factor", "prepare"]

@@ -21,8 +21,8 @@ from dtrain.bench.measure import Bench
 from dtrain.bench.ops import Case
 from dtrain.bench.rows import Row, append
 from dtrain.bench.settings import Settings
-from dtrain.comm.drivers.run import Channel
-from dtrain.launchers import meeting
+from dtrain.comm.channel import Channel
+from dtrain.launchers import rendezvous as meeting
 from dtrain.launchers.environment import Environment
 from dtrain.report.environment import record
 
@@ -38,7 +38,7 @@ def main(what: str, path: Path) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     control = _group(world, "gloo")
     if settings.transport == "mpi":
-        from dtrain.comm.drivers.mpi import replicate_transport
+        from dtrain.comm.transports.mpi import replicate_transport
 
         channel = Channel({"replicate": replicate_transport(world, 1, rank)})
     else:
@@ -64,7 +64,7 @@ def main(what: str, path: Path) -> None:
             print(told, flush=True)
     channel.close()
     if settings.transport == "mpi":
-        from dtrain.comm.drivers.mpi import finalize
+        from dtrain.comm.transports.mpi import finalize
 
         finalize()
     dist.destroy_process_group()

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dtrain.launchers.job_list import job_of
 from dtrain.launchers.reading import json_in
-from dtrain.launchers.registry import job_of
 
 __all__ = ["compared", "differing", "settings_of"]
 
@@ -36,9 +36,9 @@ def compared(runs: Sequence[tuple[str, Path]], settings: Mapping[Path, Mapping[s
 
 def settings_of(folder: Path) -> dict[str, object]:
     """The configuration of a run as dotted keys; empty where it cannot be read."""
-    from dtrain.config.composing import load
-    from dtrain.config.resume import flat
     from dtrain.errors import ConfigError
+    from dtrain.train.config.composition import load
+    from dtrain.train.config.compatibility import flat
 
     try:
         return flat(dataclasses.asdict(load(folder / "config.yaml")))

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from dtrain.metrics.rows import Row
 from dtrain.report.figures import in_bytes
 from dtrain.report.tail import Tail
+from dtrain.train.metrics.rows import Row
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dtrain.metrics.rows import Row, parse
+from dtrain.train.metrics.rows import Row, parse
 
 __all__ = ["Tail"]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.lowrank import LowRank
 from dtrain.comm.feedback import Compression
 from dtrain.comm.ops import Payload, payload_bytes
@@ -42,7 +42,7 @@ def check_compressor(compressor: Compressor) -> None:
     )
     members = ("unbiased", "delta", "homogeneous", "linear", "encode", "decode", "row_bytes")
     missing = [name for name in members if not hasattr(compressor, name)]
-    assert not missing, f"{compressor!r} lacks {', '.join(missing)}: see dtrain.comm.compressors.base"
+    assert not missing, f"{compressor!r} lacks {', '.join(missing)}: see dtrain.comm.compressors.compressor"
     assert isinstance(compressor.delta, int | float), f"delta is {compressor.delta!r}; it is a number"
     assert isinstance(compressor.row_bytes(7), int), f"row_bytes gives {compressor.row_bytes(7)!r}; bytes are an int"
     for width in WIDTHS:

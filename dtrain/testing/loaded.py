@@ -3,4 +3,4 @@
 import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
-import dtrain.trainer  # noqa: F401
+import dtrain.train.trainer  # noqa: F401

@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
 
-from dtrain.launchers import meeting
+from dtrain.launchers import rendezvous as meeting
 
 R = TypeVar("R")
 
@@ -183,6 +183,6 @@ def _job(function: Callable[..., object], arguments: tuple[object, ...], rank: i
 
 def _close_what_was_left_open() -> None:
     """A channel that nobody closed keeps its groups, and each of them a thread that wakes a hundred times a second."""
-    drivers = sys.modules.get("dtrain.comm.drivers.run")
+    drivers = sys.modules.get("dtrain.comm.channel")
     if drivers is not None:
         drivers.close_all(timeout_seconds=1.0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dtrain.launchers.inherited import handed_on
+from dtrain.launchers.inherited_environment import handed_on
 from dtrain.launchers.job import State
 
 __all__ = [

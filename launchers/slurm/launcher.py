@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.launchers import registry, trusted
-from dtrain.launchers.inherited import DEFAULTS, defaults_of_shell, handed_on, replaced
+from dtrain.launchers import job_list as registry
+from dtrain.launchers import trust as trusted
+from dtrain.launchers.code_copy import Snapshot
+from dtrain.launchers.inherited_environment import DEFAULTS, defaults_of_shell, handed_on, replaced
 from dtrain.launchers.job import Facts, Program, command_of
 from dtrain.launchers.slurm.client import SlurmError, ask
 from dtrain.launchers.slurm.job import SlurmJob
@@ -25,7 +27,6 @@ from dtrain.launchers.slurm.preflight import problems
 from dtrain.launchers.slurm.refusal import told, unanswered
 from dtrain.launchers.slurm.script import Work, render
 from dtrain.launchers.slurm.settings import SlurmSettings, unwritable
-from dtrain.launchers.snapshot import Snapshot
 
 __all__ = ["SlurmLauncher"]
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dtrain.launchers.argv import sent
 from dtrain.launchers.environment import RANK_OFFSET, WORLD
-from dtrain.launchers.meeting import INTERFACES
 from dtrain.launchers.probe import HANG_SECONDS
+from dtrain.launchers.rendezvous import INTERFACES
 from dtrain.launchers.slurm.settings import Group, SlurmSettings
-from dtrain.launchers.words import sent
 
 __all__ = ["Work", "render"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from dtrain.bench.ops import COMM, OPS
 from dtrain.bench.rows import Row, append, read
-from dtrain.cli import main
+from dtrain.cli.main import main
 from dtrain.errors import INTERRUPTED
 from tests.bench.samples import sample
 

@@ -14,9 +14,9 @@ from dtrain.bench import hook_rows
 from dtrain.bench.hook_rows import HookRow
 from dtrain.bench.hooks import AS_ALL_REDUCE, GROUPS, HOOKS, OURS, SUMMABLE, TORCH, gradient
 from dtrain.bench.rows import read_as
-from dtrain.cli import main
-from dtrain.comm.schedules.every_step import EveryStep
-from dtrain.config import compose, instantiate
+from dtrain.cli.main import main
+from dtrain.comm.methods.every_step import EveryStep
+from dtrain.train.config import compose, instantiate
 from tests.bench.samples import ROW
 
 FIGURES = {name: getattr(ROW, name) for name in ROW.__dataclass_fields__}

@@ -16,9 +16,9 @@ from dtrain.bench.ops import COMM, GROUPS, NATIVE, OPS, SENTINEL, Values, bus_fa
 from dtrain.bench.rows import Row, append, compare, read, slower
 from dtrain.bench.settings import DTYPES, FILE, Settings, link_mbit, parse
 from dtrain.bench.table import HEAD, compared, line, summary
-from dtrain.comm.drivers.run import Channel
+from dtrain.cli.bench import Shown, _show
+from dtrain.comm.channel import Channel
 from dtrain.comm.ops import Place
-from dtrain.commands.bench import Shown, _show
 from dtrain.errors import ConfigError
 from dtrain.launchers.job import Job
 from tests.bench.samples import ROW, sample

@@ -10,13 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dtrain.comm.drivers.run import Channel
-from dtrain.comm.drivers.threads import Meeting
-from dtrain.comm.drivers.transport import Alone
+from dtrain.comm.channel import Channel
 from dtrain.comm.layout import Named, Segment, copied, is_finite
 from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Exchange
-from dtrain.comm.schedules.sync import Attached, Sync
+from dtrain.comm.runtime.attached import Attached, Sync
+from dtrain.comm.transports.threads import Meeting
+from dtrain.comm.transports.transport import Alone
 from tests.comm.zoo import bits, draw, named
 
 R = TypeVar("R")

@@ -29,4 +29,4 @@ def test_examples(name: str) -> None:
 
 
 def test_all_of_comm_is_searched() -> None:
-    assert {"dtrain.comm.ops", "dtrain.comm.feedback", "dtrain.comm.schedules.diloco"} <= set(modules_with_examples())
+    assert {"dtrain.comm.ops", "dtrain.comm.feedback", "dtrain.comm.methods.diloco"} <= set(modules_with_examples())

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.quantize import Quantize, quantize
 from dtrain.comm.feedback import EF14, Compression, NoFeedback, as_compression, ef21, error_feedback
 from dtrain.comm.state import State

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import cast, compeft, ef21, error_feedback, powersgd, quantize, randk, sign, topk
-from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.lowrank import LowRank
 from dtrain.comm.feedback import Compression, as_compression
+from dtrain.compress import cast, compeft, ef21, error_feedback, powersgd, quantize, randk, sign, topk
 from tests.comm.zoo import exchange, fresh_states
 
 WORLD, ROWS, COLUMNS, STEPS = 3, 24, 16, 250

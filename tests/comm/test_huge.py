@@ -6,35 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import (
-    cast,
-    compeft,
-    dgc,
-    diloco,
-    eager_diloco,
-    ef21,
-    ef21w,
-    error_feedback,
-    local_sgd,
-    powersgd,
-    quantize,
-    randk,
-    sign,
-    slowmo,
-    topk,
-)
+from dtrain import dgc, diloco, eager_diloco, local_sgd, slowmo
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.combine import combine
+from dtrain.comm.collectives.combine import combine
 from dtrain.comm.compressors.projection import projection
-from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.feedback import EF14, Compression, NoFeedback, econtrol
+from dtrain.comm.methods.fedhyper import fedhyper
+from dtrain.comm.methods.local_update import local_update
 from dtrain.comm.ops import Place
-from dtrain.comm.schedules.fedhyper import fedhyper
-from dtrain.comm.schedules.local_update import local_update
-from dtrain.comm.schedules.outer import adam, nesterov
-from dtrain.comm.schedules.sync import Sync
+from dtrain.comm.outer_optimizers import adam, nesterov
+from dtrain.comm.runtime.attached import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
+from dtrain.comm.transports.simulate import simulate
+from dtrain.compress import cast, compeft, ef21, error_feedback, powersgd, quantize, randk, sign, topk
+from dtrain.plans import ef21w
 from tests.comm.replicas import Replicas, quadratic
 from tests.comm.zoo import bits, fresh_states, named, square
 

@@ -9,22 +9,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.combine import combine
-from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.collectives.combine import combine
+from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.lowrank import Matrix
 from dtrain.comm.compressors.projection import projection
 from dtrain.comm.compressors.quantize import quantize
 from dtrain.comm.compressors.sign import sign
 from dtrain.comm.compressors.sparse import randk, topk
 from dtrain.comm.compressors.ternary import compeft, terngrad
-from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.ops import Flow, Op, Payload, Place
-from dtrain.comm.plans.base import Plan, kinds_of
-from dtrain.comm.routes import Combined
+from dtrain.comm.plans.plan import Plan, kinds_of
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
+from dtrain.comm.transports.simulate import simulate
 
 NUMELS = (0, 1, 2, 3, 5, 7, 16, 61, 97, 128, 131)
 """Empty, single, below the world, primes, and on and beside the edges of blocks."""

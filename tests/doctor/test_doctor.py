@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.commands.doctor import read
+from dtrain.cli.doctor import read
 from dtrain.doctor import names as names_module
 from dtrain.doctor.checks import disk, own_name
 from dtrain.doctor.finding import Finding

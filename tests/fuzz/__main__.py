@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from dtrain.evidence.__main__ import circumstances, write
-from dtrain.evidence.page import Report, at_most, table
-from dtrain.evidence.runs import say
+from benchmarks.__main__ import circumstances, write
+from benchmarks.harness import say
+from benchmarks.page import Report, at_most, table
 from tests.fuzz.harness import MEMORY_MIB, SECONDS, Counts, run
 from tests.fuzz.targets import TARGETS
 

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtrain.evidence.__main__ import circumstances, write
-from dtrain.evidence.page import Check, Report, at_least, table
-from dtrain.evidence.runs import say
+from benchmarks.__main__ import circumstances, write
+from benchmarks.harness import say
+from benchmarks.page import Check, Report, at_least, table
 from tests.kill.runs import Result, Setting, disturbed, plan, undisturbed, write_text
 
 COUNT = 3

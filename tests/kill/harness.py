@@ -59,9 +59,9 @@ def training_rank(overrides: Sequence[str]) -> Rank:
     def rank_main(rank: int, attempt: int, port: int) -> int:
         import torch.distributed as dist
 
-        from dtrain.config import compose
-        from dtrain.signals import StopRequest
-        from dtrain.trainer import train
+        from dtrain.train.config import compose
+        from dtrain.train.signals import StopRequest
+        from dtrain.train.trainer import train
 
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         with StopRequest(grace_seconds=60) as stop:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dtrain.comm.schedules.elastic import AttachedElastic
+from dtrain.comm.runtime.membership.elastic import AttachedElastic
 from tests.kill.harness import Rank
 from tests.kill.slow_text import SECONDS
 
@@ -22,7 +22,7 @@ REPLICAS, STEPS, EVERY = 2, 60, 6
 def member_rank(folder: Path) -> Rank:
     """A replica of one rank; rank 0's process also serves the store."""
 
-    from dtrain.comm.drivers.secret import made_secret
+    from dtrain.comm.runtime.membership.secret import made_secret
 
     secret = folder.with_name(f"{folder.name}.secret")
     made_secret(secret)  # before there are several who would make it
@@ -31,8 +31,9 @@ def member_rank(folder: Path) -> Rank:
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
-        from dtrain import Members, attach, diloco, error_feedback, quantize
-        from dtrain.comm.drivers.members import serve
+        from dtrain import Members, attach, diloco
+        from dtrain.comm.runtime.membership.members import serve
+        from dtrain.compress import error_feedback, quantize
 
         store = serve(port, secret_file=secret) if rank == 0 else None
         own = torch.distributed.HashStore()  # type: ignore[attr-defined]

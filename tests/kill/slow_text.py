@@ -7,7 +7,7 @@ import time
 
 from torch import Tensor
 
-from dtrain.data.text import ByteText
+from dtrain.train.data.text import ByteText
 
 SECONDS = "DTRAIN_TEST_SECONDS_PER_EXAMPLE"
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.cli import main
-from dtrain.config import Config, run_folder
+from dtrain.cli.main import main
 from dtrain.errors import ConfigError
 from dtrain.launchers.background import LocalLauncher
 from dtrain.launchers.job import Job
 from dtrain.launchers.lock import InUse, held
 from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.launchers.slurm.settings import SlurmSettings
-from dtrain.testing.fake_slurm import FakeSlurm
+from dtrain.train.config import Config, run_folder
+from tests.fakes.fake_slurm import FakeSlurm
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
@@ -176,7 +176,7 @@ def test_launches_of_the_same_second_have_folders_of_their_own(tmp_path: Path, m
     def now(config: Config, name: str) -> Config:  # each saw that the name was free
         return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/day/now-{name}"))
 
-    monkeypatch.setattr("dtrain.config.composing._with_default_folder", now)
+    monkeypatch.setattr("dtrain.train.config.composition._with_default_folder", now)
     for word in ("first", "second"):
         assert main(["launch", "launcher.workers=1", "--", "echo", word]) == 0
     logs = [tmp_path / "runs" / "day" / name / "logs" / "rank-0.log" for name in ("now-launch", "now-launch-2")]

@@ -17,13 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.cli import main
-from dtrain.commands import jobs
-from dtrain.launchers import foreground, registry
+from dtrain.cli import jobs
+from dtrain.cli.main import main
+from dtrain.launchers import foreground
+from dtrain.launchers import job_list as registry
 from dtrain.launchers.failure import read_error, read_log_end
 from dtrain.launchers.job import Facts
 from dtrain.launchers.reading import Damaged, json_of, shaped
-from dtrain.launchers.record import Beat, RankRecord, keep_attempt
+from dtrain.launchers.records import Beat, RankRecord, keep_attempt
 
 RECORD = RankRecord(
     0, "n0", 0, 100, 5.0, 9.0, 1, None, "ValueError", "ValueError: no", 'File "a.py", line 1, in f', "x"
@@ -106,7 +107,7 @@ def folders(draw: st.DrawFn) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr("dtrain.commands.jobs.enter_login_host", lambda arguments: None)
+    monkeypatch.setattr("dtrain.cli.jobs.enter_login_host", lambda arguments: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 

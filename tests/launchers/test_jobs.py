@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.launchers import registry
+from dtrain.launchers import job_list as registry
 from dtrain.launchers.background import LocalLauncher
+from dtrain.launchers.code_copy import Snapshot
 from dtrain.launchers.job import Facts, JobFailed
 from dtrain.launchers.rank import under_probe
-from dtrain.launchers.snapshot import Snapshot
 
 pytestmark = pytest.mark.processes
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from dtrain.cli import main
-from dtrain.config.launcher_keys import ALLOCATED, ALLOCATION, TAKES, refused
-from dtrain.config.schema import LAUNCHERS, LauncherConfig
+from dtrain.cli.main import main
 from dtrain.errors import ConfigError
 from dtrain.launchers import probe
 from dtrain.launchers.failure import Ending
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
-from dtrain.launching import build_launcher
+from dtrain.train.config.launcher_keys import ALLOCATED, ALLOCATION, TAKES, refused
+from dtrain.train.config.schema import LAUNCHERS, LauncherConfig
+from dtrain.train.launcher_factory import build_launcher
 
 OTHERS: dict[str, Any] = {
     "workers": 2, "nodes": 2, "max_restarts": 7, "grace_seconds": 7.0, "threads_per_worker": 7, "hang_seconds": 7.0,

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.cli import main
+from dtrain.cli.main import main
 from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.launchers.slurm.script import render
 from dtrain.launchers.slurm.settings import SlurmSettings
-from dtrain.testing.fake_slurm import FakeSlurm
+from tests.fakes.fake_slurm import FakeSlurm
 from tests.launchers.test_slurm_script import CASES, PYTHON, work
 from tests.launchers.test_why import ended, told
 
@@ -197,5 +197,5 @@ def test_pain_23_ranks_get_one_frozen_configuration_and_compose_nothing(
     wanted = ["launcher=slurm", "launcher.nodes=2", "launcher.workers=2", "mesh.replicate=2", "mesh.shard=1"]
     assert main(["train", "--dry-run", *wanted, "run.dir=run", "train.steps=17"]) == 0
     ((*_, module, config),) = steps(capsys.readouterr().out)
-    assert (module, config) == ("dtrain.worker", str(tmp_path / "run" / "config.yaml"))
+    assert (module, config) == ("dtrain.train.worker", str(tmp_path / "run" / "config.yaml"))
     assert not (tmp_path / "run").exists()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.cli import main
-from dtrain.launchers import registry
+from dtrain.cli.main import main
+from dtrain.launchers import job_list as registry
 from dtrain.launchers.background import LocalLauncher
 from dtrain.launchers.slurm import client, preflight
 from dtrain.launchers.slurm.client import SlurmError, ask

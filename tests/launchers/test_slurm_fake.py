@@ -15,7 +15,7 @@ from dtrain.launchers.slurm.client import SlurmError, minutes_of
 from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.launchers.slurm.preflight import problems
 from dtrain.launchers.slurm.settings import SlurmSettings
-from dtrain.testing.fake_slurm import FakeSlurm
+from tests.fakes.fake_slurm import FakeSlurm
 
 pytestmark = pytest.mark.processes
 

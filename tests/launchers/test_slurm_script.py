@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.launchers.record import RankRecord
+from dtrain.launchers.records import RankRecord
 from dtrain.launchers.slurm.script import Work, render
 from dtrain.launchers.slurm.settings import Group, SlurmSettings
 from tests.launchers.test_why import ended

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.cli import main
-from dtrain.config import load
-from dtrain.config.run_folder import withdrawn_if_refused
+from dtrain.cli.main import main
 from dtrain.launchers.slurm.preflight import problems, too_many_cpus
 from dtrain.launchers.slurm.refusal import told, unanswered
 from dtrain.launchers.slurm.settings import Group, SlurmSettings
+from dtrain.train.config import load
+from dtrain.train.config.run_folder import withdrawn_if_refused
 
 SMALL = [
     "launcher=slurm", "launcher.workers=1", "mesh.replicate=1", "mesh.shard=1", "engine=ddp", "sync=dense",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.launchers.record import Beat, RankRecord, keep_attempt
+from dtrain.launchers.records import Beat, RankRecord, keep_attempt
 from dtrain.launchers.why import why
 
 TRACE = 'Traceback (most recent call last):\n  File "/home/me/train.py", line 12, in step\n'

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.config import compose
 from dtrain.testing import WorkerPool
-from dtrain.trainer import Outcome, train
+from dtrain.train.config import compose
+from dtrain.train.trainer import Outcome, train
 
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 SYNCS = ("dense", "int8_ef", "diloco")

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.checkpoint import Placement, RankState, read_manifest
-from dtrain.checkpoint.finite import check_finite
-from dtrain.checkpoint.folders import step_folders, step_of
-from dtrain.checkpoint.write import write
 from dtrain.comm.layout import Segment
-from dtrain.config import Config, compose
 from dtrain.errors import DtrainError, FailedTwice, ResumeError
 from dtrain.testing import WorkerPool
-from dtrain.trainer import train
+from dtrain.train.checkpoint import Placement, RankState, read_manifest
+from dtrain.train.checkpoint.finite import check_finite
+from dtrain.train.checkpoint.folders import step_folders, step_of
+from dtrain.train.checkpoint.write import write
+from dtrain.train.config import Config, compose
+from dtrain.train.trainer import train
 
 pytestmark = pytest.mark.timeout(120)
 

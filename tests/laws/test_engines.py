@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.testing import WorkerPool
-from tests.comm.attach.test_left_open import threads_of_gloo
+from tests.comm.adapters.test_left_open import threads_of_gloo
 from tests.laws.conftest import Undisturbed
 from tests.laws.jobs import ENGINES, FIFTEEN, run
 
@@ -50,7 +50,9 @@ COMPRESSED = {
     "topk_ef21": ["compress@sync.compress=topk_ef21"],
     "topk_econtrol": ["compress@sync.compress=topk_econtrol"],
     "lgreco_powersgd": ["compress@sync.compress=lgreco_powersgd"],
-    "ef21w": ["sync.compress={_target_:dtrain.ef21w,compressor:{_target_:dtrain.topk,density:0.05},warmup_steps:12}"],
+    "ef21w": [
+        "sync.compress={_target_:dtrain.plans.ef21w,compressor:{_target_:dtrain.compress.topk,density:0.05},warmup_steps:12}"
+    ],
     "onebit_adam": ["sync=onebit_adam", "sync.warmup_steps=6"],
     "dgc": ["sync=dgc", "sync.density=0.05", "sync.warmup_steps=10", "optim=sgd", "optim.inner.momentum=0"],
     "scaffold_m": ["sync=scaffold_m", "sync.every_steps=4", "sync.beta=0.5", "optim=sgd", "optim.inner.momentum=0"],

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtrain.models.transformer import Transformer
 from dtrain.testing import WorkerPool
+from dtrain.train.models.transformer import Transformer
 from tests.laws.jobs import ENGINES, run
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]

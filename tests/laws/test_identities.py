@@ -16,13 +16,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import attach, econtrol, error_feedback, every_step, powersgd, sign, topk
+from dtrain import attach, every_step
 from dtrain.comm.feedback import Compression
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.schedules.sync import Attached
-from dtrain.engines import EngineOptions, build_engine
-from dtrain.mesh import build_mesh
+from dtrain.comm.runtime.attached import Attached
+from dtrain.compress import econtrol, error_feedback, powersgd, sign, topk
 from dtrain.testing import WorkerPool
+from dtrain.train.engines import EngineOptions, build_engine
+from dtrain.train.mesh import build_mesh
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 

@@ -12,24 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrain.checkpoint.folders import step_name
-from dtrain.comm.schedules.rounds import AttachedLocalUpdate
-from dtrain.comm.schedules.sync import Sync
-from dtrain.config import compose, instantiate
-from dtrain.engines import EngineOptions, build_engine
-from dtrain.mesh import build_mesh
+from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.loop import AttachedLocalUpdate
 from dtrain.testing import WorkerPool
+from dtrain.train.checkpoint.folders import step_name
+from dtrain.train.config import compose, instantiate
+from dtrain.train.engines import EngineOptions, build_engine
+from dtrain.train.mesh import build_mesh
 from tests.laws.jobs import ENGINES, SMALL, run
 from tests.laws.test_special_cases import Small
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
-INT4 = "{_target_:dtrain.quantize,bits:4,block:64}"
+INT4 = "{_target_:dtrain.compress.quantize,bits:4,block:64}"
 METHODS = {
     # Two blocks and the rest make three fragments.
     "streaming_diloco": (
         "sync.every_steps=4", "sync.overlap_steps=2",
-        f"sync.compress={{_target_:dtrain.error_feedback,compressor:{INT4}}}",
+        f"sync.compress={{_target_:dtrain.compress.error_feedback,compressor:{INT4}}}",
     ),
     "co2": ("sync.every_steps=3",),
 }  # fmt: skip

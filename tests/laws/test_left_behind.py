@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config import Config, compose
 from dtrain.testing import WorkerPool
-from dtrain.trainer import train
+from dtrain.train.config import Config, compose
+from dtrain.train.trainer import train
 from tests.laws.jobs import SMALL
 
 pytestmark = pytest.mark.timeout(180)

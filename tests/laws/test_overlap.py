@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dtrain import every_step
-from dtrain.comm.drivers.meter import Meter
-from dtrain.engines import EngineOptions, build_engine
-from dtrain.mesh import build_mesh
+from dtrain.comm.transports.meter import Meter
 from dtrain.testing import WorkerPool
+from dtrain.train.engines import EngineOptions, build_engine
+from dtrain.train.mesh import build_mesh
 
 pytestmark = pytest.mark.processes
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dtrain.cli import main
+from dtrain.cli.main import main
 from dtrain.comm.layout import Segment
 from dtrain.comm.shared_seed.digest import partial, unsigned
 from dtrain.comm.shared_seed.update_log import read

@@ -12,31 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import (
-    attach,
-    co2,
-    diloco,
-    eager_diloco,
-    error_feedback,
-    every_step,
-    post_local_sgd,
-    quantize,
-    slowmo,
-    streaming_diloco,
-)
-from dtrain.comm.combine import combine
+from dtrain import attach, co2, diloco, eager_diloco, every_step, post_local_sgd, slowmo, streaming_diloco
+from dtrain.comm.channel import Channel
+from dtrain.comm.collectives.combine import combine
 from dtrain.comm.compressors.lowrank import matrices
-from dtrain.comm.drivers.run import Channel
-from dtrain.comm.drivers.simulate import simulate
-from dtrain.comm.drivers.threads import Meeting
-from dtrain.comm.drivers.transport import Alone
 from dtrain.comm.layout import Segment
+from dtrain.comm.methods.every_step import EveryStep
 from dtrain.comm.ops import Place
-from dtrain.comm.plans.base import kinds_of
-from dtrain.comm.schedules.every_step import EveryStep
-from dtrain.comm.schedules.sync import Sync
+from dtrain.comm.plans.plan import kinds_of
+from dtrain.comm.runtime.attached import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
+from dtrain.comm.transports.simulate import simulate
+from dtrain.comm.transports.threads import Meeting
+from dtrain.comm.transports.transport import Alone
+from dtrain.compress import error_feedback, quantize
 from dtrain.testing import WorkerPool
 from tests.comm.replicas import Replica
 

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.comm.schedules.sync import Sync
-from dtrain.config import Config, compose, instantiate
-from dtrain.engines import EngineOptions, build_engine
+from dtrain.comm.runtime.attached import Sync
 from dtrain.errors import TooManySkippedSteps
-from dtrain.mesh import build_mesh
 from dtrain.testing import WorkerPool
-from dtrain.trainer import train
+from dtrain.train.config import Config, compose, instantiate
+from dtrain.train.engines import EngineOptions, build_engine
+from dtrain.train.mesh import build_mesh
+from dtrain.train.trainer import train
 from tests.laws.jobs import ENGINES, FIFTEEN, SMALL, run
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -28,7 +28,9 @@ def test_diloco_of_one_step_with_plain_sgd_is_data_parallelism(
     options = ["optim=sgd", "optim.inner.momentum=0", "train.clip_norm=0", "train.stop_after_steps=12"]
     outer = ["compress@sync.compress=none", "sync.every_steps=1", "sync.outer.lr=1", "sync.outer.momentum=0"]
     dense = run(pool, tmp_path / "dense", text, engine, "dense", *options)
-    local = run(pool, tmp_path / "local", text, engine, "diloco", *options, *outer, "sync.outer._target_=dtrain.sgd")
+    local = run(
+        pool, tmp_path / "local", text, engine, "diloco", *options, *outer, "sync.outer._target_=dtrain.outer.sgd"
+    )
     for step, loss in dense.losses.items():
         assert local.losses[step] == pytest.approx(loss, rel=1e-6)
 

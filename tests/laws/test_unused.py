@@ -9,10 +9,10 @@ import pytest
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtrain.config import compose
-from dtrain.config.validating import validate
 from dtrain.errors import ConfigError
 from dtrain.testing import WorkerPool
+from dtrain.train.config import compose
+from dtrain.train.config.validation import validate
 from tests.laws.jobs import run
 
 pytestmark = pytest.mark.timeout(120)

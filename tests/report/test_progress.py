@@ -8,8 +8,8 @@ import os
 import time
 from pathlib import Path
 
-from dtrain.metrics import cut
 from dtrain.report.progress import Progress, printer, say
+from dtrain.train.metrics import cut
 
 
 class Terminal(io.StringIO):

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import attach, diloco, error_feedback, every_step, quantize
-from dtrain.comm.compressors.base import Compressor
+from dtrain import attach, diloco, every_step
 from dtrain.comm.compressors.cast import cast
-from dtrain.comm.drivers.meter import Meter
-from dtrain.comm.schedules.sync import Sync
+from dtrain.comm.compressors.compressor import Compressor
+from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.transports.meter import Meter
+from dtrain.compress import error_feedback, quantize
 
 STEPS, ROUND = 8, 2  # STEPS is a multiple of ROUND
 

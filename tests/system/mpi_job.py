@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import every_step
 from dtrain.comm.attach import pieces_of
-from dtrain.comm.drivers import mpi
-from dtrain.comm.drivers.run import Channel
-from dtrain.comm.drivers.simulate import simulate
-from dtrain.comm.drivers.transport import Transport
+from dtrain.comm.channel import Channel
 from dtrain.comm.ops import AllGather, AllReduce, Broadcast, Flow, Op, Payload
+from dtrain.comm.transports import mpi
+from dtrain.comm.transports.simulate import simulate
+from dtrain.comm.transports.transport import Transport
 from dtrain.launchers.environment import Environment
-from dtrain.mesh import Mesh, build_mesh
-from tests.comm.drivers.flows import LAYOUTS, ROUNDS, Layout, chained, ops_for, payload
+from dtrain.train.mesh import Mesh, build_mesh
+from tests.comm.transports.flows import LAYOUTS, ROUNDS, Layout, chained, ops_for, payload
 from tests.comm.zoo import once, same
 from tests.laws import test_simulate_equals_processes as law
 

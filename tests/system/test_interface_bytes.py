@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.comm.routes import two_phase_bytes
+from dtrain.comm.collectives.two_phase import two_phase_bytes
 from tests.system.interface_job import METHODS, STEPS, Counts
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.evidence.elastic import Asked, store, trained
+from benchmarks.elastic import Asked, store, trained
 from dtrain.slurm.devcluster import Cluster
 from tests.system.conftest import NAME
 

@@ -41,7 +41,7 @@ def test_mpi_carries_every_flow(name: str, workers: int) -> None:
 ABSENT = """
 import time, torch, torch.distributed as dist
 from dtrain.comm.ops import AllGather
-from dtrain.mesh import build_mesh
+from dtrain.train.mesh import build_mesh
 from tests.comm.zoo import once
 dist.init_process_group("gloo")
 mesh = build_mesh(2, 1, "mpi")

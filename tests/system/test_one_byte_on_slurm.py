@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.evidence.elastic import store
-from dtrain.evidence.one_byte import Asked, come_and_go
+from benchmarks.elastic import store
+from benchmarks.one_byte import Asked, come_and_go
 from dtrain.slurm.devcluster import Cluster
 from tests.system.conftest import NAME
 

@@ -70,7 +70,7 @@ class Command:
 
     def workers(self) -> list[int]:
         children = psutil.Process(self.process.pid).children()
-        return [child.pid for child in children if "dtrain.worker" in child.cmdline()]
+        return [child.pid for child in children if "dtrain.train.worker" in child.cmdline()]
 
 
 def summary(folder: Path) -> dict[str, object]:

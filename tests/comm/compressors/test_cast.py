@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.cast import DTYPES, RELATIVE_ERROR, cast
+from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.ops import payload_bytes
 from dtrain.comm.seeds import Key
 from tests.comm.zoo import NUMELS, bits, draw, exchange, kinds_of_values, plain, seeds, worlds

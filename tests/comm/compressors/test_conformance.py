@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import cast, compeft, powersgd, quantize, randk, sign, terngrad, topk
-from dtrain.comm.compressors.base import Compressor
+from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.quantize import Quantize
 from dtrain.comm.compressors.sign import Sign
 from dtrain.comm.compressors.sparse import SAMPLED_FROM, TopK, largest
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
+from dtrain.compress import cast, compeft, powersgd, quantize, randk, sign, terngrad, topk
 from dtrain.testing import check_compressor
 from tests.comm.zoo import COMPRESSORS
 

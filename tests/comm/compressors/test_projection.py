@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import projection
 from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.collectives.two_phase import native_mean, two_phase
 from dtrain.comm.compressors.projection import Projection, shrinkage
-from dtrain.comm.drivers.simulate import simulate
 from dtrain.comm.feedback import as_compression
 from dtrain.comm.ops import Place
-from dtrain.comm.routes import native_mean, two_phase
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
+from dtrain.comm.transports.simulate import simulate
+from dtrain.compress import projection
 from tests.comm.zoo import draw
 
 KEY = Key(5, 0, 1, "w", "send")

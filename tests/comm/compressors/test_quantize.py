@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtrain.comm.compressors.base import Compressor
 from dtrain.comm.compressors.blocks import pack_bits, pack_blocks, packed_bytes, unpack_bits, unpack_blocks
+from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.quantize import Quantize, quantize
 from dtrain.comm.ops import payload_bytes
 from dtrain.comm.seeds import Key

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dtrain.cli import main
+from dtrain.cli.main import main
 from dtrain.comm.layout import Segment, even_slice
 from dtrain.comm.shared_seed.digest import partial, unsigned
 from dtrain.comm.shared_seed.directions import CHUNK, Step, Walk, scales, walk_on

@@ -15,19 +15,20 @@ from typing import Any, cast
 
 from dtrain.bench import rows as bench_rows
 from dtrain.bench.settings import Settings
-from dtrain.commands import doctor, sweeping
-from dtrain.config import compose, load, run_folder, to_yaml
-from dtrain.config.schema import Config
+from dtrain.cli import doctor
+from dtrain.cli import sweep as sweeping
 from dtrain.errors import ConfigError, DtrainError, ResumeError
-from dtrain.launchers import registry
+from dtrain.launchers import job_list as registry
 from dtrain.launchers.job import Facts, State
-from dtrain.launchers.record import Beat, RankRecord, keep_attempt, rank_files
+from dtrain.launchers.records import Beat, RankRecord, keep_attempt, rank_files
 from dtrain.launchers.why import why
-from dtrain.metrics import rows
-from dtrain.metrics.writer import MetricsWriter
 from dtrain.report import summary
 from dtrain.report.progress import Progress
 from dtrain.report.tail import Tail
+from dtrain.train.config import compose, load, run_folder, to_yaml
+from dtrain.train.config.schema import Config
+from dtrain.train.metrics import rows
+from dtrain.train.metrics.writer import MetricsWriter
 from tests.bench.samples import ROW
 from tests.fuzz.harness import Case, Target
 from tests.fuzz.typed import require_typed

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import attach, diloco, error_feedback, every_step, quantize, topk
-from dtrain.comm.drivers import secret, store_server
-from dtrain.comm.drivers.members import Epoch, Members, serve
-from dtrain.comm.drivers.sealed import MAC, Mistrust, Sealed, _seal
-from dtrain.comm.drivers.store_server import StoreServer
-from dtrain.comm.schedules.among import Unfit
-from dtrain.comm.schedules.elastic import AttachedElastic
-from dtrain.comm.schedules.sync import Sync
-from dtrain.config import files, words
-from dtrain.config.words import Kind
+from dtrain import attach, diloco, every_step
+from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.membership import secret, store_server
+from dtrain.comm.runtime.membership.among import Unfit
+from dtrain.comm.runtime.membership.elastic import AttachedElastic
+from dtrain.comm.runtime.membership.members import Epoch, Members, serve
+from dtrain.comm.runtime.membership.sealed_messages import MAC, Mistrust, Sealed, _seal
+from dtrain.comm.runtime.membership.store_server import StoreServer
+from dtrain.compress import error_feedback, quantize, topk
 from dtrain.errors import ConfigError
 from dtrain.launchers import background, mpi
 from dtrain.launchers.job import State
@@ -37,6 +36,8 @@ from dtrain.launchers.reading import shaped
 from dtrain.launchers.slurm import client, preflight, refusal
 from dtrain.launchers.slurm.settings import SlurmSettings
 from dtrain.slurm.devcluster import state
+from dtrain.train.config import files, words
+from dtrain.train.config.words import Kind
 from tests.comm.replicas import Replicas
 from tests.fuzz.harness import Case, Target
 from tests.fuzz.typed import require_typed

@@ -10,16 +10,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint import Placement, load, newest
-from dtrain.checkpoint.manifest import MANIFEST, _seal, data_name
-from dtrain.checkpoint.state import RankState
-from dtrain.checkpoint.threads import write_together
-from dtrain.checkpoint.weights import weights_of
 from dtrain.comm.layout import Segment, even_slice
-from dtrain.data.tokenize import tokenize
-from dtrain.data.tokens import MANIFEST as DESCRIPTION
-from dtrain.data.tokens import TOKENS, TokenFile
 from dtrain.errors import CheckpointError, DataError, ResumeError
+from dtrain.train.checkpoint import Placement, load, newest
+from dtrain.train.checkpoint.manifest import MANIFEST, _seal, data_name
+from dtrain.train.checkpoint.state import RankState
+from dtrain.train.checkpoint.weights import weights_of
+from dtrain.train.data.tokenize import tokenize
+from dtrain.train.data.tokens import MANIFEST as DESCRIPTION
+from dtrain.train.data.tokens import TOKENS, TokenFile
+from tests.fakes.checkpoint_threads import write_together
 from tests.fuzz.harness import Case, Target
 
 SHAPES = {"a.weight": (3, 2), "b.bias": (5,)}
@@ -124,7 +124,7 @@ def step_folder(name: str, folder: Path) -> Case:
 
 def exported(folder: Path) -> Case:
     """What a run exports, and others load."""
-    from dtrain.checkpoint.export import export
+    from dtrain.train.checkpoint.export import export
 
     out = folder / "model.safetensors"
     export(saved(folder), out)

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.base import Compressor
-from dtrain.comm.drivers.packing import _alike, _decode
-from dtrain.comm.drivers.simulate import simulate
+from dtrain.comm.compressors.compressor import Compressor
+from dtrain.comm.compressors.lossless import _alike, _decode
 from dtrain.comm.ops import AllGather, Flow, Payload
 from dtrain.comm.seeds import Key
 from dtrain.comm.shared_seed import update_log
 from dtrain.comm.shared_seed.directions import Step, Walk
+from dtrain.comm.transports.simulate import simulate
 from tests.comm.zoo import COMPRESSORS, draw
 from tests.fuzz.harness import Case, Target
 

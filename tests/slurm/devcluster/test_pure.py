@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pyroute2.netlink.exceptions import NetlinkError
 
-from dtrain.cli import main
+from dtrain.cli.main import main
 from dtrain.slurm.devcluster import cluster, daemons, links, state
 from dtrain.slurm.devcluster.cluster import down, up
 from dtrain.slurm.devcluster.daemons import slurm_conf

@@ -1,0 +1,282 @@
+"""Adapts DistributedDataParallel: gradients are handed over bucket by bucket, while backward goes on.
+
+The communication hook replaces DDP's own all-reduce: the gradient is averaged over the shard axis (each member gets
+its slice of each parameter), the slices go through the sync's exchange with the peers, and the shard axis gathers the
+result. With a shard axis of one, the slice is the whole parameter. All of it is cut per FQN, so DDP may rebuild its
+buckets after the first step without moving a bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.comm.adapters.earlier_backward import Before
+from dtrain.comm.adapters.module import ModulePieces
+from dtrain.comm.adapters.requirements import require_dense
+from dtrain.comm.adapters.unsynced import Unsynced
+from dtrain.comm.adapters.wrappers import plain_name
+from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.channel import Channel, Handle
+from dtrain.comm.layout import Named, to_rows, working
+from dtrain.comm.ops import AllToAll, Flow
+from dtrain.comm.pieces import Exchange, Repeated
+
+
+class DDPPieces(ModulePieces):
+    """Pieces of a model in DDP. ``channel`` has both axes; together they span what DDP would average over.
+
+    Raises ``ValueError`` for DDP's mixed precision, which keeps the only slot for a hook to itself.
+    """
+
+    def __init__(self, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
+        if model.mixed_precision is not None:
+            raise ValueError(
+                "this DistributedDataParallel was built with mixed_precision, which takes the only communication hook; "
+                "leave it out and run the forward pass in torch.autocast, or train a bf16 model"
+            )
+        super().__init__(model.module, optimizer, channel)
+        self.model = model
+        self.names = {id(p): name for name, p in self.trained.parameters.items()}
+        self._exchange: Exchange | None = None
+        self._before: Before | None = None
+        self._unsynced: Unsynced | None = None
+        self._under_way: list[Handle[None]] = []
+        self._backward_ended = 0.0
+        self._arrived: set[str] = set()  # in this pass through the buckets
+        self._handed: dict[str, Tensor | None] = {}  # in this step; whether there was anything, where that is not sure
+
+    def hand_over(self, exchange: Exchange | None) -> None:
+        if exchange is not None or self.shard.size > 1:
+            require_dense(self._sparse)
+            self._require_reduced()
+            self._unsynced = self._unsynced or Unsynced(self.model, self.parameters.values())
+        self._exchange = exchange
+        # A replica of one rank that keeps its own gradients: without DDP's buckets, whose copies cost 4 % of a step. A
+        # static graph insists on them in its first step.
+        self.model.require_backward_grad_sync = not self._keeps_its_own or self.model.static_graph
+        slot = _SLOTS.get(self.model)
+        if slot is None:
+            slot = _SLOTS[self.model] = _Slot(self.model)
+        slot.pieces = ref(self)
+        if isinstance(exchange, Repeated) and exchange.adds:
+            self._before = Before(self.parameters)
+
+    def finish(self) -> None:
+        super().finish()
+        self._require_no_join()
+        self._require_all_handed()
+        self._require_exchanged()
+        ended = [handle.ended_at for handle in self._under_way]
+        for handle in self._under_way:
+            handle.result()
+            self.channel.meter.wait(max(0.0, max(ended) - self._backward_ended) / len(ended), handle.label)
+        self._under_way = []
+        self._require_still_there()
+
+    def unused(self) -> set[str]:
+        # What another optimizer has stepped and cleared was not unused.
+        return {fqn for fqn in super().unused() if not self._was_used(fqn)}
+
+    def step(self) -> None:
+        self._step_ends()
+        super().step()
+
+    def skip(self) -> None:
+        self._step_ends()
+        super().skip()
+
+    def _step_ends(self) -> None:
+        self._handed, self._arrived = {}, set()
+        if self._before is not None:
+            self._before.step_ended()
+        if self._unsynced is not None:
+            self._unsynced.step_ended()
+
+    def detach(self) -> None:
+        """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
+        if self.model in _SLOTS:
+            _SLOTS[self.model].pieces = None
+        self.model.require_backward_grad_sync = True
+        if self._before is not None:
+            self._before.remove()
+        if self._unsynced is not None:
+            self._unsynced.remove()
+        super().detach()
+
+    def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Exchange one bucket's gradients in the background."""
+        buffer = bucket.buffer()
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        if self._keeps_its_own:  # DDP hands them over nevertheless, as with a static graph in the first step
+            future.set_result(buffer)
+            return future
+        # What was frozen since DDP was built has its place in a bucket, and no name here.
+        names, given = [self.names.get(id(p), "") for p in bucket.parameters()], bucket.gradients()
+        if len(names) != len(given):
+            raise RuntimeError(f"DDP hands over {len(given)} gradients for {len(names)} parameters: {', '.join(names)}")
+        gradients = {name: gradient for name, gradient in zip(names, given, strict=True) if name and gradient.numel()}
+        standing_in = torch._C._current_graph_task_id() < 0  # no backward pass: DDP.join gives zeros
+        before: Named = {}
+        if not standing_in:
+            self._count(gradients)
+            before = self._before.take(gradients) if self._before is not None else before
+
+        def ended(handle: Handle[None]) -> None:
+            future.set_result(buffer)  # after a failure too: DDP cannot read an exception, `finish` raises it
+
+        label = "gradients" if self._exchange is not None else "inner gradients"
+        self._under_way.append(self.channel.start(self._average(gradients, before), label, then=ended))
+        self._arrived.update(names)
+        # In the first step of a static graph no bucket is the last one.
+        if bucket.is_last() or self._arrived.issuperset(self.trained.parameters):
+            self._arrived = set()
+            self._backward_ended = time.perf_counter()
+            self.channel.flush()
+            self._pass_ended(standing_in)
+        return future
+
+    def _pass_ended(self, standing_in: bool) -> None:
+        """All gradients of a backward pass, or zeros in their place, are on their way."""
+        if not standing_in:
+            if self._before is not None:
+                self._before.pass_ended()
+            if self._unsynced is not None:
+                self._unsynced.exchanged()
+        elif isinstance(self._exchange, Repeated):
+            for handle in self._under_way:
+                handle.wait()
+            self._under_way = []
+            self._exchange.stood_in()
+
+    def _count(self, gradients: Mapping[str, Tensor]) -> None:
+        for fqn, gradient in gradients.items():
+            self._handed[fqn] = gradient.any() if self._may_be_unused else None
+
+    def _was_used(self, fqn: str) -> bool:
+        """Whether this rank's backward pass gave a gradient for ``fqn`` in this step, whatever became of it since."""
+        if fqn not in self._handed:
+            return False
+        some = self._handed[fqn]
+        return some is None or bool(some)
+
+    def _require_reduced(self) -> None:
+        """Raise ``ValueError`` for trainable parameters that DDP was told to leave alone."""
+        left = {plain_name(name) for name in self.model.parameters_to_ignore} & self.trained.parameters.keys()
+        if left:
+            raise ValueError(
+                f"DistributedDataParallel was told to ignore {', '.join(sorted(left))}, so their gradients would be "
+                "each rank's own; let it have them (_ddp_params_and_buffers_to_ignore, delay_all_reduce_named_params), "
+                "freeze them, or train with a local update, each rank a replica"
+            )
+
+    def _require_no_join(self) -> None:
+        """Raise ``RuntimeError`` where a rank that has no more batches would only pretend that it goes on."""
+        config = self.model._join_config
+        if self.trained.differ and config.enable and not config.throw_on_early_termination:
+            raise RuntimeError(
+                "model.join() lets ranks make different numbers of steps, and the rounds of a local update are counted "
+                "in steps: the others would wait for ever. Give all ranks the same number of batches, or end all of "
+                "them together: join(throw_on_early_termination=True)"
+            )
+
+    def _require_all_handed(self) -> None:
+        """Raise ``RuntimeError`` if DDP has kept gradients back: it waits for parameters that have none."""
+        if self._keeps_its_own or self._may_be_unused:
+            return
+        missing = [fqn for fqn in self.parameters if fqn not in self._handed]
+        idle = [fqn for fqn in missing if self.parameters[fqn].grad is None]
+        if not missing or len(idle) == len(self.parameters) or not (self._handed or idle):
+            return  # all of them, or none: no backward pass since the last step, or only under no_sync()
+        frozen = [fqn for fqn in missing if not self.parameters[fqn].requires_grad]
+        if self._handed and not idle:
+            raise RuntimeError(
+                f"DistributedDataParallel has not handed over the gradients of {len(missing)} parameters, {missing[0]} "
+                "the first: they were frozen when it was built (wrap the module in a new one), or had no part in the "
+                "last microbatch (find_unused_parameters=True)"
+            )
+        what = "were frozen after attach" if frozen else "had no part in the loss"
+        raise RuntimeError(
+            f"{len(idle)} parameters {what}, {idle[0]} the first, so DistributedDataParallel has not handed over all "
+            "gradients of this step; build it with find_unused_parameters=True (static_graph=True where it is the same "
+            "ones in every step)"
+        )
+
+    def _require_exchanged(self) -> None:
+        """Raise ``RuntimeError`` if something was added to exchanged gradients on this replica alone."""
+        if self._unsynced is not None and self._unsynced.pending and self._handed:
+            raise RuntimeError(
+                "the last backward pass of this step ran within no_sync(), so its gradient was not exchanged, and the "
+                "replicas would step apart; leave the last microbatch of a step outside of no_sync()"
+            )
+
+    def _require_still_there(self) -> None:
+        """Raise ``RuntimeError`` if a gradient that the optimizer shall step with was cleared before it could."""
+        gone = [fqn for fqn in self._handed if self.parameters[fqn].grad is None and self._was_used(fqn)]
+        outside = set() if self._may_be_unused else set(self.trained.outside)  # their own optimizer stepped and cleared
+        self.trained.require_there(fqn for fqn in gone if fqn not in outside)
+
+    @property
+    def _may_be_unused(self) -> bool:
+        """Whether DDP hands over zeros for what no rank has used, and leaves the gradients of those as they were."""
+        return bool(self.model.find_unused_parameters or self.model.static_graph)
+
+    @property
+    def _keeps_its_own(self) -> bool:
+        return self._exchange is None and self.shard.size == 1
+
+    def _average(self, gradients: Mapping[str, Tensor], before: Named) -> Flow[None]:
+        """Replace the gradients of one bucket by what the optimizer shall see; all members have found ``before``."""
+        slices = {fqn: working(gradient.reshape(-1)) for fqn, gradient in gradients.items()}
+        slices |= {fqn: slices[fqn] - found for fqn, found in before.items()}
+        if self.shard.size > 1:
+            rows = tuple(to_rows(each, self.shard.size) for each in slices.values())
+            arrived = yield AllToAll(rows, axis="shard")
+            means = {fqn: rank_order_mean(r) for fqn, r in zip(gradients, arrived, strict=True)}
+            slices = {fqn: means[fqn][: self.segments[fqn].numel] for fqn in gradients if fqn in self.segments}
+        if self._exchange is not None:
+            slices = (yield from self._exchange(slices)).values
+        whole = yield from self._gather(slices, list(gradients))
+        for fqn, gradient in gradients.items():
+            combined = before[fqn] + whole[fqn] if fqn in before else whole[fqn]
+            gradient.copy_(combined.view(gradient.shape))
+
+
+class _Slot:
+    """The one hook that a DDP model takes in its life, and who answers to it now: nobody while nothing is attached."""
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self.pieces: ref[DDPPieces] | None = None  # DDP's C++ holds the hook, where no garbage collector looks
+        group = model.process_group  # not the model itself: its hook must not keep it alive
+
+        # DDP inspects the hook's name and annotations, which `from __future__ import annotations` turns into strings.
+        def hook(state, bucket):  # type: ignore[no-untyped-def]
+            pieces = None if self.pieces is None else self.pieces()
+            return _averaged(bucket, group) if pieces is None else pieces.on_bucket(bucket)
+
+        try:
+            model.register_comm_hook(None, hook)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"this DistributedDataParallel has a communication hook already ({error}); DDP takes one for life, so "
+                "wrap the module in a new DistributedDataParallel"
+            ) from error
+
+
+_SLOTS: WeakKeyDictionary[DistributedDataParallel, _Slot] = WeakKeyDictionary()
+
+
+def _averaged(bucket: GradBucket, group: dist.ProcessGroup) -> torch.futures.Future[Tensor]:
+    """What DDP does without a hook."""
+    buffer = bucket.buffer()
+    dist.all_reduce(buffer, group=group)
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(buffer.div_(group.size()))
+    return future

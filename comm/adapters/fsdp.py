@@ -1,0 +1,166 @@
+"""Adapts FSDP2 (`fully_shard` on a one-dimensional shard mesh): gradients are handed over unit by unit.
+
+FSDP2 reduce-scatters a unit's gradients over the shard axis and then calls the unit's all-reduce hook with this rank's
+flat part, before it becomes ``p.grad``. The hook starts the exchange with the peers (`units`). Where nothing follows
+that would copy (same dtype, no gradient there yet), ``p.grad`` is a view of the hook's buffer, so the exchange may fill
+it later, while backward goes on; otherwise it is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dtrain.comm.adapters.optimizer import StepGuard, elementwise_state, load_elementwise_state
+from dtrain.comm.adapters.trained import Trained
+from dtrain.comm.adapters.units import Passes, units_of
+from dtrain.comm.channel import Channel
+from dtrain.comm.layout import Named, Segment, copied, is_finite, working
+from dtrain.comm.ops import Place
+from dtrain.comm.pieces import Exchange
+
+
+class FSDPPieces:
+    """Pieces of an FSDP2 model.
+
+    Args:
+        model: the root; it and its units were given to ``fully_shard`` with a mesh of the shard axis only.
+        overlap: let exchanges go on behind backward. The caller then calls `finish` before it reads a gradient.
+
+    Raises ``ValueError`` for native HSDP (its all-reduce cannot be replaced) and for shards along another dim than 0.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, channel: Channel, *, overlap: bool) -> None:
+        self.model, self.optimizer, self.channel, self.overlap = model, optimizer, channel, overlap
+        self.units = units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.trained = Trained(model, optimizer, lambda: _reshard(units))
+        named = self.trained.parameters
+        self.segments: dict[str, Segment] = {}
+        self.parameters: dict[str, DTensor] = {}
+        for fqn, parameter in named.items():
+            segment = _segment(fqn, parameter)
+            if segment.numel:
+                self.segments[fqn] = segment
+                self.parameters[fqn] = parameter  # type: ignore[assignment]
+        self.held = self.segments
+        self.shapes = {name: tuple(p.shape) for name, p in named.items()}
+        self._passes: Passes | None = None
+        self._guard = StepGuard(optimizer)
+        self.trained.claim()
+
+    @property
+    def place(self) -> Place:
+        return self.channel.places["replicate"]
+
+    def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
+        wanted = {fqn: p for fqn, p in self.parameters.items() if fqns is None or fqn in fqns}
+        own = {fqn: working(_local(p.detach())) for fqn, p in wanted.items()}
+        return copied(own) if copy else own
+
+    def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
+        _reshard(self.units)  # or a unit that is still gathered would go on with the old values
+        with torch.no_grad(), self.trained.writing():
+            for fqn, value in values.items():
+                _local(self.parameters[fqn].detach()).copy_(value)
+
+    def hand_over(self, exchange: Exchange | None) -> None:
+        if exchange is None:
+            return
+        assert isinstance(self.model, FSDPModule)  # `attach` sees to it
+        units = units_of(self.model, self.segments)
+        self._passes = Passes(self.model, units, exchange, self.channel, overlap=self.overlap)
+
+    def finish(self) -> None:
+        self.trained.require_unchanged()
+        if self._passes is not None:
+            self._passes.finish()
+            self.trained.require_there(self._passes.given - set(self.trained.outside))
+
+    def gradients_finite(self) -> bool:
+        grads = [p.grad for p in self.parameters.values()]
+        return is_finite(*(_local(g) for g in grads if g is not None))
+
+    def unused(self) -> set[str]:
+        given = self._passes.given if self._passes is not None else set()
+        # What another optimizer has stepped and cleared was not unused.
+        return {fqn for fqn, parameter in self.parameters.items() if parameter.grad is None and fqn not in given}
+
+    def step(self) -> None:
+        with self._guard.opened(), self.trained.stepping():
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._step_ended()
+
+    def skip(self) -> None:
+        self.trained.clear()
+        self._step_ended()
+
+    def _step_ended(self) -> None:
+        if self._passes is not None:
+            self._passes.step_ended()
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        return elementwise_state(self.optimizer, self.parameters, _local)
+
+    def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        self.write(parameters)
+        load_elementwise_state(self.optimizer, self.parameters, optimizer, _like)
+
+    def detach(self) -> None:
+        self._guard.remove()
+        self.trained.release()
+        if self._passes is not None:
+            self._passes.detach()
+
+
+def _reshard(units: Iterable[FSDPModule]) -> None:
+    """A forward pass without backward leaves units gathered, the root for one."""
+    for unit in units:
+        unit.reshard()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.reshape(-1)
+
+
+def _like(piece: Tensor, parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    local = piece.view(parameter.to_local().shape)
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def _segment(fqn: str, parameter: Tensor) -> Segment:
+    """Rows of dim 0: FSDP2 gives ceil(rows / shards) to each rank until none are left."""
+    if not isinstance(parameter, DTensor):
+        raise ValueError(
+            f"{fqn} is whole on every rank of a model that fully_shard has cut: it was among ignored_params, or came "
+            "into the model later, so FSDP2 averages its gradient over no rank; leave ignored_params out, call "
+            "fully_shard when the model is complete, or freeze it (requires_grad_(False))"
+        )
+    if not any(placement.is_replicate() for placement in parameter.placements) and parameter.device_mesh.ndim != 1:
+        axes = parameter.device_mesh.mesh_dim_names or parameter.device_mesh.ndim
+        raise ValueError(
+            f"{fqn} is cut along the mesh axes {axes} as {parameter.placements}: tensor parallelism beside FSDP2, or "
+            "two shard axes. dtrain follows one; leave parallelize_module out and give fully_shard a mesh with all "
+            "ranks of a replica"
+        )
+    if parameter.device_mesh.ndim != 1:
+        raise ValueError(
+            "the model is sharded over a mesh with a replicate axis (native HSDP), whose all-reduce stays; "
+            'give fully_shard the shard axis alone, for example mesh=mesh["shard"]'
+        )
+    (placement,) = parameter.placements
+    if not placement.is_shard(0):
+        raise ValueError(f"{fqn} is placed as {placement}; dtrain follows Shard(0) only")
+    rows = parameter.shape[0]
+    width = -(-rows // parameter.device_mesh.size())
+    begin = min(parameter.device_mesh.get_local_rank() * width, rows)
+    row = parameter.numel() // max(rows, 1)
+    return Segment(fqn, begin * row, parameter.to_local().numel())

@@ -1,0 +1,134 @@
+"""Adapts a model whose parameters every rank holds whole: a plain module, for local updates.
+
+Between two rounds of a local update replicas exchange nothing, so the model needs nothing around it: each rank is a
+replica, and its gradients are the optimizer's own. What crosses the replicas' gradients in a step needs
+DistributedDataParallel (`dtrain.comm.adapters.ddp`, which builds on this), whose buckets travel during the backward
+pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.comm.adapters.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
+from dtrain.comm.adapters.requirements import sparse_modules
+from dtrain.comm.adapters.trained import Trained
+from dtrain.comm.channel import Channel
+from dtrain.comm.layout import Named, Segment, copied, even_slice, from_rows, is_finite, working
+from dtrain.comm.ops import AllGather, Flow, Place
+from dtrain.comm.pieces import Exchange, Private
+
+
+class ModulePieces:
+    """Pieces of ``module``. Over a shard axis of several members, each answers for its slice of every parameter."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
+        self.optimizer, self.channel = optimizer, channel
+        self.shard = channel.places["shard"]
+        self.trained = Trained(module, optimizer)
+        named = self.trained.parameters
+        self.parameters = {name: p for name, p in named.items() if p.numel()}
+        self.shapes = {name: tuple(p.shape) for name, p in named.items()}
+        self.held = {name: Segment(name, 0, p.numel()) for name, p in self.parameters.items()}
+        rank, size = self.shard.rank, self.shard.size
+        slices = (even_slice(name, p.numel(), part=rank, parts=size) for name, p in self.parameters.items())
+        self.segments = {segment.fqn: segment for segment in slices if segment.numel}
+        self._sparse = sparse_modules(module)
+        self._private: Exchange | None = None
+        self._given = False  # whether the private exchange has had this step's gradients
+        self._guard = StepGuard(optimizer)
+        self.trained.claim()
+
+    @property
+    def place(self) -> Place:
+        return self.channel.places["replicate"]
+
+    def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
+        wanted = [fqn for fqn in self.segments if fqns is None or fqn in fqns]
+        own = {fqn: self._own_slice(fqn, self.parameters[fqn].detach()) for fqn in wanted}
+        return copied(own) if copy else own
+
+    def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
+        wanted = [fqn for fqn in self.parameters if fqns is None or fqn in fqns]
+        whole = values
+        if self.shard.size > 1:
+            whole = self.channel.run(self._gather(values, wanted), "write-back")
+        with torch.no_grad(), self.trained.writing():
+            for fqn in wanted:
+                self.parameters[fqn].copy_(whole[fqn].view(self.shapes[fqn]))
+
+    def hand_over(self, exchange: Exchange | None) -> None:
+        if isinstance(exchange, Private) and exchange.private:
+            self._private = exchange
+        elif exchange is not None:
+            raise TypeError(
+                "this sync exchanges gradients, and a plain module has nobody to hand them over during the backward "
+                "pass; wrap it in DistributedDataParallel or fully_shard. Local updates take it as it is, if they have "
+                "no warmup_steps, which are data parallelism"
+            )
+
+    def finish(self) -> None:
+        self.trained.require_unchanged()
+        if self._private is None or self._given:
+            return
+        gradients = {fqn: p.grad for fqn, p in self.parameters.items() if p.grad is not None}
+        flat = {fqn: working(gradient.reshape(-1)) for fqn, gradient in gradients.items()}
+        for fqn, value in self.channel.run(self._private(flat), "gradients").values.items():
+            gradients[fqn].copy_(value.view(gradients[fqn].shape))
+        self._given = True
+
+    def gradients_finite(self) -> bool:
+        grads = (p.grad for p in self.parameters.values() if p.grad is not None)
+        return is_finite(*(grad._values() if grad.is_sparse else grad for grad in grads))
+
+    def unused(self) -> set[str]:
+        return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}
+
+    def step(self) -> None:
+        with self._guard.opened(), self.trained.stepping():
+            self.optimizer.step()
+        self._given = False
+        self.optimizer.zero_grad()
+
+    def skip(self) -> None:
+        self._given = False
+        self.trained.clear()
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        whole = elementwise_state(self.optimizer, self.parameters, lambda tensor: tensor)
+        owned: dict[str, dict[str, Tensor]] = {}
+        for name, tensors in whole.items():
+            mine = {fqn: tensor for fqn, tensor in tensors.items() if fqn in self.segments}
+            owned[name] = {fqn: t if is_scalar(t) else self._own_slice(fqn, t) for fqn, t in mine.items()}
+        return owned
+
+    def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        with torch.no_grad(), self.trained.writing():
+            for fqn, value in parameters.items():
+                self.parameters[fqn].copy_(value.view(self.shapes[fqn]))
+        load_elementwise_state(self.optimizer, self.parameters, optimizer, lambda value, p: value.view(p.shape))
+
+    def detach(self) -> None:
+        self._guard.remove()
+        self.trained.release()
+
+    def _gather(self, slices: Mapping[str, Tensor], fqns: list[str]) -> Flow[dict[str, Tensor]]:
+        """Whole flat tensors of ``fqns`` from every member's slices, across the shard axis."""
+        if self.shard.size == 1:
+            return {fqn: slices[fqn] for fqn in fqns}
+        padded = []
+        for fqn in fqns:
+            width = -(-self.held[fqn].numel // self.shard.size)
+            row = working(self.parameters[fqn].detach().new_zeros(width))
+            if fqn in slices:
+                row[: slices[fqn].numel()] = slices[fqn]
+            padded.append(row)
+        gathered = yield AllGather(tuple(padded), axis="shard")
+        return {fqn: from_rows(rows, self.held[fqn].numel) for fqn, rows in zip(fqns, gathered, strict=True)}
+
+    def _own_slice(self, fqn: str, tensor: Tensor) -> Tensor:
+        segment = self.segments[fqn]
+        return working(tensor.reshape(-1)[segment.offset : segment.stop])

@@ -1,0 +1,262 @@
+"""What a sync trains of a model, and whether that is still so: a parameter that it does not know is synced by nobody.
+
+Looked at before each step, on names and identities only, so that all ranks come to the same end.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dtrain.comm.adapters.silence import Listening
+from dtrain.comm.adapters.wrappers import named_parameters
+
+WAY_OUT = (
+    "on every rank: sync.close_round(), sync.detach(), and attach to the model as it is now, before the next backward "
+    "(DistributedDataParallel, which takes the parameters that were trainable when it was built, has to be built anew)"
+)
+
+
+class Trained:
+    """The trainable parameters of ``model`` as they were at attach.
+
+    Args:
+        optimizer: the one that the sync steps; None if its groups hold other tensors than parameters (DeepSpeed).
+        gathered_back: where an engine exchanges parameters for others in a forward pass (FSDP2): brings them back.
+
+    ``outside``: names of those that ``optimizer`` does not step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        gathered_back: Callable[[], None] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self._gathered_back = model, optimizer, gathered_back
+        self.parameters = {name: p for name, p in named_parameters(model) if p.requires_grad}
+        self.differ = False
+        """Whether replicas differ between their rounds."""
+        # DeepSpeed's stage 3 empties and fills parameters as it needs them.
+        fixed = optimizer is not None
+        self._looks = [(p, p.dtype, p.device, p.shape if fixed else None) for p in self.parameters.values()]
+        self._ids = {id(p) for p in self.parameters.values()}
+        stepped = None if optimizer is None else {id(p) for p in _stepped(optimizer)}
+        self.outside = [
+            name for name, p in self.parameters.items() if stepped is not None and id(p) not in stepped and p.numel()
+        ]
+        self.listening: Listening | None = None
+        self._watch: _Watch | None = None
+        self._require_free()
+
+    def require_unchanged(self) -> None:
+        """Raise ``RuntimeError`` if there is something to train that was not there at attach, or it is of another kind.
+
+        What was frozen or taken out since then is no longer trained, and that is all.
+        """
+        if any(id(p) not in self._ids and p.requires_grad for p in _parameters(self.model)):
+            if self._gathered_back is not None:
+                self._gathered_back()
+            new = {name: p for name, p in named_parameters(self.model) if p.requires_grad and id(p) not in self._ids}
+            if new:
+                raise RuntimeError(
+                    f"{_some(new)} became trainable, or came into the model, after attach: every replica would train "
+                    f"it alone. Freeze it (requires_grad_(False)), or {WAY_OUT}"
+                )
+        if self.optimizer is not None:
+            strange = sum(p.requires_grad and id(p) not in self._ids for p in _stepped(self.optimizer))
+            if strange:
+                raise RuntimeError(
+                    f"{strange} of the optimizer's parameters came into it after attach (add_param_group?), and are "
+                    f"not those that the model had: every replica would train them alone. Leave them out, or {WAY_OUT}"
+                )
+        for p, dtype, device, shape in self._looks:
+            if p.dtype != dtype or p.device != device or shape not in (None, p.shape):
+                name = next(name for name, known in self.parameters.items() if known is p)
+                raise RuntimeError(
+                    f"{name} was {dtype} {tuple(shape or p.shape)} on {device} at attach, and is {p.dtype} "
+                    f"{tuple(p.shape)} on {p.device}; convert and move the model before attach, or {WAY_OUT}"
+                )
+        if self._watch is not None:
+            self._watch.require_in_order()
+
+    def require_there(self, names: Iterable[str]) -> None:
+        """Raise ``RuntimeError`` if one of these, which were given a gradient in this step, has none any more."""
+        gone = next((name for name in names if self.parameters[name].grad is None), None)
+        if gone is not None:
+            raise RuntimeError(
+                f"the gradient of {gone} was exchanged in this step, and is gone: zero_grad() came before sync.step(), "
+                "which clears what it has used itself; step and clear other optimizers after it"
+            )
+
+    def warn_of_outside(self) -> None:
+        """Say which parameters the sync's optimizer does not step. Once, at attach."""
+        if self.outside:
+            when = (
+                "between backward() and sync.step(), or their steps of a round are lost"
+                if self.differ
+                else "after sync.step() returned True, and clear its gradients then"
+            )
+            warnings.warn(
+                f"{_some(self.outside)} of {len(self.parameters)} trainable parameters are not in the optimizer that "
+                "was given to attach, so sync.step() does not step them. Freeze what shall not be trained "
+                f"(requires_grad_(False)); if another optimizer trains it, step that one {when}",
+                RuntimeWarning, stacklevel=4,
+            )  # fmt: skip
+
+    def watch_outside(self) -> None:
+        """From now on notice when somebody steps what is outside of the optimizer in the wrong place."""
+        if self.outside:
+            # Gradients tell that a step has begun; where the engine sets them, the forward pass does.
+            self._watch = _Watch(self, None if self._gathered_back is None else self.model)
+
+    def require_still(self) -> None:
+        """Raise ``RuntimeError`` if what is outside of the optimizer has moved since the last step of the sync."""
+        if self._watch is not None:
+            self._watch.require_still()
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Within it the sync steps its optimizer. Raises ``RuntimeError`` behind it if that one communicates."""
+        with self.writing(), nullcontext() if self.listening is None else self.listening.heard():
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within it the sync itself writes to parameters; whoever does so without it is somebody else."""
+        if self._watch is not None:
+            self._watch.look()
+        yield
+        if self._watch is not None:
+            self._watch.mark()
+
+    def clear(self) -> None:
+        """Forget all gradients, also those that no optimizer given to attach would clear."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def claim(self) -> None:
+        """Until `release` no other sync may have the parameters."""
+        for parameter in self.parameters.values():
+            _CLAIMED[parameter] = ref(self)
+
+    def release(self) -> None:
+        """From now on another sync may have the parameters."""
+        for parameter in self.parameters.values():
+            owner = _CLAIMED.get(parameter)
+            if owner is not None and owner() is self:
+                del _CLAIMED[parameter]
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def _require_free(self) -> None:
+        for name, parameter in self.parameters.items():
+            owner = _CLAIMED.get(parameter)
+            if owner is not None and owner() is not None:
+                raise RuntimeError(
+                    f"a sync is attached to this model already, to its parameter {name} among others; call its "
+                    "detach() first. One sync has all parameters of a model, whatever optimizers step them"
+                )
+
+
+_CLAIMED: Any = WeakTensorKeyDictionary()
+"""Which `Trained` has a parameter, weakly on both sides: what is dropped without `release` bars nobody."""
+
+
+class _Watch:
+    """Whether parameters that another optimizer steps are stepped while their gradients are, not behind the round.
+
+    Between two steps of the sync nothing may move before the next gradients are there: what moves then has left the
+    last round and is missing from it. A second optimizer is seen by what it does, written parameters; whoever loads
+    weights writes to all of them.
+    """
+
+    def __init__(self, trained: Trained, root: nn.Module | None) -> None:
+        outside = set(trained.outside)
+        self._outside = {name: trained.parameters[name] for name in trained.outside}
+        self._others = [p for name, p in trained.parameters.items() if name not in outside and p.numel()]
+        self._versions: list[int] = []
+        self._open = False
+        self._late = ""
+        if root is not None:
+            self._hooks = [root.register_forward_pre_hook(_weakly(self))]
+        else:
+            self._hooks = [p.register_post_accumulate_grad_hook(_weakly(self)) for p in self._outside.values()]
+
+    def mark(self) -> None:
+        self._versions, self._open = self._now(), False
+
+    def look(self) -> None:
+        if not self._open:
+            self._late = self._late or self._moved()
+
+    def begun(self) -> None:
+        """The first gradients, or the first forward pass, since the last step of the sync."""
+        self.look()
+        self._open = True
+
+    def require_in_order(self) -> None:
+        late, self._late = self._late, ""
+        if late:
+            raise RuntimeError(
+                f"{late}, which the optimizer that was given to attach does not step, moved after sync.step(), so not "
+                "in the round that it ended: replicas differ by it. Step the other optimizer before sync.step()"
+            )
+
+    def require_still(self) -> None:
+        self.look()
+        self.require_in_order()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _moved(self) -> str:
+        """The name of one that has moved although those that the sync steps have not."""
+        now = self._now()
+        if not self._versions or now[len(self._outside) :] != self._versions[len(self._outside) :]:
+            return ""
+        return next((name for name, a, b in zip(self._outside, now, self._versions, strict=False) if a != b), "")
+
+    def _now(self) -> list[int]:
+        return [p._version for p in (*self._outside.values(), *self._others)]
+
+
+def _weakly(watch: _Watch) -> Callable[..., None]:
+    """A hook that does not keep ``watch`` alive."""
+    known = ref(watch)
+
+    def hook(*_: object) -> None:
+        alive = known()
+        if alive is not None:
+            alive.begun()
+
+    return hook
+
+
+def _parameters(model: nn.Module) -> Iterator[Tensor]:
+    """As ``model.parameters()``, twice where tied, without the names that take most of its time."""
+    modules = [model]
+    while modules:
+        module = modules.pop()
+        yield from (p for p in module._parameters.values() if p is not None)
+        modules += [inner for inner in module._modules.values() if inner is not None]
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _some(names: Any) -> str:
+    """The first of ``names``, and how many more there are."""
+    first, *others = list(names)
+    return f"{first} and {len(others)} more" if others else str(first)

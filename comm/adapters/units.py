@@ -1,0 +1,381 @@
+"""The units of an FSDP2 model, and the order in which replicas exchange their gradients.
+
+FSDP2 hands over the gradients of one unit after the other, and only of units that ran. Which ones those are may differ
+between replicas: experts, a vision tower. So exchanges are paired by an order that all replicas have agreed on. What
+is handed over before its turn waits for it; what never comes is zeros, at the end of the backward pass. Where no
+replica has run a unit its gradient stays None, as it would without replicas.
+
+The order is that of replica 0's first step; in that step it is the modules' order, backwards. Where all replicas run
+the same units in the same order, nothing ever waits. A unit that in some pass nobody ran is no longer sent on trust:
+at the end of each pass the replicas ask each other whether it was run, one byte each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from dtrain.comm.adapters.wrappers import named_parameters
+from dtrain.comm.collectives.two_phase import Combined
+from dtrain.comm.layout import Named, Segment, working
+from dtrain.comm.ops import AllGather, Broadcast, Flow
+from dtrain.comm.pieces import Exchange
+
+if TYPE_CHECKING:
+    from dtrain.comm.channel import Channel, Handle
+
+NOTHING: Named = MappingProxyType({})
+
+
+class Unit:
+    """One of FSDP2's groups of parameters. Where they lie in its flat buffer it tells nobody; private attributes do."""
+
+    def __init__(self, group: Any, names: Mapping[int, str], segments: Mapping[str, Segment]) -> None:
+        self.group, self.names, self.segments = group, names, segments
+
+    def set_hook(self, hook: Any) -> None:
+        self.group._all_reduce_hook = hook
+
+    def cut(self, flat: Tensor) -> dict[str, Tensor]:
+        """The pieces of what FSDP2 hands over, by FQN: views. Raises ``RuntimeError`` if parameters are missing."""
+        pieces, start = {}, 0
+        for held in self._trained():
+            fqn = self.names[id(held.sharded_param)]
+            if fqn in self.segments:
+                pieces[fqn] = flat[start : start + self.segments[fqn].numel]
+            start += held.padded_sharded_param_size.numel()
+        if start != flat.numel():
+            raise RuntimeError(
+                f"an FSDP2 unit handed over {flat.numel()} gradient elements for parameters of {start}; were some "
+                "unused in this step? call set_reduce_scatter_unused_params(True) on the model"
+            )
+        return pieces
+
+    def unsynced(self) -> bool:
+        """Whether a gradient waits here for a pass that reduces it."""
+        for held in self._trained():
+            waits = held.unsharded_accumulated_grad is not None
+            if waits or (hasattr(held, "_unsharded_param") and held._unsharded_param.grad is not None):
+                return True
+        return False
+
+    def zeros(self) -> dict[str, Tensor]:
+        """What a replica that did not run this unit has to say."""
+        found = {}
+        for held in self._trained():
+            fqn = self.names[id(held.sharded_param)]
+            if fqn in self.segments:
+                found[fqn] = working(torch.zeros(self.segments[fqn].numel, dtype=self._dtype, device=self.group.device))
+        return found
+
+    def shows(self, flat: Tensor) -> bool:
+        """Whether ``p.grad`` will be a view of ``flat``, to be filled later: nothing that copies follows."""
+        if self._divisor is not None:
+            return False
+        return all(
+            held.sharded_param.dtype == flat.dtype
+            and held.sharded_param.grad is None
+            and held.sharded_param.device == flat.device
+            for held in self._trained()
+        )
+
+    def require_shown(self, filled: Named) -> None:
+        """Raise ``RuntimeError`` unless the gradients are views of what was filled after the hook."""
+        for held in self._trained():
+            gradient, piece = held.sharded_param.grad, filled.get(self.names[id(held.sharded_param)])
+            if gradient is None or piece is None or _address(gradient.to_local()) == _address(piece):
+                continue
+            raise RuntimeError(
+                f"the gradient of {self.names[id(held.sharded_param)]} is a copy that was made before the exchange had "
+                "filled it; clear gradients with set_to_none=True and call set_requires_gradient_sync(False) on all "
+                "but the last microbatch, or attach with overlap=False"
+            )
+
+    def add(self, values: Named) -> None:
+        """Add combined gradients to what the parameters have; those that have none, on any shard, get them."""
+        for held in self._trained():
+            parameter, fqn = held.sharded_param, self.names[id(held.sharded_param)]
+            local = parameter.to_local()
+            if local.numel() and fqn not in values:
+                continue  # it came to train after attach
+            piece = values.get(fqn, local).to(device=local.device)
+            if self._divisor is not None:
+                piece = piece / self._divisor
+            piece = piece.to(local.dtype).view(local.shape)
+            if parameter.grad is None:
+                parameter.grad = held.to_sharded_dtensor(piece.clone())
+            else:
+                parameter.grad.to_local().add_(piece)
+
+    def _trained(self) -> list[Any]:
+        return [held for held in self.group.fsdp_params if held.sharded_param.requires_grad]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        policy = self.group.mp_policy
+        own = self.group.fsdp_params[0].sharded_param.dtype
+        dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or own
+        return dtype
+
+    @property
+    def _divisor(self) -> float | None:
+        """What FSDP2 divides by after the hook, as it does where it reduces in fp16; None for nothing."""
+        from torch.distributed.fsdp._fully_shard._fsdp_collectives import _get_gradient_divide_factors
+
+        group = self.group
+        _, after, _, _ = _get_gradient_divide_factors(
+            group._reduce_scatter_process_group, None, self._dtype, group.device.type, group.gradient_divide_factor,
+            group.force_sum_reduction_for_comms,
+        )  # fmt: skip
+        return None if after in (None, 1) else after
+
+
+def units_of(model: nn.Module, segments: Mapping[str, Segment]) -> list[Unit]:
+    """All units with something to train, alike on all ranks. Raises ``ValueError`` for one with several meshes."""
+    names = {id(parameter): fqn for fqn, parameter in named_parameters(model)}
+    found: dict[int, Unit] = {}  # modules that were given to fully_shard together are one unit
+    for name, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        groups = module._get_fsdp_state()._fsdp_param_groups
+        if len(groups) > 1:
+            raise ValueError(
+                f"{name or 'the root'} was sharded over {len(groups)} meshes (shard_placement_fn); dtrain follows one "
+                "shard axis: give fully_shard one mesh for all parameters"
+            )
+        for group in groups:
+            if any(held.sharded_param.requires_grad for held in group.fsdp_params):
+                found.setdefault(id(group), Unit(group, names, segments))
+    return list(found.values())
+
+
+class Passes:
+    """The exchanges of one backward pass after the other.
+
+    ``overlap``: they go on behind backward until `finish`; otherwise whatever is in its turn is waited for in its hook,
+    and the rest at the end of the pass.
+    """
+
+    def __init__(
+        self, root: FSDPModule, units: list[Unit], exchange: Exchange, channel: Channel, overlap: bool
+    ) -> None:
+        self.root, self.units, self.exchange, self.channel, self.overlap = root, units, exchange, channel, overlap
+        self.order = list(reversed(range(len(units))))
+        self.agreed = False
+        self.doubtful: set[int] = set()  # those that nobody ran in some pass
+        self._open = False  # whether something was handed over in this pass
+        self._arrivals: list[int] = []  # in this step
+        self._parked: dict[int, dict[str, Tensor]] = {}
+        self._sent: list[int] = []  # in this round, a part of the pass in which each unit sets out once
+        self._under_way: list[_Sent] = []
+        self._present: dict[int, bool] = {}  # whether anybody had run it, in this pass
+        self.given: set[str] = set()  # parameters that have been given a gradient in this step
+        self._local = False  # whether nothing is sent at present, as behind a warm-up
+        self._exchanged = False  # in this step
+        self._closed = 0  # passes of this step
+        self._watched = -1
+        for number, unit in enumerate(units):
+            unit.set_hook(partial(self._arrived, number))
+
+    def finish(self) -> None:
+        """Block until every gradient of this step is the combined one. All replicas must call it.
+
+        Raises ``RuntimeError`` if somebody has made a copy of what was to be filled.
+        """
+        if self._open or not self._closed:
+            self._close()
+        self._wait()
+        self._judge()
+        if self._exchanged and any(unit.unsynced() for unit in self.units):
+            raise RuntimeError(
+                "the last backward pass of this step ran with set_requires_gradient_sync(False), so its gradient waits "
+                "for another step; call set_requires_gradient_sync(True) before the last microbatch of a step"
+            )
+        if self._exchanged and not self.agreed:
+            seen = list(dict.fromkeys(reversed(self._arrivals)))[::-1]  # each where it came for the last time
+            self.order, self.agreed = self.channel.run(_first_order(_merged(seen, self.order)), "set-up"), True
+
+    def step_ended(self) -> None:
+        """What comes from now on belongs to the next step."""
+        self._closed, self._arrivals, self._exchanged, self.given = 0, [], False, set()
+
+    def detach(self) -> None:
+        for unit in self.units:
+            unit.set_hook(None)
+
+    def _arrived(self, number: int, flat: Tensor) -> None:
+        """The hook of a unit: ``flat`` is this replica's gradient, and the combined one is to be there afterwards."""
+        if self._closed and not self._open:
+            self._wait()  # FSDP2 is about to add to what is not there yet
+            self._judge()
+        self._watch()
+        self._open = True
+        self._arrivals.append(number)
+        if number in self._sent:  # once more in one pass, as within reentrant checkpoints
+            self._send_the_rest()
+            self._wait()
+        pieces = self.units[number].cut(flat)
+        own = {fqn: working(piece) for fqn, piece in pieces.items()}
+        earlier = self._parked.pop(number, None)
+        if earlier is not None:
+            own = {fqn: earlier[fqn] + piece for fqn, piece in own.items()}
+        if number == self._turn():
+            if not self.overlap:
+                self._start(number, own, into=pieces).wait()
+            elif self.units[number].shows(flat):
+                self._start(number, own, into=pieces)
+            else:
+                self._start(number, _taken(own, pieces))
+            self._go_on()
+        else:
+            self._parked[number] = _taken(own, pieces)
+
+    def _turn(self) -> int | None:
+        """Whose turn it is."""
+        return next((number for number in self.order if number not in self._sent and number not in self.doubtful), None)
+
+    def _go_on(self) -> None:
+        """Let those set out that waited for their turn."""
+        while (number := self._turn()) in self._parked:
+            self._start(number, self._parked.pop(number))
+
+    def _start(self, number: int, own: Named | None, into: Named = NOTHING) -> Handle[Combined]:
+        """Send off ``own``, or zeros for None. The combined gradient goes ``into`` these, if there are any."""
+        given = self.units[number].zeros() if own is None else own
+        handle = self.channel.start(_combined(self.exchange, given, own is not None, into), "gradients")
+        if not self.overlap:
+            self.channel.flush()  # at the same places on all replicas, whichever of them waits in a hook
+        self._sent.append(number)
+        self._under_way.append(_Sent(number, handle, own, into))
+        return handle
+
+    def _send_the_rest(self) -> None:
+        """What has not set out in this round."""
+        while (number := self._turn()) is not None:
+            self._start(number, self._parked.pop(number, None))
+        self._sent = []
+
+    def _close(self) -> None:
+        """The pass has ended."""
+        self._send_the_rest()
+        if self.doubtful:
+            self._wait()
+            for number in self._wanted():
+                self._start(number, self._parked.pop(number, None))
+        self._sent, self._open, self._closed = [], False, self._closed + 1
+        if not self.overlap:
+            self._wait()
+            self._judge()
+
+    def _wanted(self) -> list[int]:
+        """Those of the doubtful that some replica has run in this pass."""
+        asked = [number for number in self.order if number in self.doubtful]
+        if self._local:
+            return [number for number in asked if number in self._parked]
+        run = torch.tensor([number in self._parked for number in asked], dtype=torch.uint8, device=self._device)
+        anywhere = self.channel.run(_anywhere(run), "units")
+        return [number for number, found in zip(asked, anywhere, strict=True) if found]
+
+    def _wait(self) -> None:
+        for sent in self._under_way:
+            combined, unit = sent.handle.wait(), self.units[sent.number]
+            self._local = combined.present is None
+            if not self._local:
+                self._present[sent.number] = bool(combined.present) or self._present.get(sent.number, False)
+            if combined.present or (self._local and sent.own is not None):
+                self.given.update(combined.values)
+            if sent.into and self.overlap:
+                unit.require_shown(sent.into)
+            elif not sent.into and (combined.present or (self._local and sent.own is not None)):
+                unit.add(combined.values)
+        self._under_way = []
+
+    def _judge(self) -> None:
+        """Learn from a pass which units not all replicas run. All of them see the same."""
+        if any(self._present.values()):  # otherwise nobody has run anything, and it is for others to complain
+            self.doubtful |= {number for number, present in self._present.items() if not present}
+            self._exchanged = True
+        self._present = {}
+
+    def _watch(self) -> None:
+        """Hear of the end of this backward pass."""
+        task = torch._C._current_graph_task_id()
+        if task not in (-1, self._watched):
+            self._watched = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+
+    def _backward_ended(self) -> None:
+        self._watched = -1
+        # Within a reentrant checkpoint it is only the end of a block's; FSDP2's own callback comes before this one.
+        inner = self.root._get_fsdp_state()._state_ctx.post_backward_final_callback_queued
+        if self._open and not inner:
+            self._close()
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.units[0].group.device)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A unit's exchange under way. What it reads and writes is kept until it has ended: that is on another stream."""
+
+    number: int
+    handle: Handle[Combined]
+    own: Named | None
+    into: Named
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _taken(own: Named, pieces: Named) -> dict[str, Tensor]:
+    """``own`` in memory of its own; what FSDP2 goes on with is -0.0 until the combined gradient is added.
+
+    x + -0.0 is x for every x, bit by bit.
+    """
+    taken = {fqn: piece.clone() for fqn, piece in own.items()}
+    for piece in pieces.values():
+        piece.fill_(-0.0)
+    return taken
+
+
+def _merged(seen: list[int], order: list[int]) -> list[int]:
+    """``seen``, and what else is in ``order``, each behind what it follows there.
+
+    >>> _merged([2, 0], [3, 2, 1, 0])
+    [3, 2, 1, 0]
+    >>> _merged([0, 2], [3, 2, 1, 0])
+    [3, 0, 2, 1]
+    """
+    merged = list(seen)
+    for place, number in enumerate(order):
+        if number not in merged:
+            merged.insert(merged.index(order[place - 1]) + 1 if place else 0, number)
+    return merged
+
+
+def _combined(exchange: Exchange, own: Named, present: bool, into: Named) -> Flow[Combined]:
+    combined = yield from exchange(own, present)
+    for fqn, piece in into.items():
+        piece.copy_(combined.values[fqn])
+    return combined
+
+
+def _first_order(order: list[int]) -> Flow[list[int]]:
+    """Replica 0's."""
+    (found,) = yield Broadcast((torch.tensor(order, dtype=torch.int32),), source=0)
+    return [int(number) for number in found.tolist()]
+
+
+def _anywhere(run: Tensor) -> Flow[list[bool]]:
+    (everybody,) = yield AllGather((run,))
+    return [bool(found) for found in everybody.any(0).tolist()]

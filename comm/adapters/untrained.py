@@ -1,0 +1,70 @@
+"""What a model holds beside its trained parameters, frozen ones and buffers, made equal on all replicas at attach.
+
+DistributedDataParallel does so when it is built; FSDP2 and plain modules do not, and random features that each rank has
+drawn for itself would make every replica another model, for good and without a word.
+Communication: 16 bytes of each replica. Where they differ also a hash of each tensor, and a broadcast of those that do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.comm.ops import AllGather, Broadcast, Flow, Place
+from dtrain.comm.runtime.consistency import TENSOR_BYTES, fingerprint, plain
+
+DIGEST_BYTES = 16
+
+
+def untrained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """This rank's frozen parameters and buffers, in the model's own memory."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield from _here(name, getattr(parameter, "ds_tensor", parameter))  # the part that ZeRO 3 has left of it
+    for name, buffer in model.named_buffers():
+        yield from _here(name, buffer)
+
+
+def equalized(model: nn.Module, place: Place) -> Flow[list[str]]:
+    """Give all replicas what replica 0 holds; returns the names of what differed.
+
+    Raises ``ValueError`` if they do not have the same frozen parameters and buffers.
+    """
+    held = list(untrained(model))
+    hashes = [fingerprint(tensor) for _, tensor in held]
+    layout = "\n".join(f"{name}: {tensor.dtype} {list(tensor.shape)}" for name, tensor in held).encode()
+    rows = yield from _gathered(hashlib.blake2b(layout + b"".join(hashes), digest_size=DIGEST_BYTES).digest())
+    if len(set(rows)) == 1:
+        return []
+    layouts = yield from _gathered(hashlib.blake2b(layout, digest_size=DIGEST_BYTES).digest())
+    other = [rank for rank, row in enumerate(layouts) if row != layouts[place.rank]]
+    if other:
+        raise ValueError(
+            f"replicas {other} have other frozen parameters or buffers than this one, which has {len(held)}; give all "
+            "ranks the same model"
+        )
+    each = yield from _gathered(b"".join(hashes))
+    differ = []
+    for number, (name, tensor) in enumerate(held):
+        part = slice(number * TENSOR_BYTES, (number + 1) * TENSOR_BYTES)
+        if len({row[part] for row in each}) > 1:
+            differ.append(name)
+            raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+            (right,) = yield Broadcast((raw,), 0)
+            with torch.no_grad():
+                tensor.copy_(right.view(tensor.dtype).view(tensor.shape))
+    return differ
+
+
+def _here(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for inner, part in plain(name, tensor):
+        if part.device.type != "meta" and part.layout == torch.strided and part.numel():
+            yield inner, part
+
+
+def _gathered(own: bytes) -> Flow[list[bytes]]:
+    (rows,) = yield AllGather((torch.frombuffer(bytearray(own), dtype=torch.uint8),))
+    return [bytes(row) for row in rows.tolist()]

@@ -1,0 +1,93 @@
+"""What trainers put around a model or an optimizer: `attach` looks behind it, and names know nothing of it.
+
+Behind a wrapper stands the same model, so patterns, seeds, fragments and states of a sync must not depend on it:
+``torch.compile`` puts ``_orig_mod`` into names, activation checkpointing ``_checkpoint_wrapped_module``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrain.comm.adapters.silence import require_silent
+
+IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Submodules that torch adds to a name: those of ``torch.compile`` and ``checkpoint_wrapper``."""
+
+AROUND_MODELS = {"OptimizedModule": "_orig_mod", "_FabricModule": "_forward_module"}
+"""Classes that hand on to a model what they are called with, and where they keep it: torch.compile's, Fabric's."""
+
+AROUND_OPTIMIZERS = {
+    "AcceleratedOptimizer": "optimizer",
+    "_FabricOptimizer": "_optimizer",
+    "LightningOptimizer": "_optimizer",
+}
+"""The same for optimizers: Accelerate's, Fabric's and Lightning's."""
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter, a buffer or a module has without wrappers.
+
+    >>> plain_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
+    'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in IN_NAMES)
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As ``model.named_parameters()``, by `plain_name`."""
+    return ((plain_name(name), parameter) for name, parameter in model.named_parameters())
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """What DDP, ``fully_shard``, DeepSpeed or nobody made of the model, within what trainers put around that."""
+    while isinstance(model, nn.Module) and (inner := _within(model, AROUND_MODELS)) is not None:
+        model = inner
+    return model
+
+
+def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer of torch within what trainers put around it.
+
+    Raises ``TypeError`` for what is none, for several, and for a wrapper that is not known; ``ValueError`` for one that
+    communicates.
+    """
+    while (inner := _within(optimizer, AROUND_OPTIMIZERS)) is not None:
+        optimizer = inner
+    if optimizer is None:
+        return None
+    if isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer):
+        return optimizer
+    if isinstance(optimizer, list | tuple | dict):
+        raise TypeError(
+            f"attach got a {type(optimizer).__name__} of {len(optimizer)} optimizers and steps one; give one "
+            "torch.optim.Optimizer over all parameters. A class of your own that holds several is one too, if it "
+            "derives from torch.optim.Optimizer, calls its __init__, and steps them in step()"
+        )
+    if isinstance(optimizer, torch.nn.Module):
+        raise TypeError(
+            f"attach got a {type(optimizer).__name__}, which is a model, where the optimizer belongs; call "
+            "attach(model, optimizer, sync)"
+        )
+    require_silent(optimizer)
+    inner = next((name for name, value in _attributes(optimizer) if isinstance(value, torch.optim.Optimizer)), None)
+    behind = f"; if it only hands on to the optimizer in .{inner}, give that one" if inner else ""
+    raise TypeError(
+        f"attach got a {type(optimizer).__name__} for an optimizer, which is no torch.optim.Optimizer that was "
+        f"initialized (its step has no hooks){behind}"
+    )
+
+
+def _within(wrapper: Any, known: dict[str, str]) -> Any:
+    """What a wrapper of one of the ``known`` classes, or of one derived from them, keeps; None for anything else."""
+    for owner in type(wrapper).__mro__:
+        if owner.__name__ in known:
+            return getattr(wrapper, known[owner.__name__], None)
+    return None
+
+
+def _attributes(thing: Any) -> list[tuple[str, Any]]:
+    return list(vars(thing).items()) if hasattr(thing, "__dict__") else []

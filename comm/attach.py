@@ -1,0 +1,179 @@
+"""`attach`: put a sync to work on a model that somebody else built.
+
+The model may be in DDP, sharded by FSDP2, in a DeepSpeed engine, or, for local updates, in nothing at all. What differs
+between them is in one file each; everything behind it sees `dtrain.comm.pieces.Pieces` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.comm.adapters.grid import own_groups
+from dtrain.comm.adapters.requirements import is_plain, require_call, require_servable
+from dtrain.comm.adapters.silence import Listening, require_silent
+from dtrain.comm.adapters.trained import Trained
+from dtrain.comm.adapters.untrained import equalized
+from dtrain.comm.adapters.wrappers import unwrapped_model, unwrapped_optimizer
+from dtrain.comm.channel import Channel
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.transports.process_group import TorchTransport
+from dtrain.comm.transports.transport import Alone
+
+if TYPE_CHECKING:
+    from dtrain.comm.runtime.attached import Attached, Sync
+    from dtrain.comm.runtime.membership.members import Members
+
+
+_MISSING = cast("Sync", None)  # so that a call without it is answered in words
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    sync: Sync = _MISSING,
+    *,
+    replicate_group: dist.ProcessGroup | None = None,
+    seed: int = 0,
+    members: Members | None = None,
+) -> Attached:
+    """Let ``sync`` carry what crosses the replicate axis of ``model``. Call on every rank that trains, before the first
+    backward.
+
+    Call ``attached.step()`` where ``optimizer.step()`` and ``zero_grad()`` were called. The replicas' parameters are
+    made equal first (replica 0's), trained and frozen ones, and buffers. Gradient clipping stays between ``backward``
+    and ``step``.
+
+    Args:
+        model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` with the shard axis alone); or a DeepSpeed
+            engine of ZeRO stage 1, 2 or 3 whose ``mpu`` names the shard group. For a local update, such as `diloco`,
+            also a plain module, each rank a replica.
+        optimizer: the inner optimizer; None for a DeepSpeed engine, which has its own.
+        sync: made by `every_step`, `diloco`, ...
+        replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default;
+            for a plain module: all ranks. With FSDP2 and DeepSpeed it must be given. Ranks that do not train, such as
+            evaluators, do not call `attach`.
+        seed: of stochastic rounding.
+        members: where replicas come and go: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
+            default process group is then this replica's own; the sync is a local update.
+
+    Raises ``TypeError`` for another kind of model, for a sync that a plain module cannot serve, and for complex
+    parameters; ``ValueError`` for a group that is
+    missing or does not contain this rank, an optimizer of another model, embeddings with sparse gradients, and ranks
+    that do not agree about ``sync`` or the model; and what adapters raise for configurations that they cannot serve.
+    """
+    require_call(optimizer, sync)
+    model, optimizer = unwrapped_model(model), unwrapped_optimizer(optimizer)
+    plain = is_plain(model)
+    require_servable(model, optimizer)  # before anybody makes groups
+    if members is not None:
+        return _attached_to_members(model, optimizer, sync, members, seed)
+    if replicate_group is None and isinstance(model, DistributedDataParallel):
+        replicate_group = model.process_group
+    if replicate_group is None and plain:
+        replicate_group = dist.group.WORLD
+    if replicate_group is None:
+        raise ValueError(
+            f"{type(model).__name__} shards the model, so dtrain cannot know which ranks hold the same shard; pass "
+            'replicate_group, for example mesh.get_group("replicate")'
+        )
+    if replicate_group.rank() < 0:
+        raise ValueError("this rank is not in replicate_group; build the groups on every rank and pass its own")
+    channel = Channel(own_groups(model, replicate_group))
+
+    def bind(pieces: Pieces) -> Attached:
+        attached = sync.bind(pieces, seed)
+        channel.run(equalized(model, pieces.place), "agreement")
+        return attached
+
+    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
+
+
+def _attached_to_members(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, sync: Sync, members: Members, seed: int
+) -> Attached:
+    from dtrain.comm.methods.local_update import LocalUpdate
+    from dtrain.comm.methods.one_byte import OneByte
+    from dtrain.comm.runtime.membership.elastic import AttachedElastic
+    from dtrain.comm.runtime.membership.joining import AttachedElasticOneByte
+    from dtrain.comm.runtime.membership.members import Members
+
+    def bind(pieces: Pieces) -> Attached:
+        if isinstance(sync, LocalUpdate):
+            return AttachedElastic(sync, pieces, seed, members)
+        if isinstance(sync, OneByte):
+            return AttachedElasticOneByte(sync, pieces, seed, members)
+        raise TypeError(
+            "replicas can come and go between the rounds of a local update, such as diloco(...), and between the steps "
+            f"of one_byte(...); this is {sync}"
+        )
+
+    if not isinstance(members, Members):
+        raise TypeError(f'members is {members!r}; give Members("host:port", replicas=...)')
+    world = list(range(dist.get_world_size()))
+    shard = TorchTransport.between(world) if len(world) > 1 else Alone()
+    channel = Channel({"replicate": members.transport(), "shard": shard})
+    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
+
+
+def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
+    try:
+        attached = bind(pieces)
+        pieces.trained.differ = attached.parameters_kind == "per_worker"
+        if pieces.trained.differ:
+            require_silent(pieces.optimizer)
+            pieces.trained.listening = Listening(pieces.optimizer, _replica(pieces.channel))
+            pieces.trained.watch_outside()
+            attached.stepped_elsewhere = frozenset(pieces.trained.outside)
+            attached.require_still = pieces.trained.require_still
+        pieces.trained.warn_of_outside()
+        return attached
+    except BaseException:  # what is refused leaves the model and the optimizer as they were
+        pieces.detach()
+        pieces.channel.close(timeout_seconds=2.0)
+        raise
+
+
+def _replica(channel: Channel) -> list[int]:
+    """The ranks that hold this replica together."""
+    within = channel.transports["shard"]
+    return dist.get_process_group_ranks(within.group) if isinstance(within, TorchTransport) else [dist.get_rank()]
+
+
+class Adapter(Pieces, Protocol):
+    """Pieces of a model that somebody else built, and what of it is trained."""
+
+    trained: Trained
+
+
+def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool) -> Adapter:
+    """The adapter for ``model``; see `attach`. ``overlap``: the caller waits (`Pieces.finish`) before it clips."""
+    plain = is_plain(model)
+    require_servable(model, optimizer)
+    if hasattr(model, "zero_optimization_stage"):
+        from dtrain.comm.adapters.zero import zero_pieces
+
+        return zero_pieces(model, channel)
+    if optimizer is None:
+        raise ValueError(f"{type(model).__name__} needs its optimizer here; None is for DeepSpeed engines")
+    if isinstance(model, DistributedDataParallel):
+        from dtrain.comm.adapters.ddp import DDPPieces
+
+        return DDPPieces(model, optimizer, channel)
+    if plain:
+        from dtrain.comm.adapters.module import ModulePieces
+
+        if channel.places["shard"].size > 1:
+            raise TypeError(
+                f"{type(model).__name__} is a plain module, of which each rank is a replica, and here "
+                f"{channel.places['shard'].size} ranks are one; wrap it in DistributedDataParallel or fully_shard"
+            )
+        return ModulePieces(model, optimizer, channel)
+    from dtrain.comm.adapters.fsdp import FSDPPieces
+
+    return FSDPPieces(model, optimizer, channel, overlap=overlap)

@@ -1,0 +1,261 @@
+"""Performs flows: `Channel.run` now, `Channel.start` in the background.
+
+One channel has one worker thread (with CUDA tensors: one side stream too) and one queue, so a flow that was started
+really travels while the model computes. Its process groups belong to it alone: two threads that enqueue collectives
+on one group in different orders would hang. Any axis may have another transport than torch.distributed.
+
+The ops of flows that are under way together are enqueued by waves, where op r of flow b belongs to wave b + r, and in a
+wave the youngest flow comes first: all ranks start the same flows in the same order, so all ranks enqueue the same ops
+in the same order, flow b + 1 is encoded and set out while the ops of flow b travel, and while one flow is decoded an op
+of another travels. With NCCL the youngest comes last: the stream would hold the others up until its tensors are
+computed. `flush`, and every wait, ends a batch of flows on all ranks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from dtrain.comm.ops import Axis, Flow, Op, Place
+from dtrain.comm.transports.meter import Meter, metered
+from dtrain.comm.transports.process_group import TorchTransport
+from dtrain.comm.transports.transport import Pauses, Transport, Travelling
+
+R = TypeVar("R")
+
+PEER_LEFT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say where another rank has ended."""
+
+
+class Handle(Generic[R]):
+    """A flow under way. `wait` returns its result, or raises what it raised."""
+
+    def __init__(self, channel: Channel, label: str, then: Callable[[Handle[R]], None] | None = None) -> None:
+        self.label = label
+        self.ended_at = 0.0  # time.perf_counter()
+        self._channel = channel
+        self._then = then
+        self._done = threading.Event()
+        self._result: R | None = None
+        self._error: BaseException | None = None
+        self._ready: torch.cuda.Event | None = None
+
+    def wait(self) -> R:
+        """Block until the flow has ended; the time blocked counts as exposed. Every rank must wait at this place."""
+        self._channel.flush()
+        started = time.perf_counter()
+        self._done.wait()
+        self._channel.meter.wait(time.perf_counter() - started, self.label)
+        return self.result()
+
+    def result(self) -> R:
+        """The result of a flow that has ended."""
+        if self._error is not None:
+            left = any(sign in f"{self._error}" for sign in PEER_LEFT)
+            why = "; a peer has left: do all ranks make the same number of steps? Its own log says more" if left else ""
+            raise RuntimeError(f"a collective flow failed: {self._error}{why}") from self._error
+        if self._ready is not None:
+            torch.cuda.current_stream().wait_event(self._ready)
+        return cast(R, self._result)
+
+    def _finish(self, result: R | None, error: BaseException | None) -> None:
+        self._result, self._error = result, error
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._ready = torch.cuda.current_stream().record_event()
+        self.ended_at = time.perf_counter()
+        self._done.set()
+        if self._then is not None:
+            try:
+                self._then(self)
+            except Exception as failure:  # the worker thread must live on; whoever comes next hears of it
+                self._error = self._error or failure
+                self._channel._failure = self._channel._failure or failure
+
+
+@dataclass
+class _Job:
+    flow: Flow[object]
+    handle: Handle[object]
+    ready: torch.cuda.Event | None  # what the caller's stream had computed when it started the flow
+
+
+@dataclass
+class _Renewal:
+    """A break in the queue: what was started has ended, well or not."""
+
+    done: threading.Event
+
+
+@dataclass
+class _Running:
+    job: _Job
+    travelling: Travelling
+
+
+_OPEN: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def close_all(timeout_seconds: float) -> None:
+    """Close every channel of this process that is still open."""
+    for channel in list(_OPEN):
+        channel.close(timeout_seconds)
+
+
+class Channel:
+    """All that one rank sends: a transport for each axis, a worker thread, and a meter.
+
+    Args:
+        axes: a process group, or another transport, for each axis; used by nothing else. Created on the main thread,
+            on every rank in the same order. Transports are closed with the channel; groups stay as they are.
+        meter: counts every op; a fresh one by default.
+    """
+
+    def __init__(self, axes: Mapping[Axis, dist.ProcessGroup | Transport], meter: Meter | None = None) -> None:
+        self.transports: dict[Axis, Transport] = {
+            axis: TorchTransport(by) if isinstance(by, dist.ProcessGroup) else by for axis, by in axes.items()
+        }
+        self.meter = meter if meter is not None else Meter()
+        self.places = _places(self.transports)
+        self._youngest_first = not any(transport.in_stream_order for transport in self.transports.values())
+        self._queue: queue.SimpleQueue[_Job | _Renewal | Channel | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="dtrain-channel", daemon=True)
+        self._thread.start()
+        _OPEN.add(self)
+        # A thread that is still inside the transport while the interpreter goes down aborts the whole process.
+        atexit.register(self._end, timeout_seconds=2.0)
+
+    def run(self, flow: Flow[R], label: str) -> R:
+        """Perform ``flow`` and return its result. ``label`` names its traffic in the meter."""
+        return self.start(flow, label).wait()
+
+    def start(self, flow: Flow[R], label: str, then: Callable[[Handle[R]], None] | None = None) -> Handle[R]:
+        """Perform ``flow`` in the background; ``then`` is called on the worker thread when it has ended.
+
+        The flow's own Python code runs on the worker thread too. Tensors that it reads must not change until it ends.
+        """
+        if self._closed:
+            raise RuntimeError("this channel is closed; a flow can only be started before close() or detach()")
+        handle: Handle[R] = Handle(self, label, then)
+        ready = None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            ready = torch.cuda.current_stream().record_event()
+        counted = metered(flow, self.meter, self.places, label)
+        self._queue.put(_Job(cast(Flow[object], counted), cast(Handle[object], handle), ready))
+        return handle
+
+    def second(self) -> Channel:
+        """A channel of its own to the peers, whose flows travel beside this one's; the meter is the same.
+
+        Every rank must call it at the same place: it makes a process group.
+        """
+        return Channel({"replicate": self.transports["replicate"].twin()}, self.meter)
+
+    def flush(self) -> None:
+        """Let every flow that was started come to its end before the next one begins. Called by all ranks alike."""
+        self._queue.put(None)
+
+    def renew(self) -> None:
+        """Forget a failure, and count the ranks of each axis anew, when all that was started has ended, well or not."""
+        item = _Renewal(threading.Event())
+        self._queue.put(item)
+        item.done.wait()
+
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """Finish what was started, end the worker thread, close the transports. Every rank must call it alike.
+
+        Where a flow has failed, or is still under way after ``timeout_seconds``, the transports stay open: to close
+        one in which something is under way is to wait for ranks that may be gone.
+        """
+        self._end(timeout_seconds)
+        if self._thread.is_alive() or self._failure is not None:
+            return
+        for transport in self.transports.values():
+            transport.close()
+
+    def _end(self, timeout_seconds: float | None) -> None:
+        atexit.unregister(self._end)
+        _OPEN.discard(self)
+        self._closed = True
+        if self._thread.is_alive():
+            self._queue.put(self)
+            self._thread.join(timeout_seconds)
+
+    def _serve(self) -> None:
+        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        with torch.cuda.stream(stream):
+            while self._batch():
+                pass
+
+    def _batch(self) -> bool:
+        """Serve flows up to the next flush; False if the channel was closed."""
+        running: list[_Running] = []
+        item = self._next(running)
+        while isinstance(item, _Job):
+            running = self._wave(running, item)
+            item = self._next(running)
+        while running:
+            running = self._wave(running)
+        if isinstance(item, _Renewal):
+            self._failure = None
+            self.places.update(_places(self.transports))
+            item.done.set()
+        return not isinstance(item, Channel)
+
+    def _wave(self, running: list[_Running], beginner: _Job | None = None) -> list[_Running]:
+        """Bring every flow one op further, and ``beginner`` to its first; returns those that go on, oldest first."""
+        moves = [partial(self._advance, flow) for flow in running]
+        if beginner is not None:
+            moves.append(partial(self._begin, beginner))
+        if self._youngest_first:
+            after = [move() for move in reversed(moves)][::-1]
+        else:
+            after = [move() for move in moves]
+        return [flow for flow in after if flow is not None]
+
+    def _next(self, running: list[_Running]) -> _Job | _Renewal | Channel | None:
+        """The next in the queue. Until it comes, ops that move only while somebody polls them (MPI) are polled."""
+        pauses = Pauses()
+        while not all(flow.travelling.poll() for flow in running):
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=pauses.next())
+        return self._queue.get()
+
+    def _begin(self, job: _Job) -> _Running | None:
+        if job.ready is not None:
+            torch.cuda.current_stream().wait_event(job.ready)
+        return self._issue(job, lambda: next(job.flow))
+
+    def _advance(self, running: _Running) -> _Running | None:
+        return self._issue(running.job, lambda: running.job.flow.send(running.travelling.wait()))
+
+    def _issue(self, job: _Job, resume: Callable[[], Op]) -> _Running | None:
+        """Resume a flow and put its next op on the wire; None if it has ended."""
+        try:
+            if self._failure is not None:
+                # After a failure the ranks no longer agree on what comes next, and a collective would hang.
+                raise RuntimeError(f"an earlier flow on this channel failed: {self._failure}") from self._failure
+            op = resume()
+            return _Running(job, self.transports[op.axis].issue(op))
+        except StopIteration as done:
+            job.handle._finish(done.value, None)
+        except BaseException as error:  # the caller gets it from `Handle.wait`, on its own thread
+            self._failure = self._failure or error
+            job.handle._finish(None, error)
+        return None
+
+
+def _places(transports: Mapping[Axis, Transport]) -> dict[Axis, Place]:
+    return {axis: Place(transport.rank, transport.size) for axis, transport in transports.items()}

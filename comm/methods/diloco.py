@@ -1,0 +1,61 @@
+"""DiLoCo (Douillard et al., arXiv:2311.08105): local AdamW, then an outer Nesterov step on the mean delta.
+
+    for H steps:  parameters_i <- inner optimizer
+    anchor <- outer(anchor, mean_i(anchor - parameters_i));   parameters_i <- anchor
+
+The row of `local_update` with outer Nesterov SGD. With one replica it is a lookahead optimizer, not the identity.
+Communication: one round every H steps. Bytes: of one (compressed) parameter exchange per round.
+Keeps: the anchor and the outer momentum.
+"""
+
+from __future__ import annotations
+
+from dtrain.comm.collectives.combine import Route
+from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, OuterState, local_update
+from dtrain.comm.outer_optimizers import OuterOptimizer, nesterov
+from dtrain.comm.plans.plan import Compress
+from dtrain.comm.runtime.consistency import Tie
+from dtrain.comm.runtime.knobs import Knob
+
+
+def diloco(
+    *,
+    every_steps: Knob = 100,
+    outer: OuterOptimizer | None = None,
+    compress: Compress = None,
+    warmup_steps: int = 0,
+    outer_state: OuterState = "replicated",
+    utilization: float = 0.95,
+    route: Route = "two_phase",
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
+) -> LocalUpdate:
+    """DiLoCo.
+
+    Args:
+        every_steps: H, the inner steps in a round; or "auto", see `knobs`.
+        outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default, the paper's choice.
+        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        warmup_steps: steps of data parallelism before the first round; the paper's runs begin after 24,000 of 88,000.
+        outer_state: "sharded" (1 / M of anchor and outer momentum on each of M replicas; fp32 only) or "offloaded" (in
+            host memory between rounds); "replicated" by default.
+        utilization: the compute utilization that "auto" aims at, in (0, 1).
+        route: "two_phase", or "all_reduce" in fp32; see `local_update`.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
+
+    >>> diloco().outer == nesterov(lr=0.7, momentum=0.9)
+    True
+
+    Raises ``ValueError`` for a period that is no positive integer. Source: arXiv:2311.08105, algorithm 1.
+    """
+    return local_update(
+        every_steps=every_steps,
+        outer=nesterov() if outer is None else outer,
+        compress=compress,
+        warmup_steps=warmup_steps,
+        outer_state=outer_state,
+        utilization=utilization,
+        route=route,
+        verify_every=verify_every,
+        tie=tie,
+    )

@@ -1,0 +1,268 @@
+"""FedKSeed: the model is its first weights and K numbers, one along each of K directions that never change.
+
+    round     every machine, from the same weights, tau steps:   draw s of K;   g = SPSA along z_s;   w <- w - lr g z_s
+    then      all (s, g) are gathered;   A_s <- A_s + sum over machines i of share_i g      (share: of the tokens)
+              w <- w_0 - lr sum over s of A_s z_s                                           made anew, in the order of s
+
+Source: Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under 18
+Kilobytes", arXiv:2312.06353. Here nobody is a server: every machine adds up A and makes the weights itself, so all have
+the same to the bit. The weights never leave the K dimensions around w_0: more steps need no more bytes, and K sets what
+can be learned. Sampling "pro" draws directions more often along which the loss was seen to change more.
+Communication: one all-gather a round. Bytes: 8 for each of its steps, and 4. Keeps: w_0, A; "pro": two numbers per s.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.layout import Named
+from dtrain.comm.methods.local_update import VERIFY_ROUNDS
+from dtrain.comm.ops import AllGather, Flow, Payload
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.plans.adaptive import bits_of, number_of
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.consistency import Held, Tie, require_guard
+from dtrain.comm.runtime.forward_only import ForwardOnly, require_plain_sgd
+from dtrain.comm.shared_seed.directions import At, Noise, Walk, move, single
+from dtrain.comm.shared_seed.philox import Address
+from dtrain.comm.state import Kind
+
+Sampling: TypeAlias = Literal["uniform", "pro"]
+LARGEST = 1000.0
+"""Beyond it a number counts no more for "pro"."""
+
+
+@dataclass(frozen=True)
+class FedKSeed:
+    """See `fedkseed`."""
+
+    every_steps: int
+    directions: int
+    eps: float
+    noise: Noise
+    sampling: Sampling
+    verify_every: int = VERIFY_ROUNDS
+    tie: Tie = "stop"
+
+    constant_rate = True
+    """What the trainer refuses a schedule of the learning rate for."""
+
+    def bind(self, pieces: Pieces, seed: int) -> Attached:
+        self.require_inner(pieces.optimizer)
+        return AttachedFedKSeed(self, pieces, seed)
+
+    def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        require_plain_sgd(optimizer, "fedkseed")
+        decay = max(group["weight_decay"] for group in optimizer.param_groups)
+        if decay:
+            raise ValueError(
+                f"fedkseed makes the weights anew from the first ones and a sum along {self.directions} directions, "
+                f"which weight decay ({decay}) is none of; set it to 0: optim.inner.weight_decay=0"
+            )
+
+
+class AttachedFedKSeed(ForwardOnly):
+    """A `FedKSeed` at work. Within a round each replica goes its own way."""
+
+    parameters_kind: Kind = "per_worker"
+    counters = (*ForwardOnly.counters, "rounds", "tokens")
+    _alike_means = "first weights, sums along directions; after a round the weights"
+    _from_the_beginning = ("first",)
+
+    def __init__(self, spec: FedKSeed, pieces: Pieces, seed: int) -> None:
+        walk = Walk(seed % 2**64, noise=spec.noise)
+        self.rate = float(pieces.optimizer.param_groups[0]["lr"])
+        super().__init__((spec, self.rate), pieces, seed, walk, spec.eps, {"first": "replicated"})
+        self.spec, self.tie = spec, spec.tie
+        self.rounds = self.tokens = 0
+        self.sums = [0.0] * spec.directions  # A
+        self.seen = [(0.0, 1)] * spec.directions  # for "pro": sum of amounts, and how many; one of 0 to begin with
+        self.own: list[tuple[int, float]] = []  # of this round
+        self._borders: list[float] = []  # of the odds, added up; they change with the round
+        self._drawn = -1, 0  # the direction of a step
+        for fqn, value in pieces.read().items():
+            self.state.stage(fqn, "first", value)
+        self.state.commit()
+
+    def weigh(self, tokens: int) -> None:
+        """Say, before `step`, how many tokens this replica's step was made from; without it a step counts as one."""
+        self.tokens += tokens - 1
+
+    def step(self) -> bool:
+        """Go along what was tried; at the end of a round gather, and make the weights anew. False if not usable."""
+        self._require_live("step()")
+        if self._rate() != self.rate:
+            raise RuntimeError(
+                f"the learning rate was {self.rate!r} and is {self._rate()!r}; fedkseed makes the weights from sums "
+                "over all steps, so it has one (optim.schedule=constant optim.warmup_steps=0)"
+            )
+        (number,), chosen = self._taken(), self._chosen()
+        usable = math.isfinite(single(self.rate * number))
+        self.own.append((chosen, single(number) if usable else 0.0))
+        if usable:
+            values = self.pieces.read()
+            move(values, self.pieces.segments, self.walk, [((0, 0, chosen), single(-self.rate * number))])
+            self.pieces.write(values)
+        self.tokens += 1
+        self._count(usable)
+        if len(self.own) == self.spec.every_steps:
+            self._end_round()
+            if self.spec.verify_every and self.rounds % self.spec.verify_every == 0:
+                self.verify()
+        return usable
+
+    def close_round(self) -> bool:
+        self._require_live("close_round()")
+        open_round = bool(self.own)
+        if open_round:
+            self._end_round()
+        return open_round
+
+    def _held_alike(self) -> Held:
+        yield from super()._held_alike()
+        if self.rounds and not self.own:
+            yield from self._parameters_alike()
+
+    def _alike_in_words(self) -> str:
+        return f"{self.sums}"
+
+    def _to_evaluate(self) -> dict[str, Tensor] | None:
+        return dict(self._made()) if self.own else None
+
+    def integers(self) -> dict[str, int]:
+        own = {"rate": bits_of(self.rate)}
+        own |= {f"sum.{s}": bits_of(number) for s, number in enumerate(self.sums) if number}
+        for s, (amount, times) in enumerate(self.seen):
+            if times > 1:
+                own |= {f"seen.{s}": bits_of(amount), f"times.{s}": times}
+        for place, (s, number) in enumerate(self.own):
+            own |= {f"own.{place}": s, f"own.{place}.number": bits_of(number)}
+        return {**super().integers(), **own}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        super().load_integers(integers)
+        self._borders, self._drawn = [], (-1, 0)
+        if number_of(integers["rate"]) != self.rate:
+            raise ValueError(
+                f"this run had the learning rate {number_of(integers['rate'])!r}, and its weights are sums along it; "
+                f"go on with it instead of {self.rate!r}"
+            )
+        everything = range(self.spec.directions)
+        self.sums = [number_of(integers.get(f"sum.{s}", 0)) for s in everything]
+        self.seen = [(number_of(integers.get(f"seen.{s}", 0)), integers.get(f"times.{s}", 1)) for s in everything]
+        self.own = [
+            (integers[f"own.{place}"], number_of(integers[f"own.{place}.number"]))
+            for place in itertools.takewhile(lambda place: f"own.{place}" in integers, itertools.count())
+        ]
+
+    def _at(self, sample: int) -> At:
+        return 0, 0, self._chosen()
+
+    def _chosen(self) -> int:
+        """The direction that this replica tries in this step."""
+        step, chosen = self._drawn
+        if step != self.steps:
+            chosen = self._draw(self.walk.random.uniform(Address("seed", self.steps, self.pieces.place.rank)))
+            self._drawn = self.steps, chosen
+        return chosen
+
+    def _draw(self, number: float) -> int:
+        if self.spec.sampling == "uniform":
+            return int(number * self.spec.directions)
+        if not self._borders:
+            self._borders = list(itertools.accumulate(odds([amount / times for amount, times in self.seen])))
+        return min(bisect.bisect_right(self._borders, number * self._borders[-1]), self.spec.directions - 1)
+
+    def _end_round(self) -> None:
+        missing = self.spec.every_steps - len(self.own)
+        seeds, numbers = zip(*self.own, *[(0, 0.0)] * missing, strict=True)
+        mine = (
+            torch.tensor(seeds, dtype=torch.int32),
+            torch.tensor(numbers, dtype=torch.float32),
+            torch.tensor([float(self.tokens)]),
+        )
+        all_seeds, all_numbers, tokens = self.pieces.channel.run(_gathered(mine), "round")
+        total = float(tokens.double().sum())
+        for worker in range(self.pieces.place.size):
+            share = float(tokens[worker]) / total
+            for s, number in zip(all_seeds[worker].tolist(), all_numbers[worker].tolist(), strict=True):
+                self.sums[s] += share * number
+                if number:
+                    amount, times = self.seen[s]
+                    self.seen[s] = amount + min(abs(number), LARGEST), times + 1
+        self.pieces.write(self._made())
+        self.own, self.tokens, self._borders = [], 0, []
+        self.rounds += 1
+
+    def _made(self) -> Named:
+        """The weights that all replicas agree on."""
+        values = {fqn: self.state.tensors[fqn]["first"].clone() for fqn in self.pieces.segments}
+        moves = (((0, 0, s), single(-self.rate * number)) for s, number in enumerate(self.sums))
+        move(values, self.pieces.segments, self.walk, moves)
+        return values
+
+    def _rate(self) -> float:
+        return float(self.pieces.optimizer.param_groups[0]["lr"])
+
+
+def fedkseed(
+    *,
+    every_steps: int = 200,
+    directions: int = 4096,
+    eps: float = 5e-4,
+    noise: Noise = "signs",
+    sampling: Sampling = "uniform",
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
+) -> FedKSeed:
+    """Zeroth-order rounds along directions that never change; some kilobytes a round whatever the model's size.
+
+    Args:
+        every_steps: tau, the steps in a round.
+        directions: K. What is learned lies in their span; making the weights takes time in proportion.
+        eps: how far a direction is tried.
+        noise: "signs", or "normal" numbers.
+        sampling: "uniform", or "pro": in proportion to exp of how much the loss has changed along a direction, from the
+            least (0) to the most (1) of all.
+        verify_every: rounds between two comparisons of the weights that all replicas have made; 0 for none.
+        tie: see `every_step`.
+
+    >>> fedkseed().directions
+    4096
+
+    Raises ``ValueError`` for numbers outside their range, and when attached to an optimizer with momentum or decay.
+    """
+    for name, value in (("every_steps", every_steps), ("directions", directions)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; give a positive whole number")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps!r}; give a small positive number such as 5e-4")
+    if sampling not in ("uniform", "pro"):
+        raise ValueError(f"sampling is {sampling!r}; choose 'uniform' or 'pro'")
+    Walk(0, noise=noise)  # refuses what makes no sense
+    require_guard(verify_every, tie, "rounds")
+    return FedKSeed(every_steps, directions, eps, noise, sampling, verify_every, tie)
+
+
+def odds(amounts: list[float]) -> list[float]:
+    """How likely each direction is, up to a factor: exp of its amount, put between 0 and 1.
+
+    >>> [round(each, 3) for each in odds([0.0, 3.0, 6.0])]
+    [1.0, 1.649, 2.718]
+    """
+    least, most = min(amounts), max(amounts)
+    return [math.exp((amount - least) / (most - least + 1e-10)) for amount in amounts]
+
+
+def _gathered(mine: Payload) -> Flow[tuple[Tensor, ...]]:
+    everybody = yield AllGather(mine)
+    return tuple(everybody)

@@ -1,0 +1,204 @@
+"""Ferret: local steps by gradients, and of what they have moved a few numbers along directions drawn anew each time.
+
+    each machine i     delta_i in blocks of b elements;   K_il directions for block l, as many as reduce the error most
+                       V_il: b x K_il signs from (run, round, machine, block);   gamma_il = V_il^T delta_il / K_il
+    everybody          D_l = a_l sum over i of share_i V_il gamma_il;   then the outer step
+                       a_l = K_l / (K_l + b - 1), K_l = sum over i of K_il;   or 1, unbiased (``shrink="none"``)
+
+Source: Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large Language Models", arXiv:2409.06277. Of
+its code's three departures from the paper none is here: (1 / K) once and not a third of it, directions that are fresh
+for each machine and round, so that what they leave out averages over both, and who uses which needs no saying. The
+allocation is the one of least error for signs, K_il in proportion to sqrt(b) |delta_il|; with blocks alike the paper's.
+Numbers are sent as 8-bit integers with one scale: what they are off by is far below what a projection leaves out, and
+sums of signs times integers are exact, so that any processor's matrix product has the same bits.
+Cosine and norm of one machine's part (a = 1): sqrt(K / (K + d)) and sqrt((K + d) / K) for d elements: little, unless
+rounds are many. Communication: one all-gather a round. Bytes: ``directions``, one for each block, and 8.
+Keeps: what a local update keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.collectives.two_phase import Combined, all_finite
+from dtrain.comm.compressors.projection import shrinkage
+from dtrain.comm.layout import Named
+from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
+from dtrain.comm.ops import AllGather, Flow, Place
+from dtrain.comm.outer_optimizers import OuterOptimizer, sgd
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.consistency import Tie
+from dtrain.comm.runtime.loop import AttachedLocalUpdate
+from dtrain.comm.runtime.parts import Flight, Part
+from dtrain.comm.shared_seed.directions import single
+from dtrain.comm.shared_seed.philox import Address, SharedRandom
+
+Shrink: TypeAlias = Literal["least_error", "none"]
+LEAST, MOST = 1, 255
+"""Directions of a block: how many are said in a byte."""
+LARGEST = 127
+
+
+@dataclass(frozen=True)
+class Ferret(LocalUpdate):
+    """See `ferret`."""
+
+    directions: int = 8192
+    block: int = 16384
+    shrink: Shrink = "least_error"
+
+    def bind(self, pieces: Pieces, seed: int) -> Attached:
+        return AttachedFerret(self, pieces, seed)
+
+
+class AttachedFerret(AttachedLocalUpdate):
+    """A `Ferret` at work."""
+
+    spec: Ferret
+    settings = (*AttachedLocalUpdate.settings, "directions", "block", "shrink")
+
+    def __init__(self, spec: Ferret, pieces: Pieces, seed: int) -> None:
+        held = sum(segment.numel for segment in pieces.segments.values())
+        total = sum(math.prod(shape) for shape in pieces.shapes.values())
+        blocks = -(-held // spec.block)
+        self.budget = min(max(spec.directions * held // max(1, total), 0), blocks * MOST)
+        if self.budget < blocks * LEAST:
+            raise ValueError(
+                f"directions={spec.directions} leave {self.budget} for the {blocks} blocks of {spec.block} elements "
+                f"that this rank holds; give at least {-(-blocks * LEAST * total // max(1, held))}, or larger blocks"
+            )
+        super().__init__(spec, pieces, seed)
+
+    def _launched(self, part: Part, flight: Flight) -> Flight:
+        shard = self.pieces.channel.places["shard"]
+        drawn = Drawn(SharedRandom(self.seed % 2**64), flight.captured, f"shard {shard.rank} of {shard.size}")
+        spec, weight = self.spec, 1.0 if flight.weight is None else flight.weight
+        flow = projected(flight.sent or {}, drawn, self.pieces.place, spec.block, self.budget, spec.shrink, weight)
+        flight.handles = [self.channel.start(flow, self._label(part))]
+        return flight
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Whose directions: of the run, in this round, for what this shard holds."""
+
+    random: SharedRandom
+    round: int
+    shard: str
+
+    def block(self, worker: int, number: int, directions: int, size: int) -> Tensor:
+        """[directions, size]: V^T."""
+        at = Address("ferret", self.round, worker, number)
+        return self.random.signs(at, self.shard, directions * size).view(directions, size)
+
+
+def projected(
+    values: Named, drawn: Drawn, place: Place, block: int, budget: int, shrink: Shrink, weight: float
+) -> Flow[Combined]:
+    """The weighted mean of all peers' flat fp32 ``values``, as far as ``budget`` directions of each tell."""
+    flat = torch.cat([value.float() for value in values.values()]) if values else torch.zeros(0)
+    blocks = flat.split(block) if flat.numel() else ()
+    finite = weight > 0 and all_finite(values)
+    needs = [float(part.norm()) * math.sqrt(part.numel()) if finite else 0.0 for part in blocks]
+    counts = allotted(needs, budget) if blocks else []
+    numbers = torch.cat([
+        drawn.block(place.rank, number, count, part.numel()).to(part.device) @ part / count
+        for number, (part, count) in enumerate(zip(blocks, counts, strict=True))
+    ]) if finite and blocks else flat.new_zeros(budget)  # fmt: skip
+    scale = max(float(numbers.abs().max()) if budget else 0.0, torch.finfo(torch.float32).tiny) / LARGEST
+    head = torch.tensor([scale, weight if finite else 0.0], device=flat.device)
+    codes = (numbers / scale).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+    how_many = torch.tensor(counts, dtype=torch.uint8, device=flat.device)
+    heads, all_codes, all_counts = yield AllGather((head, codes, how_many))
+
+    weights = [float(weight) for weight in heads[:, 1].tolist()]
+    total = math.fsum(weights)
+    if total <= 0:
+        return Combined({fqn: torch.zeros_like(value) for fqn, value in values.items()}, False)
+    mean = torch.empty_like(flat)
+    used = [rank for rank in range(place.size) if weights[rank] > 0]
+    starts = dict.fromkeys(used, 0)
+    of_blocks = all_counts.to(torch.int64).tolist()
+    for number, part in enumerate(mean.split(block) if flat.numel() else ()):
+        part.zero_()
+        for rank in used:
+            count = of_blocks[rank][number]
+            own = all_codes[rank][starts[rank] : starts[rank] + count].float()
+            starts[rank] += count
+            # Integers below 2^24: exact in whatever order they are added up.
+            exact = own @ drawn.block(rank, number, count, part.numel()).to(part.device)
+            part.add_(exact.mul_(single(float(heads[rank, 0]) * weights[rank] / total)))
+        if shrink == "least_error":
+            part.mul_(single(shrinkage(sum(of_blocks[rank][number] for rank in used), part.numel())))
+    return Combined(dict(_cut(mean, values)), all_finite({"": mean}))
+
+
+def allotted(needs: list[float], budget: int) -> list[int]:
+    """``budget`` directions for blocks in proportion to ``needs``, each within LEAST and MOST; in all just as many.
+
+    >>> allotted([3.0, 1.0, 0.0], 9)
+    [6, 2, 1]
+
+    The caller sees to it that there is a way: LEAST to MOST for each.
+    """
+    wanted = torch.tensor(needs, dtype=torch.float64)
+    wanted = (wanted / wanted.max().clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=1e-9)
+    low, high = 0.0, MOST / 1e-9
+    for _ in range(100):  # halved until there is no number between: the largest factor that the budget allows
+        middle = (low + high) / 2
+        fits = int((middle * wanted).clamp(LEAST, MOST).floor().sum()) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    real = (low * wanted).clamp(LEAST, MOST)
+    given = real.floor()
+    left = budget - int(given.sum())
+    nearest = (real - given).masked_fill(given >= MOST, -1.0).argsort(descending=True, stable=True)
+    given[nearest[:left]] += 1
+    return [int(count) for count in given]
+
+
+def ferret(
+    *,
+    every_steps: int = 20,
+    outer: OuterOptimizer | None = None,
+    directions: int = 8192,
+    block: int = 16384,
+    shrink: Shrink = "least_error",
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
+) -> Ferret:
+    """Ferret: local updates of which a few kilobytes are told.
+
+    Args:
+        every_steps: inner steps in a round.
+        outer: the outer optimizer; plain SGD with a rate of 1 by default. What was shrunk is small: rates above 1 pay.
+        directions: numbers that each replica sends in a round, a byte each; at least one for each block.
+        block: elements of a block.
+        shrink: "least_error" takes what was heard for as much as can be known by it; "none" is unbiased, and of a norm
+            that is sqrt((K + d) / K) times as large as the delta's.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
+
+    >>> ferret().directions
+    8192
+
+    Raises ``ValueError`` for numbers outside their range. Source: arXiv:2409.06277.
+    """
+    for name, value in (("directions", directions), ("block", block)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; give a positive whole number")
+    if shrink not in ("least_error", "none"):
+        raise ValueError(f"shrink is {shrink!r}; choose 'least_error' or 'none'")
+    outer = sgd() if outer is None else outer
+    loop = local_update(every_steps=every_steps, outer=outer, verify_every=verify_every, tie=tie)
+    return Ferret(**vars(loop), directions=directions, block=block, shrink=shrink)
+
+
+def _cut(flat: Tensor, like: Named) -> Iterator[tuple[str, Tensor]]:
+    for part, (fqn, value) in zip(flat.split([value.numel() for value in like.values()]), like.items(), strict=True):
+        yield fqn, part.to(value.dtype)

@@ -1,0 +1,159 @@
+"""1-bit Adam (Tang et al., arXiv:2102.02888): after a warm-up the variance is frozen and momenta are sent in one bit.
+
+    warm-up    the inner optimizer's own Adam on the mean gradient, in fp32
+    then       m_i = b1 m + (1 - b1) g_i;   m = combined C(m_i), with error feedback
+               x -= lr (clip(m / (sqrt(v) + eps), -c, c) + decay x)         v as the warm-up left it
+
+An element that had no gradient in the warm-up has v = 0: from then on it is not stepped but for its decay, as a code of
+few bits says of every element that it has a momentum. One that had next to none would be thrown far by it: c is the
+largest step of Adam itself, max(1, (1 - b1) / sqrt(1 - b2)). Both are ours; rows of an embedding that are first seen
+after the warm-up stay as they are, so it must be long enough to see what matters.
+
+Feedback around a gradient would go through Adam's variance, which is not linear; through a momentum it may go. m and v
+are divided by Adam's bias corrections of the last warm-up step. From the freeze on the inner optimizer is not stepped
+any more; its learning rate is still read in each step.
+Communication: the two-phase route of `every_step`; clipping after the freeze has no effect.
+Keeps: m and v, equal on all replicas, and what the feedback keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dtrain.comm.collectives.two_phase import Combined
+from dtrain.comm.compressors.sign import sign
+from dtrain.comm.feedback import error_feedback
+from dtrain.comm.layout import Named, is_keepable, working
+from dtrain.comm.methods.every_step import VERIFY_STEPS, AttachedEveryStep, EveryStep, every_step
+from dtrain.comm.ops import Flow
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.plans.plan import Compress, after
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.consistency import Tie
+from dtrain.comm.seeds import Key
+
+READ = ("lr", "betas", "eps", "weight_decay")
+
+
+@dataclass(frozen=True)
+class OneBitAdam:
+    """See `onebit_adam`."""
+
+    warmup_steps: int
+    exchange: EveryStep
+
+    def bind(self, pieces: Pieces, seed: int) -> Attached:
+        inner = pieces.optimizer
+        groups = inner.param_groups
+        if not all("betas" in group and "eps" in group for group in groups) or "Adam" not in type(inner).__name__:
+            raise ValueError(f"onebit_adam freezes Adam's variance; the inner optimizer is {type(inner).__name__}")
+        if any(group.get("amsgrad") or group.get("maximize") for group in groups):
+            raise ValueError("onebit_adam does not know amsgrad and maximize; leave them off")
+        if any(group[name] != groups[0][name] for group in groups for name in READ):
+            raise ValueError(f"the parameter groups differ in one of {', '.join(READ)}; onebit_adam has one of each")
+        decoupled = "AdamW" in type(inner).__name__ or groups[0].get("decoupled_weight_decay", False)
+        if groups[0]["weight_decay"] and not decoupled:
+            raise ValueError("onebit_adam knows decoupled weight decay only; use AdamW, or weight_decay=0")
+        return _AttachedOneBitAdam(self, pieces, seed)
+
+
+class _AttachedOneBitAdam(AttachedEveryStep):
+    def __init__(self, spec: OneBitAdam, pieces: Pieces, seed: int) -> None:
+        super().__init__(spec.exchange, pieces, seed, {"adam_m": "replicated", "adam_v": "replicated"})
+        self.warmup_steps = spec.warmup_steps
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the warm-up is over."""
+        return self.steps >= self.warmup_steps
+
+    def _combine(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]:
+        if not self.frozen:
+            mean = yield from super()._combine(gradients, key, present)
+            # The square of more would leave no finite variance to be frozen.
+            return replace(mean, finite=mean.finite and is_keepable(*mean.values.values()))
+        b1 = self._group["betas"][0]
+        last = {fqn: self.state.get(fqn, "adam_m", gradient) for fqn, gradient in gradients.items()}
+        momenta = {
+            fqn: (last[fqn] if self.state.begun(fqn, "adam_m") else b1 * last[fqn]) + (1 - b1) * working(gradient)
+            for fqn, gradient in gradients.items()
+        }
+        combined = yield from super()._combine(momenta, key, present)
+        for fqn, momentum in combined.values.items():
+            self.state.stage(fqn, "adam_m", momentum.clone())
+        new = {fqn: m - last[fqn] if key.again else m for fqn, m in combined.values.items()}  # it is added up
+        return replace(combined, values={fqn: m.to(gradients[fqn].dtype) for fqn, m in new.items()})
+
+    def stood_in(self) -> None:
+        if not self.frozen:
+            raise RuntimeError(
+                f"this rank has ended (model.join()) in step {self.steps}, within the {self.warmup_steps} steps of "
+                "1-bit Adam's warm-up: its Adam is not stepped any more, so its variance would be frozen at other "
+                "values; give all ranks that many batches, or end the warm-up earlier"
+            )
+        super().stood_in()
+
+    def _advance(self) -> None:
+        if not self.frozen:
+            super()._advance()
+            return
+        group, unused = self._group, set(self.pieces.unused())
+        b1, b2 = group["betas"]
+        largest = max(1.0, (1 - b1) / math.sqrt(1 - b2))
+        moved = {}
+        for fqn, now in self.pieces.read().items():
+            m, v = self.state.get(fqn, "adam_m", now), self.state.get(fqn, "adam_v", now)
+            along = torch.where(v > 0, m / (v.sqrt() + group["eps"]), 0.0).clamp_(-largest, largest)
+            step = along + group["weight_decay"] * now
+            moved[fqn] = now if fqn in unused else now - float(group["lr"]) * step
+        self.pieces.skip()
+        self.pieces.write(moved)
+
+    def _after_step(self) -> None:
+        super()._after_step()
+        if self.steps == self.warmup_steps:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """Take over Adam's moments, bias corrections included."""
+        b1, b2 = self._group["betas"]
+        kept = self.pieces.optimizer_state()
+        moments = kept.get("exp_avg", {})
+        if without := self.pieces.segments.keys() - moments.keys():
+            raise RuntimeError(
+                f"the inner optimizer has no variance of {', '.join(sorted(without)[:3])} after {self.steps} steps of "
+                "warm-up; onebit_adam needs every parameter in use, and at least one step that was not skipped"
+            )
+        for fqn, m in moments.items():
+            made = float(kept["step"][fqn]) if "step" in kept else float(self.steps)
+            self.state.stage(fqn, "adam_m", working(m) / (1 - b1**made))
+            self.state.stage(fqn, "adam_v", working(kept["exp_avg_sq"][fqn]) / (1 - b2**made))
+        self.state.commit()
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return self.pieces.optimizer.param_groups[0]
+
+
+def onebit_adam(
+    warmup_steps: int, *, compress: Compress = None, verify_every: int = VERIFY_STEPS, tie: Tie = "stop"
+) -> OneBitAdam:
+    """1-bit Adam.
+
+    Args:
+        warmup_steps: of plain Adam in fp32; 15 to 25 % of a run, until the variance stands still.
+        compress: what momenta are sent as afterwards; ``error_feedback(sign())`` by default.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `every_step`.
+
+    Raises ``ValueError`` for a warm-up of less than a step, and when attached to another optimizer than Adam or AdamW.
+    Source: arXiv:2102.02888, algorithm 1.
+    """
+    if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 1:
+        raise ValueError(f"warmup_steps is {warmup_steps!r}; the variance needs at least one step to be frozen")
+    then = error_feedback(sign()) if compress is None else compress
+    exchange = every_step(compress=after(warmup_steps, then), verify_every=verify_every, tie=tie)
+    return OneBitAdam(warmup_steps, exchange)

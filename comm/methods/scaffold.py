@@ -1,0 +1,262 @@
+"""FedAvg-M and SCAFFOLD-M (Cheng et al., arXiv:2306.16504): local steps that are told where the others go.
+
+    step      parameters_i <- parameters_i - lr (beta (gradient_i - c_i + c) + (1 - beta) g)
+    round     d_i = (anchor - parameters_i) / sum(lr);   D = mean_i d_i;   g <- D
+              c_i <- mean gradient_i of the round;   c <- mean_i c_i;   anchor <- anchor - outer lr sum(lr) D
+
+FedAvg-M leaves c_i and c at zero; with beta = 1 it is Local SGD, and SCAFFOLD-M is SCAFFOLD (Karimireddy et al.,
+arXiv:1910.06378, its option II). For data that differ from replica to replica, where Local SGD ends beside the optimum.
+Every replica takes part in each round and steps by plain SGD, so the mean gradients follow from what is known already:
+
+    mean gradient_i = (d_i - (1 - beta) g) / beta + c_i - c;   c <- (D - (1 - beta) g) / beta
+
+Where d_i is compressed, each replica takes for its own d_i what it has put into D: what was sent, less what a second
+phase lost of it, or EF21's estimate. c is then the mean of all c_i however much is lost; what each c_i is off is lost
+once, where otherwise every round's error would stay in c - mean c_i for good.
+
+Communication: one round every H steps. Bytes: of one parameter exchange per round, control variates cost none.
+Keeps: anchor and g; with control variates c, and c_i of each replica; during a lossy round what was sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.collectives.two_phase import Combined
+from dtrain.comm.compressors.cast import cast
+from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.feedback import Compression, NoFeedback
+from dtrain.comm.layout import Named
+from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
+from dtrain.comm.ops import Flow
+from dtrain.comm.outer_optimizers import sgd
+from dtrain.comm.pieces import Exchange, Pieces
+from dtrain.comm.plans.adaptive import bits_of, number_of
+from dtrain.comm.plans.plan import WEAK, Compress, Plan, as_plan, with_feedback
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.consistency import Tie
+from dtrain.comm.runtime.loop import AttachedLocalUpdate
+from dtrain.comm.runtime.parts import Part
+from dtrain.comm.state import Kind, State
+
+
+@dataclass(frozen=True)
+class Noted(NoFeedback):
+    """No feedback, but what this worker has put into the mean is noted: ``told``, whose mean over all is the result."""
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {"told": "per_worker"}
+
+    def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
+        state.stage(fqn, "told", sent.clone())
+
+    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
+        state.staged(fqn, "told")[start : start + error.numel()] -= world * error
+
+
+def noted(compression: Compression) -> Compression:
+    """``compression``, with `Noted` where it loses something that nobody feeds back."""
+    exact = compression.compressor == cast("fp32") or not isinstance(compression.feedback, NoFeedback)
+    return compression if exact else dataclasses.replace(compression, feedback=Noted())
+
+
+@dataclass(frozen=True)
+class Directed(LocalUpdate):
+    """See `fedavg_m` and `scaffold_m`. ``control``: whether there are control variates."""
+
+    beta: float = 1.0
+    control: bool = False
+
+    def bind(self, pieces: Pieces, seed: int) -> Attached:
+        self.require_inner(pieces.optimizer)
+        return AttachedDirected(self, pieces, seed)
+
+    def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        plain = isinstance(optimizer, torch.optim.SGD) and not any(
+            group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
+        )
+        if not plain or len({group["lr"] for group in optimizer.param_groups}) > 1:
+            raise ValueError(
+                f"{'scaffold_m' if self.control else 'fedavg_m'} steps by plain SGD, whose gradients it reads off from "
+                "what was moved; take torch.optim.SGD(lr=...) without momentum and weight decay and with one rate, not "
+                f"{type(optimizer).__name__}"
+            )
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        own: dict[str, Kind] = {"control": "replicated", "own_control": "per_worker"} if self.control else {}
+        return {**super().kinds, "direction": "replicated", **own}
+
+    @property
+    def weighs(self) -> bool:
+        return False  # c is the mean of all c_i only where all count alike
+
+
+class AttachedDirected(AttachedLocalUpdate):
+    """A `Directed` at work. ``moved``: the sum of the learning rates of this round's steps."""
+
+    settings = (*AttachedLocalUpdate.settings, "beta", "control")
+    spec: Directed
+
+    def __init__(self, spec: Directed, pieces: Pieces, seed: int) -> None:
+        super().__init__(spec, pieces, seed)
+        self.moved = 0.0
+        self._own: dict[str, Tensor] = {}
+        self._met: set[str] = set()  # parameters whose gradients this step has directed
+
+    def _on_gradients(self) -> Exchange:
+        return _Directing(self)
+
+    def _gradients_ok(self) -> bool:
+        self._met = set()
+        return super()._gradients_ok()
+
+    def integers(self) -> dict[str, int]:
+        return {**super().integers(), "moved": bits_of(self.moved)}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        super().load_integers(integers)
+        self.moved = number_of(integers["moved"])
+
+    def _directed(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        """What the optimizer is given in place of this replica's own gradients; nothing is sent."""
+        yield from ()
+        beta, state, found = self.spec.beta, self.state, {}
+        for fqn, gradient in gradients.items():
+            own = gradient
+            if fqn in self._met:  # of a further backward pass: the step has its direction already
+                found[fqn] = beta * own
+                continue
+            self._met.add(fqn)
+            if self.spec.control:
+                own = gradient + (state.get(fqn, "control", gradient) - state.get(fqn, "own_control", gradient))
+            found[fqn] = own if beta == 1 else beta * own + (1 - beta) * state.get(fqn, "direction", gradient)
+        return Combined(found, finite=True, present=None)
+
+    def _after_step(self) -> None:
+        self.moved += self._rate  # of a step that this replica skips, too: all must divide by the same
+        super()._after_step()
+
+    def _capture(self, part: Part) -> dict[str, Tensor]:
+        self._own = super()._capture(part)
+        return self._own
+
+    def _apply(self, part: Part, values: Named | None, mix: float) -> None:
+        beta, state = self.spec.beta, self.state
+        for fqn, mean in (values or {}).items() if self.moved else ():  # without a step nobody has learned anything
+            direction, last = mean / self.moved, state.get(fqn, "direction", mean)
+            if self.spec.control:
+                control, own = state.get(fqn, "control", mean), state.get(fqn, "own_control", mean)
+                told = (self._put_in(fqn) / self.moved - (1 - beta) * last) / beta
+                state.stage(fqn, "own_control", told + own - control)
+                state.stage(fqn, "control", (direction - (1 - beta) * last) / beta)
+            state.stage(fqn, "direction", direction)
+        super()._apply(part, values, mix)
+        self.moved, self._own = 0.0, {}
+
+    def _put_in(self, fqn: str) -> Tensor:
+        """What this replica has put into the round's mean."""
+        kept = self.plan.of(fqn, self.steps).feedback.kinds
+        name = next((name for name in ("told", "estimate") if name in kept), "")
+        told = self.state.find(fqn, name)
+        self.state.drop(fqn, "told")
+        return self._own[fqn] if told is None else told  # without: what is sent in full
+
+
+@dataclass(frozen=True)
+class _Directing:
+    """What the pieces are handed: see `Repeated` and `Private`."""
+
+    sync: AttachedDirected
+    adds: bool = True
+    private: bool = True
+
+    def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        return self.sync._directed(gradients, present)
+
+    def stood_in(self) -> None:
+        """Nothing: it sends nothing."""
+
+
+def fedavg_m(
+    *,
+    every_steps: int = 10,
+    beta: float = 0.1,
+    lr: float = 1.0,
+    compress: Compress = None,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
+) -> LocalUpdate:
+    """FedAvg-M: each local step goes along the last round's mean direction, too.
+
+    Args:
+        every_steps: inner steps in a round.
+        beta: what this replica's own gradient counts, in (0, 1]; 1 is Local SGD.
+        lr: of the outer step, in units of what the replicas moved.
+        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
+
+    >>> fedavg_m(beta=0.5).beta
+    0.5
+
+    Raises ``ValueError`` for numbers outside their range, and when attached to another optimizer than plain SGD.
+    Source: arXiv:2306.16504.
+    """
+    loop = _loop(every_steps, lr, as_plan(compress), verify_every, tie)
+    return _directed(loop, beta, control=False)
+
+
+def scaffold_m(
+    *,
+    every_steps: int = 10,
+    beta: float = 1.0,
+    lr: float = 1.0,
+    compress: Compress = None,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
+) -> LocalUpdate:
+    """SCAFFOLD-M: local steps that are corrected by how this replica's gradients differ from all replicas'.
+
+    Args: those of `fedavg_m`; with ``beta=1`` it is SCAFFOLD.
+
+    >>> scaffold_m().control
+    True
+
+    Raises ``ValueError`` as `fedavg_m` does, and for EF21 or EControl around a compressor that loses more than half.
+    Source: arXiv:2306.16504, arXiv:1910.06378.
+    """
+    plan = as_plan(compress)
+    _require_stable(plan)
+    loop = _loop(every_steps, lr, with_feedback(plan, noted), verify_every, tie)
+    return _directed(loop, beta, control=True)
+
+
+def _require_stable(plan: Plan) -> None:
+    """Raise ``ValueError`` for a running estimate that lags: the variates, which follow it, would swing ever wider."""
+    for each in plan.compressions:
+        weak = isinstance(each.compressor, LowRank) or each.compressor.delta < WEAK
+        if weak and "estimate" in each.feedback.kinds:
+            raise ValueError(
+                f"scaffold_m diverges where a running estimate (ef21, ef21w, econtrol) follows its deltas through "
+                f"{each.compressor}, which may lose more than half of them; use error_feedback(...) around it, or none"
+            )
+
+
+def _loop(every_steps: int, lr: float, plan: Plan, verify_every: int, tie: Tie) -> LocalUpdate:
+    if not isinstance(every_steps, int):
+        raise ValueError(f"every_steps is {every_steps!r}; give a whole number of steps")
+    return local_update(every_steps=every_steps, outer=sgd(lr=lr), compress=plan, verify_every=verify_every, tie=tie)
+
+
+def _directed(made: LocalUpdate, beta: float, *, control: bool) -> LocalUpdate:
+    if not 0 < beta <= 1:
+        raise ValueError(f"beta is {beta!r}; what a replica's own gradient counts lies in (0, 1]")
+    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    return Directed(**fields, beta=float(beta), control=control)

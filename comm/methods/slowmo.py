@@ -1,0 +1,59 @@
+"""SlowMo (Wang et al., arXiv:1910.00643): local steps, an average, and a slow momentum over the averages.
+
+    u <- momentum u + (anchor - mean_i parameters_i) / g;      anchor <- anchor - lr g u        g: the round's inner lr
+
+In the paper g is constant within a round. Here it is the mean over the round's steps: by the last one's
+rate a round whose rate falls to nothing would count as a huge one. Where g rises from one round to the next, as at a
+warm restart, u is multiplied by old g / new g first, so that the old momentum moves no further than it would have.
+The row of `local_update` with outer momentum in units of the inner learning rate, so that what was moved under another
+rate counts as much as it would now. With a constant rate it is outer heavy ball, and without momentum Local SGD.
+Communication: one round every H steps. Bytes: of one parameter exchange per round. Keeps: anchor and momentum.
+"""
+
+from __future__ import annotations
+
+from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, OuterState, local_update
+from dtrain.comm.outer_optimizers import SlowMomentum, checked
+from dtrain.comm.plans.plan import Compress
+from dtrain.comm.runtime.consistency import Tie
+from dtrain.comm.runtime.knobs import Knob
+
+
+def slowmo(
+    *,
+    every_steps: Knob = 48,
+    lr: float = 1.0,
+    momentum: float = 0.5,
+    compress: Compress = None,
+    outer_state: OuterState = "replicated",
+    utilization: float = 0.95,
+    verify_every: int = VERIFY_ROUNDS,
+    tie: Tie = "stop",
+) -> LocalUpdate:
+    """SlowMo. The inner learning rate must be the same for all parameters.
+
+    Args:
+        every_steps: inner steps in a round, 12 to 48 as a rule; or "auto", see `knobs`.
+        lr: alpha, the slow learning rate.
+        momentum: beta, the slow momentum, in [0, 1).
+        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        outer_state: "sharded" (1 / M of anchor and outer momentum on each of M replicas; fp32 only) or "offloaded" (in
+            host memory between rounds); "replicated" by default.
+        utilization: the compute utilization that "auto" aims at, in (0, 1).
+        verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
+
+    >>> slowmo().outer
+    SlowMomentum(lr=1.0, momentum=0.5)
+
+    Raises ``ValueError`` for numbers outside their range. Source: arXiv:1910.00643, algorithm 1.
+    """
+    checked(lr, momentum)
+    return local_update(
+        every_steps=every_steps,
+        outer=SlowMomentum(lr, momentum),
+        compress=compress,
+        outer_state=outer_state,
+        utilization=utilization,
+        verify_every=verify_every,
+        tie=tie,
+    )

@@ -1,0 +1,185 @@
+"""What a plan is, and the plans that are written down beforehand: by name, and by step."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from dtrain.comm.compressors.compressor import Compressor
+from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.feedback import Compression, NoFeedback, as_compression
+from dtrain.comm.state import Kind
+
+WEAK = 0.5
+"""Contractions below may lose more than half of a value's square in a step."""
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """Which compression each parameter gets. The same answers on every rank."""
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        """Every compression that it may ever choose."""
+
+    def of(self, fqn: str, step: int) -> Compression:
+        """The compression of parameter ``fqn`` in step ``step``."""
+
+
+Compress: TypeAlias = Compressor | LowRank | Compression | Plan | None
+"""What users may pass as ``compress``."""
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """See `by_layer`."""
+
+    rules: tuple[tuple[str, Plan], ...]
+    default: Plan
+
+    def __post_init__(self) -> None:
+        _require_written_down(*(plan for _, plan in self.rules), self.default)
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        plans = (*(plan for _, plan in self.rules), self.default)
+        return tuple(compression for plan in plans for compression in plan.compressions)
+
+    def of(self, fqn: str, step: int) -> Compression:
+        for pattern, plan in self.rules:
+            if fnmatch.fnmatchcase(fqn, pattern):
+                return plan.of(fqn, step)
+        return self.default.of(fqn, step)
+
+
+@dataclass(frozen=True)
+class After:
+    """See `after`."""
+
+    step: int
+    then: Plan
+    before: Plan
+
+    def __post_init__(self) -> None:
+        _require_written_down(self.then, self.before)
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        return (*self.before.compressions, *self.then.compressions)
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return (self.then if step >= self.step else self.before).of(fqn, step)
+
+
+def _require_written_down(*plans: Plan) -> None:
+    """Raise ``ValueError`` for a plan that learns: within another one nobody would let it begin."""
+    for plan in plans:
+        if hasattr(plan, "begin"):
+            raise ValueError(
+                f"{type(plan).__name__} learns from what it compresses, which it cannot within by_layer, after or "
+                "onebit_adam; give it alone, or to accordion"
+            )
+
+
+def unmatched(plan: Plan, fqns: Collection[str]) -> list[str]:
+    """The patterns of `by_layer`, in ``plan`` or in a part of it, that match none of ``fqns``."""
+    if isinstance(plan, ByLayer):
+        own = [pattern for pattern, _ in plan.rules if not fnmatch.filter(fqns, pattern)]
+        return own + [pattern for _, part in (*plan.rules, ("", plan.default)) for pattern in unmatched(part, fqns)]
+    if isinstance(plan, After):
+        return unmatched(plan.before, fqns) + unmatched(plan.then, fqns)
+    return []
+
+
+def warn_of_loss(plan: Plan) -> None:
+    """Warn of compressors that leave most of a value out, where nothing feeds it back."""
+    for compression in plan.compressions:
+        compressor = compression.compressor
+        weak = isinstance(compressor, LowRank) or (not compressor.unbiased and 0 < compressor.delta < WEAK)
+        if weak and isinstance(compression.feedback, NoFeedback):
+            warnings.warn(
+                f"{compressor} without feedback: what it leaves out of a step is lost for good. With SGD put "
+                "error_feedback(...) around it; under AdamW try both",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
+
+
+def with_feedback(plan: Plan, change: Callable[[Compression], Compression]) -> Plan:
+    """``plan`` with each of its compressions changed.
+
+    Raises ``TypeError`` for a plan of somebody else's making whose parts cannot be seen, if any of them would change.
+    """
+    if isinstance(plan, Compression):
+        return change(plan)
+    if all(change(each) == each for each in plan.compressions):
+        return plan
+    if not is_dataclass(plan) or isinstance(plan, type):
+        raise TypeError(f"{plan} hides its compressions; give by_layer, after, or one compression for all")
+    parts = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    changed: Plan = replace(plan, **{name: _changed(part, change) for name, part in parts.items()})
+    return changed
+
+
+def _changed(part: object, change: Callable[[Compression], Compression]) -> object:
+    if isinstance(part, tuple):
+        return tuple(_changed(each, change) for each in part)
+    return with_feedback(part, change) if isinstance(part, Plan) else part
+
+
+def kinds_of(plan: Plan) -> dict[str, Kind]:
+    """The names that any compression of ``plan`` keeps."""
+    return {name: kind for compression in plan.compressions for name, kind in compression.kinds.items()}
+
+
+def as_plan(compress: Compress) -> Plan:
+    """A plan is one already; anything else is the same for every parameter.
+
+    Raises ``TypeError`` for what is neither a plan nor a compressor.
+    """
+    if isinstance(compress, Plan):
+        return compress
+    return as_compression(compress)
+
+
+def by_layer(rules: Mapping[str, Compress], *, default: Compress = None) -> ByLayer:
+    """Another compression for some parameters.
+
+    Args:
+        rules: shell pattern over fully qualified names -> what to use; the first that matches counts.
+        default: for names that match none; None sends fp32.
+
+    >>> from dtrain.compress import quantize
+    >>> from dtrain.plans import by_layer
+    >>> by_layer({"*norm*": None, "embedding.*": quantize(bits=8)}, default=quantize(bits=4)).of("head.weight", 0)
+    Compression(compressor=Quantize(bits=4, block=512, rounding='nearest'), feedback=NoFeedback())
+
+    Names are those of the unwrapped model, without DDP's ``module.``. Attach warns of a pattern that matches none.
+
+    Raises ``TypeError`` for what is no compressor or no mapping, ``ValueError`` for a plan that learns.
+    """
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"rules is {rules!r}; give {{pattern: compressor}}")
+    return ByLayer(tuple((pattern, as_plan(compress)) for pattern, compress in rules.items()), as_plan(default))
+
+
+def after(step: int, then: Compress, *, before: Compress = None) -> After:
+    """Another compression in the first steps: warm-up in fp32, for example. All ranks count the same steps.
+
+    Args:
+        step: the first step, counted from 0, in which ``then`` is used.
+        then: what is used from there on.
+        before: until then; None sends fp32. If both have a feedback of one kind, what it holds is carried over.
+
+    >>> from dtrain.compress import error_feedback, topk
+    >>> from dtrain.plans import after
+    >>> after(100, error_feedback(topk(0.01))).of("w", 99).compressor
+    Cast(dtype='fp32')
+
+    Raises ``ValueError`` for a step below 1 and for a plan that learns, ``TypeError`` for what is no compressor.
+    """
+    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        raise ValueError(f"step is {step!r}; give the number of the first step, at least 1")
+    return After(step, as_plan(then), as_plan(before))

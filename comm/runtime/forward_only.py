@@ -1,0 +1,170 @@
+"""What syncs have in common that never see a gradient: a direction is tried, and how the loss changes along it is all.
+
+    l+- = loss(parameters +- eps z);   g = (l+ - l-) / (2 eps)                SPSA, Spall, IEEE TAC 37 (1992)
+
+What is moved is a copy: parameters that are moved back by adding and subtracting do not come back to the bit, and each
+machine, with directions of its own, would drift away from the others.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.layout import Named
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.plans.plan import as_plan
+from dtrain.comm.runtime.attached import MANY_SKIPPED, Attached
+from dtrain.comm.shared_seed.digest import partial, unsigned
+from dtrain.comm.shared_seed.directions import At, Walk, both_ways
+from dtrain.comm.shared_seed.philox import Address
+from dtrain.comm.state import Kind, State
+
+
+class ForwardOnly(Attached):
+    """A sync that is stepped from losses. `estimate` stands where ``backward()`` was."""
+
+    counters = (*Attached.counters, "unusable")
+
+    def __init__(
+        self, spec: object, pieces: Pieces, seed: int, walk: Walk, eps: float, kinds: Mapping[str, Kind]
+    ) -> None:
+        super().__init__(pieces, State(kinds), as_plan(None), seed, spec)
+        self.walk, self.eps = walk, eps
+        self.unusable = 0
+        self._numbers: list[float] = []  # found since the last step
+        self._checked = False
+        self._unusable_in_a_row = 0
+        pieces.hand_over(None)
+
+    def estimate(self, loss: Callable[[], Tensor]) -> float:
+        """Try the next direction on ``loss()``, which runs the model forward on this rank's batch; the mean loss.
+
+        Call it ``walk.samples`` times before `step`. ``loss`` is called with the model moved one way and the other,
+        without gradients, and must give the same for the same parameters: the batch stays, and dropout draws the same
+        again. Every rank must call it.
+
+        Raises ``RuntimeError`` if it does not, and for more samples than there are.
+        """
+        sample = len(self._numbers)
+        if sample == self.walk.samples:
+            raise RuntimeError(f"all {sample} directions of this step were tried; call step() before the next one")
+        self.pieces.finish()
+        base = self.pieces.read()
+        try:
+            if not self._checked:
+                self._require_repeatable(loss)
+                self._checked = True
+            found = []
+            for values in both_ways(base, self.pieces.segments, self.walk, self._at(sample), self.eps):
+                self.pieces.write(values)
+                found.append(self._loss(loss))
+        finally:
+            self.pieces.write(base)
+        number = (found[0] - found[1]) / (2 * self.eps)
+        self._unusable_in_a_row = 0 if math.isfinite(number) else self._unusable_in_a_row + 1
+        self.unusable += not math.isfinite(number)
+        if self._unusable_in_a_row == MANY_SKIPPED:
+            warnings.warn(
+                f"{MANY_SKIPPED} losses in a row were not finite here, at step {self.steps} the last ({found}): this "
+                "machine says nothing; look at its data, or lower the learning rate",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+        self._numbers.append(number)
+        return (found[0] + found[1]) / 2
+
+    def report(self) -> str:
+        return super().report() + (f", {self.unusable} losses not finite" if self.unusable else "")
+
+    def digest(self) -> int:
+        """Of every element of the parameters, the same for every sharding. Every rank must call it."""
+        return self._digest(self.pieces.read())
+
+    @abstractmethod
+    def _at(self, sample: int) -> At:
+        """The direction that is tried as this step's number ``sample``."""
+
+    def _taken(self) -> list[float]:
+        """What was found since the last step, which is then forgotten."""
+        if len(self._numbers) != self.walk.samples:
+            raise RuntimeError(
+                f"{len(self._numbers)} of {self.walk.samples} directions were tried since the last step; call "
+                "estimate(...) for each"
+            )
+        numbers, self._numbers = self._numbers, []
+        return numbers
+
+    def _count(self, ok: bool) -> bool:
+        """A step has ended; ``ok``: the parameters have moved."""
+        self.pieces.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers of torch ask for it
+        self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
+        self.skipped += not ok
+        self.steps += 1
+        return ok
+
+    def _digest(self, values: Named) -> int:
+        return unsigned(self._over_shards(partial(values, self.pieces.segments), "digest"))
+
+    def _loss(self, loss: Callable[[], Tensor]) -> float:
+        """The mean over this replica's ranks; random numbers that it draws are the same each time, others each step."""
+        worker, sample = self.pieces.channel.places["shard"].rank, len(self._numbers)
+        at = Address("forward", self.steps, self.pieces.place.rank, sample)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            seed = at.stream(str(worker)) >> 1
+            # Not torch.manual_seed: where no GPU is, it writes down each call, with its stack, for one that may come.
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed(seed)
+            value = loss()
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"estimate(loss) calls loss() for the mean loss, a tensor of one element; it gave {given}")
+        value = value.detach().double().reshape(1)
+        return float(self._over_shards(value, "loss")) / self.pieces.channel.places["shard"].size
+
+    def _require_repeatable(self, loss: Callable[[], Tensor]) -> None:
+        watch = torch.nn.modules.module.register_module_forward_hook(_refuse_statistics)
+        try:
+            once = self._loss(loss)
+        finally:
+            watch.remove()
+        again = self._loss(loss)
+        if once != again and not (math.isnan(once) and math.isnan(again)):
+            raise RuntimeError(
+                f"the loss is {once!r}, and with the same parameters {again!r}: take the batch before estimate(...), "
+                "and put layers that change in forward (BatchNorm) into eval()"
+            )
+
+    def _gradients_ok(self) -> bool:
+        return True
+
+    def _after_step(self) -> None:
+        pass
+
+
+def _refuse_statistics(module: torch.nn.Module, inputs: object, output: object) -> None:
+    """A hook behind forward. Raise ``RuntimeError`` for a layer that counts what it sees, each machine for itself."""
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
+        raise RuntimeError(
+            f"{type(module).__name__} in train() changes its statistics in every forward pass, on each machine "
+            "otherwise; put it into eval()"
+        )
+
+
+def require_plain_sgd(inner: torch.optim.Optimizer, sync: str) -> None:
+    """Raise ``ValueError`` unless ``inner`` is SGD without momentum, of one learning rate and weight decay."""
+    if not isinstance(inner, torch.optim.SGD) or any(group["momentum"] for group in inner.param_groups):
+        momenta = sorted({group.get("momentum", 0) for group in inner.param_groups})
+        given = f"SGD with momentum {momenta[-1]}" if isinstance(inner, torch.optim.SGD) else type(inner).__name__
+        raise ValueError(
+            f"{sync} takes its steps itself and reads its rate from the optimizer, here {given}; give it "
+            "torch.optim.SGD(lr=...) without momentum: optim=sgd optim.inner.momentum=0"
+        )
+    if len({(group["lr"], group["weight_decay"]) for group in inner.param_groups}) > 1:
+        raise ValueError(f"{sync} has one learning rate and one weight decay; make one parameter group")

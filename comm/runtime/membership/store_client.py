@@ -1,0 +1,155 @@
+"""A store of torch's kind at `dtrain.comm.runtime.membership.store_server`: what gloo groups and `Members` meet in."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import cast
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from dtrain.comm.runtime.membership.sealed_messages import Mistrust, Sealed, opened
+
+__all__ = ["GuardedStore", "Line"]
+
+OPEN_SECONDS = 20.0
+
+
+class Line:
+    """A connection to the store, for one request at a time from any thread. After a failure it is of no more use.
+
+    Raises ``ConnectionError`` where nobody answers, or somebody who does not know the secret.
+    """
+
+    def __init__(self, host: str, port: int, secret: bytes, seconds: float) -> None:
+        self._lock, self._where = threading.Lock(), f"{host}:{port}"
+        connection = socket.create_connection((host, port), timeout=min(OPEN_SECONDS, seconds))
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._sealed: Sealed | None = opened(connection, secret)
+            self.local: str = connection.getsockname()[0]
+            connection.settimeout(seconds)
+        except BaseException:
+            connection.close()
+            raise
+
+    def ask(self, *fields: bytes) -> list[bytes]:
+        """The answer to one request.
+
+        Raises ``DistNetworkError`` where it is lost, and ``DistStoreError`` for what the store refuses.
+        """
+        with self._lock:
+            if self._sealed is None:
+                raise dist.DistNetworkError(f"the connection to the store at {self._where} was lost")
+            try:
+                self._sealed.send(*fields)
+                status, *found = self._sealed.receive()
+            except (OSError, EOFError, Mistrust) as error:
+                self._close()
+                raise dist.DistNetworkError(f"the store at {self._where} answers no more ({error})") from error
+            except BaseException:  # an answer may be under way that would be taken for another
+                self._close()
+                raise
+        if status != b"ok":
+            raise dist.DistStoreError(f"the store at {self._where}: {b' '.join(found).decode(errors='replace')}")
+        return found
+
+    def close(self) -> None:
+        """Whoever asks hears that it is lost."""
+        with self._lock:
+            self._close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_sealed"):
+            self._close()
+
+    def _close(self) -> None:
+        if self._sealed is not None:
+            with contextlib.suppress(OSError):
+                self._sealed.socket.close()
+        self._sealed = None
+
+
+class GuardedStore(Store):
+    """The keys below ``prefix``. Views of one line share it; keep one as long as torch may use it."""
+
+    def __init__(self, line: Line, prefix: str, timeout: timedelta) -> None:
+        super().__init__()
+        self._line, self._prefix = line, prefix
+        self.set_timeout(timeout)
+
+    @property
+    def line(self) -> Line:
+        return self._line
+
+    def below(self, prefix: str, timeout: timedelta) -> GuardedStore:
+        """The keys below a prefix of these."""
+        return GuardedStore(self._line, f"{self._prefix}{prefix}/", timeout)
+
+    # ---- what torch's stores do --------------------------------------------------------------------------------------
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._line.ask(b"set", self._key(key), _bytes(value))
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        found = self.look(key)
+        if found is None:
+            raise dist.DistStoreError(f"the store has lost {key}")
+        return found
+
+    def add(self, key: str, value: int) -> int:
+        return int(self._line.ask(b"add", self._key(key), b"%d" % value)[0])
+
+    def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
+        return self._line.ask(b"compare_set", self._key(key), _bytes(expected), _bytes(desired))[0]
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return self._line.ask(b"check", *map(self._key, keys))[0] == b"yes"
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        if timeout is None:
+            timeout = cast(timedelta, getattr(self, "timeout"))  # noqa: B009  # torch's stubs do not know it
+        seconds = timeout.total_seconds()
+        deadline, wanted = time.monotonic() + seconds, [self._key(key) for key in keys]
+        while True:
+            left = deadline - time.monotonic()
+            if self._line.ask(b"wait", b"%d" % max(0, int(1000 * left)), *wanted)[0] == b"yes":
+                return
+            if left <= 0:
+                raise dist.DistStoreError(f"nobody has set {', '.join(keys)} for {seconds:g} s")
+
+    def delete_key(self, key: str) -> bool:
+        return self._line.ask(b"delete", self._key(key))[0] == b"yes"
+
+    def num_keys(self) -> int:
+        return int(self._line.ask(b"count")[0])
+
+    def has_extended_api(self) -> bool:
+        return False
+
+    # ---- and what they do not ----------------------------------------------------------------------------------------
+
+    def look(self, key: str) -> bytes | None:
+        """The value, or None: nobody is waited for."""
+        found = self._line.ask(b"look", self._key(key))
+        return found[0] if found else None
+
+    def under(self, prefix: str) -> dict[str, bytes]:
+        """All keys that begin so, without that beginning, and their values."""
+        whole = self._key(prefix)
+        found = self._line.ask(b"under", whole)
+        return {k[len(whole) :].decode(): v for k, v in zip(found[::2], found[1::2], strict=True)}
+
+    def _key(self, key: str) -> bytes:
+        return f"{self._prefix}{key}".encode()
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)

@@ -1,0 +1,83 @@
+"""Ranks as threads of one process: whole syncs at work, their background flows included, without processes or links.
+
+What `simulate` is for flows, this is for everything that has a `Channel`. Ranks that disagree about the next op raise
+here, where real processes would hang.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from dtrain.comm.ops import Op, Payload
+from dtrain.comm.transports.simulate import replies_of
+from dtrain.comm.transports.transport import Arrived
+
+PATIENCE_SECONDS = 60.0
+
+
+class Meeting:
+    """Where the ops of ``world`` ranks meet, one after the other."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._ops: dict[int, Op] = {}
+        self._replies: list[Payload] = []
+        self._failure: Exception | None = None
+        self._number = 0
+        self._barrier = threading.Barrier(world, action=self._meet, timeout=PATIENCE_SECONDS)
+        self._twins: list[Meeting] = []
+        self._lock = threading.Lock()
+
+    def transport(self, rank: int) -> Seat:
+        """The transport of ``rank``."""
+        return Seat(self, rank, self.world)
+
+    def exchange(self, rank: int, op: Op) -> Payload:
+        """Wait for everybody's op; returns this rank's reply. Raises ``RuntimeError`` if the ranks diverge."""
+        self._ops[rank] = op
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError as error:
+            raise RuntimeError(f"rank {rank} yields {op!r}, and not all of the others came") from error
+        if self._failure is not None:
+            raise self._failure
+        return self._replies[rank]
+
+    def twin(self, number: int) -> Meeting:
+        """The ``number``-th other meeting of the same ranks."""
+        with self._lock:
+            while len(self._twins) <= number:
+                self._twins.append(Meeting(self.world))
+            return self._twins[number]
+
+    def _meet(self) -> None:
+        try:
+            self._replies = replies_of([self._ops[rank] for rank in range(self.world)], self._number)
+        except Exception as error:  # every rank hears of it: a barrier that fails would tell only one
+            self._failure = error
+        self._number += 1
+
+
+@dataclass
+class Seat:
+    """One rank's transport."""
+
+    meeting: Meeting
+    rank: int
+    size: int
+    twins: int = 0
+
+    @property
+    def in_stream_order(self) -> bool:
+        return False
+
+    def issue(self, op: Op) -> Arrived:
+        return Arrived(self.meeting.exchange(self.rank, op))
+
+    def twin(self) -> Seat:
+        self.twins += 1
+        return self.meeting.twin(self.twins - 1).transport(self.rank)
+
+    def close(self) -> None:
+        pass

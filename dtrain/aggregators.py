@@ -1,0 +1,8 @@
+"""How combined: rules that make one value of everybody's.
+
+A sync takes one as ``combine``: ``every_step(combine=mean())``, which is the default.
+"""
+
+from dtrain.comm.aggregators.mean import mean
+
+__all__ = ["mean"]

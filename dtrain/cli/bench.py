@@ -1,0 +1,224 @@
+"""``dtrain bench``: what communication costs on this network."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from dtrain.cli import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
+from dtrain.cli.login_host import enter_launcher
+from dtrain.cli.submit import sigterm_interrupts
+from dtrain.errors import INTERRUPTED, ConfigError, DtrainError
+from dtrain.extras import OF_LAUNCHING, require
+
+if TYPE_CHECKING:
+    from dtrain.bench.rows import Row
+    from dtrain.bench.settings import Settings
+    from dtrain.cli import Verbs
+    from dtrain.launchers.job import Job
+    from dtrain.train.config.schema import LauncherConfig
+
+R = TypeVar("R", bound="Row")
+
+LOOK_SECONDS = 0.5
+
+EPILOG = """\
+settings:
+  bench.ops=all     native: torch's all_reduce,all_gather,reduce_scatter,all_to_all,broadcast; comm: those of dtrain's
+                    channel, comm.all_reduce,comm.all_gather,comm.all_to_all,comm.broadcast,comm.shift; or some by name
+  bench.min_bytes=4K bench.max_bytes=16M bench.factor=4     sizes of the whole buffer, K is 1000
+  bench.iterations=20 bench.seconds=3     a row ends after either
+  bench.warmup=2 bench.dtype=float32
+  bench.link=auto     the rate of a link: 100mbit, 1gbit, none; auto knows that of dtrain cluster
+  bench.transport=auto     what carries the ops of comm: torch (gloo, or NCCL on GPUs), mpi; auto: mpi with launcher=mpi
+
+examples:
+  dtrain bench collectives launcher.workers=4
+  dtrain bench collectives launcher=slurm launcher.nodes=4 launcher.workers=4 run.dir=bench/today
+  dtrain bench collectives launcher=slurm launcher.nodes=4 launcher.workers=4 --baseline bench/today/rows.jsonl
+  dtrain bench collectives launcher=mpi launcher.workers=2 bench.ops=comm
+"""
+
+
+HOOKS_EPILOG = """\
+settings:
+  bench.ops=all     torch: torch.all_reduce,torch.fp16,torch.bf16,torch.powersgd; dtrain: every choice of the group
+                    compress on the two-phase route, and those that can on an all-reduce (bf16:all_reduce); or by name
+  bench.min_bytes=4M bench.max_bytes=4M bench.factor=4     sizes of the fp32 gradient, K is 1000
+  bench.iterations=20 bench.seconds=3 bench.warmup=4 bench.link=auto     as of `dtrain bench collectives`
+
+examples:
+  dtrain bench hooks launcher.workers=4
+  dtrain bench hooks launcher=slurm launcher.nodes=4 launcher.workers=4 bench.ops=torch,int8_ef,powersgd_ef
+"""
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``bench collectives`` and ``bench hooks``."""
+    below = add_verb(verbs, "bench", does="measure communication").add_subparsers(required=True, metavar="VERB")
+    for name, does, epilog, run in (
+        ("collectives", "sweep collectives over message sizes", EPILOG, _collectives),
+        ("hooks", "compare what exchanges gradients: torch's hooks and every compressor", HOOKS_EPILOG, _hooks),
+    ):
+        verb = add_verb(below, name, does=does, epilog=epilog)
+        verb.add_argument(
+            "--baseline", type=Path, metavar="ROWS", help="rows.jsonl of an older sweep to compare with, or its folder"
+        )
+        add_config_dir(verb)
+        verb.add_argument("words", nargs="*", metavar="OVERRIDE", help="bench.KEY=..., launcher=..., run.dir=FOLDER")
+        verb.set_defaults(run=run, outlives_reader=True)
+
+
+def _collectives(chosen: argparse.Namespace) -> int:
+    require(OF_LAUNCHING)
+    from dtrain.bench import table
+    from dtrain.bench.ops import GROUPS
+    from dtrain.bench.rows import Row
+    from dtrain.bench.settings import parse
+
+    settings, words = parse(words_of(chosen), GROUPS)
+    baseline = _baseline(chosen.baseline, Row)
+    job, folder = _submitted("collectives", settings, words)
+    return _show(job, folder, baseline, Shown(Row, table.HEAD, lambda row, _: table.line(row), table.summary))
+
+
+def _hooks(chosen: argparse.Namespace) -> int:
+    require(OF_LAUNCHING)
+    from dtrain.bench import hook_rows
+    from dtrain.bench.hook_rows import HookRow
+    from dtrain.bench.hooks import GROUPS
+    from dtrain.bench.settings import parse
+
+    sizes = [word for word in ("bench.min_bytes=4M", "bench.max_bytes=4M") if not _names(word, chosen.words)]
+    settings, words = parse([*sizes, *words_of(chosen)], GROUPS)
+    if settings.transport == "mpi" or settings.dtype != "float32":
+        raise ConfigError("bench hooks exchanges gradients in fp32 over torch.distributed: leave both settings out")
+    baseline = _baseline(chosen.baseline, HookRow)
+    job, folder = _submitted("hooks", dataclasses.replace(settings, transport="torch"), words)
+    return _show(job, folder, baseline, Shown(HookRow, hook_rows.HEAD, hook_rows.line, hook_rows.summary))
+
+
+def _names(word: str, words: Sequence[str]) -> bool:
+    """Whether ``words`` set the same key."""
+    return any(other.partition("=")[0] == word.partition("=")[0] for other in words)
+
+
+def _submitted(what: str, settings: Settings, words: Sequence[str]) -> tuple[Job, Path]:
+    """The job that measures, and its folder."""
+    from dtrain.bench.settings import FILE
+    from dtrain.train.config import compose, run_folder
+    from dtrain.train.config.composition import names_folder
+    from dtrain.train.launcher_factory import build_launcher
+
+    for word in words:
+        if not word.lstrip("+").startswith(LAUNCHER_WORDS):
+            raise ConfigError(f"{word}: bench takes bench.KEY=..., launcher=..., launcher.KEY=..., run.dir=..., @FILE")
+    config = compose(words, name="bench")
+    settings = _completed(settings, config.launcher)
+    enter_launcher(config.launcher, sys.argv[1:])
+    folder = Path(config.run.dir).absolute()
+    # What fails would fail again, and its rows would be there twice.
+    launcher = build_launcher(dataclasses.replace(config.launcher, max_restarts=0))
+    if not names_folder(words):
+        folder = run_folder.made(folder)
+    program = ["python", "-m", "dtrain.bench.worker", what, str(folder / FILE)]
+    try:
+        with run_folder.locked(folder):
+            settings.write(folder)
+            (folder / "rows.jsonl").unlink(missing_ok=True)
+            return launcher.submit(program, folder=folder, name="bench"), folder
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, OSError) as error:
+        raise DtrainError(str(error)) from error
+
+
+def _baseline(path: Path | None, kind: type[Row]) -> Sequence[Row]:
+    """The rows of an older sweep; none if it is not asked for."""
+    from dtrain.bench import rows
+
+    if path is None:
+        return []
+    try:
+        found = rows.read_as(path / "rows.jsonl" if path.is_dir() else path, kind)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--baseline: {error}") from error
+    if not found:
+        raise ConfigError(f"--baseline {path} has no rows; give the rows.jsonl of a sweep, or its folder")
+    return found
+
+
+def _completed(settings: Settings, launcher: LauncherConfig) -> Settings:
+    """The settings, with what was left to be found out."""
+    import dataclasses
+
+    transport, link = settings.transport, settings.link
+    if transport == "auto":
+        transport = "mpi" if launcher.name == "mpi" else "torch"
+    if transport == "mpi" and launcher.name != "mpi":
+        raise ConfigError(f"bench.transport=mpi, but launcher={launcher.name} starts ranks without MPI: launcher=mpi")
+    if link == "auto":
+        link = "none" if launcher.name == "local" or (launcher.nodes == 1 and not launcher.hosts) else _cluster_link()
+    return dataclasses.replace(settings, transport=transport, link=link)
+
+
+def _cluster_link() -> str:
+    """The slowest link of the `dtrain cluster` that this is a host of, or "none" where nobody limits or knows it."""
+    from dtrain.slurm.devcluster.state import Facts
+
+    try:
+        facts = Facts.read(os.environ.get("DTRAIN_CLUSTER", ""))
+    except OSError:
+        return "none"
+    except ValueError as error:
+        raise ConfigError(f"{error}; name the link yourself: bench.link=100mbit, or none") from error
+    rates = [rate for host, rate in facts.rates.items() if host != "login" and rate]
+    return f"{min(rates) / 1e3:f}kbit" if rates else "none"
+
+
+@dataclass(frozen=True)
+class Shown(Generic[R]):
+    """How rows of one kind look. ``line``: of a row, given those so far."""
+
+    kind: type[R]
+    head: str
+    line: Callable[[R, Sequence[R]], str]
+    summary: Callable[[Sequence[R]], list[str]]
+
+
+def _show(job: Job, folder: Path, baseline: Sequence[Row], how: Shown[R]) -> int:
+    """Print rows as they come; Ctrl-C, or SIGTERM, ends the job and keeps those that there are."""
+    from dtrain.bench import rows, table
+    from dtrain.cli.follow import exit_code
+    from dtrain.launchers.job import ENDED
+
+    print(f"job {job.id}: {folder}\n{how.head}", flush=True)
+    shown: list[R] = []
+
+    def show() -> None:
+        for row in rows.read_as(folder / "rows.jsonl", how.kind)[len(shown) :]:
+            shown.append(row)
+            print(how.line(row, shown), flush=True)
+
+    try:
+        with sigterm_interrupts():
+            while job.state() not in ENDED:
+                show()
+                time.sleep(LOOK_SECONDS)
+        code = exit_code(job)
+    except KeyboardInterrupt:
+        job.cancel()
+        code = INTERRUPTED
+    show()
+    if code == INTERRUPTED:
+        print("interrupted: these rows are all that were finished")
+    print("\n".join([*how.summary(shown), *(table.compared(shown, baseline) if baseline else [])]))
+    print(f"rows: {folder / 'rows.jsonl'}")
+    return code or int(any(row.wrong for row in shown))

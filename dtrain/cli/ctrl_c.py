@@ -1,0 +1,62 @@
+"""What a person is told who ends a run by Ctrl-C: at once what happens now, and then what there is to go on from."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dtrain.cli.resume_hint import command, last_checkpoint
+from dtrain.errors import INTERRUPTED
+
+if TYPE_CHECKING:
+    from dtrain.launchers.failure import Failure
+    from dtrain.report.progress import Progress
+    from dtrain.train.config import Config
+
+STOPPING = "stopping: a checkpoint is written at the next step that all ranks agree on, if they have begun to train"
+SAME_PRESS_SECONDS = 0.5  # a terminal, a shell and a wrapper may each pass on the one Ctrl-C
+
+
+class Stopping:
+    """For `dtrain.train.signals.overheard`: says what a stop signal leads to, and ends everything at the second Ctrl-C.
+
+    The workers have got the first one from `dtrain.launchers.local`, which ignores those after it; ending this process
+    ends them too (see ``die_with_parent``), and checkpoints are crash-safe.
+    """
+
+    def __init__(self, config: Config, words: Sequence[str], progress: Progress) -> None:
+        self._config, self._words, self._progress = config, words, progress
+        self._since: float | None = None
+
+    def __call__(self, number: int) -> None:
+        """A signal came."""
+        if self._since is None:
+            self._since = time.monotonic()
+            step = last_checkpoint(self._config)
+            there = "there is no checkpoint yet" if step is None else f"the last checkpoint is step {step}"
+            self._progress.say(f"{signal.Signals(number).name}: {STOPPING}; Ctrl-C again ends at once ({there})")
+        elif number == signal.SIGINT and time.monotonic() - self._since > SAME_PRESS_SECONDS:
+            self._progress.close()
+            print(f"SIGINT again: ended at once; {goes_on(self._config, self._words)}", flush=True)
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)  # the main thread waits for the workers, whom nothing else would keep from going on
+
+
+def goes_on(config: Config, words: Sequence[str]) -> str:
+    """From where the same command goes on, and the command."""
+    step = last_checkpoint(config)
+    where = "there is no checkpoint, so the same command starts from step 0"
+    if step is not None:
+        where = f"the same command goes on from step {step}"
+    elif config.run.resume not in ("auto", "never"):
+        where = f"the same command starts from {config.run.resume} again"
+    return f"{where}:\n  {command(words, config)}"
+
+
+def interruption(failure: Failure) -> bool:
+    """Whether a rank failed by nothing but the Ctrl-C: it had not come to where it watches for signals."""
+    return failure.signal == "SIGINT" or failure.message.startswith("KeyboardInterrupt")

@@ -1,0 +1,22 @@
+"""Names of version 0.1.0 before its folders were ordered, and what they are called now.
+
+Where a person writes an old name it is refused with the new one; where a stored configuration holds one it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_COMPRESS = (
+    "cast", "compeft", "econtrol", "ef21", "error_feedback", "powersgd", "projection", "quantize", "randk", "sign",
+    "terngrad", "topk",
+)  # fmt: skip
+RENAMED: Mapping[str, str] = {
+    **{f"dtrain.{name}": f"dtrain.compress.{name}" for name in _COMPRESS},
+    **{f"dtrain.{name}": f"dtrain.outer.{name}" for name in ("adam", "fedhyper", "nesterov", "sgd")},
+    **{f"dtrain.{name}": f"dtrain.plans.{name}" for name in ("accordion", "after", "by_layer", "ef21w", "lgreco")},
+    "dtrain.mean": "dtrain.aggregators.mean",
+    "dtrain.data.text.ByteText": "dtrain.train.data.text.ByteText",
+    "dtrain.data.tokens.TokenFile": "dtrain.train.data.tokens.TokenFile",
+    "dtrain.models.transformer.Transformer": "dtrain.train.models.transformer.Transformer",
+}

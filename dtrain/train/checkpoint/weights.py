@@ -1,0 +1,67 @@
+"""Weights to start from, or to compare with: an exported file, a checkpoint, or a run that has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.errors import CheckpointError
+from dtrain.train.checkpoint import tensors
+from dtrain.train.checkpoint.export import digest, full_parameters
+from dtrain.train.checkpoint.finite import all_finite
+from dtrain.train.checkpoint.folders import step_folders
+from dtrain.train.checkpoint.read import verify
+
+EXPORTED = Path("export") / "model.safetensors"
+
+
+def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Tensors by name. ``path``: a safetensors file, a checkpoint (RUN/checkpoints/step-N), or a run with an export.
+
+    What stands beside them of digests is compared: the CRC-32 of a checkpoint's files, the digests in an export.
+    ``parameters``: which of the names are parameters, the others being buffers; all of them by default.
+
+    Raises CheckpointError for what is none of them, is damaged, or has parameters that are NaN or Inf.
+    """
+    file = path / EXPORTED if (path / EXPORTED).exists() else path
+    if file.is_dir():
+        if steps := step_folders(file / "checkpoints"):
+            raise CheckpointError(f"{path} has no {EXPORTED}, since it has not ended; give a checkpoint: {steps[-1]}")
+        verify(file)
+        return full_parameters(file)
+    found, metadata = tensors.load(file)
+    own = {name: tensor for name, tensor in found.items() if parameters is None or name in parameters}
+    told = metadata.get(tensors.PARAMETERS_DIGEST)
+    # Exports of earlier versions have no other digest, and it says nothing of buffers.
+    if told and tensors.DIGEST not in metadata and told != digest(own):
+        raise CheckpointError(
+            f"{file} does not hold the parameters that it was written with: their digest was {told[:16]}..., and is "
+            f"{digest(own)[:16]}...; it is damaged, or they are another model's"
+        )
+    if bad := [name for name, tensor in own.items() if not all_finite(tensor)]:
+        raise CheckpointError(f"{file}: {bad[0]} holds NaN or Inf ({len(bad)} tensors do); nothing can begin with that")
+    return found
+
+
+def put_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Copy ``weights`` into ``model``; what the model has of buffers and they have not stays.
+
+    Raises CheckpointError where they are of another model.
+    """
+    own = dict(model.named_parameters())
+    buffers, known = dict(model.named_buffers()), model.state_dict(keep_vars=True).keys()
+    wrong = [
+        f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'} there, {tuple(p.shape)} in the model"
+        for name, p in own.items()
+        if name not in weights or weights[name].shape != p.shape
+    ]
+    wrong += [f"the model has no {name}" for name in weights if name not in known]
+    if wrong:
+        raise CheckpointError(f"{where} holds weights of another model: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
+    with torch.no_grad():
+        for name, tensor in (own | buffers).items():
+            if name in weights:
+                tensor.copy_(weights[name])

@@ -1,0 +1,551 @@
+"""From a command line to one frozen ``Config``, and between ``Config`` and YAML.
+
+hydra composes the YAML files of ``configs/`` by the choices of the command line. Keys and values are ours: hydra names
+no nearest key, reads text by a grammar that most paths break, and wants a ``+`` before a keyword that a target takes
+but its YAML file does not list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import datetime
+import functools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+from dtrain.errors import ConfigError
+from dtrain.renamed import RENAMED
+from dtrain.train.config import targets
+from dtrain.train.config.files import mapping_of, words_of
+from dtrain.train.config.schema import Config, composable
+from dtrain.train.config.suggestions import keys_of, unknown
+from dtrain.train.config.words import Kind, Word, read, value_of
+from dtrain.train.config.words import alternatives as alternatives_of
+
+OPEN = ("model", "data", "sync", "optim.inner")
+"""Sections that are ``_target_`` mappings: their keys are those that the target takes."""
+
+MISSING = "???"
+"""How OmegaConf writes a value that has no default."""
+
+_T = TypeVar("_T")
+
+
+def folder() -> Path:
+    """The folder of the YAML files: ``configs/`` of the checkout, or its copy in an installed wheel."""
+    return Path(__file__).resolve().parents[2] / "configs"
+
+
+def compose(words: Sequence[str] = (), *, name: str = "") -> Config:
+    """The configuration that a command line names: ``compose(["@exp.yaml", "engine=zero2", "train.steps=50"])``.
+
+    A word is ``group=choice``, ``key=value``, ``@FILE`` (what a YAML file says: see `dtrain.train.config.files`) or
+    ``@FOLDER`` (choices of one's own: ``FOLDER/sync/mine.yaml`` is ``sync=mine``). Later ones win.
+
+    An empty ``run.dir`` is filled in: ``runs/YYYY-mm-dd/HH-MM-SS-<name>``, a folder that is not there yet (and may be
+    by the time that it is made: `run_folder.made`); ``name`` is that of the sync if it is empty.
+
+    Raises:
+        ConfigError: an unknown key or choice (with the nearest one there is), a value of another type, a syntax error.
+    """
+    config, sync = _composed(words)
+    config = config if config.run.dir else _with_default_folder(config, name or sync)
+    try:
+        str(Path(config.run.dir).absolute()).encode()
+    except UnicodeEncodeError as error:  # the current folder's name
+        where = str(Path(config.run.dir).absolute())
+        raise ConfigError(
+            f"run.dir={where!a} is not UTF-8, in which everything is written down: go elsewhere"
+        ) from error
+    return config
+
+
+def names_folder(words: Sequence[str]) -> bool:
+    """Whether a command line says where the run lives; else `compose` does."""
+    return bool(_composed(words)[0].run.dir)
+
+
+def _composed(words: Sequence[str]) -> tuple[Config, str]:
+    """The configuration, whose ``run.dir`` may be empty, and the choice of its sync."""
+    with _hydra(words) as composition:
+        composed, sync = composition.applied(), composition.choice("sync")
+    config = _at_home(_frozen(composed))
+    for section in OPEN:
+        targets.check(section_of(config, section), section)
+    return config, sync
+
+
+def alternatives(words: Sequence[str]) -> list[list[str]]:
+    """The words that each word of a sweep stands for: one, or several for ``key=a,b,c``.
+
+    Raises:
+        ConfigError: a word that cannot be read.
+    """
+    with _hydra(words, sweeps=True) as composition:
+        return [composition.alternatives(word) for word in words]
+
+
+def section_of(config: Config, dotted: str) -> Mapping[str, object]:
+    """One of the ``OPEN`` sections by its dotted key."""
+    found: object = config
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    return cast(Mapping[str, object], found)
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML, every key included; ``load`` reads it back to an equal ``Config``."""
+    return OmegaConf.to_yaml(OmegaConf.create(cast("dict[str, object]", _literal(dataclasses.asdict(config)))))
+
+
+def commented(config: Config) -> str:
+    """The configuration as YAML in comments, to go with a script."""
+    return "".join(f"# {line}\n" for line in ["configuration:", *to_yaml(config).splitlines()])
+
+
+def load(path: str | Path) -> Config:
+    """The configuration that ``to_yaml`` wrote.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, lacks a section, has keys or values that this version does not
+            know, or looks something up: in the environment of whoever reads it.
+    """
+    stored = mapping_of(path)
+    stored = OmegaConf.create(cast("dict[str, object]", _renamed(OmegaConf.to_container(stored, resolve=False))))
+    plain = cast(dict[str, object], OmegaConf.to_container(stored, resolve=False))
+    if looked_up := next(_looked_up(plain), None):
+        raise ConfigError(f"{path}: {looked_up} would be looked up here, and a stored configuration holds values only")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(composable(Config)), stored)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_explained(error) or str(error).splitlines()[0]}") from error
+    config = _frozen(cast(DictConfig, merged))
+    # What dtrain writes has every section; without one, the defaults would pass for what a run was computed with.
+    if lost := [f.name for f in dataclasses.fields(Config) if not isinstance(plain.get(f.name), dict)]:
+        raise ConfigError(
+            f"{path} is damaged: it lacks {', '.join(lost)}; put a copy back (config-N.yaml beside it are earlier ones)"
+        )
+    return config
+
+
+def _renamed(value: object) -> object:
+    """With the targets of earlier versions under the names that they have now."""
+    if isinstance(value, dict):
+        return {
+            key: RENAMED.get(inner, inner) if key == "_target_" and isinstance(inner, str) else _renamed(inner)
+            for key, inner in value.items()
+        }
+    return [_renamed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _looked_up(value: object) -> Iterator[str]:
+    """Texts with an interpolation in them that is not escaped; keys have none."""
+    if isinstance(value, str):
+        if re.search(r"(?<!\\)(?:\\\\)*\$\{", value):
+            yield repr(value)
+        return
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _looked_up(inner)
+
+
+def dotted_keys(config: Config) -> list[str]:
+    """Every valid key of the composed configuration, sections included: ``train``, ``train.steps``, ..."""
+    return list(keys_of(dataclasses.asdict(config)))
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _hydra(words: Sequence[str], *, sweeps: bool = False) -> Iterator[_Composition]:
+    """A command line, read with dtrain's folder of YAML files, and with those that it names."""
+    files = [word[1:] for word in words if word.startswith("@")]
+    folders = [str(path) for path in map(_own_folder, files) if path is not None]
+    ConfigStore.instance().store(name="schema", node=composable(Config))
+    with initialize_config_dir(config_dir=str(folder()), version_base="1.3", job_name="dtrain"):
+        loader: Any = GlobalHydra.instance().config_loader()
+        ours = _groups(loader)
+        if folders:
+            _distinct(folders, {group: set(loader.get_group_options(group)) for group in ours})
+        for path in folders:
+            loader.get_search_path().prepend("a folder of one's own", f"file://{path}", anchor="schema")
+            loader.repository.initialize_sources(loader.get_search_path())
+        yield _Composition(words, loader, tuple(folders), set(ours), sweeps=sweeps)
+
+
+def _own_folder(text: str) -> Path | None:
+    """The folder that ``@TEXT`` names; None where that is a file."""
+    path = Path(os.path.expanduser(text))
+    return path.absolute() if text and path.is_dir() else None
+
+
+def _groups(loader: Any) -> list[str]:
+    return [group for group in loader.list_groups("") if not group.startswith("hydra")]
+
+
+def _distinct(folders: Sequence[str], ours: Mapping[str, set[str]]) -> None:
+    """Raise ``ConfigError`` where a folder has a choice of dtrain's own name: one of the two would not count."""
+    for path in map(Path, folders):
+        for group, options in ours.items():
+            for option in sorted(options & {file.stem for file in (path / group).glob("*.yaml")}):
+                raise ConfigError(
+                    f"{path / group / option}.yaml is called like dtrain's own {group}={option}; rename it"
+                )
+
+
+class _Composition:
+    """A command line at work: its choices, and its values in the order in which they are applied."""
+
+    def __init__(
+        self, words: Sequence[str], loader: Any, folders: tuple[str, ...], ours: set[str], *, sweeps: bool
+    ) -> None:
+        self._loader, self._folders, self._ours = loader, folders, ours
+        self._groups = _groups(loader) if folders else sorted(ours)
+        self._read: list[Word] = []
+        for given in words:
+            if not given.startswith("@"):
+                self._read.append(read(given))
+            elif _own_folder(given[1:]) is None:
+                self._read += words_of(os.path.expanduser(given[1:]))
+        choices = {at: word for at, word in enumerate(self._read) if self._is_choice(word)}
+        self._choices = {at: word for at, word in choices.items() if not self._within_later(at, choices)}
+        if sweeps:  # what is swept does not matter to what is asked then: the kinds of keys
+            first = {at: self._choice_values(word) for at, word in self._choices.items()}
+            self._choices = {at: replace(word, text=first[at][0]) for at, word in self._choices.items()}
+        self._composed, self._known = _run_hydra(tuple(map(self._chosen, self._choices.values())), folders)
+
+    def choice(self, group: str) -> str:
+        """The name of the choice of a group."""
+        return self._known[group]
+
+    def applied(self) -> DictConfig:
+        """The configuration with all values, those of ``_target_`` first, as they decide which other keys there are."""
+        composed = copy.deepcopy(self._composed)
+        values = [(at, word) for at, word in enumerate(self._read) if not (self._is_choice(word) or self._undone(at))]
+        last: dict[str, int] = {word.key: at for at, word in values if not word.removes}
+        for of_targets in (True, False):
+            for at, word in values:
+                if _names_target(word) is of_targets and (not word.from_file or last.get(word.key, at) == at):
+                    with _told_with(word):
+                        _apply(composed, word)
+                    self._choose_again(composed, at, word)
+        return composed
+
+    def alternatives(self, given: str) -> list[str]:
+        """See `alternatives`."""
+        if given.startswith("@"):
+            return [given]
+        word = read(given)
+        if self._is_choice(word):
+            return [f"{given.partition('=')[0]}={value}" for value in self._choice_values(word)]
+        if word.key == "run.dir":
+            return [given]  # the sweep's own folder, in which each run has one
+        kind, _ = _kind(word.key, _plain(self._composed))
+        found = alternatives_of(word, kind, self._loader)
+        return [given] if len(found) < 2 else [f"{given.partition('=')[0]}={value}" for value in found]
+
+    def _choice_values(self, word: Word) -> list[str]:
+        return alternatives_of(word, "value", self._loader) if "," in word.text or "(" in word.text else [word.text]
+
+    def _within_later(self, at: int, choices: Mapping[int, Word]) -> bool:
+        """Whether a choice of a file's is a part of what a later word chooses anew."""
+        place = choices[at].package or choices[at].key
+        later = (word.package or word.key for other, word in choices.items() if other > at)
+        return choices[at].from_file and any(place == key or place.startswith(f"{key}.") for key in later)
+
+    def _is_choice(self, word: Word) -> bool:
+        if word.removes or (word.from_file and not isinstance(word.value, str)):
+            return False
+        return word.package is not None or (word.key in self._groups and not word.text.lstrip().startswith("{"))
+
+    def _chosen(self, word: Word) -> str:
+        """A choice as hydra takes it."""
+        name, value = word.key, word.text
+        place = f"{word.origin}: " if word.origin else ""
+        if name not in self._groups:
+            near = targets.hint(targets.closest(name, self._groups))
+            raise ConfigError(f"{place}there is no group {name}{near} (there are {', '.join(self._groups)})")
+        options = self._loader.get_group_options(name)
+        if value not in options:
+            if word.text.lstrip()[:1] != "[" and ("," in word.text or "(" in word.text):
+                given = f"{word.key}={word.value}" if word.from_file else word.given
+                every = f"a run for each is started by: dtrain train -m {given}"
+                raise ConfigError(f"{place}{word.given}: a run has one {name}; {every}")
+            near = targets.hint(targets.closest(str(value), options))
+            raise ConfigError(f"{place}{word.given}: there is no such choice{near} (there are {', '.join(options)})")
+        if name == "compress" and word.package is None:
+            raise ConfigError(f"{word.given} does not say what is compressed: compress@sync.compress={value}")
+        # Every group of ours has a choice already: there is nothing to add.
+        package = f"@{word.package}" if word.package is not None else ""
+        return f"{'' if name in self._ours else '+'}{name}{package}={value}"
+
+    def _sets(self, word: Word) -> list[str]:
+        """The keys that a choice sets; a mapping with a target is one."""
+        content = self._loader.repository.load_config(f"{word.key}/{word.text}").config
+        plain = cast(dict[object, object], OmegaConf.to_container(content, resolve=False))
+        place = word.package if word.package is not None else word.key
+        return [place] if "_target_" in plain else [f"{place}.{key}" for key in plain]
+
+    def _undone(self, at: int) -> bool:
+        """Whether what a file says is what a later choice sets."""
+        word = self._read[at]
+        later = [key for other, choice in self._choices.items() if other > at for key in self._sets(choice)]
+        return word.from_file and any(word.key == key or word.key.startswith(key + ".") for key in later)
+
+    def _choose_again(self, composed: DictConfig, at: int, word: Word) -> None:
+        """What a later choice sets within the mapping that a file has replaced."""
+        for other, choice in self._choices.items() if word.from_file else ():
+            for key in self._sets(choice) if other > at else ():
+                if key.startswith(word.key + "."):
+                    chosen = OmegaConf.to_container(OmegaConf.select(self._composed, key), resolve=False)
+                    OmegaConf.update(composed, key, chosen, merge=False, force_add=True)
+
+
+def _names_target(word: Word) -> bool:
+    return word.key.endswith("_target_") or (isinstance(word.value, Mapping) and "_target_" in word.value)
+
+
+@contextlib.contextmanager
+def _told_with(word: Word) -> Iterator[None]:
+    """Errors about what a file says begin with its name."""
+    try:
+        yield
+    except ConfigError as error:
+        if not word.origin:
+            raise
+        raise ConfigError(f"{word.origin}: {error}") from error
+
+
+def _apply(composed: DictConfig, word: Word) -> None:
+    """Set, or take away, the key of a word; it exists, or the target of the mapping around it takes it."""
+    key, chosen = word.key, _plain(composed)
+    node, last = _around(word, chosen), key.rpartition(".")[2]
+    exists = _has(node, last)
+    if isinstance(node, list):
+        whole = key.rpartition(".")[0]
+        raise ConfigError(f"{key}: a list is set as a whole, as in {whole}=[{','.join(map(str, node))}]")
+    if word.removes:
+        if not exists:
+            raise unknown(key, chosen)
+        if not _open(key) or key in OPEN:
+            raise ConfigError(f"{word.given}: {key} cannot be removed; give it another value: {key}=VALUE")
+        with open_dict(composed):
+            del OmegaConf.select(composed, key.rpartition(".")[0])[last]
+        return
+    value = value_of(word, *_kind(key, chosen))
+    if key in OPEN and not isinstance(value, Mapping):
+        shown = targets.shown(value)
+        raise ConfigError(f"{key} must be a mapping with _target_, but is {shown}; give it one: {key}._target_=VALUE")
+    if isinstance(value, Mapping) and not _open(key):
+        # It is merged into a section; its keys must be the section's.
+        section = cast(Mapping[str, object], node)[last]
+        for inner in value:
+            if isinstance(section, dict) and str(inner) not in section:
+                near = targets.hint(targets.closest(str(inner), section))
+                raise ConfigError(f"there is no key {key}.{inner}{near} (there are {', '.join(section)})")
+    replaces = isinstance(value, Mapping) and "_target_" in value and _open(key)
+    try:
+        OmegaConf.update(composed, key, value, merge=not replaces, force_add=_open(key))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explained(error, key) or f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _around(word: Word, chosen: Mapping[str, object]) -> object:
+    """The mapping that holds the key of a word, or may hold it.
+
+    Raises:
+        ConfigError: there is none, or what makes it takes no such keyword.
+    """
+    key = word.key
+    *path, last = key.split(".")
+    node: object = chosen
+    for depth, part in enumerate(path, 1):
+        node = _child(node, part) if _has(node, part) else False
+        place = ".".join(path[:depth])
+        if node is None and _open(place) and last == "_target_" and depth == len(path):
+            return {}
+        if node is None and _open(place):
+            raise ConfigError(f"{key}: {place} is null, so it has no {last}; choose a {place} first")
+        if not isinstance(node, dict | list):
+            raise unknown(key, chosen)
+    if isinstance(node, dict) and node.get("_target_") == MISSING and last != "_target_":
+        target = ".".join([*path, "_target_"])
+        raise ConfigError(f"{target} has no default: set it, as in {target}=VALUE")
+    if isinstance(node, dict) and _open(key) and (last == "_target_" or _has(node, last)):
+        return node
+    if isinstance(node, dict) and "_target_" in node and not word.removes:
+        named, others = targets.keywords_of(targets.locate(node["_target_"], ".".join(path)))
+        if last in named or others:
+            return node
+        raise unknown(key, chosen, list(named), str(node["_target_"]))
+    if not _has(node, last):
+        raise unknown(key, chosen)
+    return node
+
+
+def _kind(key: str, chosen: Mapping[str, object]) -> tuple[Kind, str | None]:
+    """What a key holds, and what it takes in words, by the schema or by the target of the mapping around it."""
+    *path, last = key.split(".")
+    if not _open(key):
+        hint: Any = Config
+        for part in key.split("."):
+            hint = get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+        return ("value", None) if hint is None else (targets.holds_text(hint), targets.expected(hint))
+    node: object = chosen
+    for part in path:
+        node = _child(node, part) if _has(node, part) else None
+    target = node.get("_target_") if isinstance(node, dict) else None
+    if last == "_target_" or target in (None, MISSING):
+        return "unknown", None
+    function = targets.locate(target, ".".join(path))
+    return targets.kind_of_keyword(function, last), targets.expected(targets.keywords_of(function)[0].get(last))
+
+
+def _open(key: str) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in OPEN)
+
+
+def _has(node: object, part: str) -> bool:
+    if isinstance(node, list):
+        return part.isdecimal() and len(part) < 10 and int(part) < len(node)
+    return isinstance(node, dict) and part in node
+
+
+def _child(node: object, part: str) -> object:
+    return cast(object, node[int(part)] if isinstance(node, list) else cast(dict[str, object], node)[part])
+
+
+# ---- composing and freezing ----------------------------------------------------------------------------------------
+
+
+def _plain(composed: DictConfig) -> dict[str, object]:
+    """As nested dictionaries and lists, in which one can look for any key; what has no value yet is ``MISSING``."""
+    plain = cast(dict[str, object], OmegaConf.to_container(composed, resolve=False))
+    return {key: _without_nothing(value) for key, value in plain.items() if key != "hydra"}
+
+
+@functools.lru_cache(maxsize=64)  # it takes a tenth of a second, and a sweep says the same words often
+def _run_hydra(choices: tuple[str, ...], folders: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    """What hydra makes of the choices, not to be written to, and the name of the choice of each group."""
+    try:
+        composed = hydra_compose("config", overrides=list(choices), return_hydra_config=True)
+        known = {str(group): str(name) for group, name in composed.hydra.runtime.choices.items()}
+        del composed.hydra
+        return composed, known
+    except (HydraException, OmegaConfBaseException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OmegaConfBaseException):
+            cause = cause.__cause__
+        words = _explained(cause) if isinstance(cause, OmegaConfBaseException) else None
+        said, _, _ = " ".join(str(error).split()).partition(" To append to your default list")  # which is hydra's own
+        raise ConfigError(words or said) from error
+
+
+def _explained(error: OmegaConfBaseException, key: str = "") -> str | None:
+    """An error of OmegaConf about a known key in our words: the key, the type it takes, the value that it was given."""
+    key = error.full_key or key
+    if isinstance(error, GrammarParseError):
+        return f"{key}: text with ${{ names another key, as in ${{train.steps}}; for the characters themselves: \\${{"
+    hint: Any = Config
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(hint):
+            return None
+        hint = get_type_hints(cast(type, hint)).get(part)
+    if hint is None:
+        return None
+    words = targets.expected(hint) or "a section with keys of its own"
+    return f"{key} must be {words}, but is {targets.shown(error.value)}"
+
+
+def _frozen(composed: DictConfig) -> Config:
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key
+        if "Missing mandatory value" in str(error):
+            raise ConfigError(f"{key} has no default: set it, as in {key}=VALUE") from error
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    return _built(Config, cast(dict[str, object], plain))
+
+
+def _built(cls: type[_T], values: Mapping[str, object]) -> _T:
+    """The frozen dataclass from plain values, section by section."""
+    hints = get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            arguments[key] = _built(hints[key], cast(dict[str, object], value))
+        else:
+            arguments[key] = _without_nothing(value)
+    return cls(**arguments)
+
+
+def _without_nothing(value: object) -> object:
+    """``{_target_: null}`` is how a YAML file of a group says null (see configs/compress/none.yaml)."""
+    if isinstance(value, dict):
+        if "_target_" in value and value["_target_"] is None:
+            return None
+        return {str(key): _without_nothing(inner) for key, inner in value.items()}
+    return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _literal(value: object) -> object:
+    """Text as OmegaConf writes it so that it is read back as it is: what looks like an interpolation is none."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    return [_literal(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _at_home(config: Config) -> Config:
+    """The configuration with ``~/`` and ``~user/`` written out where text begins with it: the shell leaves it in words.
+
+    Raises:
+        ConfigError: nobody is called so, in a path of the run's.
+    """
+
+    def home(value: object) -> object:
+        if isinstance(value, str) and re.fullmatch(r"~[\w.-]*(/.*)?", value, re.DOTALL):
+            return os.path.expanduser(value)
+        if isinstance(value, dict):
+            return {key: home(inner) for key, inner in value.items()}
+        return [home(inner) for inner in value] if isinstance(value, list) else value
+
+    run = {key: home(value) for key, value in dataclasses.asdict(config.run).items()}
+    for key, value in run.items():
+        if str(value).startswith("~"):
+            raise ConfigError(
+                f"run.{key}={value}: there is no such user; for a folder of that name: run.{key}=./{value}"
+            )
+    launcher: dict[str, Any] = {key: home(getattr(config.launcher, key)) for key in ("python", "mpirun", "container")}
+    sections: dict[str, Any] = {key: home(dict(section_of(config, key))) for key in OPEN}
+    optim = dataclasses.replace(config.optim, inner=sections.pop("optim.inner"))
+    return dataclasses.replace(
+        config, run=dataclasses.replace(config.run, **cast(Any, run)), optim=optim, **sections,
+        launcher=dataclasses.replace(config.launcher, **launcher),
+    )  # fmt: skip
+
+
+def _with_default_folder(config: Config, sync: str) -> Config:
+    now = datetime.datetime.now()
+    name = Path("runs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{sync}"
+    path, number = name, 1
+    while path.exists():  # two runs that start in the same second must not share a folder
+        number += 1
+        path = name.with_name(f"{name.name}-{number}")
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))

@@ -1,0 +1,224 @@
+"""What types cannot say: ranges, and parts that do not fit each other or this machine. All are told at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.train.config.data_contract import check_data
+from dtrain.train.config.launcher_keys import refused
+from dtrain.train.config.model_factory import build_model
+from dtrain.train.config.schema import (
+    CONTAINER_RUNTIMES,
+    ENGINES,
+    ISOLATIONS,
+    LAUNCHERS,
+    PER_NODE,
+    PRECISIONS,
+    SCHEDULES,
+    TRANSPORTS,
+    Config,
+)
+from dtrain.train.config.targets import closest, hint, instantiate
+
+AT_LEAST_ONE = (
+    "mesh.replicate", "mesh.shard", "launcher.workers", "launcher.threads_per_worker", "launcher.nodes",
+    "launcher.minutes", "train.steps", "train.batch_size", "train.keep_checkpoints", "train.log_every_steps",
+    "train.agree_every_steps",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "launcher.max_restarts", "launcher.grace_seconds", "launcher.hang_seconds", "launcher.signal_seconds",
+    "launcher.gpus_per_node", "launcher.memory_gib", "launcher.array_parallel", "launcher.port", "optim.warmup_steps",
+    "optim.final_lr_fraction", "train.seed", "train.microbatch_size", "train.clip_norm", "train.stop_after_steps",
+    "train.checkpoint_every_steps", "train.evaluate_every_steps", "train.evaluation_examples",
+    "train.max_skipped_steps",
+)  # fmt: skip
+NAMES = {
+    "engine.name": ENGINES,
+    "engine.precision": PRECISIONS,
+    "optim.schedule": SCHEDULES,
+    "launcher.name": LAUNCHERS,
+    "launcher.per_node": PER_NODE,
+    "launcher.isolate": ISOLATIONS,
+    "launcher.container_runtime": CONTAINER_RUNTIMES,
+    "mesh.transport": TRANSPORTS,
+}
+
+
+def validate(config: Config) -> dict[str, object]:
+    """Check all that can be checked before anything is launched. Writes nothing.
+
+    Returns:
+        What the data set says of itself (its ``describe()``): files, sizes, digest.
+
+    Raises:
+        ConfigError: naming every key that is out of range or does not fit, with its value and what would fit.
+        DataError: from the data set: missing, empty or damaged.
+    """
+    problems = [*_ranges(config), *_mesh(config), *_launcher(config), *_engine(config), *_run_folder(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    _optimizer(config, _sync(config))
+    data, description = check_data(config)
+    _model(config, data)
+    return description
+
+
+def _value(config: Config, key: str) -> object:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    for key in AT_LEAST_ONE:
+        value = cast(int, _value(config, key))
+        if value < 1:
+            yield f"{key} must be at least 1, but is {value}"
+    for key in NOT_NEGATIVE:
+        number = cast(float, _value(config, key))
+        if not (number >= 0 and math.isfinite(number)):
+            yield f"{key} must be 0 or more, but is {number}"
+    if config.optim.final_lr_fraction > 1:
+        yield f"optim.final_lr_fraction is a fraction between 0 and 1, but is {config.optim.final_lr_fraction}"
+    if not (config.engine.bucket_mib > 0 and math.isfinite(config.engine.bucket_mib)):
+        yield f"engine.bucket_mib must be more than 0, but is {config.engine.bucket_mib}"
+    for key, names in NAMES.items():
+        name = str(_value(config, key))
+        if name not in names:
+            yield f"{key} is {name}{hint(closest(name, names))} (there are {', '.join(names)})"
+    for keyword, setting in config.optim.inner.items():
+        for each in setting if isinstance(setting, list | tuple) else [setting]:
+            if isinstance(each, float) and not math.isfinite(each):
+                yield f"optim.inner.{keyword} must be finite, but is {setting}"
+
+
+def _mesh(config: Config) -> Iterator[str]:
+    replicas, shards, workers = config.mesh.replicate, config.mesh.shard, config.launcher.workers
+    if min(replicas, shards, workers) < 1:
+        return
+    world = replicas * shards
+    if world != workers:
+        yield (
+            f"the mesh is {replicas} replicas x {shards} shards = {world} ranks, but there are {workers} workers; set "
+            f"launcher.workers={world}, or choose mesh.replicate and mesh.shard whose product is {workers}"
+        )
+        return  # what else must fit the mesh depends on which of the two it will be
+    batch, micro = config.train.batch_size, config.train.microbatch_size
+    if batch < 1:
+        return
+    if batch % world:
+        near = " or ".join(str(n) for n in (batch // world * world, (batch // world + 1) * world) if n)
+        yield f"train.batch_size is {batch}, which {world} ranks cannot share equally; choose {near}"
+    elif micro > 0 and (batch // world) % micro:
+        yield (
+            f"train.microbatch_size is {micro}, but a rank's share of the batch is {batch // world} examples; choose a "
+            "divisor of it, or 0 for all at once"
+        )
+
+
+def _launcher(config: Config) -> Iterator[str]:
+    yield from refused(config.launcher)
+    if config.mesh.transport == "mpi" and config.launcher.name != "mpi":
+        yield "mesh.transport=mpi needs ranks that mpirun has started: take launcher=mpi, or mesh.transport=torch"
+    if config.launcher.nodes > 1 and config.launcher.workers % config.launcher.nodes:
+        yield (
+            f"launcher.workers={config.launcher.workers} cannot be spread evenly over launcher.nodes="
+            f"{config.launcher.nodes}; choose another number of nodes, or a mesh of another size"
+        )
+
+
+def warnings(config: Config) -> list[str]:
+    """What will run, but most likely not as it was meant."""
+    found, steps = [], config.train.steps
+    per_node = config.launcher.workers // max(1, config.launcher.nodes)
+    if config.launcher.nodes > 1 and config.mesh.shard > per_node:
+        found.append(
+            f"a replica of {config.mesh.shard} shards spans several nodes of {per_node} workers, so the engine's own "
+            "traffic, which no sync makes smaller, crosses the slow links; mesh.shard is best at most "
+            f"{per_node} here"
+        )
+    warmup, every = config.sync.get("warmup_steps", 0), config.sync.get("every_steps", 0)
+    if isinstance(warmup, int) and warmup >= steps:
+        found.append(f"sync.warmup_steps={warmup} is all of train.steps={steps}: the run ends in its warm-up")
+    elif isinstance(every, int) and isinstance(warmup, int) and every > steps - warmup:
+        found.append(
+            f"sync.every_steps={every} is more than the {steps - warmup} steps there are: the replicas train alone and "
+            "are combined once, at the end"
+        )
+    return found
+
+
+def _engine(config: Config) -> Iterator[str]:
+    if config.engine.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        yield f"engine {config.engine.name} needs DeepSpeed, which is not installed: pip install 'dtrain[zero]'"
+
+
+def _run_folder(config: Config) -> Iterator[str]:
+    """Nothing is written to find out: the nearest folder that exists must be a writable one."""
+    path = Path(config.run.dir).absolute()
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        yield f"run.dir={config.run.dir}: {existing} is a file, not a folder; choose another run.dir"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"run.dir={config.run.dir}: {existing} cannot be written to; choose another run.dir"
+
+
+def _sync(config: Config) -> object:
+    sync = instantiate(config.sync, "sync")
+    if not callable(getattr(sync, "bind", None)):
+        target = config.sync["_target_"]
+        raise ConfigError(f"sync: {target} makes a {type(sync).__name__}, no sync: take dtrain.every_step, for example")
+    return sync
+
+
+def _optimizer(config: Config, sync: object) -> None:
+    """Its own checks, and those of the sync, on a parameter of one element."""
+    import torch
+
+    optimizer = instantiate(config.optim.inner, "optim.inner", params=[torch.nn.Parameter(torch.zeros(1))])
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        target = config.optim.inner["_target_"]
+        raise ConfigError(f"optim.inner: {target} makes a {type(optimizer).__name__}, no torch.optim.Optimizer")
+    try:
+        getattr(sync, "require_inner", lambda _: None)(optimizer)
+    except ValueError as error:
+        raise ConfigError(f"sync and optim.inner do not go together: {error}") from error
+    if getattr(sync, "constant_rate", False) and (config.optim.schedule != "constant" or config.optim.warmup_steps):
+        raise ConfigError(
+            f"sync: {type(sync).__name__} needs one learning rate from the first step to the last, and the schedule is "
+            f"{config.optim.schedule} with {config.optim.warmup_steps} steps of warm-up; set optim.schedule=constant "
+            "optim.warmup_steps=0"
+        )
+
+
+def _model(config: Config, data: object) -> None:
+    """Its own checks, on the meta device: nothing is allocated, however large the model."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = build_model(config.model, data)
+    except Exception:  # some models look at their values while they are made; and only a real one says what is wrong
+        model = build_model(config.model, data)
+    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    sparse = [name for name, module in model.named_modules() if isinstance(module, embeddings) and module.sparse]
+    if sparse:
+        raise ConfigError(
+            f"model: {', '.join(sparse[:3])} of {config.model['_target_']} makes sparse gradients, which are neither "
+            "clipped nor exchanged, nor taken by AdamW: build it with sparse=False"
+        )
+    if config.run.weights:
+        from dtrain.train.checkpoint.weights import put_into, weights_of
+
+        try:
+            weights = weights_of(Path(config.run.weights), dict(model.named_parameters()))
+            put_into(model, weights, f"run.weights={config.run.weights}")
+        except CheckpointError as error:
+            raise ConfigError(f"{error}; give a safetensors file, a checkpoint or a run of this model") from error

@@ -1,0 +1,122 @@
+"""What the trainer asks of an engine, and what all engines share.
+
+An engine owns the shard axis: it builds the model on its replica's ranks, runs forward and backward, clips by the norm
+over its shards, and hands its `Pieces` to the sync. It never communicates with other replicas.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dtrain.comm.pieces import Pieces
+from dtrain.train.engines.contract import loss_of
+from dtrain.train.mesh import Mesh
+
+Batch: TypeAlias = Mapping[str, Tensor]
+OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What every engine is told.
+
+    ``precision``: "fp32", or "bf16" with fp32 master parameters and fp32 reductions where the engine can.
+    ``bucket_mib``: size of the gradient groups that are handed over. ``clip_norm``: 0 leaves gradients as they are.
+    ``unused_parameters``: a parameter that has no part in a loss has the gradient zero.
+    """
+
+    precision: str
+    activation_checkpointing: bool
+    bucket_mib: float
+    clip_norm: float
+    microbatches: int
+    microbatch_size: int
+    unused_parameters: bool = False
+
+
+class Engine(ABC):
+    """A model under training on one rank."""
+
+    pieces: Pieces
+
+    def __init__(self, mesh: Mesh, options: EngineOptions) -> None:
+        self.mesh, self.options = mesh, options
+        self.gradient_norm = 0.0
+
+    @abstractmethod
+    def forward_backward(self, microbatches: Sequence[Batch]) -> Tensor:
+        """Accumulate the gradient of the mean loss over the microbatches of this rank; the detached mean loss."""
+
+    @abstractmethod
+    def clip(self) -> None:
+        """Clip by the norm over this replica's shards and note it in ``gradient_norm``. After `Pieces.finish`."""
+
+    @abstractmethod
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The loss of a batch, without gradients."""
+
+    @abstractmethod
+    def set_learning_rate(self, value: float) -> None:
+        """For all parameter groups, from the next step on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what would keep the process group busy."""
+
+
+class TorchEngine(Engine):
+    """What DDP and FSDP2 share: a module that is called, and a torch optimizer."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def clip(self) -> None:
+        limit = self.options.clip_norm if self.options.clip_norm > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        whole = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+        self.gradient_norm = float(whole)
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            loss = loss_of(self.model, batch)
+        self.model.train()
+        return loss.float()
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    def close(self) -> None:
+        """Nothing of its own."""
+
+    def _autocast(self) -> torch.autocast:
+        """FSDP2 and DeepSpeed cast by themselves; DDP needs autocast for bf16."""
+        return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=False)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: the members of its module lists, outermost only. May be empty."""
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                yield from child
+            else:
+                yield from walk(child)
+
+    return list(walk(model))
+
+
+def checkpoint_activations(model: nn.Module, *, reentrant: bool = False) -> None:
+    """Recompute each block's activations in backward instead of keeping them. Names of parameters stay as they are."""
+    for block in blocks_of(model):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)

@@ -1,0 +1,6 @@
+"""The rows that a run writes while it trains: metrics.jsonl and TensorBoard."""
+
+from dtrain.train.metrics.rows import cut, read
+from dtrain.train.metrics.writer import MetricsWriter
+
+__all__ = ["MetricsWriter", "cut", "read"]

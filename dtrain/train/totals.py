@@ -1,0 +1,82 @@
+"""What a run has cost so far: tokens, seconds, bytes. Goes on over resumes: rank 0's figures are in the checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from dtrain import strict_json
+from dtrain.comm.transports.meter import Meter
+from dtrain.errors import ResumeError
+
+
+class Account:
+    """The figures of one rank. ``seconds``: within training steps; evaluation and checkpoints are not in them.
+
+    ``exposed_seconds``: those of them in which this rank stood waiting for others. ``computing_seconds``: forward,
+    backward and optimizer, less what was exposed communication.
+    """
+
+    def __init__(self, sync: Meter, control: Meter) -> None:
+        self.meters = (sync, control)
+        self.tokens = 0
+        self.seconds = 0.0
+        self.computing_seconds = 0.0
+        self.exposed_seconds = 0.0
+        for meter in self.meters:
+            meter.restart()  # what the set-up cost is no figure of training
+
+    @property
+    def sent_bytes(self) -> int:
+        """Across the replicate axis, control messages included."""
+        return sum(meter.sent_bytes for meter in self.meters)
+
+    @property
+    def _waited(self) -> float:
+        return sum(meter.exposed_seconds for meter in self.meters)
+
+    @property
+    def exposed_fraction(self) -> float | None:
+        return self.exposed_seconds / self.seconds if self.seconds else None
+
+    @property
+    def compute_utilization(self) -> float | None:
+        return self.computing_seconds / self.seconds if self.seconds else None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A whole training step, the fetching of its batch included."""
+        started, waited = time.perf_counter(), self._waited
+        yield
+        self.exposed_seconds += self._waited - waited
+        self.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The part of a step in which the model is computed on."""
+        started, waited = time.perf_counter(), self._waited
+        yield
+        self.computing_seconds += time.perf_counter() - started - (self._waited - waited)
+
+    def record(self) -> dict[str, object]:
+        """For a checkpoint."""
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "computing_seconds": self.computing_seconds,
+            "sent_bytes": self.sent_bytes,
+            "exposed_seconds": self.exposed_seconds,
+        }
+
+    def restore(self, record: Mapping[str, object]) -> None:
+        """Undo `record`. Raises ``ResumeError`` for what is none."""
+        try:
+            figures = {name: strict_json.number(record, name) or 0 for name in self.record()}
+        except ValueError as error:
+            raise ResumeError(f"the checkpoint's account of its run cannot be read: {error}") from error
+        self.tokens = int(figures["tokens"])
+        self.seconds, self.computing_seconds = figures["seconds"], figures["computing_seconds"]
+        self.exposed_seconds = figures["exposed_seconds"]
+        self.meters[0].restart(sent_bytes=int(figures["sent_bytes"]))
+        self.meters[1].restart()
