@@ -23,7 +23,7 @@ TOUCH_TORCH_DISTRIBUTED = {
     "comm/transports/*.py": "carry the ops of flows",
     "comm/channel.py": "performs the collectives that algorithms only describe",
     "comm/attach.py": "finds the process group of a model",
-    "comm/runtime/membership/*.py": "replicas that come and go meet in a store of torch's kind and make their own groups",
+    "comm/runtime/membership/*.py": "replicas that come and go meet in a store and make their own groups",
     "comm/adapters/*.py": "they adapt models that hold process groups, meshes and DTensors",
     "dtrain/bench/*.py": "measure torch's collectives beside our own",
     "dtrain/doctor/worker.py": "hosts meet in a store, without a process group",

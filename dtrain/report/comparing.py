@@ -37,8 +37,8 @@ def compared(runs: Sequence[tuple[str, Path]], settings: Mapping[Path, Mapping[s
 def settings_of(folder: Path) -> dict[str, object]:
     """The configuration of a run as dotted keys; empty where it cannot be read."""
     from dtrain.errors import ConfigError
-    from dtrain.train.config.composition import load
     from dtrain.train.config.compatibility import flat
+    from dtrain.train.config.composition import load
 
     try:
         return flat(dataclasses.asdict(load(folder / "config.yaml")))

@@ -14,8 +14,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dtrain.train.config.composition import compose, load, to_yaml
     from dtrain.train.config.compatibility import MAY_CHANGE_AT_RESUME, Difference, check_resume, differences
+    from dtrain.train.config.composition import compose, load, to_yaml
     from dtrain.train.config.model_factory import build_model
     from dtrain.train.config.schema import (
         Config,

@@ -27,9 +27,9 @@ from dtrain.launchers.lock import LOCK, InUse, held
 from dtrain.launchers.slurm.client import SlurmError, since
 from dtrain.report.environment import KEPT, NOT_KEPT, record
 from dtrain.train.checkpoint.folders import OWNERS, write_text_durably
+from dtrain.train.config.compatibility import check_resume
 from dtrain.train.config.composition import load, to_yaml
 from dtrain.train.config.data_contract import DATA as DATA
-from dtrain.train.config.compatibility import check_resume
 from dtrain.train.config.schema import Config
 from dtrain.train.failure_memory import forget
 
