@@ -16,17 +16,14 @@
 ``exit_code`` is what the command ``dtrain`` returns for the error, and what tells every launcher whether to start the
 ranks again: after 2 none does. Two further codes are no errors: ``CHECKPOINTED``
 (checkpointed after a signal from the scheduler, to be run again) and ``INTERRUPTED`` (ended by the user, after a
-checkpoint).
+checkpoint); see `dtrain.launchers.exit_codes`.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-FAILED = 1
-BAD_CONFIG = 2
-CHECKPOINTED = 75
-INTERRUPTED = 130
+from dtrain.launchers.exit_codes import BAD_CONFIG, FAILED
 
 
 class DtrainError(Exception):

@@ -26,16 +26,16 @@ from dtrain.launchers import job_list as registry
 from dtrain.launchers import mpi
 from dtrain.launchers import trust as trusted
 from dtrain.launchers.argv import sent
+from dtrain.launchers.environment import CLUSTER
+from dtrain.launchers.exit_codes import ENDINGS, FAILED
 from dtrain.launchers.inherited_environment import handed_on
 from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
-from dtrain.launchers.reading import Damaged, json_of, shaped
 from dtrain.launchers.records import ATTEMPT, RankRecord, keep_attempt, rank_files
+from dtrain.launchers.strict_json import Damaged, json_of, shaped
 
 __all__ = ["BackgroundJob", "LocalLauncher", "MpiLauncher", "rank_command"]
-
-CLUSTER = "DTRAIN_CLUSTER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,12 +254,6 @@ def stored(launcher: str, path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     return dict(vars(settings)), found.program
 
 
-ENDINGS = {
-    0: "finished", 2: "it cannot run, or would fail in the same way again", 75: "checkpointed, to be run again",
-    130: "ended by the user",
-}  # fmt: skip
-
-
 def _run_local(command: list[str], settings: Mapping[str, Any], folder: Path) -> bool:
     """Run the ranks; whether they were asked to stop."""
     ending = launch(
@@ -281,7 +275,7 @@ def _run_mpi(command: list[str], settings: Mapping[str, Any], folder: Path) -> b
             found, command, _ranks(settings), log=folder / "logs" / "batch.log",
             grace_seconds=settings["grace_seconds"],
         )  # fmt: skip
-        if ended.signal or RankRecord.verdict(folder, settings["workers"]) != 1:
+        if ended.signal or RankRecord.verdict(folder, settings["workers"]) != FAILED:
             return bool(ended.signal)
     return False
 

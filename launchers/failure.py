@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dtrain.launchers.reading import json_in
+from dtrain.launchers.strict_json import json_in
 
 __all__ = [
     "CONSEQUENCE", "Ending", "Failure", "advice", "read_error", "read_log_end", "read_probe", "root_cause",

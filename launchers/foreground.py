@@ -16,16 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dtrain.launchers import job_list as registry
+from dtrain.launchers.exit_codes import CHECKPOINTED, ENDINGS, INTERRUPTED
 from dtrain.launchers.job import Facts, Job, State
-from dtrain.launchers.reading import json_in, tail
 from dtrain.launchers.records import RankRecord
+from dtrain.launchers.strict_json import json_in, tail
 
 __all__ = ["FOREGROUND", "ForegroundJob", "began", "ended", "run_of"]
 
 FOREGROUND = "foreground"
 LOCK = ".lock"
 CONFIG = "config.yaml"
-ENDINGS = {0: "finished", 2: "it cannot run, or would fail in the same way again", 75: "cancelled", 130: "cancelled"}
+REASONS = {**ENDINGS, CHECKPOINTED: "cancelled", INTERRUPTED: "cancelled"}
 
 
 def began(folder: Path, program: Sequence[str], workers: int) -> None:
@@ -45,7 +46,7 @@ def began(folder: Path, program: Sequence[str], workers: int) -> None:
 
 def ended(folder: Path, code: int, cause: str) -> None:
     """Write down how it ended; ``cause``: what went wrong, in words, if anything did."""
-    content = {"code": code, "reason": ENDINGS.get(code, "failed"), "job": str(os.getpid()), "time": int(time.time())}
+    content = {"code": code, "reason": REASONS.get(code, "failed"), "job": str(os.getpid()), "time": int(time.time())}
     new = folder / "end.json.new"
     try:
         new.write_text(json.dumps({**content, "cause": cause}) + "\n")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, cast
 
 from dtrain.launchers import trust as trusted
-from dtrain.launchers.reading import Damaged, json_in, number_in, shaped
+from dtrain.launchers.strict_json import Damaged, json_in, number_in, shaped
 
 __all__ = ["ENDED", "Facts", "Job", "JobFailed", "Launcher", "Program", "State", "command_of"]
 

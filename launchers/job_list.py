@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dtrain.launchers.job import ENDED, Facts, Job
-from dtrain.launchers.reading import Damaged, json_in, tail
+from dtrain.launchers.strict_json import Damaged, json_in, tail
 
 __all__ = [
     "SWEEP", "Replaced", "add", "every", "find", "holder", "is_here", "job_of", "jobs", "open_job", "replaced_by",

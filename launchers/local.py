@@ -26,10 +26,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from dtrain.launchers import rendezvous as meeting
+from dtrain.launchers.exit_codes import NEVER_AGAIN
 from dtrain.launchers.failure import (
     CONSEQUENCE,
     Ending,
@@ -42,6 +42,7 @@ from dtrain.launchers.failure import (
 )
 from dtrain.launchers.inherited_environment import handed_on, replaced
 from dtrain.launchers.probe import FOLDER
+from dtrain.launchers.stop_signals import FirstSignal, passed_on
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
 __all__ = ["Ending", "Failure", "die_with_parent", "launch", "root_cause"]
 
 LAUNCHER_PID = "DTRAIN_LAUNCHER_PID"  # environment of the workers: whom to outlive on no account
-NEVER_AGAIN = (2, 126, 127)  # a rank that leaves so would do so again: a wrong configuration, a missing program
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 POLL_SECONDS = 0.05
 ROOT_SECONDS = 2.0  # after the first failure the others may still write down theirs: it can be the cause
 PEER_SECONDS = 10.0  # then SIGTERM, and this long until SIGKILL
@@ -104,7 +103,7 @@ def launch(
     log_folder.mkdir(parents=True, exist_ok=True)
     extra = {"OMP_NUM_THREADS": str(threads_per_worker), "PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(os.getpid())}
     extra |= {**meeting.on_loopback(), **(environment or {})}
-    with _StopSignals() as stop, _agent_environment(), _agent_log(log_folder / "launcher.log"):
+    with FirstSignal(signal.SIGQUIT) as stop, _agent_environment(), _agent_log(log_folder / "launcher.log"):
         run = _Run(log_folder, workers, max_restarts, grace_seconds, extra, on_restart)
         agent = _agent(argv, run, stop)
         from torch.distributed.elastic.multiprocessing import SignalException
@@ -124,29 +123,6 @@ def launch(
 
 class _Stopped(Exception):
     """The workers were stopped because the launching process got a signal."""
-
-
-class _StopSignals:
-    """Notes the first stop signal and nothing else, so that no exception can fall into the agent's bookkeeping."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._old: dict[int, object] = {}
-
-    def __enter__(self) -> _StopSignals:
-        for number in STOP_SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # nohup
-            self._old[number] = signal.signal(number, self._note)
-        self._old[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)  # the agent replaces it
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old if old is not None else signal.SIG_DFL)  # type: ignore[arg-type]
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.number = self.number or number
 
 
 @dataclass
@@ -227,9 +203,8 @@ class _Run:
 
     def stop(self, number: int) -> None:
         """Pass a signal on to the ranks (not to their helper processes), wait for the checkpoint, kill what is left."""
-        number = signal.SIGTERM if number == signal.SIGHUP else number
         for rank in self.running():
-            self.processes[rank].send_signal(number)
+            self.processes[rank].send_signal(passed_on(number))
         if not self.wait(self.grace_seconds):
             self.kill()
         self.sweep()
@@ -284,7 +259,7 @@ class _Run:
         return Ending(kind, number, max(self.attempt, 0), tuple(self.failures), tuple(self.earlier))
 
 
-def _agent(argv: Sequence[str], run: _Run, stop: _StopSignals) -> LocalElasticAgent:
+def _agent(argv: Sequence[str], run: _Run, stop: FirstSignal) -> LocalElasticAgent:
     """The elastic agent that ``elastic_launch`` would build, but it stops for ``stop`` and reports to ``run``."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

@@ -35,11 +35,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Literal, NoReturn
 
 from dtrain.launchers import rendezvous as meeting
+from dtrain.launchers.exit_codes import ENDED_WELL, of_process
 from dtrain.launchers.inherited_environment import handed_on
+from dtrain.launchers.stop_signals import FirstSignal, passed_on
 
 __all__ = [
     "Mpirun", "NoMpirun", "Ranks", "carried", "find_mpirun", "leave", "line", "names_of_this_host", "nodes_of_slurm",
@@ -47,7 +48,6 @@ __all__ = [
 ]  # fmt: skip
 
 Kind = Literal["openmpi", "mpich"]
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 CARRIERS: dict[Kind, dict[signal.Signals, signal.Signals]] = {
     "openmpi": {signal.SIGTERM: signal.SIGURG, signal.SIGINT: signal.SIGPWR},
     "mpich": {signal.SIGUSR2: signal.SIGQUIT},
@@ -57,7 +57,6 @@ CARRIED = "DTRAIN_CARRIED_SIGNALS"
 """Environment of the ranks: ``SIGURG=SIGTERM,...``; the wrapper of a rank takes the first to mean the second."""
 MARK = "DTRAIN_MPIRUN"
 """Environment of the ranks: which run they belong to, by which what is left of it on this host is found."""
-ENDED_WELL = (0, 75, 130)  # finished; checkpointed, to be run again; ended by the user
 LAST: dict[Kind, signal.Signals] = {"openmpi": signal.SIGTERM, "mpich": signal.SIGKILL}
 """What makes mpirun end all ranks at once, on all hosts."""
 PR_SET_PDEATHSIG = 1
@@ -312,7 +311,7 @@ def run(mpirun: Mpirun, argv: Sequence[str], ranks: Ranks, *, log: Path, grace_s
     ranks = complete(mpirun, ranks, nodes=nodes)
     command = line(mpirun, argv, ranks, nodes=nodes, root=os.geteuid() == 0, here=names_of_this_host())
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output, _Noted() as noted:
+    with log.open("ab") as output, FirstSignal() as noted:
         output.write(f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
         output.flush()
         process = subprocess.Popen(
@@ -329,17 +328,16 @@ def run(mpirun: Mpirun, argv: Sequence[str], ranks: Ranks, *, log: Path, grace_s
         finally:
             _end(process, mpirun.kind)
             _sweep(ranks.environment[MARK])
-    code = process.returncode
-    return Ended(code if code >= 0 else 128 - code, noted.number)
+    return Ended(of_process(process.returncode), noted.number)
 
 
-def _wait(process: subprocess.Popen[bytes], kind: Kind, noted: _Noted, grace_seconds: float) -> None:
+def _wait(process: subprocess.Popen[bytes], kind: Kind, noted: FirstSignal, grace_seconds: float) -> None:
     """Until mpirun has ended, or for ``grace_seconds`` after a signal."""
     # Before mpirun and the ranks have set up their handlers, a signal would be lost or kill them.
     ready, deadline = time.monotonic() + SETTLE_SECONDS, float("inf")
     while process.poll() is None and time.monotonic() < deadline:
         if noted.number and deadline == float("inf") and time.monotonic() > ready:
-            meant = signal.SIGTERM if noted.number == signal.SIGHUP else signal.Signals(noted.number)
+            meant = passed_on(noted.number)
             process.send_signal(CARRIERS[kind].get(meant, meant))
             deadline = time.monotonic() + grace_seconds
         time.sleep(POLL_SECONDS)
@@ -372,27 +370,6 @@ def _marked(mark: str) -> list[int]:
             if needle in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
-
-
-class _Noted:
-    """Context manager: notes the first stop signal, and does nothing about it."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._old: dict[int, object] = {}
-
-    def __enter__(self) -> _Noted:
-        for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old if old is not None else signal.SIG_DFL)  # type: ignore[arg-type]
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.number = self.number or number
 
 
 def carried(variables: Mapping[str, str] = os.environ) -> dict[signal.Signals, signal.Signals]:

@@ -38,7 +38,7 @@ CODE = "DTRAIN_CODE"  # the copy of the working directory that a job runs from
 RING = "TORCH_FR_BUFFER_SIZE"
 RING_ENTRIES = "256"  # collectives; the default is thousands, and all of them are read at every beat
 JOIN_SECONDS = 10.0  # a heartbeat takes milliseconds; a dead file system must not keep a rank from ending
-FAILED, NEVER_AGAIN = 1, 2
+FAILED, BAD_CONFIG, ENDED_WELL = 1, 2, (0, 75, 130)  # as in exit_codes.py, which an interpreter without dtrain lacks
 THREAD = "dtrain-probe"
 _noted: collections.deque[dict[str, Any]] = collections.deque(maxlen=int(RING_ENTRIES))
 
@@ -107,7 +107,7 @@ class Probe:
 
     def note(self, error: BaseException) -> None:
         """Write down the exception that ends this rank. Leaving with exit code 0 is none, nor are 75 and 130."""
-        if isinstance(error, SystemExit) and (not error.code or error.code in (75, 130)):
+        if isinstance(error, SystemExit) and (not error.code or error.code in ENDED_WELL):
             return
         cause = error.__cause__ or error.__context__
         if isinstance(error, SystemExit) and cause is not None:
@@ -281,7 +281,7 @@ def main(arguments: list[str]) -> None:
         except (_Missing, SyntaxError) as error:
             # It would fail in the same way however often it is started.
             traceback.print_exception(error, limit=None if isinstance(error, SyntaxError) else 0)
-            raise SystemExit(NEVER_AGAIN) from error
+            raise SystemExit(BAD_CONFIG) from error
 
 
 class _Missing(Exception):

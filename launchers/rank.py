@@ -26,13 +26,12 @@ from dtrain.launchers import trust as trusted
 from dtrain.launchers.argv import received
 from dtrain.launchers.code_copy import CODE
 from dtrain.launchers.environment import Environment
+from dtrain.launchers.exit_codes import BAD_CONFIG, ENDED_WELL, FAILED, of_process
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.records import ATTEMPT, RankRecord, rank_files
+from dtrain.launchers.stop_signals import STOP_SIGNALS
 
-FAILED, BAD_CONFIG = 1, 2
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-ENDED_WELL = (0, 75, 130)  # finished; checkpointed, to be run again; ended by the user
 LOCK_SECONDS = 120.0  # ranks of an attempt that has failed may still be on their way out, a command on its way back
 ALREADY_SIGNALLED = ("slurm", "openmpi", "mpich")
 """Backends that signal every process of a rank themselves. Passing a signal on would deliver it twice."""
@@ -67,7 +66,7 @@ def run(folder: Path, program: Sequence[str], place: Environment) -> int:
             output.write(f"{problem}\n".encode())
             code = BAD_CONFIG
     record.end(ranks, code, log=log, log_start=start)
-    code = code if code >= 0 else 128 - code
+    code = of_process(code)
     if place.backend in ("openmpi", "mpich"):
         mpi.leave(code, place.backend)
     return 0 if code in ENDED_WELL else code
@@ -167,7 +166,7 @@ def _signals(
         if (forward or meant) and child.poll() is None:
             child.send_signal(meant or number)
 
-    old = {number: signal.signal(number, handle) for number in {*SIGNALS, *carried}}
+    old = {number: signal.signal(number, handle) for number in {*STOP_SIGNALS, *carried}}
     try:
         yield
     finally:

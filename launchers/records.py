@@ -14,8 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.launchers import exit_codes
+from dtrain.launchers.exit_codes import ENDED_WELL
 from dtrain.launchers.failure import read_log_end, signal_name
-from dtrain.launchers.reading import Damaged, json_in, lines_in, number_in, shaped
+from dtrain.launchers.strict_json import Damaged, json_in, lines_in, number_in, shaped
 
 __all__ = ["ATTEMPT", "Beat", "RankRecord", "damaged", "keep_attempt", "rank_files"]
 
@@ -99,7 +101,7 @@ class RankRecord:
         if told is not None:
             kind, message, trace = told.kind, told.message, told.traceback
             ended = told.time  # when it failed, not when it had been cleared away
-        elif code not in (0, 75, 130):
+        elif code not in ENDED_WELL:
             message, trace = read_log_end(log, log_start)
             if code < 0:
                 name = signal_name(-code)
@@ -142,17 +144,9 @@ class RankRecord:
 
     @staticmethod
     def verdict(folder: Path, workers: int) -> int:
-        """The exit code of a job by what its ranks wrote: launchers know only that of those that they ended, too.
-
-        2 or 130 if any rank says so, 0 or 75 if all do, else 1. A shell's 126 and 127, for no program, are 2 too.
-        """
+        """The exit code of a job by what its ranks wrote: launchers know only that of those that they ended, too."""
         codes = [record.exit_code for record in RankRecord.all(folder) if record.ended is not None]
-        for telling, said in ((2, {2, 126, 127}), (130, {130})):
-            if said & {*codes}:
-                return telling
-        if len(codes) == workers and set(codes) <= {0, 75}:
-            return 75 if 75 in codes else 0
-        return 1
+        return exit_codes.verdict(codes, workers)
 
     def _write(self, folder: Path) -> None:
         path = folder / f"rank-{self.rank}.json"

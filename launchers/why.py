@@ -15,9 +15,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dtrain.launchers.exit_codes import CHECKPOINTED, ENDED_WELL
 from dtrain.launchers.failure import CONSEQUENCE, Failure, advice
-from dtrain.launchers.reading import json_in, tail
 from dtrain.launchers.records import Beat, RankRecord, damaged
+from dtrain.launchers.strict_json import json_in, tail
 
 __all__ = ["why"]
 
@@ -25,7 +26,6 @@ STALE_SECONDS = 30.0
 HANGING_SECONDS = 5.0  # a collective takes its time
 TAIL_BYTES = 20_000  # of the script's log
 KILLED_SECONDS = 2.0  # others notice that a rank was killed before that is written down; Slurm's own SIGKILL is later
-ENDED_WELL = (0, 75, 130, None)
 SCHEDULER = re.compile(
     r"slurmstepd[-\w]*: error: .*|srun: error: .*|CANCELLED AT .*|DUE TO .*|[Oo]ut.of.[Mm]emory.*|oom.kill.*"
 )
@@ -104,7 +104,7 @@ def _how(records: Sequence[RankRecord]) -> str:
         asked = f"did {hosts} fail" if len(silent) < len(records) else f"did srun, mpirun or {hosts} fail"
         numbers = ", ".join(str(record.rank) for record in silent[:8]) + (", ..." if len(silent) > 8 else "")
         return f"rank{'s' * (len(silent) > 1)} {numbers} left no word of how it ended ({asked}?)"
-    if any(record.exit_code == 75 for record in records):
+    if any(record.exit_code == CHECKPOINTED for record in records):
         return "it was asked to stop, and checkpointed"
     return "all ranks ended well" if records else "no rank left a record"
 
@@ -114,7 +114,7 @@ def _failures(records: Sequence[RankRecord]) -> list[RankRecord]:
     failed = [
         record
         for record in records
-        if record.ended is not None and (record.signal or record.exit_code not in ENDED_WELL)
+        if record.ended is not None and not _ended_well(record)
     ]
     first = min((record.ended or 0.0 for record in failed), default=0.0)
 
@@ -123,6 +123,10 @@ def _failures(records: Sequence[RankRecord]) -> list[RankRecord]:
         return _consequence(record), not killed, record.ended or 0.0, record.rank
 
     return sorted(failed, key=order)
+
+
+def _ended_well(record: RankRecord) -> bool:
+    return not record.signal and (record.exit_code is None or record.exit_code in ENDED_WELL)
 
 
 def _consequence(record: RankRecord) -> bool:
@@ -179,9 +183,7 @@ def _waiting(records: Sequence[RankRecord], beats: Sequence[Beat], *, now: float
 
     ``live``: the job goes on, so that a rank that has ended waits for nobody.
     """
-    over = {
-        r.rank: r for r in records if r.ended is not None and (live or not (r.signal or r.exit_code not in ENDED_WELL))
-    }
+    over = {record.rank: record for record in records if record.ended is not None and (live or _ended_well(record))}
     running = [beat for beat in beats if beat.rank not in over]
     lines = [
         f"rank {beat.rank} on {beat.host} has given no sign of life for {now - beat.time:.0f} s"

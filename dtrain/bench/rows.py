@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from dtrain.launchers.reading import Damaged, json_of, shaped
+from dtrain.launchers.strict_json import Damaged, json_of, shaped
 
 __all__ = ["NOISE", "Key", "Row", "append", "compare", "read", "read_as", "slower"]
 

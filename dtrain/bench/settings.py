@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import ConfigError
-from dtrain.launchers.reading import Damaged, json_in, shaped
+from dtrain.launchers.strict_json import Damaged, json_in, shaped
 
 __all__ = ["DTYPES", "Settings", "link_mbit", "parse"]
 

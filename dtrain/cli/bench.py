@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from dtrain.cli import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.cli.login_host import enter_launcher
 from dtrain.cli.submit import sigterm_interrupts
-from dtrain.errors import INTERRUPTED, ConfigError, DtrainError
+from dtrain.errors import ConfigError, DtrainError
 from dtrain.extras import OF_LAUNCHING, require
+from dtrain.launchers.exit_codes import INTERRUPTED
 
 if TYPE_CHECKING:
     from dtrain.bench.rows import Row
@@ -171,10 +172,11 @@ def _completed(settings: Settings, launcher: LauncherConfig) -> Settings:
 
 def _cluster_link() -> str:
     """The slowest link of the `dtrain cluster` that this is a host of, or "none" where nobody limits or knows it."""
+    from dtrain.launchers.environment import CLUSTER
     from dtrain.slurm.devcluster.state import Facts
 
     try:
-        facts = Facts.read(os.environ.get("DTRAIN_CLUSTER", ""))
+        facts = Facts.read(os.environ.get(CLUSTER, ""))
     except OSError:
         return "none"
     except ValueError as error:

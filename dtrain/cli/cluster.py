@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dtrain.cli import add_verb
 from dtrain.errors import ConfigError, DtrainError
+from dtrain.launchers.environment import CLUSTER
 
 if TYPE_CHECKING:
     from dtrain.cli import Verbs
@@ -40,7 +41,7 @@ def add(verbs: Verbs) -> None:
     up.add_argument("--latency", default="none", help="one way between two hosts: 10ms (default: none)")
     up.add_argument("--cpus-per-node", type=int, default=8, help="that each host claims (default: %(default)s)")
     up.add_argument("--kill-wait", type=int, default=5, help="Slurm's KillWait in seconds (default: %(default)s)")
-    up.add_argument("--name", default=os.environ.get("DTRAIN_CLUSTER", "dev"), help="(default: dev)")
+    up.add_argument("--name", default=os.environ.get(CLUSTER, "dev"), help="(default: dev)")
     up.set_defaults(run=_up)
     for name, does, handler in (
         ("exec", "run a command on the login host, or on another", _exec),
@@ -51,7 +52,7 @@ def add(verbs: Verbs) -> None:
         ("down", "end a cluster; nothing of it is left, whatever state it is in", _down),
     ):
         verb = add_verb(below, name, does=does)
-        verb.add_argument("--name", default=os.environ.get("DTRAIN_CLUSTER"), help="which cluster, if several are up")
+        verb.add_argument("--name", default=os.environ.get(CLUSTER), help="which cluster, if several are up")
         verb.set_defaults(run=handler, takes_program=name == "exec")
         if name in ("exec", "shape"):
             verb.add_argument("--host", help="this host (default: the login host to exec, all hosts to shape)")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dtrain.cli.resume_hint import command, last_checkpoint
-from dtrain.errors import INTERRUPTED
+from dtrain.launchers.exit_codes import INTERRUPTED
 
 if TYPE_CHECKING:
     from dtrain.launchers.failure import Failure

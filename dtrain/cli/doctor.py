@@ -93,7 +93,7 @@ def read(folder: Path) -> list[Report]:
     from dtrain.doctor.finding import Finding
     from dtrain.doctor.pairs import Exchange
     from dtrain.doctor.verdict import Report
-    from dtrain.launchers.reading import Damaged, json_in, number_in, shaped
+    from dtrain.launchers.strict_json import Damaged, json_in, number_in, shaped
 
     out = []
     for path in (folder / "doctor").glob("rank-*.json"):

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED
+from dtrain.launchers.exit_codes import CHECKPOINTED, FAILED, INTERRUPTED
 
 if TYPE_CHECKING:
     from dtrain.launchers.job import Job

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from dtrain.errors import ConfigError
+from dtrain.launchers.environment import CLUSTER
 from dtrain.launchers.inherited_environment import become, handed_on
 from dtrain.train.config.launcher_keys import ALLOCATED
 
 if TYPE_CHECKING:
     from dtrain.launchers.inherited_environment import Kind
     from dtrain.train.config.schema import LauncherConfig
-
-CLUSTER = "DTRAIN_CLUSTER"
 
 
 def enter_login_host(arguments: Sequence[str]) -> None:

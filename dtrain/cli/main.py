@@ -11,8 +11,9 @@ from typing import TextIO, cast
 
 from dtrain import __version__
 from dtrain.cli import Command, bench, cluster, data, doctor, jobs, launch, log, members, train
-from dtrain.errors import INTERRUPTED, DtrainError
+from dtrain.errors import DtrainError
 from dtrain.extras import missing
+from dtrain.launchers.exit_codes import INTERRUPTED
 
 COMMANDS = cast("list[Command]", [train, launch, jobs, doctor, bench, cluster, data, members, log])
 

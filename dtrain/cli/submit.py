@@ -11,7 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from dtrain.errors import INTERRUPTED, ConfigError, DtrainError
+from dtrain.errors import ConfigError, DtrainError
+from dtrain.launchers.exit_codes import INTERRUPTED
 
 if TYPE_CHECKING:
     from dtrain.launchers.job import Job, Launcher

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from dtrain.cli.login_host import enter_launcher
 from dtrain.cli.submit import program
-from dtrain.errors import CHECKPOINTED, INTERRUPTED, ConfigError, DtrainError
+from dtrain.errors import ConfigError, DtrainError
+from dtrain.launchers.exit_codes import CHECKPOINTED, INTERRUPTED
 from dtrain.launchers.job_list import SWEEP
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _stored(base: Path) -> list[Run]:
     Raises:
         ConfigError: the folder holds no sweep, or a damaged one.
     """
-    from dtrain.launchers.reading import json_in
+    from dtrain.launchers.strict_json import json_in
 
     found = json_in(base / FILE)
     if found is None and not (base / FILE).exists():

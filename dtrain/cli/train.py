@@ -16,8 +16,9 @@ from dtrain.cli.ctrl_c import Stopping, goes_on, interruption
 from dtrain.cli.login_host import enter_launcher
 from dtrain.cli.resume_hint import STOP_AFTER, command, last_checkpoint, nothing_left
 from dtrain.cli.submit import program, submit
-from dtrain.errors import CHECKPOINTED, FAILED, INTERRUPTED, ConfigError, DtrainError
+from dtrain.errors import ConfigError, DtrainError
 from dtrain.extras import OF_TRAINING, require
+from dtrain.launchers.exit_codes import CHECKPOINTED, FAILED, INTERRUPTED
 
 if TYPE_CHECKING:
     from dtrain.cli import Verbs

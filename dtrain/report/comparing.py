@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dtrain.launchers.job_list import job_of
-from dtrain.launchers.reading import json_in
+from dtrain.launchers.strict_json import json_in
 
 __all__ = ["compared", "differing", "settings_of"]
 

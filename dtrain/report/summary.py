@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from dtrain import strict_json
+from dtrain.launchers import strict_json
 from dtrain.report.figures import in_bytes, in_time
 
 __all__ = ["Summary", "read", "render"]

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dtrain import strict_json
+from dtrain.launchers import strict_json
 
 __all__ = ["Failed", "forget"]
 

@@ -20,12 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from dtrain.errors import CHECKPOINTED
+from dtrain.launchers.exit_codes import CHECKPOINTED
+from dtrain.launchers.stop_signals import OF_A_RANK, STOP_SIGNALS
 
 __all__ = ["StopRequest", "overheard"]
-
-# SIGCONT is none of them: Slurm sends it together with SIGTERM, and it means nothing by itself.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
@@ -69,7 +67,7 @@ class StopRequest:
         self._old_wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="dtrain-stop-request", daemon=True)
         self._thread.start()
-        for number in STOP_SIGNALS:
+        for number in OF_A_RANK:
             self._old[number] = signal.signal(number, _pass)
         return self
 
@@ -97,7 +95,7 @@ class StopRequest:
                 received = self._read.recv(64)
                 if 0 in received:
                     return
-                first = next((number for number in received if number in STOP_SIGNALS), 0)
+                first = next((number for number in received if number in OF_A_RANK), 0)
                 if first and not self._requested:
                     self._since = time.monotonic()
                     self._requested = first
@@ -132,7 +130,7 @@ def overheard(tell: Callable[[int], None]) -> Iterator[None]:
     def listen() -> None:
         while 0 not in (received := read.recv(64)):
             for number in received:
-                if number in (*STOP_SIGNALS, signal.SIGHUP):
+                if number in STOP_SIGNALS:
                     tell(number)
 
     old = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from dtrain import strict_json
 from dtrain.comm.transports.meter import Meter
 from dtrain.errors import ResumeError
+from dtrain.launchers import strict_json
 
 
 class Account:

@@ -19,7 +19,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from dtrain import strict_json
 from dtrain.comm.norms import RunningStatistics, gathers
 from dtrain.comm.runtime.attached import Attached, Sync
 from dtrain.comm.runtime.forward_only import ForwardOnly
@@ -34,6 +33,7 @@ from dtrain.errors import (
     NotFinite,
     TooManySkippedSteps,
 )
+from dtrain.launchers import strict_json
 from dtrain.launchers.failure import CONSEQUENCE
 from dtrain.report.summary import Summary
 from dtrain.train import model_snapshot as snapshot

@@ -19,10 +19,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.errors import BAD_CONFIG, CHECKPOINTED, INTERRUPTED, ConfigError, DtrainError
+from dtrain.errors import ConfigError, DtrainError
 from dtrain.launchers import probe
 from dtrain.launchers import rendezvous as meeting
 from dtrain.launchers import trust as trusted
+from dtrain.launchers.exit_codes import BAD_CONFIG, CHECKPOINTED, INTERRUPTED
 from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.probe import settle

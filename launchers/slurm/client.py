@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dtrain.launchers.environment import CLUSTER
 from dtrain.launchers.inherited_environment import handed_on
 from dtrain.launchers.job import State
 
@@ -22,7 +23,6 @@ __all__ = [
     "Cluster", "SlurmError", "ask", "cluster", "count_of", "job_line", "job_record", "job_state", "partitions", "since",
 ]  # fmt: skip
 
-CLUSTER = "DTRAIN_CLUSTER"
 CLUSTERS = Path("/run/dtrain")  # where those of `dtrain cluster` have their files
 
 SECONDS = 30.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+from dtrain.launchers.environment import CLUSTER
 from dtrain.launchers.job import Facts, Job, State
 from dtrain.launchers.slurm.client import SlurmError, ask, cluster, job_line, job_record, job_state, since
 
@@ -105,5 +106,5 @@ class SlurmJob(Job):
 
     def _elsewhere(self) -> str:
         other, here = self.facts.cluster, cluster().name or "no cluster"
-        how = f"set DTRAIN_CLUSTER={other}" if self.facts.came_up else "go to its login host"
+        how = f"set {CLUSTER}={other}" if self.facts.came_up else "go to its login host"
         return f"job {self.id} ({self.folder}) is of cluster {other}, and this is {here}: {how}"

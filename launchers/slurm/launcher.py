@@ -19,6 +19,7 @@ from typing import Any
 from dtrain.launchers import job_list as registry
 from dtrain.launchers import trust as trusted
 from dtrain.launchers.code_copy import Snapshot
+from dtrain.launchers.environment import CLUSTER
 from dtrain.launchers.inherited_environment import DEFAULTS, defaults_of_shell, handed_on, replaced
 from dtrain.launchers.job import Facts, Program, command_of
 from dtrain.launchers.slurm.client import SlurmError, ask
@@ -29,9 +30,6 @@ from dtrain.launchers.slurm.script import Work, render
 from dtrain.launchers.slurm.settings import SlurmSettings, unwritable
 
 __all__ = ["SlurmLauncher"]
-
-CLUSTER = "DTRAIN_CLUSTER"
-"""Set within a cluster of `dtrain cluster`: its name."""
 
 
 class SlurmLauncher:

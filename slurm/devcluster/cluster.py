@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dtrain.launchers.environment import CLUSTER
 from dtrain.slurm.devcluster import daemons, hosts, links, state
 from dtrain.slurm.devcluster.state import BadRequest, ClusterError, Facts, Rate, explained
 
@@ -160,7 +161,7 @@ def host_command(facts: Facts, argv: Sequence[str], host: str = "login") -> tupl
     """The command line that runs ``argv`` on a host, and the variables to set for it."""
     if host not in facts.pids:
         raise BadRequest(f"cluster {facts.name} has no host {host} (there are {', '.join(facts.pids)})")
-    variables = {"SLURM_CONF": str(facts.slurm_conf), "DTRAIN_CLUSTER": facts.name}
+    variables = {"SLURM_CONF": str(facts.slurm_conf), CLUSTER: facts.name}
     return hosts.enter(facts.pids[host], argv), variables
 
 

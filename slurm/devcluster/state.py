@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.launchers.environment import CLUSTER
+
 __all__ = [
     "BadRequest", "ClusterError", "Facts", "Rate", "alive", "explained", "locked", "named", "parse_latency",
     "parse_rate", "running", "this_process",
@@ -236,7 +238,7 @@ def named(name: str | None) -> Facts:
     if name is None and len(up) == 1:
         return up[0]
     if name is None and up:
-        raise BadRequest(f"several clusters are up ({names}): say which, with --name NAME or DTRAIN_CLUSTER=NAME")
+        raise BadRequest(f"several clusters are up ({names}): say which, with --name NAME or {CLUSTER}=NAME")
     for facts in up:
         if facts.name == name:
             return facts

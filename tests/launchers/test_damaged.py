@@ -23,8 +23,8 @@ from dtrain.launchers import foreground
 from dtrain.launchers import job_list as registry
 from dtrain.launchers.failure import read_error, read_log_end
 from dtrain.launchers.job import Facts
-from dtrain.launchers.reading import Damaged, json_of, shaped
 from dtrain.launchers.records import Beat, RankRecord, keep_attempt
+from dtrain.launchers.strict_json import Damaged, json_of, shaped
 
 RECORD = RankRecord(
     0, "n0", 0, 100, 5.0, 9.0, 1, None, "ValueError", "ValueError: no", 'File "a.py", line 1, in f', "x"

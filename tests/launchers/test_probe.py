@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.launchers import probe
+from dtrain.launchers import exit_codes, probe
 
 PROGRAM = """
 import sys, time
@@ -73,3 +73,8 @@ def test_a_clock_that_is_set_while_a_rank_waits_ends_nothing(
     over()
     assert since == [0.0, 1.0, 2.0, 602.0]
     assert ended == ["602.0"], "only the last of them has waited for longer than the limit"
+
+
+def test_the_probe_which_imports_nothing_of_ours_means_the_same_by_exit_codes() -> None:
+    codes = (probe.FAILED, probe.BAD_CONFIG, probe.ENDED_WELL)
+    assert codes == (exit_codes.FAILED, exit_codes.BAD_CONFIG, exit_codes.ENDED_WELL)

@@ -18,9 +18,9 @@ from typing import Any, cast, get_args
 
 import torch
 
-from dtrain import strict_json
 from dtrain.comm.layout import Segment
 from dtrain.errors import CheckpointError, ResumeError
+from dtrain.launchers import strict_json
 from dtrain.train.checkpoint.state import Kind
 
 FORMAT = 1
@@ -285,7 +285,7 @@ def _file_from_json(body: object) -> RankFile:
             for section in strict_json.object_of(body, "sections")
         },
         integers={
-            name: strict_json.integer(body["integers"], name, least=-strict_json.LARGEST)
+            name: strict_json.integer(body["integers"], name, least=-strict_json.WIDEST)
             for name in strict_json.object_of(body, "integers")
         },
     )

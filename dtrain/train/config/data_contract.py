@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from dtrain import strict_json
 from dtrain.errors import ConfigError, DataError, DtrainError
+from dtrain.launchers import strict_json
 from dtrain.train.config.schema import Config
 from dtrain.train.config.targets import instantiate, shown
 

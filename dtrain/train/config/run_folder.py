@@ -18,8 +18,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dtrain import strict_json
 from dtrain.errors import ConfigError, DtrainError, ResumeError
+from dtrain.launchers import strict_json
 from dtrain.launchers import trust as trusted
 from dtrain.launchers.job import ENDED, Facts
 from dtrain.launchers.job_list import holder

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dtrain import strict_json
 from dtrain.errors import DataError
+from dtrain.launchers import strict_json
 from dtrain.train.data.text import check_index, check_window, window, window_count
 
 VERSION = 1

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from dtrain import strict_json
+from dtrain.launchers import strict_json
 
 __all__ = ["Row", "Value", "as_line", "cut", "parse", "read"]
 

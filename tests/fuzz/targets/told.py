@@ -32,9 +32,9 @@ from dtrain.compress import error_feedback, quantize, topk
 from dtrain.errors import ConfigError
 from dtrain.launchers import background, mpi
 from dtrain.launchers.job import State
-from dtrain.launchers.reading import shaped
 from dtrain.launchers.slurm import client, preflight, refusal
 from dtrain.launchers.slurm.settings import SlurmSettings
+from dtrain.launchers.strict_json import shaped
 from dtrain.slurm.devcluster import state
 from dtrain.train.config import files, words
 from dtrain.train.config.words import Kind

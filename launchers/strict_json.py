@@ -1,8 +1,14 @@
-"""Records in files, read as what they should be or not at all: whoever asks why a job failed meets damaged ones.
+"""JSON in files, read as what it should be or not at all. Python's own reader takes more: NaN, any number of digits.
 
-`json_in` reads a file that may be anything. `shaped` makes a dataclass of what it holds, by the types of its fields; a
-field that is missing and has no default, or is of another type, makes the whole record damaged, so whoever gets one can
-rely on all of it.
+    read, parse       the object of a file or a text, exactly; anything else is a ValueError that says in what
+    integer, number   one of its values, of the type that is asked for
+    dumps             a text that `parse` takes
+
+Whoever asks why a job failed meets damaged files and files that may be anything:
+
+    json_in, json_of  what a file or a text holds, its own text made printable; None where it is no JSON
+    shaped            a dataclass of that, by the types of its fields, or `Damaged`: a field that is missing and has no
+                      default, or is of another type, makes the whole record damaged, so all of it can be relied on
 """
 
 from __future__ import annotations
@@ -19,8 +25,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast
 
-__all__ = ["Damaged", "json_in", "json_of", "lines_in", "number_in", "shaped", "tail"]
+__all__ = [
+    "Damaged", "dumps", "integer", "json_in", "json_of", "lines_in", "number", "number_in", "object_of", "parse",
+    "read", "shaped", "tail",
+]  # fmt: skip
 
+WIDEST = 2**64
+"""Of an integer in a text."""
 MOST_BYTES = 16 << 20
 LARGEST = 2.0**53
 """Of a number: a time, a step, a process id. Beyond it floats count no longer, and dates, sleeps and formats fail."""
@@ -29,6 +40,60 @@ LARGEST = 2.0**53
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 _T = TypeVar("_T")
+
+
+def read(path: Path) -> dict[str, object]:
+    """The object in a file. Raises OSError where it cannot be read, ValueError, without the path, where it is none."""
+    return parse(path.read_bytes())
+
+
+def parse(text: str | bytes) -> dict[str, object]:
+    """The object that ``text`` is. Raises ValueError, and nothing else, for anything but one whole JSON object.
+
+    >>> parse('{"step": 3}')
+    {'step': 3}
+    """
+    try:
+        value = _loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def dumps(value: object, *, indent: int | None = None) -> str:
+    """One JSON text with a newline at its end. Raises ValueError or TypeError for what `parse` would not take."""
+    return json.dumps(value, indent=indent, allow_nan=False) + "\n"
+
+
+def integer(record: Mapping[str, object], name: str, *, least: int = 0) -> int:
+    """The integer called ``name``. Raises ValueError where it is none, or below ``least``."""
+    value = record.get(name)
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is {value!r}, not an integer of at least {least}")
+    return value
+
+
+def number(record: Mapping[str, object], name: str) -> float | None:
+    """The finite number called ``name``, or None where it is null. Raises ValueError for anything else."""
+    value = record.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise ValueError(f"{name} is {value!r}, not a finite number")
+    return value
+
+
+def object_of(record: Mapping[str, object], name: str) -> dict[str, object]:
+    """The object called ``name``. Raises ValueError where it is none."""
+    value = record.get(name)
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r:.80}, not an object")
+    return value
+
+
+# ---- files that may be anything ------------------------------------------------------------------------------------
 
 
 class Damaged(ValueError):
@@ -44,7 +109,7 @@ def json_in(path: Path) -> object:
 def json_of(text: str) -> object:
     """What a JSON text says, its own text made printable; None if it is none."""
     try:
-        return _clean(json.loads(text))
+        return _clean(_loads(text))
     except (ValueError, RecursionError, MemoryError):
         return None
 
@@ -152,3 +217,18 @@ def _clean(value: object) -> object:
     if isinstance(value, dict):
         return {cast(str, _clean(key)): _clean(each) for key, each in value.items()}
     return [_clean(each) for each in value] if isinstance(value, list) else value
+
+
+def _loads(text: str | bytes) -> object:
+    """Raises ValueError for what is no JSON, though Python's reader takes it, and RecursionError."""
+    return json.loads(text, parse_constant=_refuse, parse_int=_bounded)
+
+
+def _refuse(word: str) -> float:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > 20 or abs(value := int(digits)) >= WIDEST:
+        raise ValueError(f"{digits[:20]}... is no number of 64 bits")
+    return value
