@@ -67,10 +67,10 @@ check: setup
 	$(BIN)/mypy
 
 fuzz: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.damaged_inputs $(ARGS)
 
 kill: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.kill $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.kill_and_resume $(ARGS)
 
 evidence: setup setup-system
 	@$(BIN)/python -c 'import torchft, sklearn' 2>/dev/null || $(PIP) torchft scikit-learn  # measured beside ours, and data

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.harness import Session, say
-
-NAME = "evidence"
-"""Of the cluster."""
+from tests.programs.hosts import CLUSTER, ROOT, environment
 
 
 def on_hosts(session: Session, ranks: int, module: str, asked: Callable[[str], Mapping[str, object]]) -> Path:
-    """Run ``python -m module JSON`` with one rank on each host; returns the file that rank 0 has written.
+    """Run ``python -m module JSON`` with one rank on each host; returns the file that rank 0 was to write.
 
     ``asked``: from that file's path to what the JSON says. Raises ``RuntimeError`` with what was printed.
     """
@@ -30,7 +27,7 @@ def on_hosts(session: Session, ranks: int, module: str, asked: Callable[[str], M
     say(f"dtrain launch launcher=slurm launcher.nodes={ranks} -- python -m {module} {given}")
     done = subprocess.run(
         [sys.executable, "-m", "dtrain", *launch, json.dumps(given)],
-        env={**os.environ, "DTRAIN_CLUSTER": NAME}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=environment(CLUSTER), capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"dtrain {' '.join(launch)} failed: {done.stdout[-3000:]}{done.stderr[-3000:]}")

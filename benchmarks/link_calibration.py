@@ -16,8 +16,8 @@ from benchmarks.page import Check, Report, at_least, at_most, table
 from dtrain.bench.fit import errors, fit, predict
 from dtrain.bench.rows import Row, read
 from dtrain.slurm.devcluster import Cluster, devcluster
+from tests.programs.hosts import CLUSTER
 
-NAME = "evidence"
 LARGE = 16_000_000
 THEIRS, OURS = "all_to_all", "comm.all_to_all"
 SIZES = ("bench.min_bytes=4000", "bench.max_bytes=4M", "bench.factor=5")
@@ -47,15 +47,15 @@ def network(session: Session) -> Report:
     """Clusters of four hosts, one after the other."""
     rates, large = {}, (f"bench.min_bytes={LARGE}", f"bench.max_bytes={LARGE}")
     for bandwidth in ("100mbit", "1gbit"):
-        with devcluster(nodes=4, bandwidth=bandwidth, name=NAME):
+        with devcluster(nodes=4, bandwidth=bandwidth, name=CLUSTER):
             (rates[bandwidth],) = bench(session, 4, *large)
             if bandwidth == "100mbit":
                 scattered = bench(session, 4, *large, f"bench.ops={THEIRS},{OURS}")
-    with devcluster(nodes=2, bandwidth="1gbit", name=NAME) as cluster:
+    with devcluster(nodes=2, bandwidth="1gbit", name=CLUSTER) as cluster:
         before, after = changed(session, cluster)
-    with devcluster(nodes=2, bandwidth="none", latency="10ms", name=NAME) as cluster:
+    with devcluster(nodes=2, bandwidth="none", latency="10ms", name=CLUSTER) as cluster:
         trip = round_trip(cluster)
-    with devcluster(nodes=4, bandwidth="50mbit", latency="5ms", name=NAME):
+    with devcluster(nodes=4, bandwidth="50mbit", latency="5ms", name=CLUSTER):
         sweeps = {world: bench(session, world, *SIZES) for world in (2, 3, 4)}
     return network_report(rates, scattered, (before, after), trip, sweeps)
 
@@ -75,7 +75,7 @@ def run(folder: Path, world: int, *words: str) -> None:
     ]  # fmt: skip
     say("dtrain " + " ".join(command[:-1]))
     done = subprocess.run(
-        [sys.executable, "-m", "dtrain", *command], env={**os.environ, "DTRAIN_CLUSTER": NAME}, capture_output=True,
+        [sys.executable, "-m", "dtrain", *command], env={**os.environ, "DTRAIN_CLUSTER": CLUSTER}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     if done.returncode:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -20,16 +21,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import Session, say
-from benchmarks.launches import NAME, on_hosts
+from benchmarks.launches import on_hosts
 from benchmarks.page import Report, at_most, table
 from dtrain import attach, streaming_diloco
-from dtrain.comm import kernels as fused
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.transports.json_gather import told_by_all
 from dtrain.compress import quantize
 from dtrain.outer import sgd
 from dtrain.slurm.devcluster import devcluster
 from dtrain.train.models.transformer import Transformer
+from tests.programs.hosts import CLUSTER
 
 RANKS, EVERY, OVERLAP, ROUNDS, WARMUP = 2, 8, 4, 5, 2
 RATES = ("400mbit", "150mbit", "80mbit", "50mbit", "40mbit", "30mbit", "24mbit", "20mbit", "16mbit")
@@ -56,7 +57,7 @@ def main(asked: Asked) -> None:
     """Train with and without overlap, on every rank alike."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    fused.WORTHWHILE = 0  # a long run has its kernels compiled; here they are in the warm-up
+    os.environ["DTRAIN_COMPILE"] = "early"  # a long run has its kernels compiled; here they are in the warm-up
     torch.manual_seed(dist.get_rank())
     tokens = torch.randint(0, 256, (BATCH, LENGTH + 1))
     batch = {"input": tokens[:, :-1], "target": tokens[:, 1:]}
@@ -99,7 +100,7 @@ def _exposed(overlap: int, batch: Mapping[str, torch.Tensor], steps: list[float]
 def overlap(session: Session) -> Report:
     """Rounds on two hosts, by rate of the links."""
     found = {}
-    with devcluster(nodes=RANKS, bandwidth=RATES[0], name=NAME) as cluster:
+    with devcluster(nodes=RANKS, bandwidth=RATES[0], name=CLUSTER) as cluster:
         for rate in RATES:
             say(f"links of {rate}")
             cluster.shape(rate)

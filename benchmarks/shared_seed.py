@@ -25,7 +25,7 @@ from benchmarks.harness import Session, say
 from benchmarks.page import Check, Report, at_least, at_most, table
 from dtrain import fedkseed, ferret, local_sgd
 from dtrain.comm.layout import Segment
-from dtrain.comm.methods.fedkseed import FedKSeed
+from dtrain.comm.methods.fedkseed import Sampling
 from dtrain.comm.runtime.attached import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.shared_seed.directions import Step, Walk, walk_on
@@ -76,8 +76,8 @@ class Rounds:
         if self.method == "ferret":
             block = max(1, min(PARAMETERS, PARAMETERS * 200 // self.size))
             return ferret(every_steps=EVERY, directions=self.size, block=block, outer=sgd(lr=self.outer))
-        base = fedkseed(every_steps=EVERY, directions=self.size, eps=digits.EPS)
-        return FedKSeed(EVERY, self.size, base.eps, "signs", "pro" if self.method == "pro" else "uniform")
+        sampling: Sampling = "pro" if self.method == "pro" else "uniform"
+        return fedkseed(every_steps=EVERY, directions=self.size, eps=digits.EPS, sampling=sampling)
 
 
 def one_of(cell: tuple[object, int]) -> Curve:

@@ -8,11 +8,12 @@ import statistics
 from collections.abc import Mapping
 
 from benchmarks.harness import Session
-from benchmarks.launches import NAME, on_hosts
+from benchmarks.launches import on_hosts
 from benchmarks.page import Report, at_least, at_most, table
 from benchmarks.step_timing import Asked, Took
 from dtrain.report.figures import in_bytes, in_time
 from dtrain.slurm.devcluster import devcluster
+from tests.programs.hosts import CLUSTER
 
 RATES = ("100mbit", "1gbit", "none")
 PAIRS = 21
@@ -39,25 +40,25 @@ def powersgd(session: Session) -> Report:
     """PyTorch's PowerSGD hook and ours, steps in turn, on four hosts."""
     found = {}
     for rate in RATES:
-        with devcluster(nodes=4, bandwidth=rate, name=NAME):
+        with devcluster(nodes=4, bandwidth=rate, name=CLUSTER):
             found[rate] = steps(session, 4, (THEIRS, *OURS), rounds=PAIRS)
     return powersgd_report(found)
 
 
 def slow(session: Session) -> Report:
     """Steps of a transformer of 17 million parameters over 100 Mbit/s, and bytes from 2 to 8 ranks."""
-    with devcluster(nodes=4, bandwidth="100mbit", name=NAME):
+    with devcluster(nodes=4, bandwidth="100mbit", name=CLUSTER):
         found = steps(session, 4, SLOW, rounds=9, batch=SEQUENCES, bucket_mib=BUCKET_MIB)
     by_ranks = {}
     for ranks in (2, 4, 8):
-        with devcluster(nodes=ranks, bandwidth="none", name=NAME):
+        with devcluster(nodes=ranks, bandwidth="none", name=CLUSTER):
             by_ranks[ranks] = steps(session, ranks, ("int8_ef",), rounds=2)["int8_ef"].payload_bytes
     return slow_report(found, by_ranks)
 
 
 def local(session: Session) -> Report:
     """Steps of local updates on the same model and links, their rounds included."""
-    with devcluster(nodes=4, bandwidth="100mbit", name=NAME):
+    with devcluster(nodes=4, bandwidth="100mbit", name=CLUSTER):
         length = LOCAL_LENGTH
         alone = steps(session, 4, (ALONE,), rounds=1, batch=LOCAL_SEQUENCES, length=length, warmup=1, apart=True)
         tried = alone[ALONE].median

@@ -12,8 +12,8 @@ from pathlib import Path
 from benchmarks.harness import Session, say
 from benchmarks.page import Report, at_most, table
 from dtrain.slurm.devcluster import Cluster, devcluster
+from tests.programs.hosts import CLUSTER
 
-NAME = "evidence"
 RANKS = 4
 # 4.2 MB of gradients for each rank and step: half a minute over this link.
 BANDWIDTH = "1mbit"
@@ -28,7 +28,7 @@ def stopping(session: Session) -> Report:
     """Three runs on a cluster of four hosts; each is signalled while every rank waits in a collective."""
     delays: list[list[float]] = []
     waiting: list[str] = []
-    with devcluster(nodes=RANKS, bandwidth=BANDWIDTH, name=NAME) as cluster:
+    with devcluster(nodes=RANKS, bandwidth=BANDWIDTH, name=CLUSTER) as cluster:
         for _ in range(3):
             folder = session.folder / f"signalled-{next(session.numbers)}"
             sent, where = signalled(cluster, folder)

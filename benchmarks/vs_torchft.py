@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 import statistics
 import sys
@@ -23,11 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.harness import Session
-from benchmarks.launches import NAME, on_hosts
+from benchmarks.launches import on_hosts
 from benchmarks.page import Report, at_most, table
 from dtrain import attach, diloco
 from dtrain.bench import wire
-from dtrain.comm import kernels as fused
 from dtrain.comm.collectives.combine import Route
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.transports.json_gather import told_by_all
@@ -36,6 +36,7 @@ from dtrain.report.figures import in_bytes, in_time
 from dtrain.slurm.devcluster import devcluster
 from dtrain.train.data.text import ByteText
 from dtrain.train.models.transformer import Transformer
+from tests.programs.hosts import CLUSTER
 
 THEIRS, OURS = "torchft", "fp32"
 CODECS: dict[str, Compress] = {
@@ -138,7 +139,7 @@ def main(asked: Asked) -> None:
 
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    fused.WORTHWHILE = 0  # a long run has its kernels compiled; here they are in the warm-up
+    os.environ["DTRAIN_COMPILE"] = "early"  # a long run has its kernels compiled; here they are in the warm-up
     rank, world = dist.get_rank(), dist.get_world_size()
     served = LighthouseServer(bind="[::]:0", min_replicas=world, join_timeout_ms=1000) if rank == 0 else None
     where = [served.address() if served is not None else ""]
@@ -186,7 +187,7 @@ def main(asked: Asked) -> None:
 
 def torchft(session: Session) -> Report:
     """DiLoCo of torchft and ours on four hosts, links of 1 Gbit/s."""
-    with devcluster(nodes=RANKS, bandwidth="1gbit", name=NAME):
+    with devcluster(nodes=RANKS, bandwidth="1gbit", name=CLUSTER):
         folder = on_hosts(session, RANKS, "benchmarks.vs_torchft", lambda out: dataclasses.asdict(Asked(out)))
     found = json.loads(folder.read_text())
     return torchft_report({name: Trained(**each) for name, each in found.items()}, Asked(""))

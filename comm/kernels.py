@@ -7,7 +7,8 @@ A kernel is a function of tensors [rows, blocks, elements] that writes its resul
 Compiling takes seconds, so small tensors never ask for it, and larger ones only once as many elements have gone through
 eagerly as take about that long. It happens in `compile_what_is_due`, on the thread that calls it (a sync does between
 two steps): torch traces with state that all threads share, and the main thread may be in a compiled model elsewhere.
-``DTRAIN_COMPILE``: "auto", "never", or "always" (at the first call, of any size).
+``DTRAIN_COMPILE``: "auto", "never", "early" (as "auto", but after the first step), or "always" (at the first call, of
+any size).
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Kernel:
                 found(*tensors)
             return
         self._seen[variant] = self._seen.get(variant, 0) + elements
-        if self._seen[variant] >= WORTHWHILE and variant not in self._due:
+        enough = 0 if _policy() == "early" else WORTHWHILE
+        if self._seen[variant] >= enough and variant not in self._due:
             self._due[variant] = (constants, [_Like.of(tensor) for tensor in tensors])
         self.function(*tensors, **constants)
 

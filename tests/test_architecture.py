@@ -231,6 +231,17 @@ def test_what_training_does_not_need_is_not_imported_by_what_trains() -> None:
     assert wrong == []
 
 
+def test_benchmarks_are_imported_by_themselves_and_their_tests_alone() -> None:
+    wrong = [
+        f"{name} imports {imported}"
+        for name in _files()
+        if not name.startswith(("benchmarks/", "tests/benchmarks/"))
+        for imported in _imports(_tree(name))
+        if _within(imported, "benchmarks")
+    ]
+    assert wrong == []
+
+
 # ---- budgets -------------------------------------------------------------------------------------------------------
 
 

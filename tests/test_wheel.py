@@ -54,10 +54,11 @@ def test_the_wheel_holds_every_file_behind_the_links(wheel: Path) -> None:
         assert own <= held.keys() and "dtrain/py.typed" in held
 
 
-def test_the_wheel_has_one_top_level_package_and_no_tests(wheel: Path) -> None:
+def test_the_wheel_has_one_top_level_package_without_tests_and_benchmarks(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        tops = {name.partition("/")[0] for name in archive.namelist()}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"dtrain"}
+        names = archive.namelist()
+    assert {top for name in names if not (top := name.partition("/")[0]).endswith(".dist-info")} == {"dtrain"}
+    assert not [name for name in names if "benchmarks" in name or "/tests/" in name]
 
 
 def test_an_installed_dtrain_composes_and_imports_behind_the_links(wheel: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ class Forked:
 def _context() -> ForkServerContext:
     """Processes are forked off one that has done nothing but imports, which take seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dtrain.testing.loaded"])
+    context.set_forkserver_preload(["dtrain.testing._loaded"])
     return context
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 LOSS = (DOCS / "evidence" / "loss.md").read_text()
 CHOOSING = (DOCS / "compression" / "choosing.md").read_text()
 

@@ -20,9 +20,7 @@ from benchmarks.fine_tuning import fine_tuning_report
 from benchmarks.harness import Run, Session, as_figures
 from benchmarks.kernels import Speed, kernels_report
 from benchmarks.lgreco import PLAIN, SETTINGS, lgreco_report, solving_seconds
-from benchmarks.one_byte import Asked as AskedOneByte
-from benchmarks.one_byte import Machine, one_byte_report
-from benchmarks.one_byte import Run as OneByteRun
+from benchmarks.one_byte import one_byte_report
 from benchmarks.overlap import Found, overlap_report
 from benchmarks.page import Check, Circumstances, Report, at_least, at_most, page, table
 from benchmarks.shared_seed import DRAWN_POOLS, FEDAVG, KINDS, ONE_BYTE, Tuned, shared_seed_report
@@ -43,6 +41,8 @@ from dtrain.comm.shared_seed.directions import Step
 from dtrain.comm.shared_seed.update_log import Record
 from dtrain.report.summary import Summary
 from dtrain.train.config import compose
+from tests.programs.machine import Machine
+from tests.programs.machine import Run as MachineRun
 
 MADE = Circumstances("2 cores", "2026-11-20 10:00 UTC", "abc123", "python 3.11", "0.1 at the start")
 
@@ -403,10 +403,10 @@ def test_a_byte_is_held_to_be_one(payload: int, digest: int, lines: int) -> None
     crowds = [four if n < 120 else three for n in range(500)]
     records = [Record(Step(n, 0, who, 0.1, 0.0, codes), 5) for n, (who, codes) in enumerate(crowds)]
     machine = Machine("replica-0.log", 0, "", [5.0, 4.0], digest, payload, 9000, 60.0)
-    stayed = OneByteRun({"machine 0": machine}, {"machine 0": records}, 9)
+    stayed = MachineRun({"machine 0": machine}, {"machine 0": records}, 9)
     other = dataclasses.replace(machine, began=240, came_by="log", digest=9)
-    went = OneByteRun({"machine0": other, "newcomer": other}, {"machine0": records, "newcomer": records[240:]}, 9)
-    report = one_byte_report(stayed, went, AskedOneByte(""))
+    went = MachineRun({"machine0": other, "newcomer": other}, {"machine0": records, "newcomer": records[240:]}, 9)
+    report = one_byte_report(stayed, went)
     assert len(missed(report)) == lines
     assert "4, 3 from step 120 machines" in report.body and "the tail of the log" in report.body
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import random
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.fuzz.__main__ import merged, report
 from tests.fuzz.damage import damaged, damaged_json
-from tests.fuzz.harness import Case, Counts, Target, run
+from tests.fuzz.harness import Case, Target, run
 from tests.fuzz.targets import TARGETS
 
 INPUTS = 60
@@ -72,11 +70,3 @@ def test_damage_is_drawn_from_the_seed_alone() -> None:
         first = [way(text, random.Random(seed)) for seed in range(50)]
         assert first == [way(text, random.Random(seed)) for seed in range(50)]
         assert len(set(first)) > 30
-
-
-def test_a_page_is_made_of_what_was_counted(tmp_path: Path) -> None:
-    made = report({"t": merged([Counts(inputs=3, read=3), Counts(inputs=2, refused=2)])}, "make fuzz")
-    assert "| t | 5 | 2 | 3 | 0 |" in made.body and all(check.met for check in made.checks)
-    bad = Counts(inputs=1)
-    bad.failures["KeyError at x.py:1"] = 1
-    assert not all(check.met for check in report({"t": bad}, "make fuzz").checks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import io
@@ -35,9 +36,12 @@ from dtrain.comm.runtime.membership.store_client import GuardedStore, Line
 from dtrain.compress import ef21, error_feedback, quantize
 from dtrain.plans import lgreco
 from dtrain.testing.workers import Forked
-from tests.comm.runtime.membership.elastic_job import LR, Asked, body, loss_of, main, wait_for
+from tests.programs.member import LR, Asked, built, main
+from tests.programs.progress import wait_for
+from tests.programs.tasks import squared_error
 
 EVERY = 5
+FIRST = built(Asked("", "", ""))
 
 
 @contextmanager
@@ -61,18 +65,18 @@ def ended(out: Path, name: str) -> dict[str, object]:
 
 def among(steps: int, members: dict[int, list[int]]) -> list[list[float]]:
     """DiLoCo by hand: ``members``: the slots that count in the round that ends at a step. Returns the parameters."""
-    anchor = [p.detach().clone() for p in body().parameters()]
+    anchor = [p.detach().clone() for p in FIRST.parameters()]
     momentum = [torch.zeros_like(p) for p in anchor]
     for end in range(EVERY, steps + 1, EVERY):
         deltas = [torch.zeros_like(p) for p in anchor]
         for slot in members[end]:
-            model = body()
+            model = copy.deepcopy(FIRST)
             with torch.no_grad():
                 for p, a in zip(model.parameters(), anchor, strict=True):
                     p.copy_(a)
             optimizer = torch.optim.SGD(model.parameters(), lr=LR)
             for step in range(end - EVERY, end):
-                loss_of(model, step, slot).backward()
+                squared_error(model, step, slot).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             for delta, a, p in zip(deltas, anchor, model.parameters(), strict=True):
@@ -110,7 +114,8 @@ def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_i
 @pytest.mark.timeout(120)
 def test_one_that_was_frozen_comes_back_as_a_newcomer(tmp_path: Path) -> None:
     store = serve(0)
-    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", sync="streaming", steps=60, hold_at=33, hold_for=4)
+    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", sync="streaming", every_steps=6, steps=60, hold_at=33,
+                   hold_for=4)  # fmt: skip
     names = [dataclasses.replace(common, name=name) for name in ("a", "b")]
     frozen = dataclasses.replace(common, name="c", hold_at=-1, strike="freeze", strike_at=12)
     with replicas(tmp_path, *names, frozen) as processes:

@@ -48,7 +48,7 @@ def report(results: Sequence[Result], command: str) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 if all digests are equal."""
-    parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_and_resume", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="WORD", help="only settings that contain one, as zero3 or diloco")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
-    import dtrain.testing.loaded  # noqa: F401  # what ranks need is imported once, before they are forked
+    import dtrain.testing._loaded  # noqa: F401  # what ranks need is imported once, before they are forked
 
     torch.set_num_threads(1)
     made = circumstances()

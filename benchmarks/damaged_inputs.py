@@ -115,7 +115,7 @@ def report(found: dict[str, Counts], command: str) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 if no input failed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.damaged_inputs", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="parsers whose names contain it; all by default")
     parser.add_argument("--inputs", type=int, default=100_000, help="for each parser (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
