@@ -27,7 +27,7 @@ from dtrain.comm.runtime.forward_only import ForwardOnly
 from dtrain.comm.shared_seed.byte_codec import decode, encode
 from dtrain.comm.shared_seed.directions import Noise, Walk, single
 from dtrain.comm.transports.threads import Meeting
-from dtrain.comm.transports.transport import Alone
+from dtrain.comm.transports.transport import SelfTransport
 
 TRAINED, CHOOSING, BATCH, EPS = 1200, 200, 64, 1e-3
 SHAPES = {"0.weight": (32, 64), "0.bias": (32,), "2.weight": (10, 32), "2.bias": (10,)}
@@ -162,7 +162,7 @@ def rounds(sync: Sync, *, lr: float, seed: int, clients: int = 5, skewed: bool =
     turn = threading.Lock()  # one at a time, but where they meet: threads that compete for the interpreter are slow
 
     def client(rank: int) -> None:
-        channel = Channel({"replicate": meeting.transport(rank), "shard": Alone()})
+        channel = Channel({"replicate": meeting.transport(rank), "shard": SelfTransport()})
         optimizer = torch.optim.SGD(models[rank].parameters(), lr=lr)
         attached: Attached = sync.bind(ModulePieces(models[rank], optimizer, channel), seed)
         before = attached.meter.sent_bytes

@@ -84,10 +84,12 @@ def measure() -> dict[str, dict[str, Speed]]:
     payload = torch.randint(0, 256, (4, *many[1:]), dtype=torch.uint8)
     units, mean = torch.rand(4, many[1], 2), torch.empty(many)
     calls: dict[str, Callable[[], None]] = {
-        "8 bits": lambda: q.encode_nearest(values, codes[8], scales, bits=8),
-        "4 bits": lambda: q.encode_nearest(values, codes[4], scales, bits=4),
-        "feedback + 8 bits": lambda: q.encode_sum_nearest(values, residual, codes[8], scales, room, bits=8),
-        "decode and mean of four": lambda: q.mean_of_blocks(payload, units, mean, bits=8, world=4),
+        "8 bits": lambda: q.encode_nearest(values, codes[8], scales, grid="max_min", bits=8),
+        "4 bits": lambda: q.encode_nearest(values, codes[4], scales, grid="max_min", bits=4),
+        "feedback + 8 bits": lambda: q.encode_sum_nearest(
+            values, residual, codes[8], scales, room, grid="max_min", bits=8
+        ),
+        "decode and mean of four": lambda: q.mean_of_blocks(payload, units, mean, grid="max_min", bits=8, world=4),
     }
 
     def copied(into: Tensor) -> float:

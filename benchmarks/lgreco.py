@@ -111,8 +111,7 @@ def statistics_seconds() -> dict[str, float]:
     """The median time of one look at gradients as large as those of the default model, by setting."""
     import torch
 
-    from dtrain.comm.compressors.lowrank import matrices
-    from dtrain.comm.layout import Segment
+    from dtrain.comm.layout import Segment, matrices
     from dtrain.comm.plans import lgreco as plans
     from dtrain.comm.seeds import Key
     from dtrain.compress import error_feedback, powersgd, quantize

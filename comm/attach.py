@@ -23,7 +23,7 @@ from dtrain.comm.adapters.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.channel import Channel
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.transports.process_group import TorchTransport
-from dtrain.comm.transports.transport import Alone
+from dtrain.comm.transports.transport import SelfTransport
 
 if TYPE_CHECKING:
     from dtrain.comm.runtime.attached import Attached, Sync
@@ -116,7 +116,7 @@ def _attached_to_members(
     if not isinstance(members, Members):
         raise TypeError(f'members is {members!r}; give Members("host:port", replicas=...)')
     world = list(range(dist.get_world_size()))
-    shard = TorchTransport.between(world) if len(world) > 1 else Alone()
+    shard = TorchTransport.between(world) if len(world) > 1 else SelfTransport()
     channel = Channel({"replicate": members.transport(), "shard": shard})
     return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from dtrain.comm.ops import Axis, Flow, Op, Place
 from dtrain.comm.transports.meter import Meter, metered
 from dtrain.comm.transports.process_group import TorchTransport
-from dtrain.comm.transports.transport import Pauses, Transport, Travelling
+from dtrain.comm.transports.transport import Pauses, Transport, Work
 
 R = TypeVar("R")
 
@@ -100,7 +100,7 @@ class _Renewal:
 @dataclass
 class _Running:
     job: _Job
-    travelling: Travelling
+    travelling: Work
 
 
 _OPEN: weakref.WeakSet[Channel] = weakref.WeakSet()
@@ -156,12 +156,12 @@ class Channel:
         self._queue.put(_Job(cast(Flow[object], counted), cast(Handle[object], handle), ready))
         return handle
 
-    def second(self) -> Channel:
+    def clone(self) -> Channel:
         """A channel of its own to the peers, whose flows travel beside this one's; the meter is the same.
 
         Every rank must call it at the same place: it makes a process group.
         """
-        return Channel({"replicate": self.transports["replicate"].twin()}, self.meter)
+        return Channel({"replicate": self.transports["replicate"].clone()}, self.meter)
 
     def flush(self) -> None:
         """Let every flow that was started come to its end before the next one begins. Called by all ranks alike."""

@@ -20,15 +20,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 from typing import cast as cast_
 
 from torch import Tensor
 
 from dtrain.comm.compressors.cast import cast
-from dtrain.comm.compressors.compressor import Compressor, one_pass
-from dtrain.comm.compressors.lowrank import LowRank, Matrix
-from dtrain.comm.layout import chunk_width, from_rows, to_rows
+from dtrain.comm.compressors.compressor import (
+    AnyCompressor,
+    Compressor,
+    TwoRoundCompressor,
+    one_pass,
+    two_rounds,
+)
+from dtrain.comm.layout import Matrix, chunk_width, from_rows, to_rows
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
@@ -51,6 +56,9 @@ class Feedback(ABC):
 
     All that is kept is linear in the values, so a change of their scale multiplies it.
     """
+
+    feeds_back: ClassVar[bool] = True
+    """Whether what a compressor leaves out of a step comes back in later ones."""
 
     @property
     @abstractmethod
@@ -83,7 +91,7 @@ class Feedback(ABC):
         ``world``: how many times this worker's own value would have to be raised by it to put it back into the mean.
         """
 
-    def sit_out(self, fqn: str, like: Tensor, state: State) -> None:
+    def carry_over(self, fqn: str, like: Tensor, state: State) -> None:
         """Stage what is kept as it is: nobody will use what this worker sends."""
         for name, kind in self.kinds.items():
             if kind == "per_worker":
@@ -106,6 +114,8 @@ class Feedback(ABC):
 @dataclass(frozen=True)
 class NoFeedback(Feedback):
     """What a compressor leaves out is lost."""
+
+    feeds_back: ClassVar[bool] = False
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -227,8 +237,18 @@ class EControl(Feedback):
 class Compression:
     """A compressor and the feedback around it; as a plan, the same for every parameter."""
 
-    compressor: Compressor | LowRank
+    compressor: AnyCompressor
     feedback: Feedback
+
+    @property
+    def by_row(self) -> Compressor | None:
+        """The compressor, where it codes rows; else None."""
+        return cast_(Compressor, self.compressor) if self.two_rounds is None else None
+
+    @property
+    def two_rounds(self) -> TwoRoundCompressor | None:
+        """The compressor, where it takes two rounds of means over all peers; else None."""
+        return two_rounds(self.compressor)
 
     @property
     def compressions(self) -> tuple[Compression, ...]:
@@ -237,14 +257,13 @@ class Compression:
     @property
     def kinds(self) -> dict[str, Kind]:
         """The names that it keeps."""
-        own: dict[str, Kind] = self.compressor.kinds if isinstance(self.compressor, LowRank) else {}
-        return {**self.feedback.kinds, **own}
+        return {**self.feedback.kinds, **({} if self.two_rounds is None else self.two_rounds.kinds)}
 
     def of(self, fqn: str, step: int) -> Compression:
         return self
 
 
-def error_feedback(compressor: Compressor | LowRank) -> Compression:
+def error_feedback(compressor: AnyCompressor) -> Compression:
     """EF14 around ``compressor``: what it leaves out is added to the next step's value.
 
     >>> from dtrain.compress import error_feedback, quantize
@@ -256,7 +275,7 @@ def error_feedback(compressor: Compressor | LowRank) -> Compression:
     return _around(compressor, EF14(), "error_feedback")
 
 
-def ef21(compressor: Compressor | LowRank, *, eta: float = 0.1) -> Compression:
+def ef21(compressor: AnyCompressor, *, eta: float = 0.1) -> Compression:
     """EF21 around ``compressor``: differences from a running estimate of the value are sent.
 
     Args:
@@ -275,7 +294,7 @@ def ef21(compressor: Compressor | LowRank, *, eta: float = 0.1) -> Compression:
     return _around(compressor, EF21(float(eta)), "ef21")
 
 
-def econtrol(compressor: Compressor | LowRank, *, eta: float = 0.001) -> Compression:
+def econtrol(compressor: AnyCompressor, *, eta: float = 0.001) -> Compression:
     """EControl around ``compressor``: EF21 that also feeds a part of the residual back.
 
     Args:
@@ -289,10 +308,10 @@ def econtrol(compressor: Compressor | LowRank, *, eta: float = 0.001) -> Compres
     return _around(compressor, EControl(float(eta)), "econtrol")
 
 
-def _around(compressor: Compressor | LowRank, feedback: Feedback, name: str) -> Compression:
-    if isinstance(compressor, Compression):
+def _around(compressor: AnyCompressor, feedback: Feedback, name: str) -> Compression:
+    if hasattr(compressor, "feedback"):
         raise ValueError(f"{name} around {compressor} would feed every error back twice; give it the compressor alone")
-    if not isinstance(compressor, Compressor | LowRank):
+    if not isinstance(compressor, Compressor | TwoRoundCompressor):
         raise TypeError(f"{name} got {compressor!r}; give it a compressor, for example quantize(bits=8)")
     if isinstance(compressor, Compressor) and not compressor.delta > 0:
         raise ValueError(
@@ -313,13 +332,13 @@ def _way_out(compressor: Compressor, name: str) -> str:
     return f"use more bits (quantize), another dtype (cast), or no {name}"
 
 
-def as_compression(compress: Compressor | LowRank | Compression | None) -> Compression:
+def as_compression(compress: AnyCompressor | Compression | None) -> Compression:
     """What users may pass as ``compress``: nothing, a compressor, or a compressor with feedback."""
     if compress is None:
         return Compression(cast("fp32"), NoFeedback())
-    if isinstance(compress, Compression):
-        return compress
-    if isinstance(compress, Compressor | LowRank):
+    if hasattr(compress, "feedback"):
+        return cast_(Compression, compress)
+    if isinstance(compress, Compressor | TwoRoundCompressor):
         return Compression(compress, NoFeedback())
     typed = f"; on the command line compress@sync.compress={compress}" if isinstance(compress, str) else ""
     name = getattr(compress, "__name__", "") if callable(compress) else ""

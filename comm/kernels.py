@@ -1,7 +1,8 @@
-"""Kernels that are compiled where it pays, from the definition that also runs eagerly.
+"""Kernels: functions of rows that are cut into blocks, compiled where it pays.
 
-A kernel is a function of tensors [rows, blocks, elements] that writes its results into the last of them.
-`torch.compile` makes one pass over memory of it, vectorized C++ on CPU and Triton on GPU; both ways give the same bits
+A kernel is a function of tensors [rows, blocks, elements] that writes its results into the last of them (`by_blocks`
+cuts flat rows into such views). What runs eagerly is its definition, readable and the reference: `torch.compile` makes
+one pass over memory of the same function, vectorized C++ on CPU and Triton on GPU, with the same bits
 (tests/comm/test_kernels.py).
 
 Compiling takes seconds, so small tensors never ask for it, and larger ones only once as many elements have gone through
@@ -18,15 +19,16 @@ import os
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Constant: TypeAlias = int | float | bool | None
+Constant: TypeAlias = int | float | bool | str | None
 """What a kernel is made for, other than tensors."""
 SMALLEST = 1 << 16
 """Elements of a first argument from which a compiled kernel is used: below, starting it costs what it saves."""
@@ -71,10 +73,10 @@ class Kernel:
         variant = (*constants.items(), *shapes, tensors[0].device)
         if always and variant not in self.compiled:
             self._compile(variant, constants, [_Like.of(tensor) for tensor in tensors])
-        found = self.compiled.get(variant)
-        if found is not None:
+        compiled = self.compiled.get(variant)
+        if compiled is not None:
             with torch.no_grad():
-                found(*tensors)
+                compiled(*tensors)
             return
         self._seen[variant] = self._seen.get(variant, 0) + elements
         enough = 0 if _policy() == "early" else WORTHWHILE
@@ -95,7 +97,7 @@ class Kernel:
 
 
 class _Compiler:
-    """torch's, until it turns out that there is none."""
+    """torch.compile, or eager if no compiler is found."""
 
     missing = False
 
@@ -111,17 +113,17 @@ class _Compiler:
         if cls.missing:
             return eager
         # A code object of its own: torch counts compilations by code object, and stops after eight.
-        own = types.FunctionType(
+        copy = types.FunctionType(
             function.__code__.replace(co_name=f"{function.__name__}_{'_'.join(map(str, constants.values()))}"),
             function.__globals__, function.__name__,
         )  # fmt: skip
-        own.__kwdefaults__ = dict(constants)
+        copy.__kwdefaults__ = dict(constants)
         _keep_cache_private()
-        compiled = torch.compile(own, fullgraph=True)
+        compiled = torch.compile(copy, fullgraph=True)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's own, about itself
-                compiled(*(_any_size(each.made()) for each in like))
+                compiled(*(_any_size(tensor.made()) for tensor in like))
         except Exception as error:
             cls.missing = True
             warnings.warn(
@@ -170,9 +172,131 @@ def kernel(function: Callable[..., None]) -> Kernel:
 
 def compile_what_is_due() -> None:
     """Compile the kernels that have been used enough. Call it where no other thread traces."""
-    for each in _KERNELS:
-        each.compile_what_is_due()
+    for made in _KERNELS:
+        made.compile_what_is_due()
 
 
 def _policy() -> str:
     return os.environ.get("DTRAIN_COMPILE", "auto")
+
+
+# ---- rows in blocks, codes in bytes ----------------------------------------------------------------------------------
+
+
+def checked_block(block: int) -> int:
+    """``block``, or ``ValueError`` where it is no positive number of elements."""
+    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
+        raise ValueError(f"block is {block!r}; give a positive number of elements, for example 512")
+    return block
+
+
+def to_blocks(rows: Tensor, block: int) -> Tensor:
+    """``rows`` [m, width] as [m, blocks, block]; the last block is filled up with zeros. A view where it fits."""
+    missing = -rows.shape[1] % block
+    padded = F.pad(rows, (0, missing)) if missing else rows
+    return padded.reshape(rows.shape[0], padded.shape[1] // block, block)
+
+
+def scaled(blocks: Tensor, scale: Tensor) -> Tensor:
+    """``blocks / scale``; a block of scale zero stays zero instead of becoming NaN, and NaN stays NaN."""
+    return blocks / torch.where(scale == 0, 1.0, scale)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """``codes`` [..., width] uint8 below 2^bits as [..., ceil(width * bits / 8)] bytes.
+
+    1, 2 and 4 bits: the row is cut into 8 / bits equal parts, the first part in the lowest bits of a byte. That needs
+    no gather, so it is as fast as memory. Other widths: eight codes after the other, the first code lowest.
+    """
+    if bits == 8:
+        return codes
+    width = codes.shape[-1]
+    if 8 % bits == 0:
+        parts = 8 // bits
+        part = -(-width // parts)
+        padded = F.pad(codes, (0, parts * part - width)) if width % parts else codes
+        packed = padded[..., :part]
+        for number in range(1, parts):
+            packed = packed | (padded[..., number * part : (number + 1) * part] << (bits * number))
+        return packed
+    groups = F.pad(codes, (0, -width % 8)).unflatten(-1, (-(-width // 8), 8))  # 8 codes fill `bits` bytes
+    shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
+    words = (groups.to(torch.int64) << shifts).sum(-1)
+    octets: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 0xFF
+    return octets.to(torch.uint8).flatten(-2)[..., : -(-width * bits // 8)]
+
+
+def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
+    """Undo `pack_bits`: ``codes`` [..., width] uint8."""
+    if bits == 8:
+        return packed
+    if 8 % bits == 0:
+        planes = [(packed >> (bits * part)) & (2**bits - 1) for part in range(8 // bits)]
+        return torch.cat(planes, dim=-1)[..., :width]
+    groups = -(-width // 8)
+    octets = F.pad(packed, (0, groups * bits - packed.shape[-1])).unflatten(-1, (groups, bits))
+    shifts = torch.arange(0, 8 * bits, 8, device=packed.device)
+    words = (octets.to(torch.int64) << shifts).sum(-1)
+    codes: Tensor = (words.unsqueeze(-1) >> torch.arange(0, 8 * bits, bits, device=packed.device)) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten(-2)[..., :width]
+
+
+def pack_blocks(codes: Tensor, bits: int, block: int) -> Tensor:
+    """`pack_bits` block by block, then of what is left over, so that all of a block's bytes lie together.
+
+    Compiled code then goes over a block once, from its scale to its bytes.
+    """
+    packed = codes.new_empty(codes.shape[0], packed_bytes(codes.shape[1], bits, block))
+
+    def run(codes: Tensor, packed: Tensor) -> None:
+        packed.copy_(pack_bits(codes, bits))
+
+    by_blocks(run, [(codes, 1, 1), (packed, bits, 8)], codes.shape[1], block)
+    return packed
+
+
+def unpack_blocks(packed: Tensor, bits: int, block: int, width: int) -> Tensor:
+    """Undo `pack_blocks`: ``codes`` [m, width] uint8."""
+    codes = packed.new_empty(packed.shape[0], width)
+
+    def run(packed: Tensor, codes: Tensor) -> None:
+        codes.copy_(unpack_bits(packed, bits, codes.shape[-1]))
+
+    by_blocks(run, [(packed, bits, 8), (codes, 1, 1)], width, block)
+    return codes
+
+
+def packed_bytes(width: int, bits: int, block: int) -> int:
+    """Bytes of a row of ``width`` codes that `pack_blocks` packed; each block begins at a byte.
+
+    >>> packed_bytes(1000, bits=4, block=512), packed_bytes(10, bits=3, block=4)
+    (500, 5)
+    """
+    return width // block * bytes_of(block, bits, 8) + bytes_of(width % block, bits, 8)
+
+
+def bytes_of(elements: int, numerator: int, denominator: int) -> int:
+    """``elements * numerator / denominator``, rounded up."""
+    return -(-elements * numerator // denominator)
+
+
+Laid: TypeAlias = tuple[Tensor, int, int]
+"""A tensor of rows, and how many of its elements one element of a block has there: a fraction, or (0, n): n a block."""
+
+
+def by_blocks(run: Callable[..., None], tensors: Sequence[Laid], width: int, block: int) -> None:
+    """Let ``run`` go over rows of ``width`` elements block by block: first over all whole blocks, then over the rest.
+
+    It gets views [m, blocks, elements of one], in the order of ``tensors``, and writes into some of them.
+    """
+    offsets = [0] * len(tensors)
+    for count, size in ((width // block, block), (1, width % block)):
+        if not count or not size:
+            continue
+        views = []
+        for number, (tensor, numerator, denominator) in enumerate(tensors):
+            held = bytes_of(size, numerator, denominator) if numerator else denominator
+            view = tensor.narrow(1, offsets[number], count * held)
+            offsets[number] += count * held
+            views.append(view.view(-1, count, held))
+        run(*views)

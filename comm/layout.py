@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = 2.0**60
@@ -39,6 +40,42 @@ class Segment:
     @property
     def stop(self) -> int:
         return self.offset + self.numel
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How a flat piece of ``numel`` elements lies in rows of ``columns``, the first row short of ``lead`` elements."""
+
+    numel: int
+    columns: int
+    lead: int
+
+    @property
+    def rows(self) -> int:
+        return -(-(self.lead + self.numel) // self.columns)
+
+    def view(self, flat: Tensor) -> Tensor:
+        """``flat`` [numel] as [rows, columns]; a view where no row is cut."""
+        missing = self.rows * self.columns - self.lead - self.numel
+        padded = F.pad(flat, (self.lead, missing)) if self.lead or missing else flat
+        return padded.view(self.rows, self.columns)
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        """Undo `view`."""
+        return matrix.reshape(-1)[self.lead : self.lead + self.numel]
+
+
+def matrices(segments: Mapping[str, Segment], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Matrix]:
+    """How each piece that is held lies in its parameter; vectors and numbers have rows of one element.
+
+    >>> matrices({"w": Segment("w", offset=6, numel=9)}, {"w": (5, 2, 2)})
+    {'w': Matrix(numel=9, columns=4, lead=2)}
+    """
+    pieces = {}
+    for fqn, segment in segments.items():
+        columns = max(1, math.prod(shapes[fqn][1:]))
+        pieces[fqn] = Matrix(segment.numel, columns, segment.offset % columns)
+    return pieces
 
 
 def even_slice(fqn: str, numel: int, *, part: int, parts: int) -> Segment:

@@ -43,7 +43,7 @@ class AllReduce:
     """
 
     payload: Payload
-    combine: Literal["sum", "mean"] = "sum"
+    reduction: Literal["sum", "mean"] = "sum"
     axis: Axis = "replicate"
 
 

@@ -21,8 +21,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import by_blocks
-from dtrain.comm.kernels import Constant, Kernel, kernel
+from dtrain.comm.kernels import Constant, Kernel, by_blocks, kernel
 from dtrain.comm.state import Kind, State
 
 BLOCK = 512

@@ -86,7 +86,7 @@ class Pieces(Protocol):
         ``fqns``: of these parameters only, the same on all ranks of a replica, whatever pieces of them each holds.
         """
 
-    def hand_over(self, exchange: Exchange | None) -> None:
+    def set_gradient_exchange(self, exchange: Exchange | None) -> None:
         """From now on gradients go through ``exchange``; None: they stay inside the replica. Called once."""
 
     def finish(self) -> None:

@@ -10,11 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+FIRST_PHASE, SECOND_PHASE = "send", "answer"
+"""The phases of the two-phase route. Part of what every seed is a digest of: another word would be another draw."""
+
 
 @dataclass(frozen=True)
 class Key:
     """What a random draw belongs to. ``rank``: on the replicate axis; a draw that all peers share leaves it at -1.
 
+    ``phase``: what is drawn for, where one FQN has several draws in a step; `FIRST_PHASE` and `SECOND_PHASE` for what
+    a compressor encodes.
     ``again``: how many exchanges this step has made for the same FQN before, one for each earlier backward pass.
     """
 
@@ -29,6 +34,11 @@ class Key:
     def shared(self) -> Key:
         """The key of what all peers draw alike for this FQN in this step."""
         return replace(self, rank=-1, phase="")
+
+    @property
+    def second_phase(self) -> bool:
+        """Whether what is encoded is the mean of what all ranks sent in the first phase."""
+        return self.phase == SECOND_PHASE
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A generator on ``device``, seeded by the 63-bit BLAKE2b digest of this key."""

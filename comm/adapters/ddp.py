@@ -53,7 +53,7 @@ class DDPPieces(ModulePieces):
         self._arrived: set[str] = set()  # in this pass through the buckets
         self._handed: dict[str, Tensor | None] = {}  # in this step; whether there was anything, where that is not sure
 
-    def hand_over(self, exchange: Exchange | None) -> None:
+    def set_gradient_exchange(self, exchange: Exchange | None) -> None:
         if exchange is not None or self.shard.size > 1:
             require_dense(self._sparse)
             self._require_reduced()

@@ -67,7 +67,7 @@ class FSDPPieces:
             for fqn, value in values.items():
                 _local(self.parameters[fqn].detach()).copy_(value)
 
-    def hand_over(self, exchange: Exchange | None) -> None:
+    def set_gradient_exchange(self, exchange: Exchange | None) -> None:
         if exchange is None:
             return
         assert isinstance(self.model, FSDPModule)  # `attach` sees to it

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.comm.ops import Axis
 from dtrain.comm.transports.json_gather import told_by_all
 from dtrain.comm.transports.process_group import TorchTransport
-from dtrain.comm.transports.transport import Alone
+from dtrain.comm.transports.transport import SelfTransport
 
 
-def own_groups(model: nn.Module, replicate_group: dist.ProcessGroup) -> dict[Axis, TorchTransport | Alone]:
+def own_groups(model: nn.Module, replicate_group: dist.ProcessGroup) -> dict[Axis, TorchTransport | SelfTransport]:
     """Groups that nobody else uses: the peers', and this replica's. Nobody but these ranks needs to call it."""
     peers = sorted(dist.get_process_group_ranks(replicate_group))
     here = _replica_of(model, peers)
@@ -27,9 +27,9 @@ def own_groups(model: nn.Module, replicate_group: dist.ProcessGroup) -> dict[Axi
             f"replicate_group {peers} holds ranks {both} of this rank's own shard group {here}; give the ranks that "
             'hold the same shard of other replicas: mesh.get_group("replicate")'
         )
-    groups: dict[Axis, TorchTransport | Alone] = {
+    groups: dict[Axis, TorchTransport | SelfTransport] = {
         "replicate": TorchTransport.between(peers),
-        "shard": TorchTransport.between(here) if len(here) > 1 else Alone(),
+        "shard": TorchTransport.between(here) if len(here) > 1 else SelfTransport(),
     }
     placed: dict[int, tuple[list[int], list[int]]] = {}
     for transport in groups.values():

@@ -60,7 +60,7 @@ class ModulePieces:
             for fqn in wanted:
                 self.parameters[fqn].copy_(whole[fqn].view(self.shapes[fqn]))
 
-    def hand_over(self, exchange: Exchange | None) -> None:
+    def set_gradient_exchange(self, exchange: Exchange | None) -> None:
         if isinstance(exchange, Private) and exchange.private:
             self._private = exchange
         elif exchange is not None:

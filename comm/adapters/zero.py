@@ -71,7 +71,7 @@ class ZeroPieces(ABC):
             self._master(self.homes[fqn]).copy_(value)
         self._publish()
 
-    def hand_over(self, exchange: Exchange | None) -> None:
+    def set_gradient_exchange(self, exchange: Exchange | None) -> None:
         self._exchange = exchange
 
     def finish(self) -> None:

@@ -1,9 +1,11 @@
-"""How a value gets from every peer to every peer: the two-phase route, and the native all-reduce.
+"""The two-phase route: how a value gets from every peer to every peer, encoded, at a cost that does not grow with them.
 
-Two-phase: encode for each destination, all-to-all, decode and combine in rank order in fp32, encode, all-gather, and
-every rank, the owner of a chunk included, decodes the same bytes. Its cost does not grow with the number of ranks:
-2 (W - 1) / W of the encoded size, what a ring all-reduce sends of the plain size. With the identity compressor it is
-the deterministic dense route: its bits do not depend on buckets, on timing or on the transport.
+    first phase     encode one chunk for each destination, all-to-all; the owner of a chunk decodes all of it
+                    and combines in rank order, in fp32
+    second phase    the owner encodes what it combined, all-gather; every rank, the owner too, decodes the same bytes
+
+Bytes: 2 (W - 1) / W of the encoded size, what a ring all-reduce sends of the plain size. With the identity compressor
+it is the deterministic dense route: its bits do not depend on buckets, on timing or on the transport.
 
 Everything is cut per FQN, never per bucket: chunk j of a segment of n elements is its elements [j w, (j + 1) w) with
 w = ceil(n / W). Sent by each rank and message, besides the encoded chunks: one byte that says whether all was finite
@@ -11,7 +13,7 @@ and, in the first phase, of which names and step it speaks (`mark`); in the firs
 the weight.
 
 Where feedback keeps something, a value above `LARGEST` counts as one that is not finite, and a rank whose next state
-would not be finite says so with its answer: no rank ever keeps what no step could be made from.
+would not be finite says so in the second phase: no rank ever keeps what no step could be made from.
 """
 
 from __future__ import annotations
@@ -26,12 +28,11 @@ from torch import Tensor
 from dtrain.comm.aggregators.mean import Aggregator, among, rank_order_mean
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.compressor import Compressor, one_pass
-from dtrain.comm.compressors.lowrank import LowRank
-from dtrain.comm.feedback import Compression, Feedback
+from dtrain.comm.feedback import Compression
 from dtrain.comm.layout import Named, chunk_width, from_rows, is_finite, is_keepable, to_rows
-from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Payload, Place
+from dtrain.comm.ops import AllGather, AllToAll, Flow, Payload, Place
 from dtrain.comm.plans.plan import Plan
-from dtrain.comm.seeds import Key
+from dtrain.comm.seeds import FIRST_PHASE, SECOND_PHASE, Key
 from dtrain.comm.state import State
 
 IDENTITY = cast("fp32")
@@ -41,7 +42,7 @@ DESCRIPTION_BYTES = 256
 
 @dataclass(frozen=True)
 class Combined:
-    """What a route returns: the combined values by FQN, and whether they may be used (the same on every peer).
+    """What a collective returns: the combined values by FQN, and whether they may be used (the same on every peer).
 
     ``present``: whether any peer had values of its own, where that was asked; None where nothing was sent at all.
     """
@@ -54,7 +55,7 @@ class Combined:
 def two_phase(
     values: Named,
     plan: Plan,
-    combine: Aggregator,
+    rule: Aggregator,
     place: Place,
     key: Key,
     state: State,
@@ -65,72 +66,91 @@ def two_phase(
     """Combine flat ``values`` over the peers. New feedback state is staged in ``state``.
 
     Compressors see fp32. What that rounds of values in fp64 is the compressor's loss, and fed back with it.
-    ``weight``: what this rank counts in the mean. A rank of weight 0 gives zeros and is left out, as is one whose
-    values are not finite; None: all count alike, and none may be left out. ``present``: False for zeros in place of
-    values that this rank does not have; they count like any others. ``usable``: False for values that come from what
-    is not finite.
+    ``weight``: of this rank in the mean. A rank of weight 0 gives zeros and is left out, as is one whose values are
+    not finite; None: all weigh the same, and none may be left out. ``present``: False for zeros in place of values
+    that this rank does not have; they count like any others. ``usable``: False for values that were computed from
+    what is not finite.
 
     Raises ``RuntimeError`` on every peer where they came with different values (`mark`), without a ``weight``.
     """
-    world = place.size
+    world, device = place.size, device_of(values)
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
     if weight is not None and not (usable and all_usable(values, chosen)):
         weight, values = 0.0, {fqn: torch.zeros_like(value) for fqn, value in values.items()}
-    outgoing: list[Payload] = []
-    measures = []
+    payloads, measures = _first_phase(values, chosen, world, key, state, weight)
+    finite = weight is not None or (usable and all_usable(values, chosen, measures))
+    statement = mark(values, key.step) + (MARKS if present is False else 0)
+    received = yield AllToAll(joined(payloads, vote(world, finite, weight, device, statement)))
+    votes = Votes(received[-1].flatten().tolist(), place)
+    if weight is None:
+        votes, present = yield from _require_same_values(votes, values, key)
+    finite = votes.passed if weight is None else votes.anybody
+    payloads = [
+        _second_phase(value, chosen[fqn], chunks, rule, votes, replace(key, fqn=fqn, phase=SECOND_PHASE), state)
+        for (fqn, value), chunks in zip(values.items(), cut(received, payloads), strict=True)
+    ]
+    finite = finite and all_staged_finite(chosen, state)
+    gathered = yield AllGather(joined(payloads, vote(1, finite, None, device)))
+    combined = _decoded(values, chosen, cut(gathered, payloads), key, world, state)
+    return Combined(combined.values, combined.finite and bool(gathered[-1].all()), present is not False)
+
+
+def _first_phase(
+    values: Named, chosen: Mapping[str, Compression], world: int, key: Key, state: State, weight: float | None
+) -> tuple[list[Payload], list[Tensor]]:
+    """What this rank sends of each value, a row for each rank; and `_measure` of each, unless there is a ``weight``."""
+    payloads: list[Payload] = []
+    measures: list[Tensor] = []
     for fqn, value in values.items():
         if weight is None:
             measures.append(_measure(value, chosen[fqn]))  # here, so that what is encoded next is in the caches
-        compressor, feedback = _in_rows(chosen[fqn], value)
-        own = replace(key, fqn=fqn, phase="send")
+        coder, feedback, first = (
+            coder_of(chosen[fqn], value),
+            chosen[fqn].feedback,
+            replace(key, fqn=fqn, phase=FIRST_PHASE),
+        )
         if weight == 0:
-            feedback.sit_out(fqn, value, state)
-            outgoing.append(compressor.encode(to_rows(value, world), own))
+            feedback.carry_over(fqn, value, state)
+            payloads.append(coder.encode(to_rows(value, world), first))
         else:
-            outgoing.append(feedback.encode(fqn, value, compressor, world, own, state))
-    finite = weight is not None or (usable and all_usable(values, chosen, measures))
-    said = mark(values, key.step) + (MARKS if present is False else 0)
-    incoming = yield AllToAll(_joined(outgoing, vote(world, finite, weight, _device(values), said)))
-    votes = Votes(incoming[-1].flatten().tolist(), place)
-    if weight is None:
-        votes, present = yield from _heard(votes, values, key)
-    finite = votes.passed if weight is None else votes.anybody
-
-    answers: list[Payload] = []
-    for (fqn, value), encoded in zip(values.items(), _cut(incoming, outgoing), strict=True):
-        compressor, feedback = _in_rows(chosen[fqn], value)
-        width = chunk_width(value.numel(), world)
-        own = replace(key, fqn=fqn, phase="answer")
-        quick = one_pass(compressor) if combine is rank_order_mean and votes.alike else None
-        if quick is not None:
-            chunk, answer = quick.encode_mean(encoded, width, own)
-        else:
-            rows = compressor.decode(encoded, width, own.shared)
-            chunk = combine(rows) if votes.alike else among(combine, rows, votes.weights)
-            answer = compressor.encode(chunk.unsqueeze(0), own)
-        if feedback.kinds:
-            start = min(place.rank * width, value.numel())
-            error = (chunk - compressor.decode(answer, width, own.shared)[0])[: value.numel() - start]
-            feedback.retain_owned(fqn, error, start, votes.world, state)
-        answers.append(answer)
-    finite = finite and _sound(chosen, state)
-    gathered = yield AllGather(_joined(answers, vote(1, finite, None, _device(values))))
-    found = _results(values, chosen, _cut(gathered, answers), key, world, state)
-    return Combined(found.values, found.finite and bool(gathered[-1].all()), present is not False)
+            payloads.append(feedback.encode(fqn, value, coder, world, first, state))
+    return payloads, measures
 
 
-def _results(
+def _second_phase(
+    value: Tensor, compression: Compression, chunks: Payload, rule: Aggregator, votes: Votes, key: Key, state: State
+) -> Payload:
+    """The chunk of ``value`` that this rank owns, combined from everybody's encoded ``chunks`` and encoded again."""
+    coder, feedback, place = coder_of(compression, value), compression.feedback, votes.place
+    width = chunk_width(value.numel(), place.size)
+    fused = one_pass(coder) if rule is rank_order_mean and votes.alike else None
+    if fused is not None:
+        chunk, payload = fused.encode_mean(chunks, width, key)
+    else:
+        rows = coder.decode(chunks, width, key.shared)
+        chunk = rule(rows) if votes.alike else among(rule, rows, votes.weights)
+        payload = coder.encode(chunk.unsqueeze(0), key)
+    if feedback.kinds:
+        start = min(place.rank * width, value.numel())
+        error = (chunk - coder.decode(payload, width, key.shared)[0])[: value.numel() - start]
+        feedback.retain_owned(key.fqn, error, start, votes.divisor, state)
+    return payload
+
+
+def _decoded(
     values: Named, chosen: Mapping[str, Compression], gathered: list[Payload], key: Key, world: int, state: State
 ) -> Combined:
-    """What all chunks' owners have answered, decoded: each tensor of ``gathered`` begins with the ranks."""
+    """What all owners sent in the second phase, decoded: each tensor of ``gathered`` begins with the ranks."""
     results, sums = {}, []
-    for (fqn, value), encoded in zip(values.items(), gathered, strict=True):
-        compressor, feedback = _in_rows(chosen[fqn], value)
+    for (fqn, value), payload in zip(values.items(), gathered, strict=True):
         width, shared = chunk_width(value.numel(), world), replace(key, fqn=fqn).shared
-        rows = compressor.decode(tuple(tensor.flatten(0, 1) for tensor in encoded), width, shared)
-        results[fqn] = result = feedback.result(fqn, from_rows(rows, value.numel()), state)
+        rows = coder_of(chosen[fqn], value).decode(tuple(tensor.flatten(0, 1) for tensor in payload), width, shared)
+        results[fqn] = result = chosen[fqn].feedback.result(fqn, from_rows(rows, value.numel()), state)
         sums.append(result.sum())
     return Combined(results, all_finite(results, sums))
+
+
+# ---- what ranks say beside their values ----------------------------------------------------------------------------
 
 
 def mark(names: Iterable[str], step: int) -> int:
@@ -143,29 +163,30 @@ def mark(names: Iterable[str], step: int) -> int:
     return 1 + zlib.crc32("\n".join([str(step), *names]).encode()) % MARKS
 
 
-def _heard(votes: Votes, values: Named, key: Key) -> Flow[tuple[Votes, bool]]:
-    """What all have said in one byte each: their votes, and whether anybody was present.
+def _require_same_values(votes: Votes, values: Named, key: Key) -> Flow[tuple[Votes, bool]]:
+    """The votes that are in everybody's one byte, and whether anybody was present.
 
     Raises ``RuntimeError`` that says what each peer came with, if they do not speak of the same: all of them see it.
     """
-    heard = [int(one) for one in votes.weights]
-    if len({(one - 1) % MARKS for one in heard if one}) > 1:
+    statements = [int(statement) for statement in votes.weights]
+    if len({(statement - 1) % MARKS for statement in statements if statement}) > 1:
         names = list(values)
         line = f"step {key.step}, {len(names)} values: {', '.join(names)}".encode()[:DESCRIPTION_BYTES]
-        mine = torch.tensor(list(line.ljust(DESCRIPTION_BYTES)), dtype=torch.uint8, device=_device(values))
+        mine = torch.tensor(list(line.ljust(DESCRIPTION_BYTES)), dtype=torch.uint8, device=device_of(values))
         (lines,) = yield AllGather((mine,))
-        told = [bytes(row.tolist()).decode(errors="ignore").strip() for row in lines]
+        descriptions = [bytes(row.tolist()).decode(errors="ignore").strip() for row in lines]
         raise RuntimeError(
             "replicas were about to combine different values with each other: "
-            + "; ".join(f"replica {rank} of {line}" for rank, line in enumerate(told))
+            + "; ".join(f"replica {rank} of {line}" for rank, line in enumerate(descriptions))
             + "; every replica must exchange the same parameters in the same order"
         )
-    return Votes([min(one, 1) for one in heard], votes.place), any(one <= MARKS for one in heard)
+    present = any(statement <= MARKS for statement in statements)
+    return Votes([min(statement, 1) for statement in statements], votes.place), present
 
 
 @dataclass(frozen=True)
 class Votes:
-    """What the ranks said of their values: 0 for what cannot be used, else how much they count."""
+    """The weight of each rank's values in the mean: 0 for what cannot be used."""
 
     weights: list[float]
     place: Place
@@ -184,70 +205,37 @@ class Votes:
         return len(set(self.weights)) == 1
 
     @property
-    def world(self) -> float:
-        """See `Feedback.retain_owned`. A rank that does not count now counts like any other the next time."""
-        own = self.weights[self.place.rank]
-        return self.place.size if self.alike or own <= 0 else sum(self.weights) / own
+    def divisor(self) -> float:
+        """What this rank's value is divided by in the mean: the number of ranks, where all weigh the same.
+
+        A rank of weight 0 will count like any other the next time.
+        """
+        mine = self.weights[self.place.rank]
+        return self.place.size if self.alike or mine <= 0 else sum(self.weights) / mine
 
 
-def vote(rows: int, finite: bool, weight: float | None, device: torch.device, said: int = 1) -> Tensor:
+def vote(rows: int, finite: bool, weight: float | None, device: torch.device, statement: int = 1) -> Tensor:
     """What a rank says of its values, to ``rows`` ranks: [rows, 1], one byte, or four for a weight.
 
-    ``said``: the byte for values that are finite.
+    ``statement``: the byte for values that are finite.
     """
     if weight is None:
-        return torch.full((rows, 1), said if finite else 0, dtype=torch.uint8, device=device)
+        return torch.full((rows, 1), statement if finite else 0, dtype=torch.uint8, device=device)
     return torch.full((rows, 1), weight if finite else 0.0, dtype=torch.float32, device=device)
 
 
-def native_mean(
-    values: Named,
-    plan: Plan,
-    key: Key,
-    state: State,
-    weight: float | None = None,
-    present: bool | None = None,
-    usable: bool = True,
-) -> Flow[Combined]:
-    """The mean by one native all-reduce, for linear compressors of one dtype. The transport orders the summation.
+def joined(payloads: list[Payload], flags: Tensor) -> Payload:
+    """All ``payloads`` as one, and ``flags`` behind them."""
+    return (*(tensor for payload in payloads for tensor in payload), flags)
 
-    ``weight``, ``present`` and ``usable``: as in `two_phase`; weights for payloads in fp32. Unless ``present`` is None,
-    one more element says it.
-    """
-    chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
-    if weight is not None or not usable or any(each.feedback.kinds for each in chosen.values()):
-        usable = usable and all_usable(values, chosen)
-    counts = weight if weight is None or usable else 0.0
-    encoded: list[Payload] = []
-    for fqn, value in values.items():
-        compressor, feedback = _in_rows(chosen[fqn], value)
-        if counts == 0:
-            feedback.sit_out(fqn, value, state)
-            value = torch.zeros_like(value)
-            encoded.append(compressor.encode(value.view(1, -1), replace(key, fqn=fqn)))
-        else:
-            encoded.append(feedback.encode(fqn, value, compressor, 1, replace(key, fqn=fqn), state))
-    sent = tuple(tensor for payload in encoded for tensor in payload)
-    if not (usable and _sound(chosen, state)):  # there is no vote beside the sum, so it says it
-        sent = tuple(torch.full_like(tensor, torch.nan) for tensor in sent) if counts != 0 else sent
-    if counts is None and present is None:
-        reply = yield AllReduce(sent, "mean")
-        finite = True
-    elif counts is None:
-        like = sent[0] if sent else torch.empty(0, device=_device(values))
-        *means, had = yield AllReduce((*sent, like.new_full((1,), float(bool(present)))), "mean")
-        reply, finite, present = tuple(means), True, float(had) > 0
-    else:
-        own = torch.tensor([counts], device=_device(values))
-        *sums, total = yield AllReduce((*(counts * tensor for tensor in sent), own), "sum")
-        finite = float(total) > 0
-        reply = tuple(each.div_(total) for each in sums)
-    results = {}
-    for (fqn, value), payload in zip(values.items(), _cut(reply, encoded), strict=True):
-        compressor, feedback = _in_rows(chosen[fqn], value)
-        decoded = compressor.decode(payload, value.numel(), replace(key, fqn=fqn).shared)[0]
-        results[fqn] = feedback.result(fqn, decoded, state)
-    return Combined(results, finite and all_finite(results), present is not False)
+
+def cut(reply: Payload, like: list[Payload]) -> list[Payload]:
+    """Undo `joined`, where ``like`` are the payloads that were sent."""
+    payloads, start = [], 0
+    for payload in like:
+        payloads.append(reply[start : start + len(payload)])
+        start += len(payload)
+    return payloads
 
 
 def two_phase_bytes(numels: list[int], compressor: Compressor, world: int, *, weighted: bool = False) -> int:
@@ -261,12 +249,14 @@ def two_phase_bytes(numels: list[int], compressor: Compressor, world: int, *, we
     return (world - 1) * (2 * chunks + 3 * weighted)
 
 
-def _in_rows(compression: Compression, value: Tensor) -> tuple[Compressor | _Double, Feedback]:
-    compressor = compression.compressor
-    assert not isinstance(compressor, LowRank)  # it does not come this way: `combine`
-    if value.dtype == torch.float64:
-        return _Double(compressor), compression.feedback
-    return compressor, compression.feedback
+# ---- the compressor of a value, and what may be sent ---------------------------------------------------------------
+
+
+def coder_of(compression: Compression, value: Tensor) -> Compressor | _Double:
+    """What codes rows of ``value``, in fp32 or fp64."""
+    compressor = compression.by_row
+    assert compressor is not None, f"{compression.compressor} takes two rounds: see `exchange`"
+    return _Double(compressor) if value.dtype == torch.float64 else compressor
 
 
 @dataclass(frozen=True)
@@ -305,23 +295,12 @@ def _measure(value: Tensor, compression: Compression) -> Tensor:
     return torch.linalg.vector_norm(value) if compression.feedback.kinds else value.sum()
 
 
-def _sound(chosen: Mapping[str, Compression], state: State) -> bool:
+def all_staged_finite(chosen: Mapping[str, Compression], state: State) -> bool:
     """Whether all that feedback has staged is finite."""
-    staged = (state.staging.get(fqn, {}).values() for fqn, each in chosen.items() if each.feedback.kinds)
+    staged = (state.staging.get(fqn, {}).values() for fqn, chosen_for in chosen.items() if chosen_for.feedback.kinds)
     return is_finite(*(tensor for tensors in staged for tensor in tensors))
 
 
-def _device(values: Named) -> torch.device:
+def device_of(values: Named) -> torch.device:
+    """The device of ``values``; the CPU where there are none."""
     return next((value.device for value in values.values()), torch.device("cpu"))
-
-
-def _joined(encoded: list[Payload], flags: Tensor) -> Payload:
-    return (*(tensor for payload in encoded for tensor in payload), flags)
-
-
-def _cut(reply: Payload, like: list[Payload]) -> list[Payload]:
-    out, start = [], 0
-    for payload in like:
-        out.append(reply[start : start + len(payload)])
-        start += len(payload)
-    return out

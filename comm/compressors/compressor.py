@@ -1,13 +1,21 @@
-"""What a compressor is: a pure pair of functions on rows, with its properties and its exact wire bytes declared."""
+"""What a compressor is: a pure pair of functions on rows, with its properties and its exact wire bytes declared.
+
+Four Protocols. Every compressor is a `Compressor`, which codes rows, or a `TwoRoundCompressor`, whose two factors are
+means over all peers. What it may offer besides, and what others ask it for by `one_pass` and `adjustable`: `OnePass`,
+two steps in one pass over memory; `Adjustable`, a setting that a plan may choose for each parameter.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias, cast, runtime_checkable
 
 from torch import Tensor
 
+from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
+from dtrain.comm.state import Kind, State
 
 
 @runtime_checkable
@@ -15,6 +23,11 @@ class Compressor(Protocol):
     """Lossy or lossless coding of fp32 rows. Stateless: randomness comes from the key alone.
 
     Rows are independent: row ``j`` of what `encode` returns is all that is needed to decode row ``j``.
+
+    On the two-phase route it codes twice: in the first phase each rank's own rows, one for each destination; in the
+    second (``key.second_phase``) one row, the mean of the decoded ones, which every rank decodes. What need not be done
+    to that mean again, or can be done better as it is of a known form, `encode` may leave out or do there: unbiased
+    random-k scales in the first phase only.
     """
 
     @property
@@ -53,15 +66,77 @@ class OnePass(Protocol):
         """The mean [width] of the decoded rows, added up from the first to the last; and it encoded as one row."""
 
 
+@runtime_checkable
+class TwoRoundCompressor(Protocol):
+    """Codes a matrix as the product of two factors of ``rank`` columns and rows, each the mean over all peers.
+
+        first round     P = mean_i M_i Q        M_i [rows, columns] of peer i, Q = `start`, alike on all peers
+        second round    R = mean_i B^T M_i      B = `basis` (P), orthonormal
+        result          B R                     and `keep` stages what the next `start` goes on from
+
+    Both means are linear in M_i, so peers sum factors and nobody ever sends a matrix. No contraction is promised for a
+    single step. The collective is `dtrain.comm.collectives.low_rank`.
+    """
+
+    @property
+    def rank(self) -> int:
+        """Columns of P and rows of R."""
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """The names that it keeps, beside those of the feedback."""
+
+    def pays(self, matrix: Matrix) -> bool:
+        """Whether the factors of this piece are small enough; otherwise it is sent as it is, in fp32."""
+
+    def start(self, matrix: Matrix, key: Key, state: State, like: Tensor) -> Tensor:
+        """Q [columns, rank], the same on all peers, in the dtype of ``like``."""
+
+    def basis(self, mean: Tensor) -> Tensor:
+        """B [rows, rank] from P [rows, rank]; not finite where P is not."""
+
+    def keep(self, fqn: str, factor: Tensor, start: Tensor, state: State) -> None:
+        """Stage what the next step starts from; ``factor`` is R [rank, columns], ``start`` is Q."""
+
+
+AnyCompressor: TypeAlias = Compressor | TwoRoundCompressor
+
+
+class Adjustable(Protocol):
+    """A compressor with one setting, by which it sends more and loses less."""
+
+    @property
+    def setting(self) -> str:
+        """In words, as "4 bits"."""
+
+    def alternatives(self) -> Sequence[AnyCompressor]:
+        """The same compressor at each setting that a plan may choose, this one's among them."""
+
+
 def one_pass(compressor: object) -> OnePass | None:
-    """``compressor``, if it is a `OnePass`. (isinstance of a Protocol takes microseconds, for every parameter.)"""
+    """``compressor``, if it is a `OnePass`."""
+    return cast(OnePass, compressor) if _offers(compressor, ("encode_sum", "encode_mean")) else None
+
+
+def two_rounds(compressor: object) -> TwoRoundCompressor | None:
+    """``compressor``, if it is a `TwoRoundCompressor`."""
+    return cast(TwoRoundCompressor, compressor) if _offers(compressor, ("start", "basis", "keep")) else None
+
+
+def adjustable(compressor: object) -> Adjustable | None:
+    """``compressor``, if it is `Adjustable`."""
+    return cast(Adjustable, compressor) if _offers(compressor, ("setting", "alternatives")) else None
+
+
+_OFFERED: dict[tuple[type, tuple[str, ...]], bool] = {}
+
+
+def _offers(compressor: object, members: tuple[str, ...]) -> bool:
+    """Looked up once for each class: isinstance of a Protocol takes microseconds, for every parameter."""
     kind = type(compressor)
-    if kind not in _KNOWN:
-        _KNOWN[kind] = hasattr(kind, "encode_sum") and hasattr(kind, "encode_mean")
-    return cast(OnePass, compressor) if _KNOWN[kind] else None
-
-
-_KNOWN: dict[type, bool] = {}
+    if (kind, members) not in _OFFERED:
+        _OFFERED[kind, members] = all(hasattr(kind, member) for member in members)
+    return _OFFERED[kind, members]
 
 
 class RowWise:

@@ -15,14 +15,12 @@ Keeps: Q [columns, r], the same on all peers, besides what the feedback keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.comm.layout import Segment, is_finite
+from dtrain.comm.layout import Matrix, is_finite
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
 
@@ -31,44 +29,8 @@ UNUSUAL = 2.0**32
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """How a flat piece of ``numel`` elements lies in rows of ``columns``, the first row short of ``lead`` elements."""
-
-    numel: int
-    columns: int
-    lead: int
-
-    @property
-    def rows(self) -> int:
-        return -(-(self.lead + self.numel) // self.columns)
-
-    def view(self, flat: Tensor) -> Tensor:
-        """``flat`` [numel] as [rows, columns]; a view where no row is cut."""
-        missing = self.rows * self.columns - self.lead - self.numel
-        padded = F.pad(flat, (self.lead, missing)) if self.lead or missing else flat
-        return padded.view(self.rows, self.columns)
-
-    def flat(self, matrix: Tensor) -> Tensor:
-        """Undo `view`."""
-        return matrix.reshape(-1)[self.lead : self.lead + self.numel]
-
-
-def matrices(segments: Mapping[str, Segment], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Matrix]:
-    """How each piece that is held lies in its parameter; vectors and numbers have rows of one element.
-
-    >>> matrices({"w": Segment("w", offset=6, numel=9)}, {"w": (5, 2, 2)})
-    {'w': Matrix(numel=9, columns=4, lead=2)}
-    """
-    found = {}
-    for fqn, segment in segments.items():
-        columns = max(1, math.prod(shapes[fqn][1:]))
-        found[fqn] = Matrix(segment.numel, columns, segment.offset % columns)
-    return found
-
-
-@dataclass(frozen=True)
 class LowRank:
-    """See `powersgd`. Not a `Compressor`: both its phases need all peers."""
+    """See `powersgd`. A `TwoRoundCompressor`."""
 
     rank: int
     min_rate: float
@@ -76,6 +38,13 @@ class LowRank:
     @property
     def kinds(self) -> dict[str, Kind]:
         return {"q": "opaque"}
+
+    @property
+    def setting(self) -> str:
+        return f"rank {self.rank}"
+
+    def alternatives(self) -> list[LowRank]:
+        return [replace(self, rank=rank) for rank in range(max(1, self.rank // 2), 2 * self.rank + 1)]
 
     def pays(self, matrix: Matrix) -> bool:
         """Whether the factors of this piece are smaller than the piece by ``min_rate``."""
@@ -101,6 +70,13 @@ class LowRank:
             fresh[:, :shared] = known[:, :shared]
         return fresh
 
+    def basis(self, mean: Tensor) -> Tensor:
+        return orthonormal(mean)
+
+    def keep(self, fqn: str, factor: Tensor, start: Tensor, state: State) -> None:
+        # From zeros no iteration would ever start again.
+        state.stage(fqn, "q", factor.T.contiguous() if bool(factor.any()) else start)
+
 
 def powersgd(rank: int = 4, *, min_rate: float = 2.0) -> LowRank:
     """PowerSGD.
@@ -109,6 +85,7 @@ def powersgd(rank: int = 4, *, min_rate: float = 2.0) -> LowRank:
         rank: of the approximation, for each rank's piece of each matrix.
         min_rate: how many times smaller the factors must be than the piece; otherwise it is sent in fp32.
 
+    >>> from dtrain.comm.layout import Matrix
     >>> powersgd(4).pays(Matrix(numel=512 * 128, columns=128, lead=0))
     True
 

@@ -53,7 +53,7 @@ class Projection(RowWise):
         size = blocks.shape[-1]
         along = self._drawn(size, key, rows.device)
         products = blocks @ along.T
-        if key.phase == "answer":
+        if key.second_phase:
             fitted = _fitted((along @ along.T).double(), products.double().flatten(0, 1).T).T
             return (fitted.float().view_as(products),)
         factor = 1.0 if self.scaled else shrinkage(self.directions, size)

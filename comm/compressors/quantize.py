@@ -1,37 +1,156 @@
-"""Quantization in blocks: max-min uniform, 2 to 8 bits, and the grids around zero of `grids`.
+"""Quantization in blocks: each element in 2 to 8 bits, beside fp32 numbers that its block shares.
 
-    unit = (max - min) / (2^bits - 1);   code = floor((x - min) / unit + u);   x' = min + code * unit
+    max_min     levels min + k unit, unit = (max - min) / (2^bits - 1)       QSGD's, by each block's range, as in CGX
+    symmetric   levels k / s, scale = max |x|, s = 2^(bits - 1) - 1
+    qsgd        levels k / s, scale = |x|_2                                  Alistarh et al., arXiv:1610.02132
+    e3m0        levels 0 and 2^-j, j = 0 ... 6, scale = max |x|              4 bits; Douillard et al., arXiv:2501.18512
+    natural     levels 0 and 2^-j, j = 0 ... 126, scale = max |x|            8 bits; Horvath et al., arXiv:1905.10988
 
-with u = 1/2 (nearest) or u uniform in [0, 1) (stochastic, unbiased). The grid is QSGD's (Alistarh et al.,
-arXiv:1610.02132) with the range of each block instead of its norm, as L-GreCo and CGX use it.
-Communication: the two-phase route. Bytes for a row of n elements: ceil(n * bits / 8) + 8 * ceil(n / block).
-Keeps: nothing.
+    nearest       code = the nearest level of x (or of x / scale)
+    stochastic    one of its two neighbours by chance, so that the mean is x: unbiased
+
+All but max_min lie around zero: the scale, and each element the sign and the index of a level. e3m0 and natural are one
+family: a sign, some bits of exponent, no mantissa. (The natural compression of the paper has no scale and sends 9 bits;
+with one, 7 bits of exponent reach from a block's largest element down to 2^-126 of it.)
+Communication: the two-phase route. Keeps: nothing. Bytes for a row of n elements: ceil(n * bits / 8), and for each
+block 8 (max_min) or 4.
+
+The kernels below are all of the arithmetic. `encode_nearest`, `encode_stochastic` and `decode_blocks` are its
+reference; those that do two steps in one pass are tested to give the bits of the two, and what `torch.compile` makes of
+any of them the bits of the same function run eagerly (tests/comm/test_kernels.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import checked_block, pack_bits, unpack_bits
-from dtrain.comm.compressors.coded import Coded, Kernels
-from dtrain.comm.compressors.grids import Even, Powers
-from dtrain.comm.kernels import kernel
+from dtrain.comm.kernels import (
+    Constant,
+    Kernel,
+    by_blocks,
+    checked_block,
+    kernel,
+    pack_bits,
+    packed_bytes,
+    scaled,
+    unpack_bits,
+)
+from dtrain.comm.ops import Payload
+from dtrain.comm.seeds import Key
 
 ROUNDINGS = ("nearest", "stochastic")
 GRIDS = ("max_min", "symmetric", "qsgd", "e3m0", "natural")
 FIXED_BITS = {"e3m0": 4, "natural": 8}
 
+# ---- compressors ---------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Quantize(Coded):
-    """See `quantize`. The numbers of a block: its least value, and the unit."""
+class BlockQuantizer(ABC):
+    """Payload: codes [m, bytes], and [m, blocks] fp32 or, with more than one number a block, [m, blocks, numbers].
+
+    A `Compressor`, and a `OnePass`.
+    """
+
+    bits: int
+    block: int
+    rounding: str
+
+    numbers: ClassVar[int] = 1
+    """Of each block, beside its codes."""
+    homogeneous: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def grid(self) -> str:
+        """Which levels: "max_min", "even", "norm" or "powers"."""
+
+    @property
+    def unbiased(self) -> bool:
+        return self.rounding == "stochastic"
+
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        packed, numbers = self._room(rows)
+        payload = [(packed, self.bits, 8), (numbers, 0, self.numbers)]
+        if self.rounding == "nearest":
+            self._run(encode_nearest, [(rows, 1, 1), *payload], rows.shape[1])
+        else:
+            noise = torch.rand(rows.shape, generator=key.generator(rows.device), device=rows.device)
+            self._run(encode_stochastic, [(rows, 1, 1), (noise, 1, 1), *payload], rows.shape[1])
+        return packed, self._by_block(numbers)
+
+    def encode_sum(self, rows: Tensor, others: Tensor) -> tuple[Payload, Tensor] | None:
+        """``encode(rows + others)`` and what it leaves out of them, in one pass; None where rounding is random."""
+        if self.rounding != "nearest":
+            return None
+        packed, numbers = self._room(rows)
+        left = torch.empty_like(rows)
+        payload = [(packed, self.bits, 8), (numbers, 0, self.numbers)]
+        self._run(encode_sum_nearest, [(rows, 1, 1), (others, 1, 1), *payload, (left, 1, 1)], rows.shape[1])
+        return (packed, self._by_block(numbers)), left
+
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
+        packed, numbers = payload
+        rows = numbers.new_empty(packed.shape[0], width)
+        received = [(packed, self.bits, 8), (numbers.flatten(1), 0, self.numbers)]
+        self._run(decode_blocks, [*received, (rows, 1, 1)], width)
+        return rows
+
+    def decode_mean(self, payload: Payload, width: int) -> Tensor:
+        """`rank_order_mean` of the decoded rows, [width], in one pass."""
+        packed, numbers = payload
+        mean = numbers.new_empty(1, width)
+        received = [(packed, self.bits, 8), (numbers.flatten(1), 0, self.numbers)]
+        self._run(mean_of_blocks, [*received, (mean, 1, 1)], width, world=packed.shape[0])
+        return mean[0]
+
+    def encode_mean(self, payload: Payload, width: int, key: Key) -> tuple[Tensor, Payload]:
+        """`decode_mean`, and it encoded as one row; in one pass where rounding is not random."""
+        if self.rounding != "nearest":
+            decoded = self.decode_mean(payload, width)
+            return decoded, self.encode(decoded.unsqueeze(0), key)
+        packed, numbers = payload
+        mean = numbers.new_empty(1, width)
+        packed_mean, numbers_mean = self._room(mean)
+        received = [(packed, self.bits, 8), (numbers.flatten(1), 0, self.numbers)]
+        written = [(mean, 1, 1), (packed_mean, self.bits, 8), (numbers_mean, 0, self.numbers)]
+        self._run(encode_mean_nearest, [*received, *written], width, world=packed.shape[0])
+        return mean[0], (packed_mean, self._by_block(numbers_mean))
+
+    def row_bytes(self, width: int) -> int:
+        return packed_bytes(width, self.bits, self.block) + 4 * self.numbers * -(-width // self.block)
+
+    def _run(self, step: Kernel, laid: list[tuple[Tensor, int, int]], width: int, **constants: Constant) -> None:
+        # The sum in a norm is taken in another order when compiled, which would be another norm.
+        run = step.function if self.grid == "norm" else step
+
+        def over(*views: Tensor) -> None:
+            run(*views, grid=self.grid, bits=self.bits, **constants)
+
+        by_blocks(over, laid, width, self.block)
+
+    def _room(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """For codes [m, bytes] and numbers [m, numbers * blocks]."""
+        m, width = rows.shape
+        packed = torch.empty(m, packed_bytes(width, self.bits, self.block), dtype=torch.uint8, device=rows.device)
+        return packed, rows.new_empty(m, self.numbers * -(-width // self.block))
+
+    def _by_block(self, numbers: Tensor) -> Tensor:
+        return numbers if self.numbers == 1 else numbers.unflatten(1, (-1, self.numbers))
+
+
+@dataclass(frozen=True)
+class Quantize(BlockQuantizer):
+    """max_min. The numbers of a block: its least value, and the unit."""
 
     numbers: ClassVar[int] = 2
+    grid: ClassVar[str] = "max_min"
 
     @property
     def levels(self) -> int:
@@ -44,84 +163,195 @@ class Quantize(Coded):
         return 1.0 - self.block / (2.0 * self.levels**2)
 
     @property
-    def kernels(self) -> Kernels:
-        each = (encode_nearest, encode_stochastic, encode_sum_nearest, decode_blocks, mean_of_blocks, encode_mean)
-        return Kernels(*(partial(kernel, bits=self.bits) for kernel in each))
+    def setting(self) -> str:
+        return f"{self.bits} bits"
+
+    def alternatives(self) -> list[Quantize]:
+        return [replace(self, bits=bits) for bits in range(2, 9)]
 
 
-# Kernels: blocks [m, n, block] fp32, noise alike in [0, 1), packed [m, n, bytes of a block], scales [m, n, 2].
+@dataclass(frozen=True)
+class Even(BlockQuantizer):
+    """symmetric and qsgd: levels at equal distances around zero; ``norm``: the scale is a block's norm."""
+
+    norm: bool
+
+    @property
+    def grid(self) -> str:
+        return "norm" if self.norm else "even"
+
+    @property
+    def levels(self) -> int:
+        """On each side of zero, without it."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def delta(self) -> float:
+        # Half a unit (nearest), or a variance of a quarter of its square, for each element; unit <= |x|_2 / levels.
+        lost = self.block / (4 * self.levels**2)
+        return 1.0 - (min(lost, self.block**0.5 / self.levels) if self.norm and self.unbiased else lost)
+
+    @property
+    def setting(self) -> str:
+        return f"{self.bits} bits"
+
+    def alternatives(self) -> list[Even]:
+        return [replace(self, bits=bits) for bits in range(2, 9)]
+
+
+@dataclass(frozen=True)
+class Powers(BlockQuantizer):
+    """e3m0 and natural: zero and the powers of two from 1 down to 2^-(levels - 1), on each side of it."""
+
+    grid: ClassVar[str] = "powers"
+
+    @property
+    def levels(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def delta(self) -> float:
+        smallest = 2.0 ** (1 - self.levels)
+        if self.unbiased:  # (x - a) (2 a - x) / x^2 is at most 1/8, between zero and the smallest level a^2 / 4
+            return 1.0 - 1 / 8 - self.block * smallest**2 / 4
+        return 1.0 - 1 / 9 - self.block * smallest**2 / 4
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+#
+# Of blocks [m, n, block] fp32, noise alike in [0, 1), packed [m, n, bytes of a block], numbers [m, n, 1 or 2]. Each
+# writes into its last arguments: ``packed`` and ``numbers``, ``left``, ``blocks`` or ``mean``.
 
 
 @kernel
-def encode_nearest(blocks: Tensor, packed: Tensor, scales: Tensor, *, bits: int) -> None:
+def encode_nearest(blocks: Tensor, packed: Tensor, numbers: Tensor, *, grid: str, bits: int) -> None:
     """Codes of ``blocks``, rounded to the nearest."""
-    _store(_grid(blocks, 0.5, bits), packed, scales, bits)
+    _store(_coded(blocks, 0.5, grid, bits), packed, numbers, bits)
 
 
 @kernel
-def encode_stochastic(blocks: Tensor, noise: Tensor, packed: Tensor, scales: Tensor, *, bits: int) -> None:
-    """Codes of ``blocks``, rounded up by chance."""
-    _store(_grid(blocks, noise, bits), packed, scales, bits)
+def encode_stochastic(blocks: Tensor, noise: Tensor, packed: Tensor, numbers: Tensor, *, grid: str, bits: int) -> None:
+    """Codes of ``blocks``, rounded to either neighbour by chance."""
+    _store(_coded(blocks, noise, grid, bits), packed, numbers, bits)
 
 
 @kernel
 def encode_sum_nearest(
-    blocks: Tensor, others: Tensor, packed: Tensor, scales: Tensor, left: Tensor, *, bits: int
+    blocks: Tensor, others: Tensor, packed: Tensor, numbers: Tensor, left: Tensor, *, grid: str, bits: int
 ) -> None:
-    """Codes of ``blocks + others``, and what they do not say of it."""
+    """Codes of ``blocks + others``, and in ``left`` what they lose of it."""
     total = blocks + others
-    grid, low, unit = _grid(total, 0.5, bits)
-    _store((grid, low, unit), packed, scales, bits)
-    left.copy_(total - (grid.floor() * unit + low))
+    coded = _coded(total, 0.5, grid, bits)
+    _store(coded, packed, numbers, bits)
+    left.copy_(total - _decoded(*coded, grid, bits))
 
 
 @kernel
-def decode_blocks(packed: Tensor, scales: Tensor, blocks: Tensor, *, bits: int) -> None:
+def decode_blocks(packed: Tensor, numbers: Tensor, blocks: Tensor, *, grid: str, bits: int) -> None:
     """``blocks`` of what was coded."""
-    blocks.copy_(_values(packed, scales, blocks.shape[-1], bits))
+    blocks.copy_(_unpacked(packed, numbers, blocks.shape[-1], grid, bits))
 
 
 @kernel
-def mean_of_blocks(packed: Tensor, scales: Tensor, mean: Tensor, *, bits: int, world: int) -> None:
+def mean_of_blocks(packed: Tensor, numbers: Tensor, mean: Tensor, *, grid: str, bits: int, world: int) -> None:
     """The mean of ``world`` coded rows of blocks, added up in their order; [1, n, block]."""
-    mean.copy_(_mean(packed, scales, mean.shape[-1], bits, world))
+    mean.copy_(_mean(packed, numbers, mean.shape[-1], grid, bits, world))
 
 
 @kernel
-def encode_mean(
-    packed: Tensor, scales: Tensor, mean: Tensor, answer: Tensor, own: Tensor, *, bits: int, world: int
-) -> None:
+def encode_mean_nearest(
+    packed: Tensor, numbers: Tensor, mean: Tensor, packed_mean: Tensor, numbers_mean: Tensor,
+    *, grid: str, bits: int, world: int,
+) -> None:  # fmt: skip
     """`mean_of_blocks`, and the codes of it, rounded to the nearest."""
-    total = _mean(packed, scales, mean.shape[-1], bits, world).unsqueeze(0)
-    _store(_grid(total, 0.5, bits), answer, own, bits)
+    total = _mean(packed, numbers, mean.shape[-1], grid, bits, world).unsqueeze(0)
+    _store(_coded(total, 0.5, grid, bits), packed_mean, numbers_mean, bits)
     mean.copy_(total)
 
 
-def _mean(packed: Tensor, scales: Tensor, size: int, bits: int, world: int) -> Tensor:
-    total = _values(packed[0], scales[0], size, bits)
+Coded: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
+"""Codes [m, n, block], uint8 or fp32 before they are rounded down, and the numbers of each block, [m, n, 1] each."""
+
+
+def _coded(blocks: Tensor, offset: Tensor | float, grid: str, bits: int) -> Coded:
+    """``offset`` in [0, 1) decides between two neighbours."""
+    if grid == "max_min":
+        levels = (1 << bits) - 1
+        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+        unit = high * (1 / levels) - low * (1 / levels)  # a range beyond fp32 still decodes to Inf: the step is skipped
+        return ((blocks - low) / torch.where(unit > 0, unit, 1.0) + offset).clamp(max=levels), (low, unit)
+    scale = _scale(blocks, grid)
+    codes = _powers_codes if grid == "powers" else _even_codes
+    return codes(scaled(blocks, scale), offset, (1 << (bits - 1)) - 1), (scale,)
+
+
+def _decoded(codes: Tensor, numbers: tuple[Tensor, ...], grid: str, bits: int) -> Tensor:
+    if grid == "max_min":
+        low, unit = numbers
+        # Two roundings, not one fused multiply-add: compiled and vectorized forms then give the same bits.
+        return (codes.floor() if codes.is_floating_point() else codes.to(torch.float32)) * unit + low
+    levels = (1 << (bits - 1)) - 1
+    return (_power_levels(codes, levels) if grid == "powers" else _even_levels(codes, levels)) * numbers[0]
+
+
+def _store(coded: Coded, packed: Tensor, numbers: Tensor, bits: int) -> None:
+    codes, of_block = coded
+    packed.copy_(pack_bits(codes.to(torch.uint8), bits))  # which rounds down
+    for place, number in enumerate(of_block):
+        numbers[..., place : place + 1].copy_(number)
+
+
+def _unpacked(packed: Tensor, numbers: Tensor, size: int, grid: str, bits: int) -> Tensor:
+    return _decoded(unpack_bits(packed, bits, size), numbers.split(1, dim=-1), grid, bits)
+
+
+def _mean(packed: Tensor, numbers: Tensor, size: int, grid: str, bits: int, world: int) -> Tensor:
+    total = _unpacked(packed[0], numbers[0], size, grid, bits)
     for rank in range(1, world):
-        total = total + _values(packed[rank], scales[rank], size, bits)
+        total = total + _unpacked(packed[rank], numbers[rank], size, grid, bits)
     return total / world
 
 
-def _values(packed: Tensor, scales: Tensor, size: int, bits: int) -> Tensor:
-    # Two roundings, not one fused multiply-add: compiled and vectorized forms then give the same bits.
-    return unpack_bits(packed, bits, size).to(torch.float32) * scales[..., 1:] + scales[..., :1]
+def _scale(blocks: Tensor, grid: str) -> Tensor:
+    """[m, n, 1]; at least the largest magnitude of each block."""
+    largest: Tensor = blocks.abs().amax(-1, keepdim=True)
+    if grid != "norm":
+        return largest
+    # Squares of fp32 overflow beyond 1e19 and vanish below 1e-23.
+    length: Tensor = torch.linalg.vector_norm(scaled(blocks, largest), dim=-1, keepdim=True).clamp_(min=1.0)
+    return length * largest
 
 
-def _grid(blocks: Tensor, offset: Tensor | float, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes before they are rounded down, fp32 [m, n, block], the least value and the unit [m, n, 1]."""
-    levels = (1 << bits) - 1
-    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    unit = high * (1 / levels) - low * (1 / levels)  # a range beyond fp32 still decodes to Inf: the step is skipped
-    return ((blocks - low) / torch.where(unit > 0, unit, 1.0) + offset).clamp(max=levels), low, unit
+def _even_codes(values: Tensor, offset: Tensor | float, levels: int) -> Tensor:
+    """Codes of ``values`` in [-1, 1], uint8."""
+    return ((values * levels + offset).floor().clamp(-levels, levels) + levels).to(torch.uint8)
 
 
-def _store(grid: tuple[Tensor, Tensor, Tensor], packed: Tensor, scales: Tensor, bits: int) -> None:
-    codes, low, unit = grid
-    packed.copy_(pack_bits(codes.to(torch.uint8), bits))  # which rounds down
-    scales[..., :1].copy_(low)
-    scales[..., 1:].copy_(unit)
+def _even_levels(codes: Tensor, levels: int) -> Tensor:
+    return (codes.to(torch.float32) - levels) / levels
+
+
+def _powers_codes(values: Tensor, offset: Tensor | float, levels: int) -> Tensor:
+    """Codes of ``values`` in [-1, 1], uint8."""
+    size, smallest = values.abs(), 2.0 ** (1 - levels)
+    mantissa, exponent = torch.frexp(size)  # size = mantissa * 2^exponent, mantissa in [0.5, 1)
+    up = 2 * mantissa - 1 > offset
+    code = exponent - 1 + up.to(torch.int32) + levels  # 1 for the smallest level
+    lowest = (size / smallest > offset).to(torch.int32)
+    code = torch.where(size < smallest, lowest, code).clamp(0, levels)
+    return torch.where(values < 0, code + (levels + 1), code).to(torch.uint8)
+
+
+def _power_levels(codes: Tensor, levels: int) -> Tensor:
+    number = codes.to(torch.int32)
+    negative = number > levels
+    place = torch.where(negative, number - (levels + 1), number)
+    size = ((place - levels + 127) << 23).view(torch.float32)  # the bits of 2^(place - levels)
+    size = torch.where(place == 0, 0.0, size)
+    return torch.where(negative, -size, size)
+
+
+# ---- what users call -----------------------------------------------------------------------------------------------
 
 
 def quantize(
@@ -131,7 +361,7 @@ def quantize(
 
     Args:
         grid: "max_min" (uniform between a block's extremes), "symmetric" (uniform between plus and minus its largest
-            magnitude), "qsgd" (the same with its norm), "e3m0" or "natural" (powers of two); see the modules.
+            magnitude), "qsgd" (the same with its norm), "e3m0" or "natural" (powers of two).
         bits: of a code, 2 to 8, sign included; 8 by default. Powers of two have theirs: 4 and 8.
         block: elements that share one scale: 8 bytes on the wire for max_min, 4 for the others.
         rounding: "nearest" (biased, least error) or "stochastic" (unbiased).
@@ -139,7 +369,7 @@ def quantize(
     >>> quantize(bits=4, block=256).row_bytes(1000), quantize("e3m0", block=256).row_bytes(1000)
     (532, 516)
 
-    Raises ``ValueError`` for values outside these ranges. Source: `quantize` and `grids`, the modules' docstrings.
+    Raises ``ValueError`` for values outside these ranges. Source: the module's docstring.
     """
     if grid not in GRIDS:
         meant = f", or write quantize(bits={grid})" if isinstance(grid, int) else ""

@@ -36,6 +36,13 @@ class TopK(RowWise):
     def delta(self) -> float:
         return self.density
 
+    @property
+    def setting(self) -> str:
+        return f"density {self.density:.3g}"
+
+    def alternatives(self) -> list[TopK]:
+        return [replace(self, density=density) for density in _densities(self.density)]
+
     def encode(self, rows: Tensor, key: Key) -> Payload:
         width = rows.shape[1]
         k = kept(self.density, width)
@@ -81,9 +88,16 @@ class RandomK(RowWise):
     def linear(self) -> bool:
         return True
 
+    @property
+    def setting(self) -> str:
+        return f"density {self.density:.3g}"
+
+    def alternatives(self) -> list[RandomK]:
+        return [replace(self, density=density) for density in _densities(self.density)]
+
     def encode(self, rows: Tensor, key: Key) -> Payload:
         values = rows.index_select(1, self._places(rows.shape[1], key, rows.device))
-        return (values * self._factor(rows.shape[1]) if self.scaled and key.phase != "answer" else values,)
+        return (values * self._factor(rows.shape[1]) if self.scaled and not key.second_phase else values,)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         (values,) = payload
@@ -153,6 +167,11 @@ def largest(row: Tensor, k: int) -> Tensor:
     if candidates.numel() < k:
         return size.topk(k, sorted=False).indices
     return candidates[size[candidates].topk(k, sorted=False).indices]
+
+
+def _densities(density: float) -> list[float]:
+    """From a quarter of ``density`` to four times as much."""
+    return [min(1.0, density * factor) for factor in (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)]
 
 
 def _checked(density: float) -> float:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import checked_block, pack_blocks, packed_bytes, scaled, to_blocks, unpack_blocks
 from dtrain.comm.compressors.compressor import RowWise
+from dtrain.comm.kernels import checked_block, pack_blocks, packed_bytes, scaled, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 

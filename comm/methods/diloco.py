@@ -10,7 +10,7 @@ Keeps: the anchor and the outer momentum.
 
 from __future__ import annotations
 
-from dtrain.comm.collectives.combine import Route
+from dtrain.comm.collectives.exchange import Route
 from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, OuterState, local_update
 from dtrain.comm.outer_optimizers import OuterOptimizer, nesterov
 from dtrain.comm.plans.plan import Compress

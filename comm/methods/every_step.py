@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
-from dtrain.comm.collectives.combine import Route, combine, require_mean_for_low_rank, require_summable
+from dtrain.comm.collectives.exchange import Route, exchange, require_mean_for_low_rank, require_summable
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.lossless import require_zstandard
 from dtrain.comm.layout import Named
@@ -63,7 +63,7 @@ class AttachedEveryStep(Attached):
         self._handed = self._standing_in = False
         self._exchanges: dict[str, int] = {}  # of each parameter in this step
         self._passes = 1  # backward passes of the last step that were exchanged
-        pieces.hand_over(_Handed(self, adds=bool(self.state.kinds)))
+        pieces.set_gradient_exchange(_Handed(self, adds=bool(self.state.kinds)))
 
     def step(self) -> bool:
         self._require_live("step()")
@@ -122,7 +122,7 @@ class AttachedEveryStep(Attached):
         spec, place = self.spec, self.pieces.place
         self._measure(gradients, key)
         return (
-            yield from combine(
+            yield from exchange(
                 gradients,
                 self.plan,
                 spec.rule,

@@ -6,7 +6,7 @@ Communication: one round every H steps. Bytes: of one parameter exchange per rou
 
 from __future__ import annotations
 
-from dtrain.comm.collectives.combine import Route
+from dtrain.comm.collectives.exchange import Route
 from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, OuterState, local_update
 from dtrain.comm.outer_optimizers import sgd
 from dtrain.comm.plans.plan import Compress

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
-from dtrain.comm.collectives.combine import Route, require_mean_for_low_rank, require_summable
+from dtrain.comm.collectives.exchange import Route, require_mean_for_low_rank, require_summable
 from dtrain.comm.outer_optimizers import Looking, OuterOptimizer
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.plan import Compress, Plan, as_plan, kinds_of, warn_of_loss

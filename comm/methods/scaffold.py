@@ -29,7 +29,6 @@ from torch import Tensor
 
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.cast import cast
-from dtrain.comm.compressors.lowrank import LowRank
 from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.layout import Named
 from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
@@ -241,7 +240,7 @@ def scaffold_m(
 def _require_stable(plan: Plan) -> None:
     """Raise ``ValueError`` for a running estimate that lags: the variates, which follow it, would swing ever wider."""
     for each in plan.compressions:
-        weak = isinstance(each.compressor, LowRank) or each.compressor.delta < WEAK
+        weak = each.by_row is None or each.by_row.delta < WEAK
         if weak and "estimate" in each.feedback.kinds:
             raise ValueError(
                 f"scaffold_m diverges where a running estimate (ef21, ef21w, econtrol) follows its deltas through "

@@ -58,7 +58,7 @@ class AttachedSparta(Attached):
         self.spec = spec
         self.left_out = 0
         self._averaged: dict[str, Tensor] = {}  # what the last exchange has made equal: coordinates
-        pieces.hand_over(None)
+        pieces.set_gradient_exchange(None)
 
     def _gradients_ok(self) -> bool:
         return True

@@ -19,8 +19,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.lowrank import Matrix
 from dtrain.comm.feedback import Compression
+from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import AllGather, Axis, Flow
 from dtrain.comm.plans.adaptive import Choosing, begun, bits_of, number_of
 from dtrain.comm.plans.plan import Compress, Plan, as_plan

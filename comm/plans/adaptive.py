@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from dtrain.comm.compressors.lowrank import Matrix
+from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import Flow
 from dtrain.comm.plans.plan import Plan
 from dtrain.comm.seeds import Key

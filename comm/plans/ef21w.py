@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.compressor import Compressor
-from dtrain.comm.compressors.lowrank import LowRank, Matrix
+from dtrain.comm.compressors.compressor import Compressor, two_rounds
 from dtrain.comm.feedback import EF21, Compression, ef21
+from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import AllGather, Flow, Payload
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.seeds import Key
@@ -52,7 +52,7 @@ class Scaled:
         return False
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
-        scale = rows.new_full((rows.shape[0], 1), 1.0 if key.phase == "answer" else self.scale)
+        scale = rows.new_full((rows.shape[0], 1), 1.0 if key.second_phase else self.scale)
         return (*self.compressor.encode(rows / scale, key), scale)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
@@ -177,10 +177,9 @@ def ef21w(compressor: Compressor, *, warmup_steps: int = 100) -> EF21W:
 
     Raises ``TypeError`` for low rank, ``ValueError`` for what is no contraction or a warm-up without steps.
     """
-    if isinstance(compressor, LowRank):
+    if two_rounds(compressor) is not None:
         raise TypeError(f"{compressor} is homogeneous, so weights change nothing; use ef21(...) around it")
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 1:
         raise ValueError(f"warmup_steps is {warmup_steps!r}; give a positive number of exchanges, for example 100")
-    found = ef21(compressor, eta=1).compressor
-    assert not isinstance(found, LowRank)
-    return EF21W(found, warmup_steps)
+    ef21(compressor, eta=1)  # which refuses what is no contraction
+    return EF21W(compressor, warmup_steps)

@@ -25,19 +25,14 @@ from torch import Tensor
 
 from dtrain.comm.collectives.two_phase import two_phase_bytes
 from dtrain.comm.compressors.cast import cast
-from dtrain.comm.compressors.compressor import Compressor
-from dtrain.comm.compressors.grids import Even
-from dtrain.comm.compressors.lowrank import LowRank, Matrix
-from dtrain.comm.compressors.quantize import Quantize
-from dtrain.comm.compressors.sparse import RandomK, TopK
+from dtrain.comm.compressors.compressor import AnyCompressor, TwoRoundCompressor, adjustable
 from dtrain.comm.feedback import Compression, as_compression
-from dtrain.comm.layout import chunk_width, to_rows
+from dtrain.comm.layout import Matrix, chunk_width, to_rows
 from dtrain.comm.ops import AllGather, Axis, Flow
 from dtrain.comm.seeds import Key
 
 GRID = 10_000  # steps into which the budget is divided
 MANY = 256  # layers from which rounding each of them up to a step wastes more than a percent of the budget
-DENSITIES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # times the uniform one
 SAFE = 0.5  # of |x|^2: under feedback, a choice that promises no contraction must show one
 UNUSABLE = 1e200
 FIRST = 10  # exchanges before the first review
@@ -85,13 +80,13 @@ class ChoosingLGreCo:
         return number == FIRST or number % self.spec.every == 0
 
     def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
-        found, self._world = costs(fresh, [each.compressor for each in self.spec.options], matrix, world, key), world
+        table = costs(fresh, [option.compressor for option in self.spec.options], matrix, world, key)
         size = float(meant.double().square().sum())
         for number, option in enumerate(self.spec.options):
-            risky = option.feedback.kinds and _promises_nothing(option.compressor) and number != self.spec.uniform
+            risky = option.feedback.kinds and _promises_nothing(option) and number != self.spec.uniform
             if risky and float(costs(meant, [option.compressor], matrix, world, key)[0, 0]) > SAFE * size:
-                found[0, number] = UNUSABLE
-        self._costs[fqn] = found
+                table[0, number] = UNUSABLE
+        self._costs[fqn], self._world = table, world
 
     def review(self) -> Flow[None]:
         due, self.exchanges = self.due(), self.exchanges + 1
@@ -131,15 +126,15 @@ class ChoosingLGreCo:
             uniform, error = self.spec.uniform, float(errors[:, self.spec.uniform].sum())
             head += (
                 f": {float(sizes[rows, now].sum()) / 1e3:,.1f} kB per replica and exchange instead of "
-                f"{float(sizes[:, uniform].sum()) / 1e3:,.1f} kB of {told(self.spec.options[uniform])} everywhere, at "
-                f"{float(errors[rows, now].sum()) / error if error else 1:.2f} of its squared error"
+                f"{float(sizes[:, uniform].sum()) / 1e3:,.1f} kB of {in_words(self.spec.options[uniform])} everywhere, "
+                f"at {float(errors[rows, now].sum()) / error if error else 1:.2f} of its squared error"
             )
         for number, fqn in enumerate(self.fqns):
-            line = f"{fqn:40} {told(self.spec.options[self.chosen[fqn]])}"
+            line = f"{fqn:40} {in_words(self.spec.options[self.chosen[fqn]])}"
             if self._last is not None:
                 error, size = self._last[number, :, self.chosen[fqn]].tolist()
                 size /= self._world
-                if error == 0 and isinstance(self.of(fqn, 0).compressor, LowRank):
+                if error == 0 and self.of(fqn, 0).two_rounds is not None:
                     line = f"{fqn:40} fp32  "
                 line += f"   {size / 1e3:10.1f} kB   squared error {error:.3g}"
             lines.append(line)
@@ -165,30 +160,29 @@ class ChoosingLGreCo:
                 )
 
 
-def _promises_nothing(compressor: Compressor | LowRank) -> bool:
-    return isinstance(compressor, Compressor) and compressor.delta <= 0
+def _promises_nothing(option: Compression) -> bool:
+    return option.by_row is not None and option.by_row.delta <= 0
 
 
-def costs(value: Tensor, compressors: Sequence[Compressor | LowRank], matrix: Matrix, world: int, key: Key) -> Tensor:
+def costs(value: Tensor, compressors: Sequence[AnyCompressor], matrix: Matrix, world: int, key: Key) -> Tensor:
     """Squared error and bytes sent of each choice for ``value`` [n]: [2, choices] fp64, on the CPU."""
     rows = to_rows(value.float(), world)
     tails: Tensor | None = None
-    found = []
+    table = []
     for compressor in compressors:
-        if isinstance(compressor, LowRank):
-            if not compressor.pays(matrix):
-                found.append((0.0, two_phase_bytes([value.numel()], cast("fp32"), world)))
-                continue
-            tails = _tails(matrix.view(value)) if tails is None else tails
-            size = sum(
-                two_phase_bytes([compressor.rank * n], cast("fp32"), world) for n in (matrix.rows, matrix.columns)
-            )
-            found.append((float(tails[compressor.rank]), size))
+        if isinstance(compressor, TwoRoundCompressor):
+            if compressor.pays(matrix):
+                tails = _tails(matrix.view(value)) if tails is None else tails
+                sides = (matrix.rows, matrix.columns)
+                size = sum(two_phase_bytes([compressor.rank * side], cast("fp32"), world) for side in sides)
+                table.append((float(tails[compressor.rank]), size))
+            else:
+                table.append((0.0, two_phase_bytes([value.numel()], cast("fp32"), world)))
         else:
             decoded = compressor.decode(compressor.encode(rows, key), rows.shape[1], key.shared)
             error = float((decoded - rows).double().square().sum())
-            found.append((error, 2 * (world - 1) * compressor.row_bytes(chunk_width(value.numel(), world))))
-    return torch.tensor(found, dtype=torch.float64).T.contiguous()
+            table.append((error, 2 * (world - 1) * compressor.row_bytes(chunk_width(value.numel(), world))))
+    return torch.tensor(table, dtype=torch.float64).T.contiguous()
 
 
 def _tails(matrix: Tensor) -> Tensor:
@@ -272,8 +266,8 @@ def _by_price(errors: Tensor, sizes: Tensor, budget: float) -> list[int]:
     while used(at(high)) > budget and high < 1e250:
         low, high = high, high * 8
     for _ in range(100):
-        if used(found := at(high)) <= budget:
-            chosen = found
+        if used(priced := at(high)) <= budget:
+            chosen = priced
         middle = (low + high) / 2
         if used(at(middle)) <= budget:
             high = middle
@@ -305,7 +299,7 @@ def _spent(errors: Tensor, sizes: Tensor, chosen: Tensor, budget: float) -> Tens
 
 
 def lgreco(
-    compress: Compressor | LowRank | Compression, *, every: int = 100, alpha: float = 1.0, hysteresis: float = 0.02
+    compress: AnyCompressor | Compression, *, every: int = 100, alpha: float = 1.0, hysteresis: float = 0.02
 ) -> LGreCo:
     """L-GreCo around ``compress``: what it spends on error as a whole, each layer may spend as it pays.
 
@@ -335,31 +329,19 @@ def lgreco(
     return LGreCo(choices.index(base.compressor), options, every, float(alpha), float(hysteresis))
 
 
-def _choices(base: Compressor | LowRank) -> list[Compressor | LowRank]:
-    match base:
-        case LowRank():
-            return [replace(base, rank=rank) for rank in range(max(1, base.rank // 2), 2 * base.rank + 1)]
-        case Quantize() | Even():
-            return [replace(base, bits=bits) for bits in range(2, 9)]
-        case TopK() | RandomK():
-            return [replace(base, density=min(1.0, base.density * factor)) for factor in DENSITIES]
-        case _:
-            raise TypeError(f"{base} has nothing to choose by layer; lgreco takes powersgd, quantize, topk and randk")
+def _choices(base: AnyCompressor) -> list[AnyCompressor]:
+    compressor = adjustable(base)
+    if compressor is None:
+        raise TypeError(f"{base} has nothing to choose by layer; lgreco takes powersgd, quantize, topk and randk")
+    return list(compressor.alternatives())
 
 
-def told(compression: Compression) -> str:
+def in_words(compression: Compression) -> str:
     """A compression in a few words.
 
     >>> from dtrain.compress import powersgd
-    >>> told(as_compression(powersgd(3)))
+    >>> in_words(as_compression(powersgd(3)))
     'rank 3'
     """
-    match compression.compressor:
-        case LowRank(rank=rank):
-            return f"rank {rank}"
-        case Quantize(bits=bits) | Even(bits=bits):
-            return f"{bits} bits"
-        case TopK(density=density) | RandomK(density=density):
-            return f"density {density:.3g}"
-        case other:
-            return str(other)
+    compressor = adjustable(compression.compressor)
+    return f"{compression.compressor}" if compressor is None else compressor.setting

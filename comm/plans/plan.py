@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from dtrain.comm.compressors.compressor import Compressor
-from dtrain.comm.compressors.lowrank import LowRank
-from dtrain.comm.feedback import Compression, NoFeedback, as_compression
+from dtrain.comm.compressors.compressor import AnyCompressor
+from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.state import Kind
 
 WEAK = 0.5
@@ -29,7 +28,7 @@ class Plan(Protocol):
         """The compression of parameter ``fqn`` in step ``step``."""
 
 
-Compress: TypeAlias = Compressor | LowRank | Compression | Plan | None
+Compress: TypeAlias = AnyCompressor | Compression | Plan | None
 """What users may pass as ``compress``."""
 
 
@@ -97,12 +96,12 @@ def unmatched(plan: Plan, fqns: Collection[str]) -> list[str]:
 def warn_of_loss(plan: Plan) -> None:
     """Warn of compressors that leave most of a value out, where nothing feeds it back."""
     for compression in plan.compressions:
-        compressor = compression.compressor
-        weak = isinstance(compressor, LowRank) or (not compressor.unbiased and 0 < compressor.delta < WEAK)
-        if weak and isinstance(compression.feedback, NoFeedback):
+        coder = compression.by_row
+        weak = coder is None or (not coder.unbiased and 0 < coder.delta < WEAK)
+        if weak and not compression.feedback.feeds_back:
             warnings.warn(
-                f"{compressor} without feedback: what it leaves out of a step is lost for good. With SGD put "
-                "error_feedback(...) around it; under AdamW try both",
+                f"{compression.compressor} without feedback: what it leaves out of a step is lost for good. With SGD "
+                "put error_feedback(...) around it; under AdamW try both",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
 

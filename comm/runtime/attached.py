@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.channel import Channel
-from dtrain.comm.collectives.combine import consolidate
-from dtrain.comm.compressors.lowrank import LowRank, matrices
+from dtrain.comm.collectives.exchange import consolidate
 from dtrain.comm.kernels import compile_what_is_due
-from dtrain.comm.layout import in_messages
+from dtrain.comm.layout import in_messages, matrices
 from dtrain.comm.norms import Norm, pooled, recalibrated
 from dtrain.comm.ops import AllGather, AllReduce, Axis, Broadcast, Flow
 from dtrain.comm.pieces import Pieces
@@ -541,8 +540,8 @@ class Attached(ABC):
         """Say it if low rank was asked for and no matrix is sent so: adapters have a low rank themselves."""
         low = {}
         for fqn, matrix in self.matrices.items():
-            compressor = plan.of(fqn, 0).compressor
-            if isinstance(compressor, LowRank) and matrix.rows > 1 and matrix.columns > 1:
+            compressor = plan.of(fqn, 0).two_rounds
+            if compressor is not None and matrix.rows > 1 and matrix.columns > 1:
                 low[fqn] = compressor
         if low and not any(compressor.pays(self.matrices[fqn]) for fqn, compressor in low.items()):
             fqn, compressor = next(iter(low.items()))

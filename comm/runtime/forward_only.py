@@ -40,7 +40,7 @@ class ForwardOnly(Attached):
         self._numbers: list[float] = []  # found since the last step
         self._checked = False
         self._unusable_in_a_row = 0
-        pieces.hand_over(None)
+        pieces.set_gradient_exchange(None)
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
         """Try the next direction on ``loss()``, which runs the model forward on this rank's batch; the mean loss.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.collectives.combine import combine
+from dtrain.comm.collectives.exchange import exchange
 from dtrain.comm.collectives.two_phase import Combined, two_phase
 from dtrain.comm.feedback import as_compression
 from dtrain.comm.layout import Named, in_messages, is_keepable, messages
@@ -53,11 +53,11 @@ class AttachedLocalUpdate(Attached):
             )
         self.parts = [Part(number, fqns) for number, fqns in enumerate(spec.fragments.cut(pieces.shapes))]
         self.rounds = self.cycles = self.failed_rounds = self.left_out = self.repairs = self.tokens = 0
-        self.channel = pieces.channel.second() if spec.overlaps else pieces.channel
+        self.channel = pieces.channel.clone() if spec.overlaps else pieces.channel
         self._choosing = Choosing(spec, pieces) if spec.auto is not None else None
         self._averaged = True
         self._anchor_here()
-        pieces.hand_over(self._on_gradients())
+        pieces.set_gradient_exchange(self._on_gradients())
 
     def _on_gradients(self) -> Exchange | None:
         """What each step's gradients go through on their way to the optimizer."""
@@ -294,7 +294,7 @@ class AttachedLocalUpdate(Attached):
         plan = Pinned({fqn: self.plan.of(fqn, key.step) for fqn in sent})
         rule, place, lies = self.spec.rule, self.pieces.place, self.matrices
         flows = [
-            combine(
+            exchange(
                 some, plan, rule, place, key, flight.branch, matrices=lies, route=self.spec.route, weight=flight.weight
             )
             for some in messages(sent)

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dtrain.comm.collectives.combine import combine
-from dtrain.comm.compressors.lowrank import Matrix
-from dtrain.comm.layout import Named
+from dtrain.comm.collectives.exchange import exchange
+from dtrain.comm.layout import Matrix, Named
 from dtrain.comm.methods.local_update import LocalUpdate
 from dtrain.comm.ops import AllGather, Flow
 from dtrain.comm.pieces import Pieces
@@ -53,7 +52,7 @@ class Choosing:
 
         def seconds(values: Named) -> float:
             started = time.perf_counter()
-            flow = combine(
+            flow = exchange(
                 values, plan, self.spec.rule, self.pieces.place, key, State(self.spec.kinds), matrices=matrices,
                 route=self.spec.route,
             )  # fmt: skip

@@ -55,8 +55,8 @@ class GlooTransport:
             self._moving.append(moving)
         return moving
 
-    def twin(self) -> GlooTransport:
-        raise RuntimeError("whoever made this group makes its twins")
+    def clone(self) -> GlooTransport:
+        raise RuntimeError("whoever made this group makes its clones")
 
     def close(self) -> None:
         """Whoever made this group breaks it off."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Flow, Op, Payload, Shift, one_dtype
-from dtrain.comm.transports.transport import Pauses, Travelling, outgoing, reply
+from dtrain.comm.transports.transport import Pauses, Work, outgoing, reply
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -99,7 +99,7 @@ class MpiTransport:
         self.rank: int = comm.rank
         self.size: int = comm.size
 
-    def issue(self, op: Op) -> Travelling:
+    def issue(self, op: Op) -> Work:
         """Put ``op`` on its way by non-blocking calls. Raises ``ValueError`` for a rank that is not there."""
         for name in ("source", "destination"):
             if not 0 <= getattr(op, name, 0) < self.size:
@@ -117,7 +117,7 @@ class MpiTransport:
         _under_way.add(message)
         return message
 
-    def twin(self) -> MpiTransport:
+    def clone(self) -> MpiTransport:
         with _calls:
             return MpiTransport(self._comm.Dup(), self._timeout_seconds, self._watch)
 

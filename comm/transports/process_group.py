@@ -48,7 +48,7 @@ class TorchTransport:
         over = note(self.group.group_name, type(op).__name__, self._pairwise, size, dtypes)
         return Collective(op, self.group, over)
 
-    def twin(self) -> TorchTransport:
+    def clone(self) -> TorchTransport:
         return self.between(dist.get_process_group_ranks(self.group), dist.get_backend(self.group))
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ def _advance(flow: Flow[R], reply: Payload | None, results: list[R | None], rank
 def _signature(op: Op) -> tuple[object, ...]:
     shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in op.payload)
     root = op.source if isinstance(op, Broadcast) else None
-    return type(op).__name__, op.axis, shapes, getattr(op, "combine", None), root
+    return type(op).__name__, op.axis, shapes, getattr(op, "reduction", None), root
 
 
 def _exchange(ops: Sequence[Op], shards: int, round_number: int) -> list[Payload]:
@@ -104,8 +104,8 @@ def _replies(ops: Sequence[Op]) -> list[Payload]:
     payloads = [op.payload for op in ops]
     columns = list(zip(*payloads, strict=True))  # one tuple of [world] tensors for each tensor of the payload
     match ops[0]:
-        case AllReduce(combine=combine):
-            return [tuple(_sum(column, combine) for column in columns) for _ in range(world)]
+        case AllReduce(reduction=reduction):
+            return [tuple(_sum(column, reduction) for column in columns) for _ in range(world)]
         case AllGather():
             return [tuple(torch.stack(list(column)) for column in columns) for _ in range(world)]
         case AllToAll():
@@ -117,8 +117,8 @@ def _replies(ops: Sequence[Op]) -> list[Payload]:
             return [tuple(tensor.clone() for tensor in payloads[op.source]) for op in shifts]
 
 
-def _sum(column: Sequence[torch.Tensor], combine: str) -> torch.Tensor:
+def _sum(column: Sequence[torch.Tensor], reduction: str) -> torch.Tensor:
     total = column[0].clone()
     for other in column[1:]:
         total += other
-    return total / len(column) if combine == "mean" else total
+    return total / len(column) if reduction == "mean" else total

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dtrain.comm.ops import Op, Payload
 from dtrain.comm.transports.simulate import replies_of
-from dtrain.comm.transports.transport import Arrived
+from dtrain.comm.transports.transport import CompletedWork
 
 PATIENCE_SECONDS = 60.0
 
@@ -44,7 +44,7 @@ class Meeting:
             raise self._failure
         return self._replies[rank]
 
-    def twin(self, number: int) -> Meeting:
+    def clone(self, number: int) -> Meeting:
         """The ``number``-th other meeting of the same ranks."""
         with self._lock:
             while len(self._twins) <= number:
@@ -66,18 +66,18 @@ class Seat:
     meeting: Meeting
     rank: int
     size: int
-    twins: int = 0
+    clones: int = 0
 
     @property
     def in_stream_order(self) -> bool:
         return False
 
-    def issue(self, op: Op) -> Arrived:
-        return Arrived(self.meeting.exchange(self.rank, op))
+    def issue(self, op: Op) -> CompletedWork:
+        return CompletedWork(self.meeting.exchange(self.rank, op))
 
-    def twin(self) -> Seat:
-        self.twins += 1
-        return self.meeting.twin(self.twins - 1).transport(self.rank)
+    def clone(self) -> Seat:
+        self.clones += 1
+        return self.meeting.clone(self.clones - 1).transport(self.rank)
 
     def close(self) -> None:
         pass

@@ -15,7 +15,7 @@ from torch import Tensor
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Op, Payload, Shift, one_dtype
 
 
-class Travelling(Protocol):
+class Work(Protocol):
     """An op under way."""
 
     def poll(self) -> bool:
@@ -41,11 +41,11 @@ class Transport(Protocol):
         """Whether ops wait, on the GPU, for all that was enqueued before them; the same on all ranks."""
         ...
 
-    def issue(self, op: Op) -> Travelling:
+    def issue(self, op: Op) -> Work:
         """Put ``op`` on the wire. All ranks issue the same ops in the same order."""
         ...
 
-    def twin(self) -> Transport:
+    def clone(self) -> Transport:
         """Another one between the same ranks, so that ops on both travel at once. Called by all of them alike."""
         ...
 
@@ -54,19 +54,19 @@ class Transport(Protocol):
         ...
 
 
-class Alone:
+class SelfTransport:
     """An axis of one rank: the reply is what was sent, at once and without a copy."""
 
     rank, size, in_stream_order = 0, 1, False
 
-    def issue(self, op: Op) -> Arrived:
+    def issue(self, op: Op) -> CompletedWork:
         match op:
             case AllGather(payload=payload):
-                return Arrived(tuple(tensor.unsqueeze(0) for tensor in payload))
+                return CompletedWork(tuple(tensor.unsqueeze(0) for tensor in payload))
             case _:
-                return Arrived(op.payload)
+                return CompletedWork(op.payload)
 
-    def twin(self) -> Alone:
+    def clone(self) -> SelfTransport:
         return self
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Arrived:
+class CompletedWork:
     """An op that needed no link."""
 
     reply: Payload
@@ -121,8 +121,8 @@ def outgoing(op: Op, world: int) -> Tensor:
 def reply(op: Op, arrived: Tensor, world: int) -> Payload:
     """The reply to ``op``, from what arrived: the sum, everybody's bytes ``[world, bytes]``, or ``[1, bytes]``."""
     match op:
-        case AllReduce(payload=payload, combine=combine):
-            total = arrived / world if combine == "mean" else arrived
+        case AllReduce(payload=payload, reduction=reduction):
+            total = arrived / world if reduction == "mean" else arrived
             parts = total.split([tensor.numel() for tensor in payload])
             return tuple(part.view(tensor.shape) for part, tensor in zip(parts, payload, strict=True))
         case AllGather(payload=payload):

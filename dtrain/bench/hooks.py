@@ -22,9 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.attach import pieces_of
 from dtrain.comm.channel import Channel, Handle
-from dtrain.comm.collectives.combine import combine
-from dtrain.comm.compressors.lowrank import matrices
-from dtrain.comm.layout import Segment
+from dtrain.comm.collectives.exchange import exchange
+from dtrain.comm.layout import Segment, matrices
 from dtrain.comm.methods.every_step import EveryStep
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.plans.adaptive import begun
@@ -32,7 +31,7 @@ from dtrain.comm.plans.plan import kinds_of
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 from dtrain.comm.transports.simulate import simulate
-from dtrain.comm.transports.transport import Alone
+from dtrain.comm.transports.transport import SelfTransport
 from dtrain.train.config import compose, instantiate
 
 __all__ = ["GROUPS", "HOOKS", "LEAST_WARMUP", "Hook", "disagreeing", "error", "gradient", "prepare"]
@@ -90,7 +89,7 @@ class ClockedChannel(Channel):
     """A channel that clocks what it performs for gradients, over the transports of another one."""
 
     def __init__(self, channel: Channel) -> None:
-        super().__init__({**channel.transports, "shard": Alone()})
+        super().__init__({**channel.transports, "shard": SelfTransport()})
         self.clock = Clock()
 
     def start(self, flow: Flow[R], label: str, then: Callable[[Handle[R]], None] | None = None) -> Handle[R]:
@@ -221,7 +220,7 @@ class _Ours(_OnDDP):
             values = {fqn: gradient(rank, like.numel(), like.device).reshape(-1)}
             place, state = Place(rank, world), State(kinds_of(plan))
             key = Key(0, 0, rank)
-            combined = yield from combine(
+            combined = yield from exchange(
                 values, plan, self.spec.rule, place, key, state, matrices=lie, route=self.spec.route
             )
             return combined.values[fqn]

@@ -19,7 +19,7 @@ from dtrain.comm.channel import Channel
 from dtrain.comm.transports.groups import kept_group
 from dtrain.comm.transports.mpi import TIMEOUT_SECONDS, MpiTransport, replicate_transport
 from dtrain.comm.transports.process_group import TorchTransport
-from dtrain.comm.transports.transport import Alone, Transport
+from dtrain.comm.transports.transport import SelfTransport, Transport
 from dtrain.launchers.probe import HANG_SECONDS, note_collective
 
 # The probe ends a rank that hangs, with its stacks, and looks every few seconds; it is to be the first to do so.
@@ -85,7 +85,7 @@ def build_mesh(replicas: int, shards: int, transport: Literal["torch", "mpi"] = 
         shard=rank % shards,
         device=device,
         engine_group=kept_group(row),
-        channel=Channel({"replicate": peers, "shard": TorchTransport.between(row) if shards > 1 else Alone()}),
+        channel=Channel({"replicate": peers, "shard": TorchTransport.between(row) if shards > 1 else SelfTransport()}),
         control=Channel({"replicate": TorchTransport.between(range(world), backend="gloo")}),
     )
 

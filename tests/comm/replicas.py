@@ -16,7 +16,7 @@ from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Exchange
 from dtrain.comm.runtime.attached import Attached, Sync
 from dtrain.comm.transports.threads import Meeting
-from dtrain.comm.transports.transport import Alone
+from dtrain.comm.transports.transport import SelfTransport
 from tests.comm.zoo import bits, draw, named
 
 R = TypeVar("R")
@@ -62,7 +62,7 @@ class Replica:
         for fqn, value in values.items():
             self.values[fqn].copy_(value)
 
-    def hand_over(self, exchange: Exchange | None) -> None:
+    def set_gradient_exchange(self, exchange: Exchange | None) -> None:
         self._exchange = exchange
 
     def finish(self) -> None:
@@ -110,7 +110,7 @@ class Replicas:
         self.start = start = named(5, SIZES) if start is None else start
         meeting = Meeting(world)
         self.pieces = [
-            Replica(Channel({"replicate": meeting.transport(rank), "shard": Alone()}), start, lr)
+            Replica(Channel({"replicate": meeting.transport(rank), "shard": SelfTransport()}), start, lr)
             for rank in range(world)
         ]
         self._threads = ThreadPoolExecutor(world)

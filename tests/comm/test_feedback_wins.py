@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.compressor import Compressor
-from dtrain.comm.compressors.lowrank import LowRank
+from dtrain.comm.compressors.compressor import AnyCompressor
 from dtrain.comm.feedback import Compression, as_compression
 from dtrain.compress import cast, compeft, ef21, error_feedback, powersgd, quantize, randk, sign, topk
 from tests.comm.zoo import exchange, fresh_states
@@ -24,7 +23,7 @@ from tests.comm.zoo import exchange, fresh_states
 WORLD, ROWS, COLUMNS, STEPS = 3, 24, 16, 250
 DIM = ROWS * COLUMNS
 
-BIASED: dict[str, Compressor | LowRank] = {
+BIASED: dict[str, AnyCompressor] = {
     "top-k": topk(0.1),
     "random-k": randk(0.1),
     "sign": sign(block=96),
@@ -62,7 +61,7 @@ def distance_without(name: str) -> float:
     return distance(as_compression(BIASED[name]))
 
 
-FEEDBACKS: dict[str, Callable[[Compressor | LowRank], Compression]] = {
+FEEDBACKS: dict[str, Callable[[AnyCompressor], Compression]] = {
     "EF14": error_feedback,
     "EF21": lambda compressor: ef21(compressor, eta=1),
 }

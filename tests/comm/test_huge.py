@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dtrain import dgc, diloco, eager_diloco, local_sgd, slowmo
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.collectives.combine import combine
+from dtrain.comm.collectives.exchange import exchange
 from dtrain.comm.compressors.projection import projection
 from dtrain.comm.feedback import EF14, Compression, NoFeedback, econtrol
 from dtrain.comm.methods.fedhyper import fedhyper
@@ -51,7 +51,7 @@ def exchanged(values: list[dict[str, Tensor]], plan: Compression, states: list[S
     """One step; whether it was made."""
     lies, world = square(values[0]), len(values)
     flows = [
-        combine(
+        exchange(
             values[r], plan, rank_order_mean, Place(r, world), Key(1, step, r), states[r], matrices=lies,
             route=route,  # type: ignore[arg-type]
         )

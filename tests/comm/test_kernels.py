@@ -12,8 +12,7 @@ from torch import Tensor
 from dtrain.comm import kernels as fused
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.collectives.two_phase import two_phase
-from dtrain.comm.compressors.grids import Even, Powers
-from dtrain.comm.compressors.quantize import Quantize
+from dtrain.comm.compressors.quantize import Even, Powers, Quantize
 from dtrain.comm.kernels import Kernel
 from dtrain.comm.methods.co2 import co2
 from dtrain.comm.ops import Payload, Place

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.collectives.combine import combine
+from dtrain.comm.collectives import exchange as collective
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.compressor import Compressor
-from dtrain.comm.compressors.lowrank import Matrix
 from dtrain.comm.compressors.projection import projection
 from dtrain.comm.compressors.quantize import quantize
 from dtrain.comm.compressors.sign import sign
 from dtrain.comm.compressors.sparse import randk, topk
 from dtrain.comm.compressors.ternary import compeft, terngrad
 from dtrain.comm.feedback import Compression, NoFeedback
+from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import Flow, Op, Payload, Place
 from dtrain.comm.plans.plan import Plan, kinds_of
 from dtrain.comm.seeds import Key
@@ -134,7 +134,9 @@ def exchange(
     lies = square(values[0])
     return simulate(
         [
-            combine(values[r], plan, rank_order_mean, Place(r, world), Key(seed, step, r), states[r], matrices=lies)
+            collective.exchange(
+                values[r], plan, rank_order_mean, Place(r, world), Key(seed, step, r), states[r], matrices=lies
+            )
             for r in range(world)
         ]
     )

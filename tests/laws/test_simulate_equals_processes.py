@@ -14,9 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, co2, diloco, eager_diloco, every_step, post_local_sgd, slowmo, streaming_diloco
 from dtrain.comm.channel import Channel
-from dtrain.comm.collectives.combine import combine
-from dtrain.comm.compressors.lowrank import matrices
-from dtrain.comm.layout import Segment
+from dtrain.comm.collectives.exchange import exchange
+from dtrain.comm.layout import Segment, matrices
 from dtrain.comm.methods.every_step import EveryStep
 from dtrain.comm.ops import Place
 from dtrain.comm.plans.plan import kinds_of
@@ -25,7 +24,7 @@ from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 from dtrain.comm.transports.simulate import simulate
 from dtrain.comm.transports.threads import Meeting
-from dtrain.comm.transports.transport import Alone
+from dtrain.comm.transports.transport import SelfTransport
 from dtrain.compress import error_feedback, quantize
 from dtrain.testing import WorkerPool
 from tests.comm.replicas import Replica
@@ -109,7 +108,9 @@ class ModuleReplica(Replica):
 def in_threads(name: str) -> list[Tensor]:
     """All ranks as threads of this process: [STEPS, n] of each."""
     meeting = Meeting(WORLD)
-    replicas = [ModuleReplica(Channel({"replicate": meeting.transport(r), "shard": Alone()})) for r in range(WORLD)]
+    replicas = [
+        ModuleReplica(Channel({"replicate": meeting.transport(r), "shard": SelfTransport()})) for r in range(WORLD)
+    ]
 
     def train(rank: int) -> Tensor:
         torch.set_num_threads(1)  # as in the workers: a matrix product may be summed in another order with more
@@ -155,7 +156,7 @@ def exchange_gradients(spec: EveryStep, replicas: list[nn.Module], states: list[
         key, place = Key(5, step, rank), Place(rank, WORLD)
         segments = {fqn: Segment(fqn, 0, gradient.numel()) for fqn, gradient in gradients.items()}
         lies = matrices(segments, {fqn: tuple(p.shape) for fqn, p in replica.named_parameters()})
-        flows.append(combine(gradients, spec.plan, spec.rule, place, key, state, matrices=lies, route=spec.route))
+        flows.append(exchange(gradients, spec.plan, spec.rule, place, key, state, matrices=lies, route=spec.route))
     for replica, state, combined in zip(replicas, states, simulate(flows), strict=True):
         state.commit()
         for fqn, parameter in replica.named_parameters():

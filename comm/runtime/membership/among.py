@@ -14,7 +14,7 @@ from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.membership.members import NOBODY, Members
 from dtrain.comm.runtime.saved import unlike
 from dtrain.comm.transports.gloo import PeersLost
-from dtrain.comm.transports.transport import Alone, Transport
+from dtrain.comm.transports.transport import SelfTransport, Transport
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,10 @@ class AmongMembers(Attached):
         """Get into an epoch."""
         self.pieces, self.members = pieces, members
         # Votes within the replica, which no lost peer disturbs.
-        within: dict[Axis, Transport] = {"replicate": Alone(), "shard": pieces.channel.transports["shard"].twin()}
+        within: dict[Axis, Transport] = {
+            "replicate": SelfTransport(),
+            "shard": pieces.channel.transports["shard"].clone(),
+        }
         self._within = Channel(within, pieces.channel.meter)
         members.join(pieces.channel.places["shard"], self._told_by_the_first)
         while not self._agree(self._entered()):

@@ -38,7 +38,7 @@ from dtrain.comm.runtime.membership.secret import made_secret, read_secret
 from dtrain.comm.runtime.membership.store_client import GuardedStore, Line
 from dtrain.comm.runtime.membership.store_server import StoreServer
 from dtrain.comm.transports.gloo import GlooTransport, PeersLost
-from dtrain.comm.transports.transport import Travelling
+from dtrain.comm.transports.transport import Work
 
 log = logging.getLogger(__name__)
 
@@ -454,13 +454,13 @@ class MembersTransport:
     def size(self) -> int:
         return self._members.place.size
 
-    def issue(self, op: Op) -> Travelling:
+    def issue(self, op: Op) -> Work:
         groups = self._members.groups
         if self._index >= len(groups):
             raise PeersLost("the epoch was left")
         return groups[self._index].issue(op)
 
-    def twin(self) -> MembersTransport:
+    def clone(self) -> MembersTransport:
         return MembersTransport(self._members, self._index + 1)
 
     def close(self) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import mean, rank_order_mean
-from dtrain.comm.collectives.two_phase import Combined, all_finite, native_mean, two_phase, two_phase_bytes
+from dtrain.comm.collectives.all_reduce import native_mean
+from dtrain.comm.collectives.two_phase import Combined, all_finite, two_phase, two_phase_bytes
 from dtrain.comm.compressors.cast import Cast, cast
 from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.quantize import quantize

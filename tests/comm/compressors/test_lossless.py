@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtrain import every_step
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.collectives.combine import combine
+from dtrain.comm.collectives.exchange import exchange
 from dtrain.comm.compressors.lossless import _alike, _decode, packed
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Payload, Place
 from dtrain.comm.plans.plan import Plan, as_plan
@@ -30,7 +30,7 @@ def exchanged(values: list[dict[str, Tensor]], plan: Plan, level: int | None) ->
     meters = [Meter() for _ in range(world)]
     flows = []
     for rank, mine in enumerate(values):
-        flow = combine(mine, plan, rank_order_mean, Place(rank, world), Key(0, 0, rank), State({}), lossless=level)
+        flow = exchange(mine, plan, rank_order_mean, Place(rank, world), Key(0, 0, rank), State({}), lossless=level)
         places = {"replicate": Place(rank, world), "shard": Place(0, 1)}
         flows.append(metered(flow, meters[rank], places, "x"))  # type: ignore[arg-type]
     return [found.values for found in simulate(flows)], meters[0].sent_bytes

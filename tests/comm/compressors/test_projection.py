@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.collectives.two_phase import native_mean, two_phase
+from dtrain.comm.collectives.all_reduce import native_mean
+from dtrain.comm.collectives.two_phase import two_phase
 from dtrain.comm.compressors.projection import Projection, shrinkage
 from dtrain.comm.feedback import as_compression
 from dtrain.comm.ops import Place

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtrain.comm.compressors.blocks import pack_bits, pack_blocks, packed_bytes, unpack_bits, unpack_blocks
 from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.quantize import Quantize, quantize
+from dtrain.comm.kernels import pack_bits, pack_blocks, packed_bytes, unpack_bits, unpack_blocks
 from dtrain.comm.ops import payload_bytes
 from dtrain.comm.seeds import Key
 from tests.comm.zoo import NUMELS, VALUES, draw, kinds_of_values, same, seeds

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.lowrank import Matrix
+from dtrain.comm.layout import Matrix
 from dtrain.comm.plans.accordion import Accordion, ChoosingAccordion
 from dtrain.comm.seeds import Key
 from dtrain.comm.transports.simulate import simulate

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.collectives.combine import combine
+from dtrain.comm.collectives.exchange import exchange
 from dtrain.comm.compressors.compressor import Compressor
-from dtrain.comm.compressors.lowrank import Matrix
+from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import Place
 from dtrain.comm.plans.adaptive import Choosing, begun
 from dtrain.comm.plans.plan import Plan, as_plan, kinds_of
@@ -41,7 +41,7 @@ def descend(plan: Plan, steps: int) -> tuple[Tensor, list[Choosing], list[State]
                 fresh, meant = feedback.fresh("w", gradient, state), feedback.correct("w", gradient, state)
                 mine.measure("w", fresh, meant, LIES, WORLD, key)
             place = Place(rank, WORLD)
-            flows.append(combine({"w": gradient}, mine, rank_order_mean, place, key, state, matrices={"w": LIES}))
+            flows.append(exchange({"w": gradient}, mine, rank_order_mean, place, key, state, matrices={"w": LIES}))
         found = simulate(flows)
         for state in states:
             state.commit()

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.collectives.combine import combine
-from dtrain.comm.compressors.lowrank import Matrix
+from dtrain.comm.collectives.exchange import exchange
+from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import Place
 from dtrain.comm.plans.adaptive import begun
 from dtrain.comm.plans.lgreco import FIRST, UNUSABLE, ChoosingLGreCo, LGreCo, _by_steps, costs, solve
@@ -131,7 +131,7 @@ def train(plan: LGreCo, steps: int, world: int = 3) -> tuple[list[ChoosingLGreCo
                     feedback = mine.of(fqn, step).feedback
                     fresh, meant = feedback.fresh(fqn, value, state), feedback.correct(fqn, value, state)
                     mine.measure(fqn, fresh, meant, LIES[fqn], world, key)
-            flows.append(combine(values, mine, rank_order_mean, Place(rank, world), key, state, matrices=LIES))
+            flows.append(exchange(values, mine, rank_order_mean, Place(rank, world), key, state, matrices=LIES))
         assert all(found.finite for found in simulate(flows))
         for state in states:
             state.commit()

@@ -12,7 +12,7 @@ from dtrain.comm import layout
 from dtrain.comm.ops import Op, payload_bytes
 from dtrain.comm.runtime.attached import Sync
 from dtrain.comm.transports.threads import Seat
-from dtrain.comm.transports.transport import Arrived
+from dtrain.comm.transports.transport import CompletedWork
 from tests.comm.replicas import Replicas, equal
 from tests.comm.zoo import named
 
@@ -36,7 +36,7 @@ def test_no_op_of_the_beginning_holds_more_than_a_message_and_a_parameter(
     sent: list[int] = []
     issue = Seat.issue
 
-    def noted(seat: Seat, op: Op) -> Arrived:
+    def noted(seat: Seat, op: Op) -> CompletedWork:
         sent.append(payload_bytes(op.payload))
         return issue(seat, op)
 

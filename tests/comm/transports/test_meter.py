@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.collectives.two_phase import native_mean, two_phase, two_phase_bytes
+from dtrain.comm.collectives.all_reduce import native_mean
+from dtrain.comm.collectives.two_phase import two_phase, two_phase_bytes
 from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.feedback import error_feedback
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Axis, Broadcast, Flow, Op, Place, Shift, sent_bytes

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dtrain import onebit_adam
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.collectives.combine import combine, consolidate, together
+from dtrain.comm.collectives import exchange as collective
+from dtrain.comm.collectives.exchange import consolidate, together
 from dtrain.comm.collectives.two_phase import two_phase_bytes
-from dtrain.comm.compressors.compressor import Compressor
-from dtrain.comm.compressors.lowrank import LowRank, Matrix, matrices, orthonormal
+from dtrain.comm.compressors.compressor import AnyCompressor
+from dtrain.comm.compressors.lowrank import LowRank, orthonormal
 from dtrain.comm.feedback import Compression
-from dtrain.comm.layout import Segment
+from dtrain.comm.layout import Matrix, Segment, matrices
 from dtrain.comm.ops import AllGather, AllReduce, Flow, Place
 from dtrain.comm.plans.plan import Plan, as_plan
 from dtrain.comm.seeds import Key
@@ -26,7 +27,7 @@ from dtrain.compress import cast, compeft, econtrol, ef21, error_feedback, power
 from dtrain.plans import accordion, after, by_layer, lgreco
 from tests.comm.zoo import draw, exchange, fresh_states, per_rank, square
 
-BIASED: dict[str, Compressor | LowRank] = {
+BIASED: dict[str, AnyCompressor] = {
     "top-k": topk(0.05),
     "random-k": randk(0.1),
     "int4": quantize(bits=4, block=64),
@@ -179,7 +180,8 @@ def test_a_matrix_of_low_rank_comes_back_exactly() -> None:
     plan = as_plan(powersgd(2))
     states = [State(plan.kinds) for _ in range(3)]  # type: ignore[attr-defined]
     flows = [
-        combine(values[r], plan, rank_order_mean, Place(r, 3), Key(0, 0, r), states[r], matrices=lies) for r in range(3)
+        collective.exchange(values[r], plan, rank_order_mean, Place(r, 3), Key(0, 0, r), states[r], matrices=lies)
+        for r in range(3)
     ]
     for found in simulate(flows):
         assert torch.allclose(found.values["w"], 2 * values[0]["w"], rtol=1e-4, atol=1e-4)
@@ -195,7 +197,9 @@ def test_it_sends_what_its_factors_take_and_vectors_as_they_are() -> None:
     simulate(
         [
             metered(
-                combine(values[r], plan, rank_order_mean, Place(r, 3), Key(0, 0, r), states[r], matrices=lies),
+                collective.exchange(
+                    values[r], plan, rank_order_mean, Place(r, 3), Key(0, 0, r), states[r], matrices=lies
+                ),
                 meters[r],
                 places[r],  # type: ignore[arg-type]
                 "gradients",

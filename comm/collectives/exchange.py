@@ -1,0 +1,177 @@
+"""An exchange: combine values over the peers, each compressed as its plan says. The one flow that every method calls.
+
+Values that are coded by rows take a route, two-phase or a native all-reduce; matrices of a compressor in two rounds go
+through means of their factors (`low_rank`). What goes out at the same time goes out as one message (`together`):
+PowerSGD's first factors with all that is not a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Literal, TypeAlias, TypeVar, cast
+
+from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
+from dtrain.comm.collectives.all_reduce import native_mean
+from dtrain.comm.collectives.low_rank import low_rank_mean
+from dtrain.comm.collectives.two_phase import Combined, two_phase
+from dtrain.comm.compressors.lossless import packed
+from dtrain.comm.feedback import Compression, as_compression
+from dtrain.comm.layout import Matrix, Named
+from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Op, Payload, Place
+from dtrain.comm.plans.plan import Plan
+from dtrain.comm.seeds import Key
+from dtrain.comm.state import State
+
+R = TypeVar("R")
+Route: TypeAlias = Literal["two_phase", "all_reduce"]
+NO_MATRICES: Mapping[str, Matrix] = MappingProxyType({})
+
+
+def exchange(
+    values: Named,
+    plan: Plan,
+    rule: Aggregator,
+    place: Place,
+    key: Key,
+    state: State,
+    *,
+    matrices: Mapping[str, Matrix] = NO_MATRICES,
+    route: Route = "two_phase",
+    lossless: int | None = None,
+    weight: float | None = None,
+    present: bool | None = None,
+) -> Flow[Combined]:
+    """Combine flat fp32 ``values`` over the peers by ``rule``. New state is staged in ``state``.
+
+    ``matrices`` says how each piece lies in its parameter; compressors in two rounds need it. The rule of the route
+    "all_reduce" is the mean. ``lossless``: zstandard's level, for what is sent. ``weight`` and ``present``: of this
+    rank, see `two_phase`.
+    """
+    chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
+    in_two_rounds = {
+        fqn: compressor
+        for fqn, compression in chosen.items()
+        if (compressor := compression.two_rounds) is not None and compressor.pays(matrices[fqn])
+    }
+
+    def send(group: Named, using: Plan, usable: bool = True) -> Flow[Combined]:
+        if route == "all_reduce":
+            return native_mean(group, using, key, state, weight, present, usable)
+        return two_phase(group, using, rule, place, key, state, weight, present, usable)
+
+    def dense_mean(group: Named, usable: bool) -> Flow[Combined]:
+        return send(group, as_compression(None), usable)
+
+    by_row = {fqn: value for fqn, value in values.items() if fqn not in in_two_rounds}
+    if not in_two_rounds:
+        flow = send(by_row, _ByRow(plan))
+        return (yield from (flow if lossless is None else packed(flow, lossless)))
+    feedbacks = {fqn: chosen[fqn].feedback for fqn in in_two_rounds}
+    whole = {fqn: values[fqn] for fqn in in_two_rounds}
+    flows = [low_rank_mean(whole, in_two_rounds, feedbacks, matrices, dense_mean, key, state, counts=weight != 0)]
+    if by_row:
+        flows.append(send(by_row, _ByRow(plan)))
+    joint = together(flows)
+    groups = yield from (joint if lossless is None else packed(joint, lossless))
+    combined = {fqn: tensor for group in groups for fqn, tensor in group.values.items()}
+    return Combined({fqn: combined[fqn] for fqn in values}, all(group.finite for group in groups), groups[0].present)
+
+
+class _ByRow:
+    """A plan of compressors that code rows: those of another plan, and fp32 for matrices for which two rounds do not
+    pay.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.compressions = plan.compressions
+
+    def of(self, fqn: str, step: int) -> Compression:
+        compression = self.plan.of(fqn, step)
+        return compression if compression.by_row is not None else as_compression(None)
+
+
+def require_mean_for_low_rank(plan: Plan, rule: Aggregator) -> None:
+    """Raise ``ValueError`` for a rule over factors that mean nothing one by one, ``TypeError`` for what is no rule."""
+    if not callable(rule):
+        raise TypeError(f"combine is {rule!r}; give a rule, rows [world, n] -> [n], such as mean()")
+    low_rank = next((c.two_rounds for c in plan.compressions if c.two_rounds is not None), None)
+    if low_rank is not None and rule is not rank_order_mean:
+        raise ValueError(
+            f"{low_rank} combines factors, of which only a mean makes sense; leave combine out, or choose another "
+            "compressor"
+        )
+
+
+def require_summable(plan: Plan, rule: Aggregator, route: Route, *, weighted: bool = False) -> None:
+    """Raise ``ValueError`` for what a native all-reduce cannot carry. ``weighted``: replicas count differently."""
+    if route not in ("two_phase", "all_reduce"):
+        raise ValueError(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")
+    if route == "two_phase":
+        return
+    for compression in plan.compressions:
+        compressor = compression.by_row
+        if compressor is None:
+            continue
+        if not compressor.linear:
+            raise ValueError(
+                f"{compressor} is not linear, so an all-reduce cannot sum its payloads; use route='two_phase'"
+            )
+        if compressor.row_bytes(1) == 4:
+            continue
+        if weighted:
+            raise ValueError(f"an all-reduce of {compressor} cannot weigh replicas; use route='two_phase'")
+        if compression.feedback.feeds_back:
+            raise ValueError(
+                f"an all-reduce of {compressor} rounds sums where no feedback sees it; use route='two_phase'"
+            )
+    if rule is not rank_order_mean:
+        raise ValueError("an all-reduce has only the mean to offer; use route='two_phase' with another rule")
+
+
+def consolidate(state: State, place: Place, key: Key) -> Flow[None]:
+    """Replace what each worker keeps for itself by the mean over the workers."""
+    names = {name for name, kind in state.kinds.items() if kind == "per_worker"}
+    kept = {f"{name} of {f}": t for f, named in state.tensors.items() for name, t in named.items() if name in names}
+    means = yield from two_phase(kept, as_compression(None), rank_order_mean, place, key, state)
+    for which, value in means.values.items():
+        name, _, fqn = which.partition(" of ")
+        state.stage(fqn, name, value.clone())
+    state.commit()
+
+
+def together(flows: Sequence[Flow[R]]) -> Flow[list[R]]:
+    """Several flows as one: what they send at the same time is one message. Returns their results, in order.
+
+    They may have different numbers of ops, but those at the same place must be of one kind.
+    """
+    results: list[R | None] = [None] * len(flows)
+    replies: dict[int, Payload | None] = dict.fromkeys(range(len(flows)))
+    while replies:
+        ops: dict[int, Op] = {}
+        for number, reply in replies.items():
+            try:
+                ops[number] = next(flows[number]) if reply is None else flows[number].send(reply)
+            except StopIteration as done:
+                results[number] = done.value
+        if not ops:
+            break
+        joint = yield _joined(list(ops.values()))
+        replies, start = {}, 0
+        for number, op in ops.items():
+            replies[number] = joint[start : start + len(op.payload)]
+            start += len(op.payload)
+    return cast(list[R], results)
+
+
+def _joined(ops: Sequence[Op]) -> Op:
+    first = ops[0]
+    if len(ops) == 1:
+        return first
+    if any(type(op) is not type(first) or op.axis != first.axis for op in ops):
+        raise TypeError(f"flows that go together must send alike, these send {[type(op).__name__ for op in ops]}")
+    if not isinstance(first, AllToAll | AllGather | AllReduce):
+        raise TypeError(f"{type(first).__name__} cannot be joined with others")
+    return replace(first, payload=tuple(tensor for op in ops for tensor in op.payload))
