@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.__main__ import circumstances, write
+from benchmarks.evidence import circumstances, write
 from benchmarks.harness import say
 from benchmarks.page import Report, at_most, table
+from benchmarks.provenance import EVIDENCE, DirtyTree, require_clean
 from tests.fuzz.harness import MEMORY_MIB, SECONDS, Counts, run
 from tests.fuzz.targets import TARGETS
 
@@ -114,7 +115,7 @@ def report(found: dict[str, Counts], command: str) -> Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 if no input failed."""
+    """Returns 0 if no input failed. Raises `DirtyTree` before anything runs, if a page would be written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.damaged_inputs", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="parsers whose names contain it; all by default")
     parser.add_argument("--inputs", type=int, default=100_000, help="for each parser (default: %(default)s)")
@@ -127,6 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not picked:
         parser.error(f"no parser is called so; there are {', '.join(target.name for target in TARGETS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    out = chosen.out or (Path(EVIDENCE) if not chosen.names else None)
+    if out is not None:
+        require_clean()
     made = circumstances()
     firsts = range(0, chosen.inputs, CHUNK)
     work = [(n, first, min(CHUNK, chosen.inputs - first), chosen.seed) for n in picked for first in firsts]
@@ -148,11 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for example in whole.examples[:3]:
                     say(example)
     whole_report = report({name: merged(parts) for name, parts in found.items()}, "make fuzz")
-    out = chosen.out or (Path("docs/evidence") if not chosen.names else None)
     if out is not None:
         write("fuzz", whole_report, made, out)
     return int(not all(check.met for check in whole_report.checks))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except DirtyTree as error:
+        sys.exit(str(error))

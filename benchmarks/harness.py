@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Run:
     """One finished ``dtrain train``. ``command``: as typed, its temporary folder written as RUN.
 
     ``seconds``: wall-clock of the whole command, the start of the workers included. ``validations``: in order of steps.
+    ``revision``: of the code that ran.
     """
 
     command: str
@@ -38,6 +40,7 @@ class Run:
     printed: str
     summary: Summary
     validations: tuple[float, ...]
+    revision: str = ""
 
     @property
     def validation(self) -> float:
@@ -60,7 +63,7 @@ class Session:
     """Runs commands, each in a folder of its own below ``folder``; the same command is run once.
 
     ``kept``: where `cell` keeps what it has run, so that a sweep that was cut off goes on where it was. ``made``: what
-    this session has put there. ``reused``: what it has found there.
+    this session has put there. ``reused``: what it has found there. ``revision``: of the code that runs.
     """
 
     folder: Path
@@ -69,18 +72,31 @@ class Session:
     numbers: Iterator[int] = field(default_factory=itertools.count)
     made: set[Path] = field(default_factory=set)
     reused: set[Path] = field(default_factory=set)
+    revision: str = ""
+
+    def begin(self, revision: str) -> None:
+        """A report, on the code of ``revision``. What other code has run is not taken for its own."""
+        if revision != self.revision:
+            self.done.clear()
+            self.made.clear()
+        self.revision = revision
+        self.reused.clear()
+
+    def kept_runs(self) -> dict[str, int]:
+        """How many runs of this report were found, by the revision that made them."""
+        return dict(Counter(json.loads(path.read_text())["revision"] for path in sorted(self.reused)))
 
     def cell(self, *overrides: str) -> Run:
         """`train`, unless ``kept`` has this run already."""
         path = self._path(overrides)
-        if not self._has(path):
+        if not self.has(path):
             self.train(*overrides).write(path)
         return Run.read(path)
 
     def resumed_cell(self, step: int, *overrides: str) -> tuple[Run, Run]:
         """`cell`, and the same run gone on with from its checkpoint of ``step``."""
         path = self._path((*overrides, f"resumed at {step}"))
-        if not self._has(path, self._path(overrides)):
+        if not self.has(path, self._path(overrides)):
             every = (f"train.checkpoint_every_steps={step}", "train.keep_checkpoints=100")
             with self.training(*overrides, *every) as whole:
                 pass
@@ -93,9 +109,9 @@ class Session:
             shutil.rmtree(resumed.folder)
         return Run.read(self._path(overrides)), Run.read(path)
 
-    def _has(self, *paths: Path) -> bool:
-        """Whether all of them are kept; if not, they are about to be made."""
-        has = all(path.exists() for path in paths)
+    def has(self, *paths: Path) -> bool:
+        """Whether all of them are kept, with the revision that made them; if not, they are about to be made."""
+        has = all(path.exists() and "revision" in json.loads(path.read_text()) for path in paths)
         (self.reused if has else self.made).update(set(paths) - self.made)
         return has
 
@@ -113,7 +129,7 @@ class Session:
     @contextmanager
     def training(self, *overrides: str) -> Iterator[Running]:
         """``dtrain train`` under way; it is waited for at the end."""
-        running = Running(self.folder / f"run-{next(self.numbers)}", overrides)
+        running = Running(self.folder / f"run-{next(self.numbers)}", overrides, self.revision)
         say(running.command)
         try:
             yield running
@@ -127,8 +143,9 @@ class Session:
 class Running:
     """``dtrain train`` in a process of its own, what it prints in a file."""
 
-    def __init__(self, folder: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, folder: Path, overrides: Sequence[str], revision: str = "") -> None:
         folder.mkdir(parents=True)
+        self.revision = revision
         self.folder, self.printed = folder, folder / "printed.txt"
         self.command = shlex.join(["dtrain", "train", *overrides, "run.dir=RUN"])
         program = [str(Path(sys.executable).with_name("dtrain")), "train", *overrides, f"run.dir={folder}"]
@@ -142,9 +159,10 @@ class Running:
         if self.process.returncode:
             raise RuntimeError(f"{self.command} ended with exit code {self.process.returncode}:\n{printed[-4000:]}")
         rows = read_rows(self.folder / "metrics.jsonl")
-        told = [row["validation_loss"] for row in rows if "validation_loss" in row]
-        validations = tuple(math.nan if loss is None else float(loss) for loss in told)
-        run = Run(self.command, seconds, printed, summaries.read(self.folder / "summary.json"), validations)
+        losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
+        validations = tuple(math.nan if loss is None else float(loss) for loss in losses)
+        summary = summaries.read(self.folder / "summary.json")
+        run = Run(self.command, seconds, printed, summary, validations, self.revision)
         say(f"    validation loss {run.validations[0]:.4f} -> {run.validation:.4f}, {in_time(seconds)}")
         return run
 
@@ -170,7 +188,10 @@ class Running:
 def as_figures(run: Run) -> dict[str, object]:
     """A run as plain JSON."""
     validations = [loss if math.isfinite(loss) else None for loss in run.validations]
-    kept = {**dataclasses.asdict(run.summary), "validation_losses": validations, "wall_seconds": run.seconds}
+    kept = {
+        **dataclasses.asdict(run.summary), "validation_losses": validations, "wall_seconds": run.seconds,
+        "revision": run.revision,
+    }  # fmt: skip
     return {name: value for name, value in kept.items() if name != "run"}
 
 

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.__main__ import circumstances, write
+from benchmarks.evidence import circumstances, write
 from benchmarks.harness import say
 from benchmarks.page import Check, Report, at_least, table
+from benchmarks.provenance import EVIDENCE, DirtyTree, require_clean
 from tests.kill.runs import Result, Setting, disturbed, plan, undisturbed, write_text
 
 COUNT = 3
@@ -47,7 +48,7 @@ def report(results: Sequence[Result], command: str) -> Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 if all digests are equal."""
+    """Returns 0 if all digests are equal. Raises `DirtyTree` before anything runs, if a page would be written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_and_resume", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="WORD", help="only settings that contain one, as zero3 or diloco")
     parser.add_argument("--runs", type=int, default=100)
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import dtrain.testing._loaded  # noqa: F401  # what ranks need is imported once, before they are forked
 
     torch.set_num_threads(1)
+    out = chosen.out or (Path(EVIDENCE) if not chosen.words else None)
+    if out is not None:
+        require_clean()
     made = circumstances()
     settings = [s for s in plan(chosen.runs) if not chosen.words or any(word in str(s) for word in chosen.words)]
     results: list[Result] = []
@@ -79,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 shutil.rmtree(folder)
             else:
                 say((folder / "rank-0.out").read_text(errors="replace")[-3000:])
-    out = chosen.out or (Path("docs/evidence") if not chosen.words else None)
     made_report = report(results, "make kill")
     if out is not None:
         write("kill_and_resume", made_report, made, out)
@@ -87,4 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except DirtyTree as error:
+        sys.exit(str(error))

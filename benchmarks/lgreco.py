@@ -83,10 +83,10 @@ def lgreco_report(pairs: Mapping[str, tuple[Run, Run]], solving: float, looking:
         + table(["", "loss, uniform", "L-GreCo", "off", "sent, uniform", "L-GreCo", "fewer bytes"], rows)
         + "\n\nThe errors that it keeps are sums of squares over all layers, which is what SGD cares about. AdamW "
         "scales each layer by itself, so what a layer with small gradients loses is felt all the same, the more the "
-        "coarser the uniform setting is: with few bits, and with low ranks, equal errors are no equal losses. With 6 "
-        "bits they are. Feedback narrows the choice besides, since a residual must not grow. As training goes on, the "
-        "layers' gradients become more alike, and there is less to gain: over 500 steps the plan of 4 bits saves 1.2 "
-        "times.\n\nStatistics: seconds of one look at all layers, on one thread, over 100 steps of the run above."
+        "coarser the uniform setting is: with few bits, and with low ranks, equal errors are no equal losses. Feedback "
+        "narrows the choice besides, since a residual must not grow; and as training goes on the layers' gradients "
+        "become more alike, which leaves less to gain.\n\n"
+        "Statistics: seconds of one look at all layers, on one thread, over 100 steps of the run above."
     )
     figures: dict[str, object] = {f"{what}, {how}": as_figures(run) for what, pair in pairs.items()
                for how, run in zip(("uniform", "L-GreCo"), pair, strict=True)}  # fmt: skip

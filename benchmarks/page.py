@@ -35,7 +35,8 @@ class Report:
 class Circumstances:
     """Where, when and with what a report was made. ``load``: processes that wanted a core in the minute before.
 
-    ``sweep``: how many of its runs were kept from earlier commands, which other revisions may have made.
+    ``revision``: of all its figures but those of runs that were kept from earlier commands, of which ``sweep`` tells.
+    ``measures``: the files and folders whose change may change its figures.
     """
 
     machine: str
@@ -44,6 +45,7 @@ class Circumstances:
     versions: str
     load: str
     sweep: str = "no run was kept from an earlier command"
+    measures: str = "not declared"
 
 
 def at_most(what: str, value: float, limit: float, unit: str = "") -> Check:
@@ -87,6 +89,7 @@ def page(report: Report, circumstances: Circumstances) -> str:
             table(["figure", "found", "line", ""], checks),
             "## Made by",
             "\n".join(f"- {name}: {value}" for name, value in about.items()),
+            "How many commits have touched what is measured since: `make evidence ARGS=stale`.",
             "```\n" + "\n".join(report.commands) + "\n```\n",
         ]
     )

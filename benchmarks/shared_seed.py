@@ -93,22 +93,22 @@ def one_of(cell: tuple[object, int]) -> Curve:
 
 
 class _Cells:
-    """Runs what is asked for, two at a time; what has been run is kept."""
+    """Runs what is asked for, two at a time; what has been run is kept, with the revision that ran it."""
 
-    def __init__(self, kept: Path) -> None:
-        self.kept = kept
+    def __init__(self, session: Session) -> None:
+        self._session = session
 
     def all(self, cells: Sequence[tuple[object, int]]) -> list[Curve]:
-        missing = [cell for cell in dict.fromkeys(cells) if not self._path(cell).exists()]
-        self.kept.mkdir(parents=True, exist_ok=True)
+        missing = [cell for cell in dict.fromkeys(cells) if not self._session.has(self._path(cell))]
+        self._session.kept.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(2) as pool:
-            for cell, found in zip(missing, pool.map(one_of, missing), strict=True):
-                self._path(cell).write_text(json.dumps(found))
-                say(f"{cell}: {found['test'][-1]:.3f}")
-        return [json.loads(self._path(cell).read_text()) for cell in cells]
+            for cell, curve in zip(missing, pool.map(one_of, missing), strict=True):
+                self._path(cell).write_text(json.dumps({"revision": self._session.revision, "curve": curve}))
+                say(f"{cell}: {curve['test'][-1]:.3f}")
+        return [json.loads(self._path(cell).read_text())["curve"] for cell in cells]
 
     def _path(self, cell: tuple[object, int]) -> Path:
-        return self.kept / f"digits-{hashlib.sha256(repr(cell).encode()).hexdigest()[:20]}.json"
+        return self._session.kept / f"digits-{hashlib.sha256(repr(cell).encode()).hexdigest()[:20]}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _tuned(cells: _Cells, of_rate: Callable[[float], object], rates: Sequence[fl
 
 def shared_seed(session: Session) -> Report:
     """E1 to E3 and E6 to E9 of the plan, on two cores; E4 and E5 need machines: `one_byte`."""
-    cells = _Cells(session.kept)
+    cells = _Cells(session)
     by_gradients = _tuned(cells, float, FIRST_ORDER[1])
     tried = {name: _tuned(cells, partial(_at_rate, asked), rates) for name, (asked, rates) in ONE_BYTE.items()}
     federated = {}

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import socket
@@ -212,10 +213,10 @@ def torchft_report(found: Mapping[str, Trained], asked: Asked) -> Report:
     checks.append(at_most(f"largest difference of a loss in {compared} steps, relative", max(apart[:compared]), 1e-4))
     largest = [max(apart[start : start + asked.every_steps]) for start in range(0, len(apart), asked.every_steps)]
     body = (
-        f"DiLoCo of torchft 0.2.0 and of dtrain on {RANKS} hosts of `dtrain cluster` with links of 1 Gbit/s, all on "
-        f"two cores: the same transformer ({asked.model[0]} wide, {asked.model[1]} layers), the same text, rounds of "
-        f"{asked.every_steps} steps, AdamW inside, Nesterov 0.7 / 0.9 outside; both take the plain module, and in "
-        f"fp32 gloo's own all-reduce. {asked.rounds} rounds of each in turn "
+        f"DiLoCo of torchft{_version()} and of dtrain on {RANKS} hosts of `dtrain cluster` with links of 1 Gbit/s, "
+        f"all on two cores: the same transformer ({asked.model[0]} wide, {asked.model[1]} layers), the same text, "
+        f"rounds of {asked.every_steps} steps, AdamW inside, Nesterov 0.7 / 0.9 outside; both take the plain module, "
+        f"and in fp32 gloo's own all-reduce. {asked.rounds} rounds of each in turn "
         f"after {asked.warmup} of warm-up, of the slowest rank, medians; the ratio is the median of the rounds'. Sent: "
         "by the interface of rank 0's host in a round, headers included. Loss: of the last step on rank 0.\n\n"
         + table(["", "round", "over torchft's", "sent per round", "loss"], rows)
@@ -228,6 +229,13 @@ def torchft_report(found: Mapping[str, Trained], asked: Asked) -> Report:
     )
     figures = {name: dataclasses.asdict(each) for name, each in found.items()}
     return Report("DiLoCo beside torchft's", body, ("python -m benchmarks torchft",), tuple(checks), figures)
+
+
+def _version() -> str:
+    try:
+        return f" {importlib.metadata.version('torchft')}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 if __name__ == "__main__":

@@ -1,45 +1,37 @@
-"""Figures in prose are those of the evidence pages."""
+"""Figures in README.md and docs are those of the evidence pages: `make evidence ARGS=prose` writes them."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
-LOSS = (DOCS / "evidence" / "loss.md").read_text()
-CHOOSING = (DOCS / "compression" / "choosing.md").read_text()
+from benchmarks.prose import SENTENCES, Sentence, unclaimed
+from benchmarks.provenance import EVIDENCE, ROOT
+
+FILES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 
 
-def cells(text: str, first: str) -> list[str]:
-    row = next(line for line in text.splitlines() if line.startswith(f"| {first} |"))
-    return [cell.strip() for cell in row.strip("|").split("|")]
+@pytest.mark.parametrize("sentence", SENTENCES, ids=lambda sentence: f"{sentence.file}: {sentence.text[:40]}")
+def test_a_sentence_has_the_figures_of_its_page(sentence: Sentence) -> None:
+    text = (ROOT / sentence.file).read_text()
+    match = sentence.pattern.search(text)
+    assert match, f"{sentence.file} has no such sentence: change it in benchmarks/prose.py, too"
+    assert list(match.groups()) == sentence.told()
+    assert sentence.written_into(text) == text  # it is there once
 
 
-@pytest.mark.parametrize(
-    ("here", "there", "column"),
-    [
-        ("dense", "dense", 1),
-        ("`int8_ef`", "int8_ef", 1),
-        ("`int4_ef`", "int4_ef", 1),
-        ("`powersgd16_ef`", "powersgd16_ef", 1),
-        ("`local_sgd` every 8 steps, `int4_ef`", "local_sgd, every 8 steps, int4_ef", 1),
-        ("`powersgd_ef` (rank 4)", "PowerSGD rank 4", 2),
-    ],
-)
-def test_the_losses_of_compressors_are_those_of_the_page(here: str, there: str, column: int) -> None:
-    assert float(cells(CHOOSING, here)[1]) == pytest.approx(float(cells(LOSS, there)[column]), abs=5.1e-4)
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith(EVIDENCE)])
+def test_no_figure_beside_a_link_to_a_page_is_typed_by_hand(file: str) -> None:
+    sentences = [sentence for sentence in SENTENCES if sentence.file == file]
+    assert list(unclaimed(file, (ROOT / file).read_text(), sentences)) == []
 
 
-def test_so_is_what_4_bits_lose_and_what_kernels_reach() -> None:
-    prose = (DOCS / "compression" / "quantize.md").read_text()
-    off = re.search(r"off by ([\d.]+) % after 500 steps", prose)
-    assert off is not None and float(off[1]) == float(cells(LOSS, "int4_ef")[2].strip("+ %"))
-    kernels = (DOCS / "evidence" / "kernels.md").read_text()
-    pattern = r"at ([\d.]+) of the speed.*?at ([\d.]+), with feedback at ([\d.]+),.*?at ([\d.]+) \("
-    reached = re.search(pattern, prose, re.DOTALL)
-    assert reached is not None
-    rows = ("8 bits", "4 bits", "feedback + 8 bits", "decode and mean of four")
-    for figure, row in zip(reached.groups(), rows, strict=True):
-        assert float(figure) == pytest.approx(float(cells(kernels, row)[3]), abs=5.1e-3)
+def test_a_template_is_filled_whatever_figures_and_line_breaks_there_are() -> None:
+    sentence = Sentence("x.md", "ends {:+.1f} % above, {} a step (10 MB)", lambda: 2.04, lambda: "1.20 kB")
+    assert sentence.written_into("It ends\n-0.3 % above, 46 MB\na step (10 MB).") == (
+        "It ends\n+2.0 % above, 1.20 kB\na step (10 MB)."
+    )
+    with pytest.raises(ValueError, match="0 times"):
+        sentence.written_into("It ends somewhere.")
+    text = "See [the page](evidence/x.md): 3 % and\n1.5 times, of 10 MB.\n\nNo page: 4 %.\n"
+    claimed = Sentence("x.md", "{:.0f} % and", lambda: 3)
+    assert list(unclaimed("x.md", text, [claimed])) == ["x.md: 1.5 times", "x.md: 10 MB"]

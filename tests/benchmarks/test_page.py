@@ -16,6 +16,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks.compression import cells, compressors_report, loss_report
 from benchmarks.equal_tokens import FACTORS, METHODS, SEEDS, equal_tokens_report
+from benchmarks.evidence import circumstances
 from benchmarks.fine_tuning import fine_tuning_report
 from benchmarks.harness import Run, Session, as_figures
 from benchmarks.kernels import Speed, kernels_report
@@ -183,15 +184,16 @@ def test_a_missed_line_is_told_by_the_exit_code_and_the_file_is_there(
     def bad(session: Session) -> Report:
         return quality(0.5, 10_000)
 
-    monkeypatch.setattr(command, "REPORTS", {"good": good, "bad": bad, "broken": broken, "suite": broken})
+    monkeypatch.setattr(command, "REPORTS", {"quality": good, "loss": bad, "slow": broken, "suite": broken})
     monkeypatch.setattr(command, "circumstances", lambda: MADE)
-    assert command.main(["good", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(command, "require_clean", lambda: None)
+    assert command.main(["quality", "--out", str(tmp_path)]) == 0
     assert "MISSED" not in capsys.readouterr().out
-    assert command.main(["bad", "--out", str(tmp_path)]) == 1
+    assert command.main(["loss", "--out", str(tmp_path)]) == 1
     assert "off dense: 50 % (at most 1 %): MISSED" in capsys.readouterr().out
-    assert command.main(["broken", "good", "--out", str(tmp_path)]) == 1  # and goes on with the next
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "bad.md", "good.json", "good.md"]
-    figures = json.loads((tmp_path / "bad.json").read_text())
+    assert command.main(["slow", "quality", "--out", str(tmp_path)]) == 1  # and goes on with the next
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.json", "loss.md", "quality.json", "quality.md"]
+    figures = json.loads((tmp_path / "loss.json").read_text())
     assert figures["made"]["revision"] == "abc123" and not figures["checks"][0]["met"]
 
 
@@ -218,6 +220,7 @@ def test_what_is_long_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(command, "REPORTS", {name: report(name) for name in command.REPORTS})
     monkeypatch.setattr(command, "circumstances", lambda: MADE)
+    monkeypatch.setattr(command, "require_clean", lambda: None)
     assert command.main(["--out", str(tmp_path)]) == 0
     assert made == [name for name in command.REPORTS if name != "suite"]
     with pytest.raises(SystemExit) as refused:
@@ -226,8 +229,7 @@ def test_what_is_long_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_circumstances_are_found_out_on_any_machine() -> None:
-    found = command.circumstances()
-    assert all(dataclasses.asdict(found).values())
+    assert all(dataclasses.asdict(circumstances()).values())
 
 
 def test_a_sweep_goes_on_with_what_it_has_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
