@@ -69,4 +69,3 @@ def elastic_report(wholes: list[Whole], asked: Asked) -> Report:
     )
     figures: dict[str, object] = {"wholes": [dataclasses.asdict(whole) for whole in wholes]}
     return Report("Replicas that come and go", body, ("python -m benchmarks elastic",), checks, figures)
-

@@ -88,4 +88,3 @@ def one_byte_report(stayed: Run, went: Run) -> Report:
 
 def _last(losses: list[float]) -> float:
     return sum(losses[-50:]) / len(losses[-50:])
-

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.comm.ops import Axis, Flow, Op, Place
-from dtrain.comm.transports.meter import Meter, metered
+from dtrain.comm.transports.meter import Meter
 from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import Pauses, Transport, Work
 
@@ -152,8 +152,7 @@ class Channel:
         ready = None
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             ready = torch.cuda.current_stream().record_event()
-        counted = metered(flow, self.meter, self.places, label)
-        self._queue.put(_Job(cast(Flow[object], counted), cast(Handle[object], handle), ready))
+        self._queue.put(_Job(cast(Flow[object], flow), cast(Handle[object], handle), ready))
         return handle
 
     def clone(self) -> Channel:
@@ -248,6 +247,7 @@ class Channel:
                 # After a failure the ranks no longer agree on what comes next, and a collective would hang.
                 raise RuntimeError(f"an earlier flow on this channel failed: {self._failure}") from self._failure
             op = resume()
+            self.meter.record(op, self.places[op.axis], job.handle.label)
             return _Running(job, self.transports[op.axis].issue(op))
         except StopIteration as done:
             job.handle._finish(done.value, None)

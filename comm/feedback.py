@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeAlias
 from typing import cast as cast_
 
@@ -29,8 +30,8 @@ from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.compressor import (
     AnyCompressor,
     Compressor,
+    OnePass,
     TwoRoundCompressor,
-    one_pass,
     two_rounds,
 )
 from dtrain.comm.layout import Matrix, chunk_width, from_rows, to_rows
@@ -140,14 +141,13 @@ class EF14(Feedback):
         return {"residual": "per_worker"}
 
     def encode(self, fqn: str, value: Tensor, compressor: Coder, world: int, key: Key, state: State) -> Payload:
-        quick = one_pass(compressor)
-        if quick is not None:
+        if hasattr(compressor, "encode_sum"):
             residual = state.get(fqn, "residual", value)
-            found = quick.encode_sum(to_rows(value, world), to_rows(residual, world))
-            if found is not None:
-                encoded, left = found
+            coded = cast_(OnePass, compressor).encode_sum(to_rows(value, world), to_rows(residual, world))
+            if coded is not None:
+                payload, left = coded
                 state.stage(fqn, "residual", from_rows(left, value.numel()))
-                return encoded
+                return payload
         return super().encode(fqn, value, compressor, world, key, state)
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
@@ -240,12 +240,12 @@ class Compression:
     compressor: AnyCompressor
     feedback: Feedback
 
-    @property
+    @cached_property
     def by_row(self) -> Compressor | None:
         """The compressor, where it codes rows; else None."""
         return cast_(Compressor, self.compressor) if self.two_rounds is None else None
 
-    @property
+    @cached_property
     def two_rounds(self) -> TwoRoundCompressor | None:
         """The compressor, where it takes two rounds of means over all peers; else None."""
         return two_rounds(self.compressor)

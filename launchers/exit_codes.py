@@ -1,10 +1,10 @@
 """What exit codes mean to dtrain: of a rank, of a job, and of the command line, which are the same.
 
-    0     finished, or stopped as asked
-    1     failed; started again it may succeed
-    2     a wrong configuration, or an error that would come again; a shell's 126 and 127, for no program, count as it
-    75    checkpointed after a signal from the scheduler, to be run again
-    130   ended by the user, after a checkpoint
+0     finished, or stopped as asked
+1     failed; started again it may succeed
+2     a wrong configuration, or an error that would come again; a shell's 126 and 127, for no program, count as it
+75    checkpointed after a signal from the scheduler, to be run again
+130   ended by the user, after a checkpoint
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ interpreter can run it by its path. Files, in the folder that DTRAIN_RANKS names
 
 The collectives come from torch's flight recorder, a ring buffer in which NCCL and gloo note each one, whoever called.
 What carries messages without torch, MPI, notes its own by `note_collective`; sends and receives over gloo, which the
-recorder leaves out, are noted by `dtrain.comm.transports.flight_recorder`.
+recorder leaves out, are noted by `dtrain.comm.transports.process_group`.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _collectives() -> list[dict[str, Any]]:
     copy = sys.modules.get("dtrain.launchers.probe")
     noted = [
         *getattr(copy, "_noted", _noted),
-        *getattr(sys.modules.get("dtrain.comm.transports.flight_recorder"), "NOTED", ()),
+        *getattr(sys.modules.get("dtrain.comm.transports.process_group"), "NOTED", ()),
     ]
     entries = _ring()
     return sorted([*entries, *noted], key=lambda entry: entry.get("time_created_ns", 0)) if noted else entries

@@ -111,11 +111,7 @@ def _how(records: Sequence[RankRecord]) -> str:
 
 def _failures(records: Sequence[RankRecord]) -> list[RankRecord]:
     """Ranks that ended badly, causes before consequences, the earliest first."""
-    failed = [
-        record
-        for record in records
-        if record.ended is not None and not _ended_well(record)
-    ]
+    failed = [record for record in records if record.ended is not None and not _ended_well(record)]
     first = min((record.ended or 0.0 for record in failed), default=0.0)
 
     def order(record: RankRecord) -> tuple[bool, bool, float, int]:

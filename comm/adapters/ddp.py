@@ -9,7 +9,9 @@ buckets after the first step without moving a bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -17,11 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
-from dtrain.comm.adapters.earlier_backward import Before
 from dtrain.comm.adapters.module import ModulePieces
 from dtrain.comm.adapters.requirements import require_dense
-from dtrain.comm.adapters.unsynced import Unsynced
 from dtrain.comm.adapters.wrappers import plain_name
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.channel import Channel, Handle
@@ -46,8 +47,8 @@ class DDPPieces(ModulePieces):
         self.model = model
         self.names = {id(p): name for name, p in self.trained.parameters.items()}
         self._exchange: Exchange | None = None
-        self._before: Before | None = None
-        self._unsynced: Unsynced | None = None
+        self._earlier: EarlierPasses | None = None
+        self._no_sync: NoSyncWatch | None = None
         self._under_way: list[Handle[None]] = []
         self._backward_ended = 0.0
         self._arrived: set[str] = set()  # in this pass through the buckets
@@ -57,7 +58,7 @@ class DDPPieces(ModulePieces):
         if exchange is not None or self.shard.size > 1:
             require_dense(self._sparse)
             self._require_reduced()
-            self._unsynced = self._unsynced or Unsynced(self.model, self.parameters.values())
+            self._no_sync = self._no_sync or NoSyncWatch(self.model, self.parameters.values())
         self._exchange = exchange
         # A replica of one rank that keeps its own gradients: without DDP's buckets, whose copies cost 4 % of a step. A
         # static graph insists on them in its first step.
@@ -67,7 +68,7 @@ class DDPPieces(ModulePieces):
             slot = _SLOTS[self.model] = _Slot(self.model)
         slot.pieces = ref(self)
         if isinstance(exchange, Repeated) and exchange.adds:
-            self._before = Before(self.parameters)
+            self._earlier = EarlierPasses(self.parameters)
 
     def finish(self) -> None:
         super().finish()
@@ -95,20 +96,20 @@ class DDPPieces(ModulePieces):
 
     def _step_ends(self) -> None:
         self._handed, self._arrived = {}, set()
-        if self._before is not None:
-            self._before.step_ended()
-        if self._unsynced is not None:
-            self._unsynced.step_ended()
+        if self._earlier is not None:
+            self._earlier.step_ended()
+        if self._no_sync is not None:
+            self._no_sync.step_ended()
 
     def detach(self) -> None:
         """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
         if self.model in _SLOTS:
             _SLOTS[self.model].pieces = None
         self.model.require_backward_grad_sync = True
-        if self._before is not None:
-            self._before.remove()
-        if self._unsynced is not None:
-            self._unsynced.remove()
+        if self._earlier is not None:
+            self._earlier.remove()
+        if self._no_sync is not None:
+            self._no_sync.remove()
         super().detach()
 
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -127,7 +128,7 @@ class DDPPieces(ModulePieces):
         before: Named = {}
         if not standing_in:
             self._count(gradients)
-            before = self._before.take(gradients) if self._before is not None else before
+            before = self._earlier.take(gradients) if self._earlier is not None else before
 
         def ended(handle: Handle[None]) -> None:
             future.set_result(buffer)  # after a failure too: DDP cannot read an exception, `finish` raises it
@@ -146,10 +147,10 @@ class DDPPieces(ModulePieces):
     def _pass_ended(self, standing_in: bool) -> None:
         """All gradients of a backward pass, or zeros in their place, are on their way."""
         if not standing_in:
-            if self._before is not None:
-                self._before.pass_ended()
-            if self._unsynced is not None:
-                self._unsynced.exchanged()
+            if self._earlier is not None:
+                self._earlier.pass_ended()
+            if self._no_sync is not None:
+                self._no_sync.exchanged()
         elif isinstance(self._exchange, Repeated):
             for handle in self._under_way:
                 handle.wait()
@@ -211,7 +212,7 @@ class DDPPieces(ModulePieces):
 
     def _require_exchanged(self) -> None:
         """Raise ``RuntimeError`` if something was added to exchanged gradients on this replica alone."""
-        if self._unsynced is not None and self._unsynced.pending and self._handed:
+        if self._no_sync is not None and self._no_sync.pending and self._handed:
             raise RuntimeError(
                 "the last backward pass of this step ran within no_sync(), so its gradient was not exchanged, and the "
                 "replicas would step apart; leave the last microbatch of a step outside of no_sync()"
@@ -235,15 +236,17 @@ class DDPPieces(ModulePieces):
     def _average(self, gradients: Mapping[str, Tensor], before: Named) -> Flow[None]:
         """Replace the gradients of one bucket by what the optimizer shall see; all members have found ``before``."""
         slices = {fqn: working(gradient.reshape(-1)) for fqn, gradient in gradients.items()}
-        slices |= {fqn: slices[fqn] - found for fqn, found in before.items()}
+        slices |= {fqn: slices[fqn] - earlier for fqn, earlier in before.items()}
         if self.shard.size > 1:
-            rows = tuple(to_rows(each, self.shard.size) for each in slices.values())
-            arrived = yield AllToAll(rows, axis="shard")
-            means = {fqn: rank_order_mean(r) for fqn, r in zip(gradients, arrived, strict=True)}
+            rows = tuple(to_rows(gradient, self.shard.size) for gradient in slices.values())
+            received = yield AllToAll(rows, axis="shard")
+            means = {fqn: rank_order_mean(members) for fqn, members in zip(gradients, received, strict=True)}
             slices = {fqn: means[fqn][: self.segments[fqn].numel] for fqn in gradients if fqn in self.segments}
         if self._exchange is not None:
             slices = (yield from self._exchange(slices)).values
-        whole = yield from self._gather(slices, list(gradients))
+        whole = slices
+        if self.shard.size > 1:
+            whole = yield from self._gather(slices, list(gradients))
         for fqn, gradient in gradients.items():
             combined = before[fqn] + whole[fqn] if fqn in before else whole[fqn]
             gradient.copy_(combined.view(gradient.shape))
@@ -280,3 +283,88 @@ def _averaged(bucket: GradBucket, group: dist.ProcessGroup) -> torch.futures.Fut
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(buffer.div_(group.size()))
     return future
+
+
+class EarlierPasses:
+    """What further backward passes of a step find in the gradients: the results of the step's exchanges.
+
+    DDP adds each pass to what is there already and hands over the sum. Where feedback compresses what each pass brings,
+    that has to be told apart again. Copies are made in steps of several exchanges only.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters = parameters
+        self._exchanged = False  # in this step
+        self._kept: dict[str, Tensor] = {}
+        me = ref(self)  # parameters hold their hooks, where nobody looks for cycles
+        self._hooks: list[RemovableHandle] = [
+            parameter.register_hook(partial(_keep, me, fqn)) for fqn, parameter in parameters.items()
+        ]
+
+    def pass_ended(self) -> None:
+        """All gradients of a backward pass have been exchanged: what comes in this step adds to their results."""
+        self._exchanged = True
+
+    def step_ended(self) -> None:
+        self._exchanged, self._kept = False, {}
+
+    def take(self, fqns: Collection[str]) -> dict[str, Tensor]:
+        """What gradients that are handed over now held before this pass, flat; nothing in a step's first one."""
+        held = {}
+        for fqn in fqns if self._exchanged else ():
+            kept = self._kept.pop(fqn, None)
+            if kept is None and self.parameters[fqn].grad is not None:  # this pass has not reached it
+                kept = self.parameters[fqn].grad
+            if kept is not None:
+                held[fqn] = working(kept.detach().clone()).reshape(-1)
+        return held
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _keep(watching: ref[EarlierPasses], fqn: str, incoming: Tensor) -> None:
+    passes = watching()
+    if passes is None or not passes._exchanged or fqn in passes._kept:
+        return
+    gradient = passes.parameters[fqn].grad
+    if gradient is not None:
+        passes._kept[fqn] = gradient.detach().clone()
+
+
+class NoSyncWatch:
+    """Notices a backward pass within ``no_sync()`` that no exchanged one has followed: its gradient is a replica's own.
+
+    Takes the place of ``model.no_sync`` until `remove`. Within the context nothing is hooked; the gradients behind it
+    are compared with those before it, by one number per parameter. ``pending``: something was added since the last
+    exchange.
+    """
+
+    def __init__(self, model: DistributedDataParallel, parameters: Collection[Tensor]) -> None:
+        self.model, self.parameters = model, parameters
+        self.pending, self._exchanges = False, 0
+        model.__dict__["no_sync"] = self._no_sync
+
+    def exchanged(self) -> None:
+        """A backward pass was exchanged, with all that had been added before."""
+        self.pending, self._exchanges = False, self._exchanges + 1
+
+    def step_ended(self) -> None:
+        self.pending = False
+
+    def remove(self) -> None:
+        self.model.__dict__.pop("no_sync", None)
+
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        exchanges, before = self._exchanges, self._versions()
+        with DistributedDataParallel.no_sync(self.model):
+            yield
+        if exchanges == self._exchanges and self._versions() != before:
+            self.pending = True
+
+    def _versions(self) -> list[tuple[int, int] | None]:
+        gradients = [parameter.grad for parameter in self.parameters]
+        return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]

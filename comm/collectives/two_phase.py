@@ -21,13 +21,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator, among, rank_order_mean
-from dtrain.comm.compressors.cast import cast
-from dtrain.comm.compressors.compressor import Compressor, one_pass
+from dtrain.comm.compressors.cast import Cast
+from dtrain.comm.compressors.compressor import Compressor, OnePass
 from dtrain.comm.feedback import Compression
 from dtrain.comm.layout import Named, chunk_width, from_rows, is_finite, is_keepable, to_rows
 from dtrain.comm.ops import AllGather, AllToAll, Flow, Payload, Place
@@ -35,7 +36,7 @@ from dtrain.comm.plans.plan import Plan
 from dtrain.comm.seeds import FIRST_PHASE, SECOND_PHASE, Key
 from dtrain.comm.state import State
 
-IDENTITY = cast("fp32")
+IDENTITY = Cast("fp32")
 MARKS = 127
 DESCRIPTION_BYTES = 256
 
@@ -123,9 +124,8 @@ def _second_phase(
     """The chunk of ``value`` that this rank owns, combined from everybody's encoded ``chunks`` and encoded again."""
     coder, feedback, place = coder_of(compression, value), compression.feedback, votes.place
     width = chunk_width(value.numel(), place.size)
-    fused = one_pass(coder) if rule is rank_order_mean and votes.alike else None
-    if fused is not None:
-        chunk, payload = fused.encode_mean(chunks, width, key)
+    if rule is rank_order_mean and votes.alike and hasattr(coder, "encode_mean"):
+        chunk, payload = cast(OnePass, coder).encode_mean(chunks, width, key)
     else:
         rows = coder.decode(chunks, width, key.shared)
         chunk = rule(rows) if votes.alike else among(rule, rows, votes.weights)

@@ -1,7 +1,18 @@
-"""torch.distributed as a transport: NCCL moves ops on a side stream, gloo on threads of its own."""
+"""torch.distributed as a transport: NCCL moves ops on a side stream, gloo on threads of its own.
+
+gloo's all-to-all sends to a peer and then receives from it, one peer after the other. A receiver tells the sender that
+it is ready over the connection that the data travel on, so that word waits behind the data, and the link carries one
+direction at a time: over links of 100 Mbit/s a little more than half of what it can. So on CPU it is made of sends and
+receives here, with every receive posted before any send (`all_to_all`).
+
+torch's flight recorder does not see gloo's sends and receives. They are noted in `NOTED`, as entries of the recorder's
+own form, for whoever watches a rank from inside (`dtrain.launchers.probe`).
+"""
 
 from __future__ import annotations
 
+import collections
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Op, Payload, Shift
-from dtrain.comm.transports.flight_recorder import note
 from dtrain.comm.transports.groups import free, own_group
-from dtrain.comm.transports.pairwise import all_to_all
 from dtrain.comm.transports.transport import outgoing, reply
+
+NOTED: collections.deque[dict[str, object]] = collections.deque(maxlen=256)
+"""The last sends and receives, newest last."""
 
 
 class TorchTransport:
@@ -23,7 +35,7 @@ class TorchTransport:
 
     def __init__(self, group: dist.ProcessGroup, *, own: bool = False) -> None:
         self._group: dist.ProcessGroup | None = group
-        self._own, self._pairwise = own, 0
+        self._own, self._noted = own, 0
         self.rank, self.size = group.rank(), group.size()
         self.in_stream_order = dist.get_backend(group) == "nccl"
 
@@ -42,10 +54,10 @@ class TorchTransport:
         """Hand ``op`` to torch.distributed, as one packed message."""
         if not isinstance(op, AllToAll | Shift) or not all(tensor.is_cpu for tensor in op.payload):
             return Collective(op, self.group)
-        self._pairwise += 1
+        self._noted += 1
         size = sum(tensor.numel() for tensor in op.payload)
         dtypes = " ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in op.payload}))
-        over = note(self.group.group_name, type(op).__name__, self._pairwise, size, dtypes)
+        over = note(self.group.group_name, type(op).__name__, self._noted, size, dtypes)
         return Collective(op, self.group, over)
 
     def clone(self) -> TorchTransport:
@@ -108,7 +120,7 @@ class Collective:
                     arrived.copy_(sent)
                 elif sent.numel():
                     to, origin = dist.get_global_rank(group, destination), dist.get_global_rank(group, source)
-                    # The receive first: `pairwise`.
+                    # The receive first: see above.
                     pair = [dist.P2POp(dist.irecv, arrived, origin, group), dist.P2POp(dist.isend, sent, to, group)]
                     self._works.extend(dist.batch_isend_irecv(pair))
         return arrived
@@ -116,3 +128,36 @@ class Collective:
     def _add(self, work: dist.Work | None) -> None:
         if work is not None:
             self._works.append(work)
+
+
+def all_to_all(sent: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
+    """Send row j of ``sent`` to rank j of ``group``; returns the rows that will have arrived from each, and what to
+    wait for.
+
+    Each rank begins with the one behind its own, so that they do not all begin with the same.
+    """
+    rank, world = group.rank(), group.size()
+    arrived = torch.empty_like(sent)
+    arrived[rank].copy_(sent[rank])
+    if not sent.numel():
+        return arrived, []
+    before, behind = (*range(rank - 1, -1, -1), *range(world - 1, rank, -1)), (*range(rank + 1, world), *range(rank))
+    works = [group.recv([arrived[source]], source, 0) for source in before]
+    return arrived, works + [group.send([sent[peer]], peer, 0) for peer in behind]
+
+
+def note(group: str, name: str, number: int, size: int, dtype: str) -> Callable[[], None]:
+    """Note the collective ``number`` of ``group``, of ``size`` elements; call what is returned once it is over.
+
+    >>> over = note("dtrain 1 of 0 1", "AllToAll", 4, 10, "uint8")
+    >>> over()
+    >>> NOTED.pop()["retired"]
+    True
+    """
+    entry: dict[str, object] = {
+        "record_id": f"{group} {name} {number}", "profiling_name": name, "collective_seq_id": number,
+        "process_group": [group], "input_sizes": [[size]], "input_dtypes": [dtype], "time_created_ns": time.time_ns(),
+        "retired": False,
+    }  # fmt: skip
+    NOTED.append(entry)
+    return lambda: entry.update(retired=True)
