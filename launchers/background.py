@@ -14,109 +14,29 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, cast
 
-from dtrain.launchers import job_list as registry
-from dtrain.launchers import mpi
+from dtrain.launchers import job_list, mpi, registry
 from dtrain.launchers import trust as trusted
 from dtrain.launchers.argv import sent
-from dtrain.launchers.environment import CLUSTER
+from dtrain.launchers.environment import ALLOCATED, CLUSTER
 from dtrain.launchers.exit_codes import ENDINGS, FAILED
-from dtrain.launchers.inherited_environment import handed_on
+from dtrain.launchers.inherited_environment import Kept, handed_on
 from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
+from dtrain.launchers.launcher import Allocation, Keys, Launcher, not_negative
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
 from dtrain.launchers.records import ATTEMPT, RankRecord, keep_attempt, rank_files
 from dtrain.launchers.strict_json import Damaged, json_of, shaped
 
-__all__ = ["BackgroundJob", "LocalLauncher", "MpiLauncher", "rank_command"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalLauncher:
-    """Starts ``workers`` ranks on this machine, under torch's elastic agent; see `dtrain.launchers.local`."""
-
-    workers: int = 1
-    max_restarts: int = 0
-    grace_seconds: float = 60.0
-    threads_per_worker: int = 1
-    hang_seconds: float = 600.0
-    python: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    name = "local"
-
-    def render(self, program: Sequence[str], *, folder: Path, name: str = "job") -> str:
-        """The command of each rank."""
-        command = rank_command(command_of(program, folder, python=self.python), folder, self.python)
-        return f"# {self.workers} ranks on this machine, each:\n{shlex.join(command)}\n"
-
-    def submit(self, program: Program, *, folder: Path, name: str = "job") -> Job:
-        """Start the job; see `dtrain.launchers.job.Launcher`."""
-        if self.workers < 1:
-            raise ValueError(f"launcher.workers={self.workers}: a job has at least 1 worker")
-        settings = {**dataclasses.asdict(self), "environment": dict(self.environment)}
-        return start(self.name, settings, program, folder=folder.absolute(), name=name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MpiLauncher:
-    """Starts ``workers`` ranks under mpirun: on ``hosts``, on the nodes of a Slurm allocation, or on this machine."""
-
-    workers: int = 1
-    mpirun: str = ""
-    hosts: tuple[str, ...] = ()
-    arguments: tuple[str, ...] = ()
-    address: str = ""
-    port: int = 0
-    max_restarts: int = 0
-    grace_seconds: float = 60.0
-    threads_per_worker: int = 1
-    hang_seconds: float = 600.0
-    python: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    name = "mpi"
-
-    def render(self, program: Sequence[str], *, folder: Path, name: str = "job") -> str:
-        """The mpirun line."""
-        settings = dataclasses.asdict(self)
-        found, nodes = _found(self.mpirun), mpi.nodes_of_slurm()
-        ranks = mpi.complete(found, _ranks(settings), nodes=nodes)
-        command = rank_command(command_of(program, folder, python=self.python), folder, self.python)
-        here = mpi.names_of_this_host()
-        return shlex.join(mpi.line(found, command, ranks, nodes=nodes, root=os.geteuid() == 0, here=here)) + "\n"
-
-    def submit(self, program: Program, *, folder: Path, name: str = "job") -> Job:
-        """Start the job; see `dtrain.launchers.job.Launcher`."""
-        _found(self.mpirun)
-        settings = {**dataclasses.asdict(self), "environment": dict(self.environment)}
-        return start(self.name, settings, program, folder=folder.absolute(), name=name)
-
-
-def _found(name: str) -> mpi.Mpirun:
-    try:
-        return mpi.find_mpirun(name or "mpirun")
-    except mpi.NoMpirun as error:
-        raise ValueError(str(error)) from error
-
-
-def _ranks(settings: Mapping[str, Any]) -> mpi.Ranks:
-    environment = {"OMP_NUM_THREADS": str(settings["threads_per_worker"]), **settings["environment"]}
-    if CLUSTER in os.environ:
-        # Its hosts are one machine: the shared memory that MPICH finds there would bypass the links.
-        environment.setdefault("UCX_TLS", "tcp,self")
-    environment |= {ATTEMPT: os.environ[ATTEMPT]} if ATTEMPT in os.environ else {}
-    return mpi.Ranks(
-        workers=settings["workers"], hosts=tuple(settings["hosts"]), environment=environment,
-        extra=tuple(settings["arguments"]), address=settings["address"], port=settings["port"],
-    )  # fmt: skip
+__all__ = ["BackgroundJob", "BackgroundLauncher", "LocalLauncher", "MpiLauncher", "rank_command"]
 
 
 def rank_command(program: Sequence[str], folder: Path, python: str = "") -> list[str]:
@@ -124,7 +44,14 @@ def rank_command(program: Sequence[str], folder: Path, python: str = "") -> list
     return [python or sys.executable, "-P", "-m", "dtrain.launchers.rank", str(folder), "--", *sent(program)]
 
 
-def start(launcher: str, settings: Mapping[str, object], program: Program, *, folder: Path, name: str) -> Job:
+class BackgroundLauncher(Launcher, Protocol):
+    """A launcher whose jobs are background processes of this machine, which call `run`."""
+
+    def run(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> bool:
+        """Run ``command`` as every rank, to the end; whether a signal has ended them."""
+
+
+def start(launcher: BackgroundLauncher, program: Program, *, folder: Path, name: str) -> Job:
     """Start the background process of a job and return when it has a process id."""
     trusted.make_folder(folder)
     running = BackgroundJob.of(folder)
@@ -133,25 +60,24 @@ def start(launcher: str, settings: Mapping[str, object], program: Program, *, fo
     for stale in ("end.json", "job.json"):
         (folder / stale).unlink(missing_ok=True)
     shutil.rmtree(rank_files(folder), ignore_errors=True)  # another job's
-    command = command_of(program, folder, python=str(settings["python"]))
+    command = command_of(program, folder, python=launcher.python)
     # Its environment may hold what is nobody else's business.
-    content = json.dumps({"settings": settings, "program": command}) + "\n"
+    content = json.dumps({"settings": dataclasses.asdict(cast(Any, launcher)), "program": command}) + "\n"
     trusted.write_private(folder / "background.json", content.encode())
     (folder / "logs").mkdir(exist_ok=True)
-    argv = [sys.executable, "-P", "-m", "dtrain.launchers.background", launcher, str(folder)]
+    argv = [sys.executable, "-P", "-m", "dtrain.launchers.background", launcher.name, str(folder)]
     with (folder / "logs" / "batch.log").open("ab") as log:
         # The shell leaves at once, so that the job is nobody's child and outlives this process without a trace in it.
         started = subprocess.run(
             ["sh", "-c", 'setsid "$@" <&- >&2 & echo $!', "sh", *argv], stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=log, text=True, check=True,
-            env=handed_on(os.environ, "mpi" if launcher == "mpi" else "local"),
+            stdout=subprocess.PIPE, stderr=log, text=True, check=True, env=handed_on(os.environ, launcher.keeps),
         )  # fmt: skip
     facts = Facts(
-        id=started.stdout.strip(), launcher=launcher, name=name, folder=str(folder), program=command,
-        workers=int(str(settings["workers"])), submitted=time.time(), started=began(started.stdout.strip()) or "",
+        id=started.stdout.strip(), launcher=launcher.name, name=name, folder=str(folder), program=command,
+        workers=launcher.workers, submitted=time.time(), started=began(started.stdout.strip()) or "",
     )  # fmt: skip
     facts.write()
-    registry.add(facts)
+    job_list.add(facts)
     return BackgroundJob(facts)
 
 
@@ -165,7 +91,7 @@ class BackgroundJob(Job):
             facts = Facts.read(folder)
         except (OSError, ValueError, TypeError):
             return None
-        return cls(facts) if facts.launcher != "slurm" else None
+        return None if registry.job_class(facts.launcher).scheduled else cls(facts)
 
     def ask(self) -> State:
         """Whether its process lives; a number that was given away again is another process."""
@@ -219,18 +145,188 @@ def began(pid: str) -> str | None:
     return f"{boot} {after_name[19]}" if after_name[0] not in "ZX" else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocalLauncher(Keys):
+    """Starts ``workers`` ranks on this machine, under torch's elastic agent; see `dtrain.launchers.local`."""
+
+    name: str = "local"
+
+    job_class: ClassVar[type[Job]] = BackgroundJob
+    keeps: ClassVar[Kept] = "job"
+    here: ClassVar[bool] = True
+
+    def problems(self, replicas: int = 1) -> list[str]:
+        """Also several nodes."""
+        if self.nodes > 1:
+            return [f"launcher=local has one node, but launcher.nodes={self.nodes}: take launcher=slurm or mpi"]
+        return super().problems(replicas)
+
+    def check(self, folders: Sequence[Path]) -> None:
+        """Whether this machine, where the ranks run, has the interpreter and the network interfaces."""
+        problems = []
+        if self.python and shutil.which(self.python) is None:
+            problems.append(f"launcher.python={self.python}: there is no such interpreter on this machine")
+        there = sorted(name for _, name in socket.if_nameindex())
+        missing = [name for name in self.interface.split(",") if name and name not in there]
+        if missing:
+            problems.append(
+                f"launcher.interface={self.interface}: this machine has no network interface {', '.join(missing)}, "
+                f"only {', '.join(there)}; leave it out: ranks of one machine meet on its loopback interface"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def render(self, program: Sequence[str], *, folder: Path, name: str = "job", replicas: int = 1) -> str:
+        """The command of each rank."""
+        command = rank_command(command_of(program, folder, python=self.python), folder, self.python)
+        return f"# {self.workers} ranks on this machine, each:\n{shlex.join(command)}\n"
+
+    def start(self, program: Program, *, folder: Path, name: str = "job", replicas: int = 1) -> Job:
+        """Start the background process; see `dtrain.launchers.launcher.Launcher`."""
+        return start(self, program, folder=folder.absolute(), name=name)
+
+    def run(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> bool:
+        """Run the ranks to their end, in the background process; whether they were asked to stop."""
+        ending = launch(
+            command, workers=self.workers, log_folder=folder / "logs" / "agent", max_restarts=self.max_restarts,
+            grace_seconds=self.grace_seconds, threads_per_worker=self.threads_per_worker, environment=environment,
+        )  # fmt: skip
+        return ending.kind == "signalled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MpiLauncher(Allocation, Keys):
+    """Starts ``workers`` ranks under mpirun: on ``hosts``, on the nodes of a Slurm allocation, or on this machine.
+
+    With ``nodes`` and neither of the first two it is run within nodes that Slurm is asked for.
+    """
+
+    name: str = "mpi"
+    address: str = ""
+    """Where the ranks meet; empty: the first host."""
+    port: int = not_negative(0)
+    """0: a free one."""
+    mpirun: str = ""
+    """The mpirun to use; empty: the one on PATH."""
+    hosts: tuple[str, ...] = ()
+    """``HOST`` or ``HOST:SLOTS``; empty: the nodes of the Slurm allocation around it, else this machine."""
+    mpi_args: tuple[str, ...] = ()
+    """Further arguments of mpirun."""
+
+    job_class: ClassVar[type[Job]] = BackgroundJob
+    keeps: ClassVar[Kept] = "allocation"
+    has_mpi: ClassVar[bool] = True
+
+    @property
+    def login_host(self) -> bool:
+        """Where it asks Slurm for nodes."""
+        return self._needs_nodes(os.environ)
+
+    @property
+    def one_machine(self) -> bool:
+        """One node, and no hosts."""
+        return self.nodes == 1 and not self.hosts
+
+    @property
+    def same_files(self) -> bool:
+        """Unless it runs on named hosts."""
+        return not self.hosts
+
+    def allocation(self, variables: Mapping[str, str]) -> Sequence[str] | None:
+        """The nodes, where nobody has said which: then this process is no part of an allocation yet."""
+        if not self._needs_nodes(variables):
+            return None
+        wanted = {
+            "nodes": self.nodes, "ntasks-per-node": self.workers // self.nodes, "time": self.minutes,
+            "cpus-per-task": self.threads_per_worker, "partition": self.partition, "account": self.account,
+            "qos": self.qos, "constraint": self.constraint, "gpus-per-node": self.gpus_per_node,
+            "exclude": self.exclude, "reservation": self.reservation,
+            "mem": f"{self.memory_gib}G" if self.memory_gib else "",
+        }  # fmt: skip
+        return [f"--{name}={value}" for name, value in wanted.items() if value]
+
+    def problems(self, replicas: int = 1) -> list[str]:
+        """Also keys of an allocation where none is asked for."""
+        return [*super().problems(replicas), *self.unused_keys()]
+
+    def unused_keys(self, variables: Mapping[str, str] = os.environ) -> list[str]:
+        """The keys that are for Slurm, and nothing is asked of it."""
+        if self._needs_nodes(variables) or ALLOCATED in variables:
+            return []
+        given = [
+            (key.name, value)
+            for key in dataclasses.fields(Allocation)
+            if (value := getattr(self, key.name)) != key.default
+        ]
+        return [
+            f"launcher.{key}={value} is for the nodes that launcher=mpi asks Slurm for, and it asks for none where the "
+            "ranks run on launcher.hosts, on one node or in an allocation: leave it out"
+            for key, value in given
+        ]
+
+    def check(self, folders: Sequence[Path]) -> None:
+        """Whether there is an mpirun."""
+        _found(self.mpirun)
+
+    def render(self, program: Sequence[str], *, folder: Path, name: str = "job", replicas: int = 1) -> str:
+        """The mpirun line."""
+        found, nodes = _found(self.mpirun), mpi.nodes_of_slurm()
+        ranks = mpi.complete(found, self._ranks(self.variables()), nodes=nodes)
+        command = rank_command(command_of(program, folder, python=self.python), folder, self.python)
+        here = mpi.names_of_this_host()
+        return shlex.join(mpi.line(found, command, ranks, nodes=nodes, root=os.geteuid() == 0, here=here)) + "\n"
+
+    def start(self, program: Program, *, folder: Path, name: str = "job", replicas: int = 1) -> Job:
+        """Start the background process; see `dtrain.launchers.launcher.Launcher`."""
+        return start(self, program, folder=folder.absolute(), name=name)
+
+    def run(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> bool:
+        """Run the ranks, again after a failure, in the background process; whether they were asked to stop."""
+        found = _found(self.mpirun)
+        for attempt in range(self.max_restarts + 1):
+            os.environ[ATTEMPT] = str(attempt)
+            keep_attempt(folder)
+            print(f"{time.strftime('%F %T')} dtrain: attempt {attempt + 1}", flush=True)  # into batch.log
+            ended = mpi.run(
+                found, command, self._ranks(environment), log=folder / "logs" / "batch.log",
+                grace_seconds=self.grace_seconds,
+            )  # fmt: skip
+            if ended.signal or RankRecord.verdict(folder, self.workers) != FAILED:
+                return bool(ended.signal)
+        return False
+
+    def _needs_nodes(self, variables: Mapping[str, str]) -> bool:
+        return self.nodes > 1 and not self.hosts and "SLURM_JOB_ID" not in variables
+
+    def _ranks(self, environment: Mapping[str, str]) -> mpi.Ranks:
+        given = {"OMP_NUM_THREADS": str(self.threads_per_worker), **environment}
+        if CLUSTER in os.environ:
+            # Its hosts are one machine: the shared memory that MPICH finds there would bypass the links.
+            given.setdefault("UCX_TLS", "tcp,self")
+        given |= {ATTEMPT: os.environ[ATTEMPT]} if ATTEMPT in os.environ else {}
+        return mpi.Ranks(
+            workers=self.workers, hosts=self.hosts, environment=given, extra=self.mpi_args, address=self.address,
+            port=self.port,
+        )  # fmt: skip
+
+
+def _found(name: str) -> mpi.Mpirun:
+    try:
+        return mpi.find_mpirun(name or "mpirun")
+    except mpi.NoMpirun as error:
+        raise ValueError(str(error)) from error
+
+
 def main(launcher: str, folder: Path) -> None:
     """Run the job to its end."""
     try:
         settings, program = stored(launcher, folder / "background.json")
     except Damaged as damage:
         raise SystemExit(f"{folder / 'background.json'} is damaged ({damage}); submit the job again") from damage
-    command = rank_command(program, folder, settings["python"])
-    ours = {FOLDER: str(rank_files(folder)), HANG_SECONDS: f"{settings['hang_seconds']:g}"}
-    settings["environment"] = {**settings["environment"], **ours}
-    run = _run_mpi if launcher == "mpi" else _run_local
-    stopped = run(command, settings, folder)
-    code = RankRecord.verdict(folder, settings["workers"])
+    command = rank_command(program, folder, settings.python)
+    ours = {FOLDER: str(rank_files(folder)), HANG_SECONDS: f"{settings.hang_seconds:g}"}
+    stopped = settings.run(command, folder, {**settings.variables(), **ours})
+    code = RankRecord.verdict(folder, settings.workers)
     reason = "cancelled" if stopped else ENDINGS.get(code, "failed")
     content = {"code": code, "reason": reason, "job": str(os.getpid()), "time": int(time.time())}
     new = folder / "end.json.new"
@@ -244,40 +340,13 @@ class _Stored:
     program: tuple[str, ...]
 
 
-def stored(launcher: str, path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What `start` wrote: the launcher's settings, and the program. Raises ``Damaged`` for anything else."""
+def stored(launcher: str, path: Path) -> tuple[BackgroundLauncher, tuple[str, ...]]:
+    """What `start` wrote: the launcher, and the program. Raises ``Damaged`` for anything else."""
     with trusted.opened(path) as file:
         found = shaped(_Stored, json_of(file.read().decode(errors="replace")))
-    settings = shaped(MpiLauncher if launcher == "mpi" else LocalLauncher, found.settings)
     if not found.program:
         raise Damaged("it has no program")
-    return dict(vars(settings)), found.program
-
-
-def _run_local(command: list[str], settings: Mapping[str, Any], folder: Path) -> bool:
-    """Run the ranks; whether they were asked to stop."""
-    ending = launch(
-        command, workers=settings["workers"], log_folder=folder / "logs" / "agent",
-        max_restarts=settings["max_restarts"], grace_seconds=settings["grace_seconds"],
-        threads_per_worker=settings["threads_per_worker"], environment=settings["environment"],
-    )  # fmt: skip
-    return ending.kind == "signalled"
-
-
-def _run_mpi(command: list[str], settings: Mapping[str, Any], folder: Path) -> bool:
-    """Run the ranks, again after a failure; whether they were asked to stop."""
-    found = _found(settings["mpirun"])
-    for attempt in range(settings["max_restarts"] + 1):
-        os.environ[ATTEMPT] = str(attempt)
-        keep_attempt(folder)
-        print(f"{time.strftime('%F %T')} dtrain: attempt {attempt + 1}", flush=True)  # into batch.log
-        ended = mpi.run(
-            found, command, _ranks(settings), log=folder / "logs" / "batch.log",
-            grace_seconds=settings["grace_seconds"],
-        )  # fmt: skip
-        if ended.signal or RankRecord.verdict(folder, settings["workers"]) != FAILED:
-            return bool(ended.signal)
-    return False
+    return cast(BackgroundLauncher, shaped(registry.launcher_class(launcher), found.settings)), found.program
 
 
 if __name__ == "__main__":

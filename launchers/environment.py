@@ -15,6 +15,8 @@ __all__ = ["BACKENDS", "Environment", "tasks_on_nodes"]
 
 CLUSTER = "DTRAIN_CLUSTER"
 """Set on the hosts of a cluster of `dtrain cluster`: its name. From outside it says which one is meant."""
+ALLOCATED = "DTRAIN_ALLOCATED"
+"""Set where the command has asked Slurm for the nodes around this process: then the keys for that were used."""
 RANK_OFFSET, WORLD = "DTRAIN_RANK_OFFSET", "DTRAIN_WORLD_SIZE"
 """Set where a job consists of several steps (``launcher.isolate=replica``): a rank's place among all steps."""
 

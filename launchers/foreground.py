@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtrain.launchers import job_list as registry
+from dtrain.launchers import job_list, registry
 from dtrain.launchers.exit_codes import CHECKPOINTED, ENDINGS, INTERRUPTED
 from dtrain.launchers.job import Facts, Job, State
+from dtrain.launchers.lock import LOCK
 from dtrain.launchers.records import RankRecord
 from dtrain.launchers.strict_json import json_in, tail
 
-__all__ = ["FOREGROUND", "ForegroundJob", "began", "ended", "run_of"]
+__all__ = ["ForegroundJob", "began", "ended"]
 
-FOREGROUND = "foreground"
-LOCK = ".lock"
-CONFIG = "config.yaml"
 REASONS = {**ENDINGS, CHECKPOINTED: "cancelled", INTERRUPTED: "cancelled"}
 
 
@@ -33,14 +30,14 @@ def began(folder: Path, program: Sequence[str], workers: int) -> None:
     """Write down that this command runs the job of ``folder``, whose lock it holds."""
     (folder / "end.json").unlink(missing_ok=True)
     facts = Facts(
-        id=str(os.getpid()), launcher=FOREGROUND, name=folder.name, folder=str(folder), program=tuple(program),
+        id=str(os.getpid()), launcher=registry.FOREGROUND, name=folder.name, folder=str(folder), program=tuple(program),
         workers=workers, submitted=time.time(),
     )  # fmt: skip
     facts.write()
     try:
-        registry.add(facts)
+        job_list.add(facts)
     except OSError as error:
-        where = f"{error.filename or registry.folder()}: {error.strerror}"
+        where = f"{error.filename or job_list.folder()}: {error.strerror}"
         print(f"dtrain: warning: `dtrain jobs` knows this run by its folder alone ({where})", file=sys.stderr)
 
 
@@ -53,19 +50,6 @@ def ended(folder: Path, code: int, cause: str) -> None:
         os.replace(new, folder / "end.json")
     except OSError as error:  # a full disk, or somebody has deleted the folder: how it ended has been told
         print(f"dtrain: warning: {folder}/end.json cannot be written: {error.strerror}", file=sys.stderr)
-
-
-def run_of(folder: Path) -> Job | None:
-    """The run of a folder in which no job was written down; None if there is none."""
-    if not (folder / CONFIG).is_file():
-        return None
-    holder = re.search(r"process ([0-9]{1,18}) on ", tail(folder / LOCK, 4096))
-    return ForegroundJob(
-        Facts(
-            id=holder[1] if holder else "0", launcher=FOREGROUND, name=folder.name, folder=str(folder), program=(),
-            workers=0, submitted=(folder / CONFIG).stat().st_mtime,
-        )
-    )  # fmt: skip
 
 
 class ForegroundJob(Job):

@@ -22,10 +22,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-__all__ = ["DEFAULTS", "KEPT", "Kind", "become", "defaults_of_shell", "handed_on", "replaced", "unused"]
+__all__ = ["DEFAULTS", "KEPT", "Kept", "become", "defaults_of_shell", "handed_on", "replaced", "unused"]
 
-Kind = Literal["local", "slurm", "mpi"]
-"""For whom: ranks on this machine, sbatch and what asks Slurm, or mpirun."""
+Kept = Literal["job", "cluster", "allocation"]
+"""What of Slurm's own stays: what tells the job around, for ranks on this machine; only where the cluster is, for
+sbatch and what asks Slurm; or the allocation, for mpirun."""
 
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_HOME", "SLURM_ROOT")
 AROUND = (
@@ -59,10 +60,10 @@ DIRECTIVES = {"SBATCH_EXPORT": "export", "SBATCH_WCKEY": "wckey"}
 """Those that become a directive, where ``launcher.sbatch`` has none of the name."""
 
 
-def handed_on(variables: Mapping[str, str], kind: Kind, *, ours: bool = True) -> dict[str, str]:
+def handed_on(variables: Mapping[str, str], kept: Kept, *, ours: bool = True) -> dict[str, str]:
     """The variables without those of another job; see above. ``ours``: without dtrain's own for its ranks, too.
 
-    >>> handed_on({"PATH": "/bin", "RANK": "3", "SLURM_PROCID": "3", "SLURM_CONF": "/etc/slurm.conf"}, "slurm")
+    >>> handed_on({"PATH": "/bin", "RANK": "3", "SLURM_PROCID": "3", "SLURM_CONF": "/etc/slurm.conf"}, "cluster")
     {'PATH': '/bin', 'SLURM_CONF': '/etc/slurm.conf'}
     """
     within = "SLURM_JOB_ID" in variables
@@ -71,15 +72,15 @@ def handed_on(variables: Mapping[str, str], kind: Kind, *, ours: bool = True) ->
     def stays(name: str) -> bool:
         if PLACE.fullmatch(name) or (launched and SET_BY_MPIRUN.fullmatch(name)) or (ours and OURS.fullmatch(name)):
             return False
-        if kind == "mpi":
+        if kept == "allocation":
             return not STEP.fullmatch(name)
         if OF_SLURM.fullmatch(name):
-            return name in KEPT or (kind == "local" and name in AROUND)
-        return not (kind == "slurm" and within and name in GPUS)
+            return name in KEPT or (kept == "job" and name in AROUND)
+        return not (kept == "cluster" and within and name in GPUS)
 
-    kept = {name: value for name, value in variables.items() if stays(name)}
+    left = {name: value for name, value in variables.items() if stays(name)}
     # mpirun starts its daemons by srun, which would wait for the cores that this very step holds.
-    return {**kept, "SLURM_OVERLAP": "1"} if kind == "mpi" and within else kept
+    return {**left, "SLURM_OVERLAP": "1"} if kept == "allocation" and within else left
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """A job, whatever launched it: its id, its state, and everything that it leaves in its folder.
 
-Launcher.submit(program, folder) -> Job        job.state()  wait()  logs()  cancel()  result()  why()
+launcher.submit(program, folder) -> Job        job.state()  wait()  logs()  cancel()  result()  why()
 
 FOLDER/job.json       what was submitted, and how          logs/rank-K.log   what rank K printed
        end.json       how it ended, once it has            logs/batch.log    what the script printed
@@ -21,12 +21,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, cast
+from typing import ClassVar, Literal, TypeAlias, cast
 
 from dtrain.launchers import trust as trusted
 from dtrain.launchers.strict_json import Damaged, json_in, number_in, shaped
 
-__all__ = ["ENDED", "Facts", "Job", "JobFailed", "Launcher", "Program", "State", "command_of"]
+__all__ = ["ENDED", "Facts", "Job", "JobFailed", "Program", "SchedulerError", "State", "command_of"]
 
 State: TypeAlias = Literal["pending", "running", "finished", "failed", "cancelled", "lost"]
 """``lost``: the scheduler knows it no longer, and it has not said how it ended."""
@@ -37,6 +37,10 @@ ENDED: tuple[State, ...] = ("finished", "failed", "cancelled", "lost")
 
 Program: TypeAlias = Sequence[str] | Callable[[], object]
 """A command line, or a function of no arguments that can be pickled: each rank runs it."""
+
+
+class SchedulerError(RuntimeError):
+    """A scheduler refused or did not answer; the message is its own, and what was asked."""
 
 
 class JobFailed(RuntimeError):
@@ -103,9 +107,25 @@ class Facts:
 class Job(abc.ABC):
     """One submitted job. The subclasses say how its scheduler is asked, and how it is cancelled."""
 
+    scheduled: ClassVar[bool] = False
+    """A scheduler keeps it: it goes on without the command that submitted it, and is asked for on its cluster."""
+
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
         self.id, self.folder = facts.id, Path(facts.folder)
+
+    @classmethod
+    def located(cls, facts: Facts) -> Facts:
+        """The facts of a job that has just been submitted, with the cluster that it was given to, if any."""
+        return facts
+
+    def is_here(self) -> bool:
+        """Whether its number means it here: it is of this machine, or of the cluster that is asked from here."""
+        return True
+
+    def cluster_is_up(self) -> bool:
+        """Whether the cluster that it was given to is known to be up, asked from here or not."""
+        return False
 
     @abc.abstractmethod
     def ask(self) -> State:
@@ -187,22 +207,6 @@ class Job(abc.ABC):
         state = self.state()
         waits_for = self.waits_for() if state == "pending" else ""
         return why(self.folder, state=state, end=self.end(), waits_for=waits_for)
-
-
-class Launcher(Protocol):
-    """How jobs start."""
-
-    name: str
-
-    def render(self, program: Sequence[str], *, folder: Path, name: str) -> str:
-        """The exact script or command that `submit` would use; nothing is written."""
-
-    def submit(self, program: Program, *, folder: Path, name: str = "job") -> Job:
-        """Start ``program`` once per rank, with its files in ``folder``; returns at once.
-
-        Raises ``ValueError`` for a request that cannot run (what, value, way out), ``RuntimeError`` where the
-        scheduler refused it. In both cases nothing was started.
-        """
 
 
 def command_of(program: Program, folder: Path, *, python: str = "") -> tuple[str, ...]:

@@ -12,20 +12,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dtrain.launchers import registry
 from dtrain.launchers.job import ENDED, Facts, Job
+from dtrain.launchers.lock import LOCK
 from dtrain.launchers.strict_json import Damaged, json_in, tail
 
 __all__ = [
-    "SWEEP", "Replaced", "add", "every", "find", "holder", "is_here", "job_of", "jobs", "open_job", "replaced_by",
-    "resolve",
+    "SWEEP", "Replaced", "add", "every", "find", "holder", "job_of", "jobs", "replaced_by", "resolve", "run_of",
 ]  # fmt: skip
 
 SWEEP = "sweep.json"
 """In the folder of a sweep: its runs."""
+RUN = "config.yaml"
+"""In the folder of a run: what it is computed with."""
 
 
 class Replaced(LookupError):
@@ -40,11 +44,9 @@ def folder() -> Path:
 
 def add(facts: Facts) -> None:
     """Remember a job, with the cluster that it was given to. Where that cannot be written down, a warning says so."""
-    if facts.launcher == "slurm":
-        from dtrain.launchers.slurm.client import cluster
-
-        here = cluster()
-        facts = dataclasses.replace(facts, cluster=here.name or facts.cluster, came_up=here.came_up)
+    located = registry.job_class(facts.launcher).located(facts)
+    if located != facts:
+        facts = located
         facts.write()
     name = f"{facts.launcher}-{facts.cluster or 'here'}-{facts.submitted:.0f}-{facts.id}"
     try:
@@ -62,7 +64,7 @@ def every() -> list[Job]:
     """All jobs whose folders are still there, newest first: those of other clusters, too, and those replaced."""
     found = [facts for path in folder().glob("*") if (facts := _record(path)) is not None]
     found = [facts for facts in found if os.path.isfile(Path(facts.folder) / "job.json")]
-    return [open_job(facts) for facts in sorted(found, key=lambda facts: -facts.submitted)]
+    return [registry.open_job(facts) for facts in sorted(found, key=lambda facts: -facts.submitted)]
 
 
 def _record(path: Path) -> Facts | None:
@@ -78,16 +80,7 @@ def _record(path: Path) -> Facts | None:
 
 def jobs() -> list[Job]:
     """The jobs of this machine and of the cluster that is asked from here, newest first."""
-    return [job for job in every() if is_here(job) and replaced_by(job) is None]
-
-
-def is_here(job: Job) -> bool:
-    """Whether its number means it here: it is of this machine, or of the cluster that is asked from here."""
-    if job.facts.launcher != "slurm":
-        return True
-    from dtrain.launchers.slurm.job import place_of
-
-    return place_of(job.facts) == "here"
+    return [job for job in every() if job.is_here() and replaced_by(job) is None]
 
 
 def replaced_by(job: Job) -> Facts | None:
@@ -103,7 +96,7 @@ def replaced_by(job: Job) -> Facts | None:
 def holder(path: Path) -> Job | None:
     """The job of a folder that has not ended."""
     try:
-        job = open_job(Facts.read(path.absolute()))
+        job = registry.open_job(Facts.read(path.absolute()))
     except (OSError, ValueError):
         return None
     return job if job.state() not in ENDED else None
@@ -132,7 +125,7 @@ def resolve(name: str) -> list[Job]:
     Raises ``Replaced``, and ``LookupError`` naming the jobs that there are, or those that ``name`` may mean.
     """
     path = Path(name)
-    if os.path.exists(path / "job.json") or os.path.exists(path / "config.yaml"):
+    if os.path.exists(path / "job.json") or os.path.exists(path / RUN):
         return [_in_folder(path.absolute())]
     known = every()
     if os.path.isfile(path / SWEEP):
@@ -140,7 +133,7 @@ def resolve(name: str) -> list[Job]:
         if runs:
             return sorted(runs, key=lambda job: job.facts.submitted)
     called = [job for job in known if name in (job.id, job.facts.name, job.id.partition("_")[0])]
-    here = [job for job in called if is_here(job)]
+    here = [job for job in called if job.is_here()]
     own = [job for job in here if replaced_by(job) is None]
     if own:
         return _meant(name, own)
@@ -158,11 +151,22 @@ def resolve(name: str) -> list[Job]:
     raise LookupError(f"there is no job {name} ({there}); give an id, or the folder of a job or a run")
 
 
-def _in_folder(path: Path) -> Job:
-    from dtrain.launchers.foreground import run_of
+def run_of(folder: Path) -> Job | None:
+    """The run of a folder in which no job was written down; None if there is none."""
+    if not (folder / RUN).is_file():
+        return None
+    holder = re.search(r"process ([0-9]{1,18}) on ", tail(folder / LOCK, 4096))
+    return registry.open_job(
+        Facts(
+            id=holder[1] if holder else "0", launcher=registry.FOREGROUND, name=folder.name, folder=str(folder),
+            program=(), workers=0, submitted=(folder / RUN).stat().st_mtime,
+        )
+    )  # fmt: skip
 
+
+def _in_folder(path: Path) -> Job:
     try:
-        return open_job(Facts.read(path))
+        return registry.open_job(Facts.read(path))
     except FileNotFoundError:
         run = run_of(path)
         if run is None:
@@ -193,18 +197,3 @@ def _meant(name: str, found: Sequence[Job]) -> list[Job]:
 
 def _told(job: Job) -> str:
     return f"{job.id} ({job.facts.launcher}) {job.facts.name}, cluster {job.facts.cluster or '-'}: {job.folder}"
-
-
-def open_job(facts: Facts) -> Job:
-    """The job of these facts, whatever launched it."""
-    if facts.launcher == "slurm":
-        from dtrain.launchers.slurm.job import SlurmJob
-
-        return SlurmJob(facts)
-    if facts.launcher == "foreground":
-        from dtrain.launchers.foreground import ForegroundJob
-
-        return ForegroundJob(facts)
-    from dtrain.launchers.background import BackgroundJob
-
-    return BackgroundJob(facts)

@@ -329,7 +329,7 @@ def _logs_specs(run: _Run) -> LogsSpecs:
 def _agent_environment() -> Iterator[None]:
     """What the agent reads from its own environment, and hands on to the ranks; put back afterwards."""
     wanted = {
-        **handed_on(os.environ, "local"),
+        **handed_on(os.environ, "job"),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours; the list may not be empty
     }
     with replaced(wanted):

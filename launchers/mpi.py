@@ -316,7 +316,7 @@ def run(mpirun: Mpirun, argv: Sequence[str], ranks: Ranks, *, log: Path, grace_s
         output.flush()
         process = subprocess.Popen(
             command,
-            env={**handed_on(os.environ, "mpi", ours=False), **ranks.environment},
+            env={**handed_on(os.environ, "allocation", ours=False), **ranks.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from dtrain.cli import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.cli.login_host import enter_launcher
-from dtrain.cli.submit import sigterm_interrupts
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.cli.submit import refusals, require_sound, warn
+from dtrain.errors import ConfigError
 from dtrain.extras import OF_LAUNCHING, require
 from dtrain.launchers.exit_codes import INTERRUPTED
 
@@ -24,11 +24,9 @@ if TYPE_CHECKING:
     from dtrain.bench.settings import Settings
     from dtrain.cli import Verbs
     from dtrain.launchers.job import Job
-    from dtrain.train.config.schema import LauncherConfig
+    from dtrain.launchers.launcher import Launcher
 
 R = TypeVar("R", bound="Row")
-
-LOOK_SECONDS = 0.5
 
 EPILOG = """\
 settings:
@@ -114,31 +112,29 @@ def _names(word: str, words: Sequence[str]) -> bool:
 def _submitted(what: str, settings: Settings, words: Sequence[str]) -> tuple[Job, Path]:
     """The job that measures, and its folder."""
     from dtrain.bench.settings import FILE
-    from dtrain.train.config import compose, run_folder
-    from dtrain.train.config.composition import names_folder
-    from dtrain.train.launcher_factory import build_launcher
+    from dtrain.train.config import run_folder
+    from dtrain.train.config.composition import compose_named
 
     for word in words:
         if not word.lstrip("+").startswith(LAUNCHER_WORDS):
             raise ConfigError(f"{word}: bench takes bench.KEY=..., launcher=..., launcher.KEY=..., run.dir=..., @FILE")
-    config = compose(words, name="bench")
+    config, named = compose_named(words, name="bench")
     settings = _completed(settings, config.launcher)
     enter_launcher(config.launcher, sys.argv[1:])
     folder = Path(config.run.dir).absolute()
     # What fails would fail again, and its rows would be there twice.
-    launcher = build_launcher(dataclasses.replace(config.launcher, max_restarts=0))
-    if not names_folder(words):
-        folder = run_folder.made(folder)
-    program = ["python", "-m", "dtrain.bench.worker", what, str(folder / FILE)]
-    try:
+    launcher = config.launcher.replaced(max_restarts=0)
+    require_sound(launcher)
+    warn(launcher.warnings())
+    with refusals():
+        launcher.check([folder])
+        if not named:
+            folder = run_folder.made(folder)
+        program = ["python", "-m", "dtrain.bench.worker", what, str(folder / FILE)]
         with run_folder.locked(folder):
             settings.write(folder)
             (folder / "rows.jsonl").unlink(missing_ok=True)
-            return launcher.submit(program, folder=folder, name="bench"), folder
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    except (RuntimeError, OSError) as error:
-        raise DtrainError(str(error)) from error
+            return launcher.start(program, folder=folder, name="bench"), folder
 
 
 def _baseline(path: Path | None, kind: type[Row]) -> Sequence[Row]:
@@ -156,17 +152,17 @@ def _baseline(path: Path | None, kind: type[Row]) -> Sequence[Row]:
     return found
 
 
-def _completed(settings: Settings, launcher: LauncherConfig) -> Settings:
+def _completed(settings: Settings, launcher: Launcher) -> Settings:
     """The settings, with what was left to be found out."""
     import dataclasses
 
     transport, link = settings.transport, settings.link
     if transport == "auto":
-        transport = "mpi" if launcher.name == "mpi" else "torch"
-    if transport == "mpi" and launcher.name != "mpi":
+        transport = "mpi" if launcher.has_mpi else "torch"
+    if transport == "mpi" and not launcher.has_mpi:
         raise ConfigError(f"bench.transport=mpi, but launcher={launcher.name} starts ranks without MPI: launcher=mpi")
     if link == "auto":
-        link = "none" if launcher.name == "local" or (launcher.nodes == 1 and not launcher.hosts) else _cluster_link()
+        link = "none" if launcher.one_machine else _cluster_link()
     return dataclasses.replace(settings, transport=transport, link=link)
 
 
@@ -198,7 +194,7 @@ class Shown(Generic[R]):
 def _show(job: Job, folder: Path, baseline: Sequence[Row], how: Shown[R]) -> int:
     """Print rows as they come; Ctrl-C, or SIGTERM, ends the job and keeps those that there are."""
     from dtrain.bench import rows, table
-    from dtrain.cli.follow import exit_code
+    from dtrain.cli.follow import LOOK_SECONDS, exit_code, sigterm_interrupts
     from dtrain.launchers.job import ENDED
 
     print(f"job {job.id}: {folder}\n{how.head}", flush=True)

@@ -41,12 +41,12 @@ class Stopping:
             self._progress.say(f"{signal.Signals(number).name}: {STOPPING}; Ctrl-C again ends at once ({there})")
         elif number == signal.SIGINT and time.monotonic() - self._since > SAME_PRESS_SECONDS:
             self._progress.close()
-            print(f"SIGINT again: ended at once; {goes_on(self._config, self._words)}", flush=True)
+            print(f"SIGINT again: ended at once; {goes_on_from(self._config, self._words)}", flush=True)
             sys.stderr.flush()
             os._exit(INTERRUPTED)  # the main thread waits for the workers, whom nothing else would keep from going on
 
 
-def goes_on(config: Config, words: Sequence[str]) -> str:
+def goes_on_from(config: Config, words: Sequence[str]) -> str:
     """From where the same command goes on, and the command."""
     step = last_checkpoint(config)
     where = "there is no checkpoint, so the same command starts from step 0"

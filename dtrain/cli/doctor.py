@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dtrain.cli import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
 from dtrain.cli.login_host import enter_launcher
+from dtrain.cli.submit import refusals, require_sound, warn
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.extras import OF_LAUNCHING, require
 
@@ -42,35 +43,32 @@ def add(verbs: Verbs) -> None:
 def _doctor(chosen: argparse.Namespace) -> int:
     require(OF_LAUNCHING)
     from dtrain.doctor import verdict
-    from dtrain.train.config import compose, run_folder
-    from dtrain.train.config.composition import names_folder
-    from dtrain.train.launcher_factory import build_launcher
+    from dtrain.train.config import run_folder
+    from dtrain.train.config.composition import compose_named
 
     for word in chosen.words:
         if not word.lstrip("+").startswith(LAUNCHER_WORDS):
             raise ConfigError(f"{word}: doctor takes launcher=..., launcher.KEY=..., run.dir=FOLDER and @FILE")
-    config = compose(words_of(chosen), name="doctor")
+    config, named = compose_named(words_of(chosen), name="doctor")
     # A rank for each node: more would share what is measured.
-    settings = dataclasses.replace(config.launcher, workers=config.launcher.nodes, max_restarts=0)
-    enter_launcher(settings, sys.argv[1:])
+    launcher = config.launcher.replaced(workers=config.launcher.nodes, max_restarts=0)
+    enter_launcher(launcher, sys.argv[1:])
     folder = Path(config.run.dir).absolute()
-    try:
-        launcher = build_launcher(settings)
-        if not names_folder(words_of(chosen)):
+    require_sound(launcher)
+    warn(launcher.warnings())
+    with refusals():
+        launcher.check([folder])
+        if not named:
             folder = run_folder.made(folder)
         with run_folder.locked(folder):
             for stale in (folder / "doctor").glob("*"):
                 stale.unlink()
-            job = launcher.submit(["python", "-m", "dtrain.doctor.worker", str(folder)], folder=folder, name="doctor")
+            job = launcher.start(["python", "-m", "dtrain.doctor.worker", str(folder)], folder=folder, name="doctor")
         job.wait(SECONDS)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    except (RuntimeError, OSError, TimeoutError) as error:
-        raise DtrainError(str(error)) from error
     reports = read(folder)
     if not reports:
         raise DtrainError(f"no node has reported anything:\n{job.why()}")
-    found = verdict.findings(reports, settings.workers)
+    found = verdict.findings(reports, launcher.workers)
     if chosen.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=1))
     else:

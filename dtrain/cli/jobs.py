@@ -59,7 +59,7 @@ def add(verbs: Verbs) -> None:
 
 def _run(chosen: argparse.Namespace) -> int:
     from dtrain.launchers import job_list as registry
-    from dtrain.launchers.slurm.client import SlurmError
+    from dtrain.launchers.job import SchedulerError
 
     if chosen.words and chosen.verb != "table":
         raise ConfigError(f"{' '.join(chosen.words)}: one job at a time")
@@ -79,17 +79,18 @@ def _run(chosen: argparse.Namespace) -> int:
         return 0
     except LookupError as error:
         raise ConfigError(str(error)) from error
-    except SlurmError as error:
+    except SchedulerError as error:
         raise DtrainError(str(error)) from error
 
 
 def _is_of_this_machine(chosen: argparse.Namespace) -> bool:
     """Whether a folder is named whose job is no cluster's, so that it does not matter which of them are up."""
     from dtrain.launchers.job import Facts
+    from dtrain.launchers.registry import job_class
 
     name = getattr(chosen, "job", None)  # `list` names none, `table` several
     try:
-        return isinstance(name, str) and Facts.read(Path(name)).launcher != "slurm"
+        return isinstance(name, str) and not job_class(Facts.read(Path(name)).launcher).scheduled
     except (OSError, ValueError):
         return False
 
@@ -151,11 +152,11 @@ def _runs_below(place: Path) -> list[Path]:
 
 
 def _state(job: Job) -> str:
-    from dtrain.launchers.slurm.client import SlurmError
+    from dtrain.launchers.job import SchedulerError
 
     try:
         return job.state()
-    except SlurmError:
+    except SchedulerError:
         return "unknown"
 
 

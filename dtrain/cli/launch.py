@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.cli import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
+from dtrain.cli.follow import follow
 from dtrain.cli.login_host import enter_launcher
-from dtrain.cli.submit import Checked
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.cli.submit import goes_on, refusals, require_sound, warn
+from dtrain.errors import ConfigError
 from dtrain.extras import OF_LAUNCHING, require
 
 if TYPE_CHECKING:
     from dtrain.cli import Verbs
-    from dtrain.train.config.schema import LauncherConfig
+    from dtrain.launchers.launcher import Launcher
 
 EPILOG = """\
 The program is started once per rank, with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT
@@ -46,9 +47,8 @@ def add(verbs: Verbs) -> None:
 
 def _launch(chosen: argparse.Namespace) -> int:
     require(OF_LAUNCHING)
-    from dtrain.train.config import compose, run_folder
-    from dtrain.train.config.composition import names_folder
-    from dtrain.train.launcher_factory import build_launcher
+    from dtrain.train.config import run_folder
+    from dtrain.train.config.composition import compose_named
 
     if not chosen.program:
         raise ConfigError("say what to launch, after --: dtrain launch launcher.workers=2 -- python my_train.py")
@@ -59,17 +59,16 @@ def _launch(chosen: argparse.Namespace) -> int:
             )
     if not chosen.name.isprintable() or "/" in chosen.name or not chosen.name:
         raise ConfigError(f"--name {chosen.name!r}: a job's name is one line without a slash, as it is part of a path")
-    config = compose(words_of(chosen), name=chosen.name)
-    enter_launcher(config.launcher, sys.argv[1:], dry_run=chosen.dry_run)
-    named = names_folder(words_of(chosen))
+    config, named = compose_named(words_of(chosen), name=chosen.name)
+    launcher = config.launcher
+    enter_launcher(launcher, sys.argv[1:], dry_run=chosen.dry_run)
     folder = Path(config.run.dir).absolute()
-    launcher = build_launcher(config.launcher, replicas=config.launcher.nodes)  # of a program that is not ours
-    _must_be_there(chosen.program, config.launcher)
+    require_sound(launcher, replicas := launcher.nodes)  # of a program that is not ours
+    warn(launcher.warnings())
+    _must_be_there(chosen.program, launcher)
     if chosen.dry_run:
-        try:
-            print(launcher.render(chosen.program, folder=folder, name=chosen.name), end="")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        with refusals():
+            print(launcher.render(chosen.program, folder=folder, name=chosen.name, replicas=replicas), end="")
         return 0
     if named:
         run_folder.without_job(folder)
@@ -78,34 +77,23 @@ def _launch(chosen: argparse.Namespace) -> int:
                 f"run.dir={folder} holds a training run of dtrain, whose records would be overwritten; choose another "
                 "run.dir"
             )
-    try:
-        if isinstance(launcher, Checked):
-            launcher.check([folder])
+    with refusals():
+        launcher.check([folder])
         if not named:
             folder = run_folder.made(folder)
         log = folder / "logs" / "rank-0.log"
         begin = log.stat().st_size if log.is_file() else 0  # what an earlier job has printed is not told again
         with run_folder.locked(folder), run_folder.withdrawn_if_refused(folder):
-            job = launcher.submit(chosen.program, folder=folder, name=chosen.name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    except (RuntimeError, OSError) as error:
-        raise DtrainError(str(error)) from error
-    print(f"job {job.id} ({launcher.name}): {folder}", flush=True)
-    if config.launcher.name == "slurm" and not config.launcher.wait:
-        print(f"  dtrain jobs status {job.id}     dtrain jobs logs {job.id} -f     dtrain jobs why {job.id}")
-        return 0
-    from dtrain.cli.follow import follow
-
-    return follow(job, begin)
+            job = launcher.start(chosen.program, folder=folder, name=chosen.name, replicas=replicas)
+    return 0 if goes_on(job, launcher, str(folder)) else follow(job, begin)
 
 
-def _must_be_there(program: Sequence[str], launcher: LauncherConfig) -> None:
+def _must_be_there(program: Sequence[str], launcher: Launcher) -> None:
     """Raise ``ConfigError`` for a program that no rank could start, where the ranks see what is seen here."""
     first, *rest = program
-    if launcher.container or launcher.setup or launcher.hosts:
+    if not launcher.same_files:
         return
     if first in ("python", "python3") and rest and rest[0].endswith(".py") and not Path(rest[0]).exists():
         raise ConfigError(f"there is no {rest[0]} in {Path.cwd()}: name the program as it is found from here")
-    if launcher.name == "local" and first not in ("python", "python3") and shutil.which(first) is None:
+    if launcher.here and first not in ("python", "python3") and shutil.which(first) is None:
         raise ConfigError(f"there is no program {first} on PATH or at that path: nothing was started")

@@ -12,19 +12,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
 from dtrain.cli.login_host import enter_launcher
-from dtrain.cli.submit import program
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.cli.submit import refusals, warn, worker
+from dtrain.errors import ConfigError
 from dtrain.launchers.exit_codes import CHECKPOINTED, INTERRUPTED
 from dtrain.launchers.job_list import SWEEP
 
 if TYPE_CHECKING:
+    from dtrain.launchers.launcher import ArrayLauncher
     from dtrain.train.config import Config
 
 FILE = SWEEP
 MOST_RUNS = 10_000
+
+
+class Train(Protocol):
+    """`dtrain.cli.train.train`."""
+
+    def __call__(self, words: Sequence[str], *, dry_run: bool = False) -> int:
+        """Train as these overrides say; returns the exit code."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +67,15 @@ def combinations(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return [(",".join(chosen), [*fixed, *chosen]) for chosen in itertools.product(*swept)]
 
 
-def sweep(words: Sequence[str], *, dry_run: bool) -> int:
-    """Run, or submit, every combination; returns the exit code."""
+def sweep(words: Sequence[str], train: Train, *, dry_run: bool) -> int:
+    """Run, or submit, every combination; returns the exit code. ``train`` runs one that is no element of an array."""
     from dtrain.train.config import compose, run_folder, validate
-    from dtrain.train.config.composition import names_folder
+    from dtrain.train.config.composition import compose_named
     from dtrain.train.config.words import written
 
     chosen = combinations(words)
-    base = Path(compose(chosen[0][1], name="sweep").run.dir).absolute()
+    first, named = compose_named(chosen[0][1], name="sweep")
+    base = Path(first.run.dir).absolute()
     stored = _stored(base) if (base / FILE).exists() else []
     runs = _placed(base, [values for values, _ in chosen], stored)
     places = [written("run.dir", str(run.folder)) for run in runs]
@@ -74,13 +83,11 @@ def sweep(words: Sequence[str], *, dry_run: bool) -> int:
     configs = [run_folder.absolute(compose(command)) for command in commands]
     enter_launcher(configs[0].launcher, sys.argv[1:], dry_run=dry_run)
     descriptions = [validate(config) for config in configs]
-    if not (dry_run or names_folder(chosen[0][1])) and (own := run_folder.made(base)) != base:
-        return sweep([*words, written("run.dir", str(own))], dry_run=False)  # another began in the same second
+    if not (dry_run or named) and (own := run_folder.made(base)) != base:
+        return sweep([*words, written("run.dir", str(own))], train, dry_run=False)  # another began in the same second
     everything = list({run.folder: run for run in (*stored, *runs)}.values())
-    if configs[0].launcher.name == "slurm":
+    if configs[0].launcher.arrays:
         return _array(base, runs, everything, configs, descriptions, dry_run=dry_run)
-    from dtrain.cli.train import train
-
     if dry_run:
         for run, command in zip(runs, commands, strict=True):
             print(f"---- {run.values} ----", flush=True)
@@ -140,36 +147,32 @@ def _array(
     from dtrain.launchers.job import ENDED
     from dtrain.train.config import run_folder
     from dtrain.train.config.composition import commented
-    from dtrain.train.launcher_factory import slurm_launcher
 
-    settings = configs[0].launcher
-    if any(config.launcher != settings for config in configs):
+    launcher = cast("ArrayLauncher", configs[0].launcher)
+    replicas = configs[0].mesh.replicate
+    if any(config.launcher != launcher for config in configs):
         raise ConfigError("the elements of a job array are equal to Slurm: launcher.* cannot be swept")
-    if len({config.mesh.replicate for config in configs}) > 1 and settings.isolate == "replica":
+    if len({config.mesh.replicate for config in configs}) > 1 and launcher.same_replicas:
         raise ConfigError("launcher.isolate=replica needs the same mesh.replicate in every run of a sweep")
-    launcher = slurm_launcher(settings, replicas=configs[0].mesh.replicate)
+    warn(launcher.warnings())
     folders = [run.folder for run in runs]
-    command = program("{folder}")
+    command = worker("{folder}")
     if dry_run:
-        print(launcher.render_array(command, folders=folders, name=base.name))
+        print(launcher.render_array(command, folders=folders, name=base.name, replicas=replicas))
         for number, (run, config) in enumerate(zip(runs, configs, strict=True)):
             print(f"# ---- element {number}: {run.values} ----\n{commented(config)}")
         return 0
-    try:
+    with refusals():
         launcher.check(folders)
         with contextlib.ExitStack() as refusal:
             for config, description in zip(configs, descriptions, strict=True):
                 refusal.enter_context(run_folder.locked(Path(config.run.dir)))
                 refusal.enter_context(run_folder.withdrawn_if_refused(Path(config.run.dir)))
                 run_folder.write(config, description)
-            jobs = launcher.submit_array(command, folders=folders, name=base.name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    except (RuntimeError, OSError) as error:
-        raise DtrainError(str(error)) from error
+            jobs = launcher.start_array(command, folders=folders, name=base.name, replicas=replicas)
     _write(base, everything)
     print(f"job array {jobs[0].id.partition('_')[0]} ({len(jobs)} runs): {base}")
-    if not settings.wait:
+    if not launcher.wait:
         print(f"  dtrain jobs table {base}     dtrain jobs status {jobs[0].id}")
         return 0
     while any(job.state() not in ENDED for job in jobs):

@@ -7,22 +7,25 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.cli import add_config_dir, add_verb, words_of
-from dtrain.cli.ctrl_c import Stopping, goes_on, interruption
+from dtrain.cli.ctrl_c import STOPPING, Stopping, goes_on_from, interruption
+from dtrain.cli.follow import exit_code, watched
 from dtrain.cli.login_host import enter_launcher
 from dtrain.cli.resume_hint import STOP_AFTER, command, last_checkpoint, nothing_left
-from dtrain.cli.submit import program, submit
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.cli.submit import goes_on, refusals, warn, worker
+from dtrain.errors import DtrainError
 from dtrain.extras import OF_TRAINING, require
-from dtrain.launchers.exit_codes import CHECKPOINTED, FAILED, INTERRUPTED
+from dtrain.launchers.exit_codes import BAD_CONFIG, CHECKPOINTED, FAILED, INTERRUPTED
+from dtrain.launchers.job import command_of
 
 if TYPE_CHECKING:
     from dtrain.cli import Verbs
     from dtrain.launchers.failure import Ending
+    from dtrain.launchers.job import Job
     from dtrain.train.config import Config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -74,20 +77,20 @@ def _train(chosen: argparse.Namespace) -> int:
     if chosen.multirun:
         from dtrain.cli.sweep import sweep
 
-        return sweep(words_of(chosen), dry_run=chosen.dry_run)
+        return sweep(words_of(chosen), train, dry_run=chosen.dry_run)
     return train(words_of(chosen), dry_run=chosen.dry_run)
 
 
 def train(words: Sequence[str], *, dry_run: bool = False) -> int:
     """Train as these overrides say; returns the exit code."""
-    from dtrain.train.config import compose, run_folder, to_yaml, validate
-    from dtrain.train.config.composition import commented, names_folder
+    from dtrain.train.config import run_folder, validate
+    from dtrain.train.config.composition import compose_named
     from dtrain.train.config.validation import warnings
-    from dtrain.train.launcher_factory import build_launcher, check_here
 
-    config = run_folder.absolute(compose(words))
-    enter_launcher(config.launcher, sys.argv[1:], dry_run=dry_run)
-    here = Path(config.run.dir)
+    config, named = compose_named(words)
+    config = run_folder.absolute(config)
+    launcher, here = config.launcher, Path(config.run.dir)
+    enter_launcher(launcher, sys.argv[1:], dry_run=dry_run)
     description = validate(config)
     folder = run_folder.previous(config)
     if folder:
@@ -95,40 +98,74 @@ def train(words: Sequence[str], *, dry_run: bool = False) -> int:
     if left := nothing_left(config, folder):
         print(left)
         return 0
-    for warning in warnings(config):
-        print(f"dtrain: warning: {warning}", file=sys.stderr)
-    start = f"goes on from {folder}" if folder else "starts from step 0"
-    launcher = None
-    if config.launcher.name != "local":
-        launcher = build_launcher(config.launcher, replicas=config.mesh.replicate)
-    else:
-        check_here(config.launcher)
-    if dry_run and launcher is not None:
-        try:
-            text = launcher.render(program(config.run.dir), folder=here, name=here.name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        print(f"{text}\n{commented(config)}# {start}")
-        return 0
+    warn([*warnings(config), *launcher.warnings()])
+    if named and not dry_run and not launcher.here:
+        run_folder.without_job(here)
+    with refusals():
+        if launcher.here or not dry_run:
+            launcher.check([here])
     if dry_run:
-        print(f"{to_yaml(config)}# {start}\n# {config.launcher.workers} workers, each: {shlex.join(_worker(config))}")
-        return 0
-    named = names_folder(words)
-    if launcher is not None:
-        return submit(config, description, launcher, words, named=named)
+        return _dry_run(config, f"goes on from {folder}" if folder else "starts from step 0")
     if not named:
         config = run_folder.in_its_own(config)
+    if not launcher.here:
+        return _submit(config, description, words)
     with run_folder.locked(Path(config.run.dir)):
         run_folder.write(config, description)
         return _launch(config, words, goes_on_from=folder)
 
 
-def _worker(config: Config) -> list[str]:
-    """The command of each rank on this machine."""
+def _dry_run(config: Config, start: str) -> int:
+    """Print the configuration and what would be started."""
+    from dtrain.train.config import to_yaml
+    from dtrain.train.config.composition import commented
+
+    launcher, here = config.launcher, Path(config.run.dir)
+    if launcher.here:
+        print(f"{to_yaml(config)}# {start}\n# {launcher.workers} workers, each: {shlex.join(_worker(config))}")
+        return 0
+    with refusals():
+        text = launcher.render(worker(here), folder=here, name=here.name, replicas=config.mesh.replicate)
+    print(f"{text}\n{commented(config)}# {start}")
+    return 0
+
+
+def _submit(config: Config, description: Mapping[str, object], words: Sequence[str]) -> int:
+    """Hand the run over to its launcher; its job id is all that is printed, unless it is to be followed."""
     from dtrain.train.config import run_folder
 
-    python = config.launcher.python or sys.executable
-    return [python, "-u", "-m", "dtrain.train.worker", str(Path(config.run.dir) / run_folder.CONFIG)]
+    launcher, here = config.launcher, Path(config.run.dir)
+    with refusals(), run_folder.locked(here), run_folder.withdrawn_if_refused(here):
+        run_folder.write(config, description)
+        job = launcher.start(worker(here), folder=here, name=here.name, replicas=config.mesh.replicate)
+    return 0 if goes_on(job, launcher, f"run {here}") else follow_run(config, job, words)
+
+
+def follow_run(config: Config, job: Job, words: Sequence[str]) -> int:
+    """Show the progress of a job until it has ended, then its summary or what went wrong.
+
+    Ctrl-C, or SIGTERM, leaves a job that a scheduler keeps as it is and ends any other.
+    """
+    from dtrain.launchers.failure import Ending
+    from dtrain.report.progress import Progress
+
+    def stopping() -> None:
+        print(f"job {job.id}: {STOPPING}; Ctrl-C again leaves it to end by itself", flush=True)
+
+    progress = Progress(Path(config.run.dir) / "metrics.jsonl", steps=config.train.steps)
+    ended = watched(job, lambda: None, stopping, display=progress)
+    if not ended and job.scheduled:
+        return INTERRUPTED
+    if not ended:
+        return finish(config, Ending("signalled", signal.SIGINT, 0, ()), words)
+    if job.state() != "finished":
+        return exit_code(job)
+    return finish(config, Ending("finished", None, 0, ()), words)
+
+
+def _worker(config: Config) -> list[str]:
+    """The command of each rank on this machine."""
+    return list(command_of(worker(config.run.dir), Path(config.run.dir), python=config.launcher.python))
 
 
 def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) -> int:
@@ -138,7 +175,6 @@ def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) 
     from dtrain.launchers.lock import HELD
     from dtrain.launchers.records import rank_files
     from dtrain.report.progress import Progress, say
-    from dtrain.train.launcher_factory import environment_of
     from dtrain.train.signals import overheard
 
     here = Path(config.run.dir)
@@ -166,7 +202,7 @@ def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) 
                 max_restarts=config.launcher.max_restarts,
                 grace_seconds=config.launcher.grace_seconds,
                 threads_per_worker=config.launcher.threads_per_worker,
-                environment={**environment_of(config.launcher), **ours},
+                environment={**config.launcher.variables(), **ours},
                 on_restart=tell,
             )
     try:
@@ -195,7 +231,7 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
     if outcome is None and interrupted:
         if any(not (failure.consequence or interruption(failure)) for failure in ending.failures):
             print(f"dtrain: error: {root_cause(ending)}", file=sys.stderr)
-        say(f"SIGINT: ended before it could checkpoint; {goes_on(config, words)}")
+        say(f"SIGINT: ended before it could checkpoint; {goes_on_from(config, words)}")
         return INTERRUPTED
     if outcome is None or ending.kind == "failed":
         if ending.failures:
@@ -204,7 +240,7 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
             name = signal.Signals(ending.signal).name if ending.signal else "an unknown cause"
             print(f"dtrain: error: the run ended by {name} before it had a checkpoint", file=sys.stderr)
         codes = {failure.exit_code for failure in ending.failures[:1]}
-        return ConfigError.exit_code if codes == {ConfigError.exit_code} else FAILED
+        return BAD_CONFIG if codes == {BAD_CONFIG} else FAILED
     if outcome.get("reason") == "signal":
         number = outcome.get("signal")
         name = signal_name(number) if isinstance(number, int) else "a signal"

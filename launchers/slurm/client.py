@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from dtrain.launchers.environment import CLUSTER
 from dtrain.launchers.inherited_environment import handed_on
-from dtrain.launchers.job import State
+from dtrain.launchers.job import SchedulerError, State
 
 __all__ = [
     "Cluster", "SlurmError", "ask", "cluster", "count_of", "job_line", "job_record", "job_state", "partitions", "since",
@@ -39,7 +39,7 @@ STATES: dict[str, State] = {
 """One that is preempted is pending where Slurm or its script starts it again, and PREEMPTED where neither could."""
 
 
-class SlurmError(RuntimeError):
+class SlurmError(SchedulerError):
     """Slurm refused or did not answer; the message is its own, and what was asked."""
 
 
@@ -54,7 +54,7 @@ def ask(*command: str, seconds: float = SECONDS) -> str:
         # Without SQUEUE_STATES and its like, which change what is answered.
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False,
-            env=handed_on(os.environ, "slurm"),
+            env=handed_on(os.environ, "cluster"),
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{' '.join(command)} did not answer within {seconds:g} s: is slurmctld up?") from error

@@ -6,7 +6,8 @@ that has it now writes the log that was asked for at its submission.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+import dataclasses
+from typing import ClassVar, Literal, TypeAlias
 
 from dtrain.launchers.environment import CLUSTER
 from dtrain.launchers.job import Facts, Job, State
@@ -33,7 +34,22 @@ def place_of(facts: Facts) -> Place:
 class SlurmJob(Job):
     """A job, or an element of a job array (its id is then 12_3)."""
 
+    scheduled: ClassVar[bool] = True
     _ours = False  # Slurm has said so: a number is not given away again while its cluster is up
+
+    @classmethod
+    def located(cls, facts: Facts) -> Facts:
+        """With the cluster that Slurm's commands talk to from here."""
+        here = cluster()
+        return dataclasses.replace(facts, cluster=here.name or facts.cluster, came_up=here.came_up)
+
+    def is_here(self) -> bool:
+        """Whether its cluster is the one that is asked from here."""
+        return place_of(self.facts) == "here"
+
+    def cluster_is_up(self) -> bool:
+        """Of a cluster of `dtrain cluster`, whose files say so."""
+        return bool(self.facts.came_up) and since(self.facts.cluster) == self.facts.came_up
 
     def ask(self) -> State:
         """The state as Slurm knows it; lost where its number is another job's now, or its cluster is gone."""

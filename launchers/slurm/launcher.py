@@ -6,22 +6,22 @@ submitit's own wrapper requeues from a signal handler on rank 0; here the script
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from dtrain.launchers import job_list as registry
+from dtrain.launchers import job_list
 from dtrain.launchers import trust as trusted
 from dtrain.launchers.code_copy import Snapshot
 from dtrain.launchers.environment import CLUSTER
-from dtrain.launchers.inherited_environment import DEFAULTS, defaults_of_shell, handed_on, replaced
-from dtrain.launchers.job import Facts, Program, command_of
+from dtrain.launchers.inherited_environment import DEFAULTS, Kept, defaults_of_shell, handed_on, replaced, unused
+from dtrain.launchers.job import Facts, Job, Program, command_of
 from dtrain.launchers.slurm.client import SlurmError, ask
 from dtrain.launchers.slurm.job import SlurmJob
 from dtrain.launchers.slurm.preflight import problems
@@ -32,99 +32,112 @@ from dtrain.launchers.slurm.settings import SlurmSettings, unwritable
 __all__ = ["SlurmLauncher"]
 
 
-class SlurmLauncher:
-    """Submits jobs that ask for ``settings``. ``environment`` is set for every rank, beside what Slurm hands on.
+@dataclass(frozen=True, kw_only=True)
+class SlurmLauncher(SlurmSettings):
+    """Submits jobs; with ``snapshot`` each runs a copy of the code around the working directory, in its folder."""
 
-    ``snapshot``: the job runs a copy of the code around the working directory, which lies in its folder.
-    """
+    job_class: ClassVar[type[Job]] = SlurmJob
+    keeps: ClassVar[Kept] = "cluster"
+    arrays: ClassVar[bool] = True
 
-    name = "slurm"
+    @property
+    def login_host(self) -> bool:
+        """Slurm's commands work there."""
+        return True
 
-    def __init__(
-        self, settings: SlurmSettings, environment: Mapping[str, str] | None = None, *, snapshot: bool = True
-    ) -> None:
-        given = [key for key in DEFAULTS.values() if getattr(settings, key)]
-        directives = [text.lstrip("-").partition("=")[0] for text in settings.sbatch]
-        defaults, more = defaults_of_shell(os.environ, [*given, *directives])
-        chosen: dict[str, Any] = {**defaults, "sbatch": (*settings.sbatch, *more)}
-        # The interpreter of this very command, by its path: nodes see the same file system.
-        self.settings = dataclasses.replace(settings, python=settings.python or sys.executable, **chosen)
-        self._environment = dict(environment or {})
-        self._snapshot = snapshot
-
-    def render(self, program: Sequence[str], *, folder: Path, name: str = "job") -> str:
-        """The sbatch text of one job."""
-        return render(self._work(self._command(program, folder), [folder], name, literal=True), self.settings)
-
-    def render_array(self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep") -> str:
-        """The sbatch text of an array: an element for each folder, which "{folder}" in ``program`` stands for."""
-        return render(self._work(self._command(program, folders[0]), folders, name), self.settings)
-
-    def submit(self, program: Program, *, folder: Path, name: str = "job") -> SlurmJob:
-        """Submit one job; see `dtrain.launchers.job.Launcher`."""
-        self.check([folder])
-        return self._submit(self._command(program, folder), [folder.absolute()], name, literal=True)[0]
-
-    def submit_array(self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep") -> list[SlurmJob]:
-        """Submit a job array, at most ``array_parallel`` elements of which run at the same time."""
-        self.check(folders)
-        return self._submit(self._command(program, folders[0]), [folder.absolute() for folder in folders], name)
+    def warnings(self) -> list[str]:
+        """The defaults of sbatch that the shell sets, and no key stands for."""
+        return unused(os.environ)
 
     def check(self, folders: Sequence[Path]) -> None:
         """Raise ``ValueError`` for all that Slurm would refuse, or accept and never start."""
         _check_names("", folders)
-        found = problems(self.settings, folders[0], one_machine=CLUSTER in os.environ)
+        found = problems(self.asked(), folders[0], one_machine=CLUSTER in os.environ)
         if found:
             raise ValueError("\n".join(found))
 
-    def _command(self, program: Program, folder: Path) -> tuple[str, ...]:
-        return command_of(program, folder.absolute(), python=self.settings.python)
+    def render(self, program: Sequence[str], *, folder: Path, name: str = "job", replicas: int = 1) -> str:
+        """The sbatch text of one job."""
+        asked = self.asked()
+        return render(_work(asked, program, [folder], name, replicas, literal=True), asked)
 
-    def _work(self, program: tuple[str, ...], folders: Sequence[Path], name: str, *, literal: bool = False) -> Work:
-        absolute = tuple(folder.absolute() for folder in folders)
-        _check_names(name, absolute)
-        lists = absolute[0].parent / f"{name}-array" / "folders.txt"
-        environment = dict(self._environment)
-        if self._snapshot:
-            snapshot = self._taken_from(absolute, lists)
-            program, environment = snapshot.mapped(program), {**snapshot.variables, **environment}
-        return Work(name, program, absolute, Path.cwd(), lists, environment, literal)
+    def render_array(
+        self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep", replicas: int = 1
+    ) -> str:
+        """The sbatch text of an array: an element for each folder, which "{folder}" in ``program`` stands for."""
+        asked = self.asked()
+        return render(_work(asked, program, folders, name, replicas), asked)
 
-    def _taken_from(self, folders: Sequence[Path], lists: Path) -> Snapshot:
-        return Snapshot.of(Path.cwd(), (lists.parent if len(folders) > 1 else folders[0]) / "code")
+    def start(self, program: Program, *, folder: Path, name: str = "job", replicas: int = 1) -> SlurmJob:
+        """Submit one job; see `dtrain.launchers.launcher.Launcher`."""
+        asked = self.asked()
+        return _submit(_work(asked, program, [folder], name, replicas, literal=True), asked)[0]
 
-    def _submit(
-        self, program: tuple[str, ...], folders: list[Path], name: str, *, literal: bool = False
+    def start_array(
+        self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep", replicas: int = 1
     ) -> list[SlurmJob]:
-        work = self._work(program, folders, name, literal=literal)
-        for folder in folders:
-            trusted.make_folder(folder)
-        if self._snapshot:
-            self._taken_from(work.folders, work.lists).take()
-        for folder in folders:
-            # Slurm opens the log before the script could make its folder, and says nothing if it cannot.
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            for stale in ("end.json", "attempts", "fruitless"):
-                (folder / stale).unlink(missing_ok=True)
-            shutil.rmtree(folder / "ranks", ignore_errors=True)
-        if work.array:
-            work.lists.parent.mkdir(parents=True, exist_ok=True)
-            work.lists.write_text("".join(f"{folder}\n" for folder in folders))
-        text = render(work, self.settings)
-        for folder in folders:
-            trusted.write_private(folder / "job.sbatch", text.encode())  # its environment is nobody else's business
-        number = _sbatch(text, work.lists.parent if work.array else folders[0] / "logs" / "sbatch", self.settings)
-        jobs = []
-        for index, folder in enumerate(folders):
-            facts = Facts(
-                id=f"{number}_{index}" if work.array else number, launcher=self.name, name=name, folder=str(folder),
-                program=program, workers=self.settings.workers, submitted=time.time(),
-                cluster=os.environ.get(CLUSTER, ""),
-            )  # fmt: skip
-            facts.write()
-            registry.add(facts)
-            jobs.append(SlurmJob(facts))
-        return jobs
+        """Submit a job array, at most ``array_parallel`` elements of which run at the same time."""
+        asked = self.asked()
+        return _submit(_work(asked, program, folders, name, replicas), asked)
+
+    def submit_array(self, program: Sequence[str], *, folders: Sequence[Path], name: str = "sweep") -> list[SlurmJob]:
+        """As `submit`."""
+        if problems := self.problems():
+            raise ValueError("\n".join(problems))
+        self.check(folders)
+        return self.start_array(program, folders=folders, name=name)
+
+    def asked(self) -> SlurmSettings:
+        """What Slurm is asked for: this, and what sbatch would take from the shell for keys that are not set."""
+        given = [key for key in DEFAULTS.values() if getattr(self, key)]
+        directives = [text.lstrip("-").partition("=")[0] for text in self.sbatch]
+        defaults, more = defaults_of_shell(os.environ, [*given, *directives])
+        # The interpreter of this very command, by its path: nodes see the same file system.
+        return self.replaced(python=self.python or sys.executable, sbatch=(*self.sbatch, *more), **defaults)
+
+
+def _work(
+    asked: SlurmSettings, program: Program, folders: Sequence[Path], name: str, replicas: int, *, literal: bool = False
+) -> Work:
+    absolute = tuple(folder.absolute() for folder in folders)
+    _check_names(name, absolute)
+    plain = command = command_of(program, absolute[0], python=asked.python)
+    lists = absolute[0].parent / f"{name}-array" / "folders.txt"
+    environment, code = asked.variables(), None
+    if asked.snapshot:
+        code = Snapshot.of(Path.cwd(), (lists.parent if len(absolute) > 1 else absolute[0]) / "code")
+        command, environment = code.mapped(command), {**code.variables, **environment}
+    return Work(name, command, absolute, Path.cwd(), lists, environment, literal, replicas, code, plain)
+
+
+def _submit(work: Work, asked: SlurmSettings) -> list[SlurmJob]:
+    for folder in work.folders:
+        trusted.make_folder(folder)
+    if work.code is not None:
+        work.code.take()
+    for folder in work.folders:
+        # Slurm opens the log before the script could make its folder, and says nothing if it cannot.
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        for stale in ("end.json", "attempts", "fruitless"):
+            (folder / stale).unlink(missing_ok=True)
+        shutil.rmtree(folder / "ranks", ignore_errors=True)
+    if work.array:
+        work.lists.parent.mkdir(parents=True, exist_ok=True)
+        work.lists.write_text("".join(f"{folder}\n" for folder in work.folders))
+    text = render(work, asked)
+    for folder in work.folders:
+        trusted.write_private(folder / "job.sbatch", text.encode())  # its environment is nobody else's business
+    number = _sbatch(text, work.lists.parent if work.array else work.folders[0] / "logs" / "sbatch", asked)
+    jobs = []
+    for index, folder in enumerate(work.folders):
+        facts = Facts(
+            id=f"{number}_{index}" if work.array else number, launcher=asked.name, name=work.name, folder=str(folder),
+            program=work.given, workers=asked.all_workers, submitted=time.time(), cluster=os.environ.get(CLUSTER, ""),
+        )  # fmt: skip
+        facts.write()
+        job_list.add(facts)
+        jobs.append(SlurmJob(facts))
+    return jobs
 
 
 def _check_names(name: str, folders: Sequence[Path]) -> None:
@@ -156,7 +169,7 @@ def _sbatch(text: str, folder: Path, settings: SlurmSettings) -> str:
     executor: Any = Executor(folder=folder)
     try:
         # submitit prints what it raises, too
-        with contextlib.redirect_stderr(io.StringIO()), replaced(handed_on(os.environ, "slurm")):
+        with contextlib.redirect_stderr(io.StringIO()), replaced(handed_on(os.environ, "cluster")):
             job = executor._submit_command("")
     except (FailedJobError, FailedSubmissionError) as error:
         if unanswered(str(error)):

@@ -18,23 +18,23 @@ LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/scratch/local", "/local")
 
 
 def problems(settings: SlurmSettings, folder: Path, *, one_machine: bool = False) -> list[str]:
-    """Everything that speaks against the job, each with the value and the way out; empty if nothing does.
+    """Everything that Slurm has against the job, each with the value and the way out; empty if nothing does.
 
     ``one_machine``: all nodes are hosts of this machine (`dtrain cluster`), which share all of its disks.
 
     Raises ``SlurmError`` where Slurm is missing or silent.
     """
     known = partitions()
-    found = [*settings.problems(), *_partition(settings, known), *([] if one_machine else _folder(folder))]
-    alone = settings.workers <= settings.nodes and settings.cpus_per_worker == 1 and not settings.groups
+    found = [*_partition(settings, known), *([] if one_machine else _folder(folder))]
+    alone = settings.all_workers <= settings.all_nodes and settings.threads_per_worker == 1 and not settings.groups
     if found or alone:  # every node has one CPU
         return found
     return list(too_many_cpus(settings, _cpus_of_nodes()))
 
 
 def _partition(settings: SlurmSettings, known: list[Partition]) -> Iterator[str]:
-    wanted = [group.partition or settings.partition for group in settings.groups] or [settings.partition]
-    nodes = [group.nodes for group in settings.groups] or [settings.nodes]
+    wanted = [group.partition or settings.partition for group in settings.components] or [settings.partition]
+    nodes = [group.nodes for group in settings.components] or [settings.nodes]
     names = ", ".join(partition.name for partition in known) or "none"
     for name, count in zip(wanted, nodes, strict=True):
         if not name and not any(partition.default for partition in known):
@@ -98,18 +98,18 @@ def _cpus_of_nodes() -> dict[str, list[int]]:
 def too_many_cpus(settings: SlurmSettings, known: Mapping[str, Sequence[int]]) -> Iterator[str]:
     """Ranks whose CPUs no node has. ``known``: of each partition, the CPUs of each of its nodes; "": of the default.
 
-    >>> list(too_many_cpus(SlurmSettings(cpus_per_worker=64), {"": [8, 64]}))
+    >>> list(too_many_cpus(SlurmSettings(threads_per_worker=64), {"": [8, 64]}))
     []
     """
     if any(directive.lstrip("-").split("=")[0] in OVERCOMMITTED for directive in settings.sbatch):
         return
     whole = Group(nodes=settings.nodes, workers=settings.workers, partition=settings.partition)
-    for group in settings.groups or (whole,):
+    for group in settings.components or (whole,):
         name = group.partition or settings.partition
         # Of several partitions the job takes one: the nodes of that which has the most will do.
         nodes = max((known.get(part, ()) for part in name.split(",")), key=lambda cpus: max(cpus, default=0))
         ranks = -(-group.workers // group.nodes)
-        wanted = ranks * settings.cpus_per_worker
+        wanted = ranks * settings.threads_per_worker
         if not nodes or sum(cpus >= wanted for cpus in nodes) >= group.nodes:
             continue
         most = sorted(nodes, reverse=True)[min(group.nodes, len(nodes)) - 1]
@@ -117,9 +117,9 @@ def too_many_cpus(settings: SlurmSettings, known: Mapping[str, Sequence[int]]) -
         fits = most // ranks
         way = f"set launcher.threads_per_worker to at most {fits}, or " if fits else ""
         yield (
-            f"launcher.threads_per_worker={settings.cpus_per_worker} with {ranks} workers on each node takes {wanted} "
-            f"CPUs there, but of the {len(nodes)} nodes {where} too few have more than {most}, so the job would wait "
-            f"for ever; {way}take more launcher.nodes, fewer launcher.workers, or another launcher.partition"
+            f"launcher.threads_per_worker={settings.threads_per_worker} with {ranks} workers on each node takes "
+            f"{wanted} CPUs there, but of the {len(nodes)} nodes {where} too few have more than {most}, so the job "
+            f"would wait for ever; {way}take more launcher.nodes, fewer launcher.workers, or another launcher.partition"
         )
 
 

@@ -87,8 +87,8 @@ def _keys(settings: SlurmSettings) -> Iterator[tuple[str, str]]:
         yield topic, f"launcher.sbatch=[{directive}] (--{name})"
     for topic, key, directive, number in (
         ("time", "minutes", "time", settings.minutes),
-        ("cpus", "threads_per_worker", "cpus-per-task", settings.cpus_per_worker),
-        ("nodes", "nodes", "nodes", settings.nodes),
-        ("nodes", "workers", "ntasks-per-node", settings.workers),
+        ("cpus", "threads_per_worker", "cpus-per-task", settings.threads_per_worker),
+        ("nodes", "nodes", "nodes", settings.all_nodes),
+        ("nodes", "workers", "ntasks-per-node", settings.all_workers),
     ):
         yield topic, f"launcher.{key}={number} (--{directive})"

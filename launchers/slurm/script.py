@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.launchers.argv import sent
+from dtrain.launchers.code_copy import Snapshot
 from dtrain.launchers.environment import RANK_OFFSET, WORLD
 from dtrain.launchers.probe import HANG_SECONDS
 from dtrain.launchers.rendezvous import INTERFACES
@@ -24,7 +25,8 @@ class Work:
     """What the job runs: ``program``, once per rank, in ``directory``, with its files in ``folder``.
 
     ``folders``: more than one makes a job array, an element each; "{folder}" in ``program`` stands for its folder, but
-    not in a ``literal`` one. ``lists``: where the script reads the folders of an array from.
+    not in a ``literal`` one. ``lists``: where the script reads the folders of an array from. ``replicas``: of its mesh.
+    ``code``: the copy of the code that it runs; ``given``: the program outside of that.
     """
 
     name: str
@@ -34,6 +36,9 @@ class Work:
     lists: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     literal: bool = False
+    replicas: int = 1
+    code: Snapshot | None = None
+    given: tuple[str, ...] = ()
 
     @property
     def array(self) -> bool:
@@ -55,7 +60,7 @@ def render(work: Work, settings: SlurmSettings) -> str:
         folder=shlex.quote(str(work.folders[0])),
         folders=shlex.quote(str(work.lists)),
         directory=shlex.quote(str(work.directory)),
-        workers=settings.workers,
+        workers=settings.all_workers,
         max_restarts=settings.max_restarts,
         address=shlex.quote(settings.address) if settings.address else "",
         port=settings.port,
@@ -68,7 +73,7 @@ def render(work: Work, settings: SlurmSettings) -> str:
 def _directives(work: Work, settings: SlurmSettings) -> list[str]:
     folder = str(work.lists.parent if work.array else work.folders[0]).replace("%", "%%")  # Slurm has signs of its own
     log = f"{folder}/batch-%a.log" if work.array else f"{folder}/logs/batch.log"
-    first = settings.groups[0] if settings.groups else None
+    first, *others = settings.components or [_whole(settings)]
     lines = {
         "job-name": work.name,
         "time": str(settings.minutes),
@@ -76,7 +81,7 @@ def _directives(work: Work, settings: SlurmSettings) -> list[str]:
         "qos": settings.qos,
         "exclude": settings.exclude,
         "reservation": settings.reservation,
-        **_resources(first or _whole(settings), settings),
+        **_resources(first, settings),
         "output": log,
         "open-mode": "append",
         "signal": f"USR2@{settings.signal_seconds}" if settings.signal_seconds else "",
@@ -85,7 +90,7 @@ def _directives(work: Work, settings: SlurmSettings) -> list[str]:
     text = [f"--{name}={shlex.quote(value)}" for name, value in lines.items() if value]
     text.append("--requeue")
     text += [f"--{directive.lstrip('-')}" for directive in settings.sbatch]
-    for group in settings.groups[1:]:
+    for group in others:
         text.append("hetjob")
         text += [f"--{name}={shlex.quote(value)}" for name, value in _resources(group, settings).items() if value]
     return text
@@ -104,7 +109,7 @@ def _resources(group: Group, settings: SlurmSettings) -> dict[str, str]:
     return {
         "nodes": str(group.nodes),
         "ntasks-per-node": "1" if torchrun else str(per_node),
-        "cpus-per-task": str(settings.cpus_per_worker * (per_node if torchrun else 1)),
+        "cpus-per-task": str(settings.threads_per_worker * (per_node if torchrun else 1)),
         "gpus-per-node": str(group.gpus_per_node or settings.gpus_per_node or ""),
         "mem": f"{settings.memory_gib}G" if settings.memory_gib else "",
         "partition": group.partition or settings.partition,
@@ -122,15 +127,15 @@ def _array(work: Work, settings: SlurmSettings) -> str:
 def _variables(work: Work, settings: SlurmSettings) -> dict[str, str]:
     found = {
         "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(settings.cpus_per_worker),
+        "OMP_NUM_THREADS": str(settings.threads_per_worker),
         # Since 22.05 srun no longer takes --cpus-per-task over from sbatch.
-        "SRUN_CPUS_PER_TASK": str(settings.cpus_per_worker),
+        "SRUN_CPUS_PER_TASK": str(settings.threads_per_worker),
         HANG_SECONDS: f"{settings.hang_seconds:g}",
     }
     if settings.interface:
         found |= dict.fromkeys(INTERFACES, settings.interface)
     if settings.per_node == "torchrun":  # one task for all ranks of a node
-        found["SRUN_CPUS_PER_TASK"] = str(settings.cpus_per_worker * (settings.workers // settings.nodes))
+        found["SRUN_CPUS_PER_TASK"] = str(settings.threads_per_worker * (settings.all_workers // settings.all_nodes))
     return {**found, **work.environment}
 
 
@@ -155,21 +160,22 @@ def _steps(work: Work, settings: SlurmSettings) -> list[_Step]:
     command = _command(work, settings)
 
     def step(offset: int, *more: str, alone: bool) -> _Step:
-        variables = "" if alone else f"{RANK_OFFSET}={offset} {WORLD}={settings.workers}"
+        variables = "" if alone else f"{RANK_OFFSET}={offset} {WORLD}={settings.all_workers}"
         return _Step(variables, shlex.join([*whole, *more]), command)
 
     if settings.groups:
         steps, offset = [], 0
-        for number, group in enumerate(settings.groups):
+        for number, group in enumerate(settings.components):
             steps.append(step(offset, f"--het-group={number}", f"--ntasks={group.workers}", alone=False))
             offset += group.workers
         return steps
-    if settings.replicas > 1:
-        shards = settings.workers // settings.replicas
+    replicas = settings.steps(work.replicas)
+    if replicas > 1:
+        shards = settings.workers // replicas
         steps = []
-        for replica in range(settings.replicas):
+        for replica in range(replicas):
             # By name of node, as Slurm would spread the steps in an order of its own, and ranks follow the nodes.
-            nodes, first = max(1, settings.nodes // settings.replicas), replica * settings.nodes // settings.replicas
+            nodes, first = max(1, settings.nodes // replicas), replica * settings.nodes // replicas
             where = [f"--ntasks={shards}", "--exact", f"--nodes={nodes}", f"--relative={first}"]
             steps.append(step(replica * shards, *where, alone=False))
         return steps
@@ -197,9 +203,9 @@ def _command(work: Work, settings: SlurmSettings) -> str:
         return prefix + one
     # Every process of a step gets the scheduler's signals, the ranks too. torchrun would die of some and leave its
     # ranks behind; it inherits that they are ignored, and its ranks set them back.
-    per_node = settings.workers // settings.nodes
+    per_node = settings.all_workers // settings.all_nodes
     agent = [
-        python, "-P", "-m", "torch.distributed.run", f"--nnodes={settings.nodes}", f"--nproc-per-node={per_node}",
+        python, "-P", "-m", "torch.distributed.run", f"--nnodes={settings.all_nodes}", f"--nproc-per-node={per_node}",
         "--rdzv-backend=static", "--max-restarts=0", "--signals-to-handle=SIGQUIT", "--no-python",
     ]  # fmt: skip
     # With the static rendezvous node 0 is the host, whatever names it has, and ranks follow Slurm's order of nodes.

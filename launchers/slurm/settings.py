@@ -1,11 +1,13 @@
-"""What a job asks Slurm for. Names are sbatch's own where it has one."""
+"""What a job asks Slurm for: the keys of ``launcher=slurm``. Names are sbatch's own where it has one."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+
+from dtrain.launchers.launcher import Allocation, Keys, not_negative, one_of, out_of_range
 
 __all__ = ["Group", "SlurmSettings", "unwritable"]
 
@@ -43,99 +45,127 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmSettings:
-    """A request to Slurm. Empty and 0 mean: as the site has it.
+class SlurmSettings(Allocation, Keys):
+    """A request to Slurm, by its keys. Empty and 0 mean: as the site has it."""
 
-    workers          ranks in all, spread evenly over ``nodes``
-    minutes          the time limit of one run of the job; the job goes on after it, from its checkpoint
-    per_node         "srun": one task per rank. "torchrun": one task per node, whose torchrun starts its ranks
-    replicas         more than 1: a job step for each, so that a dead one does not take the others with it
-    groups           the components of a heterogeneous job; then ``nodes`` and ``workers`` are their sums
-    max_restarts     attempts in a row without progress, after which the job gives up
-    signal_seconds   the ranks get SIGUSR2 this long before the time limit
-    hang_seconds     a rank that stands in one collective for longer ends the attempt; 0: never
-    address, port    where the ranks meet: by default the job's first node, and a free port
-    interface        the network interface of gloo and NCCL
-    sbatch           any further directives: "exclusive", "mail-type=END"
-    """
-
-    nodes: int = 1
-    workers: int = 1
-    minutes: int = 60
-    cpus_per_worker: int = 1
-    gpus_per_node: int = 0
-    memory_gib: int = 0
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    exclude: str = ""
-    reservation: str = ""
-    array_parallel: int = 0
-    per_node: Literal["srun", "torchrun"] = "srun"
-    replicas: int = 1
-    groups: tuple[Group, ...] = ()
-    max_restarts: int = 3
-    signal_seconds: int = 120
-    hang_seconds: float = 600.0
+    name: str = "slurm"
+    max_restarts: int = not_negative(3)
+    array_parallel: int = not_negative(0)
+    """How many runs of a sweep may run at the same time; 0: all."""
+    per_node: str = one_of("srun", "torchrun")
+    """``srun``: one task per rank. ``torchrun``: one task per node, whose torchrun starts its ranks."""
+    isolate: str = one_of("none", "replica")
+    """``replica``: a job step per replica, so that a dead one does not take the others with it."""
+    signal_seconds: int = not_negative(120)
+    """The ranks are told this long before the time limit; 0: not at all."""
     address: str = ""
-    port: int = 0
-    interface: str = ""
-    python: str = ""
+    """Where the ranks meet; empty: the job's first node."""
+    port: int = not_negative(0)
+    """0: a free one."""
     setup: tuple[str, ...] = ()
+    """Lines of the batch script before the ranks start: ``module load ...``."""
     container: str = ""
-    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """An image; empty: none."""
+    container_runtime: str = one_of("pyxis", "apptainer")
     container_args: tuple[str, ...] = ()
     srun_args: tuple[str, ...] = ()
     sbatch: tuple[str, ...] = ()
+    """Any further directive: ``mail-type=END``, ``exclusive``."""
+    groups: tuple[str, ...] = ()
+    """The components of a heterogeneous job: ``nodes=2 workers=4 constraint=a100``; their sums are its size."""
 
-    def problems(self) -> list[str]:
+    @property
+    def components(self) -> tuple[Group, ...]:
+        """``groups``, read. Raises ``ValueError`` for one that is none, which `problems` names."""
+        return tuple(Group.parse(text) for text in self.groups)
+
+    @property
+    def all_nodes(self) -> int:
+        """Nodes of the job."""
+        return sum(group.nodes for group in self.components) or self.nodes
+
+    @property
+    def all_workers(self) -> int:
+        """Ranks of the job."""
+        return sum(group.workers for group in self.components) or self.workers
+
+    @property
+    def same_files(self) -> bool:
+        """Not in a container, or after lines that may load programs."""
+        return not (self.container or self.setup)
+
+    @property
+    def same_replicas(self) -> bool:
+        """The elements of an array have the same job steps."""
+        return self.isolate == "replica"
+
+    def steps(self, replicas: int) -> int:
+        """How many job steps a program of so many replicas has."""
+        return replicas if self.isolate == "replica" else 1
+
+    def problems(self, replicas: int = 1) -> list[str]:
         """What cannot be right wherever it is submitted; each with the value and the way out."""
-        found = []
-        if self.workers % self.nodes:
-            near = self.workers // self.nodes * self.nodes or self.nodes
-            found.append(
-                f"launcher.workers={self.workers} cannot be spread evenly over launcher.nodes={self.nodes}; choose "
-                f"{near} or {near + self.nodes} workers"
-            )
-        if self.minutes < 1:
-            found.append(f"launcher.minutes={self.minutes}: a time limit is at least 1 minute")
+        if problems := out_of_range(self):
+            return problems
+        try:
+            nodes, workers = self.all_nodes, self.all_workers
+        except ValueError as error:
+            return [f"launcher.groups: {error}"]
+        return [
+            *self._malformed(),
+            *([] if self.groups else self._uneven()),
+            *self._times(),
+            *self._steps(self.steps(replicas), nodes, workers),
+            *self._container(),
+            *self._unwritable(),
+        ]
+
+    def _times(self) -> Iterator[str]:
         if self.minutes > MOST_MINUTES:
-            found.append(
+            yield (
                 f"launcher.minutes={self.minutes} is more than Slurm can count, which is {MOST_MINUTES}; the job goes "
                 "on after each limit, so 1440, a day, serves as well"
             )
         if self.signal_seconds and self.signal_seconds >= 60 * self.minutes:
-            found.append(
+            yield (
                 f"launcher.signal_seconds={self.signal_seconds} leaves nothing of a time limit of {self.minutes} "
                 "minutes; make launcher.minutes longer or launcher.signal_seconds shorter"
             )
-        if self.replicas > 1 and self.workers % self.replicas:
-            found.append(f"{self.workers} workers cannot form {self.replicas} job steps of equal size")
-        if self.replicas > 1 and (self.per_node == "torchrun" or self.groups):
-            found.append("launcher.isolate=replica needs launcher.per_node=srun and no launcher.groups")
-        elif self.replicas > 1 and self.nodes % self.replicas and self.replicas % self.nodes:
-            found.append(
-                f"launcher.isolate=replica: {self.replicas} replicas on launcher.nodes={self.nodes} would share nodes "
-                f"unevenly; take {self.replicas} nodes, or a multiple or a divisor of that"
+
+    def _steps(self, steps: int, nodes: int, workers: int) -> Iterator[str]:
+        if steps > 1 and workers % steps:
+            yield f"{workers} workers cannot form {steps} job steps of equal size"
+        if steps > 1 and (self.per_node == "torchrun" or self.groups):
+            yield "launcher.isolate=replica needs launcher.per_node=srun and no launcher.groups"
+        elif steps > 1 and nodes % steps and steps % nodes:
+            yield (
+                f"launcher.isolate=replica: {steps} replicas on launcher.nodes={nodes} would share nodes "
+                f"unevenly; take {steps} nodes, or a multiple or a divisor of that"
             )
-        elif self.replicas > self.nodes and self.gpus_per_node:
+        elif steps > nodes and self.gpus_per_node:
             # A step counts its tasks on a node from 0, and so would two ranks take the same GPU.
-            found.append(
-                f"launcher.isolate=replica: {self.replicas // self.nodes} replicas on each node would take the same "
-                f"GPUs; take launcher.nodes={self.replicas} or a multiple, or launcher.isolate=none"
+            yield (
+                f"launcher.isolate=replica: {steps // nodes} replicas on each node would take the same "
+                f"GPUs; take launcher.nodes={steps} or a multiple, or launcher.isolate=none"
             )
-        if not 0 <= self.port < 65536:
-            found.append(f"launcher.port={self.port} is no port; choose 1024 to 65535, or 0 for a free one")
+
+    def _container(self) -> Iterator[str]:
+        if not self.container and (self.container_args or self.container_runtime != "pyxis"):
+            yield (
+                "launcher.container_args and launcher.container_runtime are for a launcher.container, and there is none"
+            )
+
+    def _unwritable(self) -> Iterator[str]:
+        if self.port > 65535:
+            yield f"launcher.port={self.port} is no port; choose 1024 to 65535, or 0 for a free one"
         texts = {name: str(getattr(self, name)) for name in _DIRECTIVES}
         for key, text in [*texts.items(), *(("sbatch", text) for text in self.sbatch)]:
             if unwritable(text):
-                found.append(f"launcher.{key}={text!r} holds {unwritable(text)}, and is a line of the batch script")
+                yield f"launcher.{key}={text!r} holds {unwritable(text)}, and is a line of the batch script"
         for directive in self.sbatch:
             key = directive.lstrip("-").partition("=")[0]
             if key in _OURS:
-                found.append(f"launcher.sbatch: {directive} is written by dtrain; set {_OURS[key]} instead")
-        return found
+                yield f"launcher.sbatch: {directive} is written by dtrain; set {_OURS[key]} instead"
 
 
 def unwritable(text: str) -> str:

@@ -13,14 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dtrain
 from dtrain.cli.main import main
-from dtrain.cli.submit import follow
+from dtrain.cli.train import follow_run
 from dtrain.comm.layout import Segment
 from dtrain.launchers.failure import Ending, Failure
 from dtrain.report.summary import Summary
@@ -439,7 +438,7 @@ def test_ctrl_c_is_answered_at_once(train: Shell, monkeypatch: pytest.MonkeyPatc
 class Followed:
     """A job of this machine, at which somebody presses Ctrl-C."""
 
-    id, facts = "7", SimpleNamespace(launcher="mpi")
+    id, scheduled = "7", False
 
     def __init__(self, folder: Path, outcome: str) -> None:
         self.folder, self.outcome, self.cancelled = folder, outcome, False
@@ -465,7 +464,7 @@ def test_ctrl_c_at_a_job_that_is_followed(
     outcome: str, said_last: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     config = compose([f"run.dir={tmp_path}", "launcher=mpi"])
-    code = follow(config, Followed(tmp_path, outcome), ["launcher=mpi"])  # type: ignore[arg-type]  # enough of a job
+    code = follow_run(config, Followed(tmp_path, outcome), ["launcher=mpi"])  # type: ignore[arg-type]  # enough of a job
     out = capsys.readouterr().out
     assert code == 130 and "job 7: stopping: a checkpoint is written" in out and said_last in out
 

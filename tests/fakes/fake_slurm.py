@@ -4,7 +4,7 @@ For tests of what submits, watches and cancels jobs. It knows the commands and o
 refuses all others. What it does not do: schedule, limit time or memory, or keep nodes apart.
 
     with FakeSlurm(nodes=2):
-        job = SlurmLauncher(SlurmSettings(nodes=2, workers=2)).submit(["python", "train.py"], folder=folder)
+        job = SlurmLauncher(nodes=2, workers=2).submit(["python", "train.py"], folder=folder)
 """
 
 from __future__ import annotations

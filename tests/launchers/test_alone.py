@@ -20,7 +20,6 @@ from dtrain.launchers.background import LocalLauncher
 from dtrain.launchers.job import Job
 from dtrain.launchers.lock import InUse, held
 from dtrain.launchers.slurm.launcher import SlurmLauncher
-from dtrain.launchers.slurm.settings import SlurmSettings
 from dtrain.train.config import Config, run_folder
 from tests.fakes.fake_slurm import FakeSlurm
 
@@ -66,7 +65,7 @@ def test_nothing_starts_in_the_folder_of_a_job_that_runs(
     launcher: str, slurm: FakeSlurm, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    starter = LocalLauncher() if launcher == "local" else SlurmLauncher(SlurmSettings(), snapshot=False)
+    starter = LocalLauncher() if launcher == "local" else SlurmLauncher(snapshot=False)
     job = starter.submit(WAITS, folder=run)
     try:
         until(lambda: "up" in log(job))
@@ -112,8 +111,8 @@ def test_ranks_whose_srun_was_killed_are_gone_before_others_begin(slurm: FakeSlu
         "    except OSError: state = 'gone'\n"
         "    print('rank', other, 'of the attempt before is', 'gone' if state in 'ZX' else state, flush=True)\n"
     )
-    settings = SlurmSettings(nodes=2, workers=2, max_restarts=2)
-    job = SlurmLauncher(settings, snapshot=False).submit(["python", "program.py"], folder=tmp_path / "run")
+    launcher = SlurmLauncher(nodes=2, workers=2, max_restarts=2, snapshot=False)
+    job = launcher.submit(["python", "program.py"], folder=tmp_path / "run")
     until(lambda: "up" in log(job, 0) and "up" in log(job, 1))
     for pid in _sruns(tmp_path / "run"):
         os.kill(pid, signal.SIGKILL)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from dtrain.cli.login_host import enter_launcher
 from dtrain.launchers.background import LocalLauncher
-from dtrain.launchers.inherited_environment import Kind, defaults_of_shell, handed_on, unused
+from dtrain.launchers.inherited_environment import Kept, defaults_of_shell, handed_on, unused
+from dtrain.launchers.registry import made
 from dtrain.launchers.slurm.launcher import SlurmLauncher
-from dtrain.launchers.slurm.settings import SlurmSettings
-from dtrain.train.config.schema import LauncherConfig
 
 PLACES = {
     "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "TORCHELASTIC_RUN_ID": "x",
@@ -34,26 +34,26 @@ KEPT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["local", "slurm", "mpi"])
-def test_no_rank_takes_the_place_of_one_of_another_job(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", get_args(Kept))
+def test_no_rank_takes_the_place_of_one_of_another_job(kind: Kept) -> None:
     left = handed_on({**PLACES, **ALLOCATION, **ASKING, **KEPT}, kind)
     assert not PLACES.keys() & left.keys() and KEPT.items() <= left.items()
 
 
 def test_each_launcher_keeps_what_it_needs_of_the_job_around_it() -> None:
     everything = {**PLACES, **ALLOCATION, **ASKING, **KEPT}
-    assert handed_on(everything, "slurm") == KEPT
-    assert handed_on(everything, "local") == {**KEPT, "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "3"}
-    mpirun = handed_on(everything, "mpi")
+    assert handed_on(everything, "cluster") == KEPT
+    assert handed_on(everything, "job") == {**KEPT, "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "3"}
+    mpirun = handed_on(everything, "allocation")
     assert ALLOCATION.items() <= mpirun.items()
     assert mpirun["SLURM_OVERLAP"] == "1"  # its daemons must not wait for the cores of this very step
-    assert "SLURM_OVERLAP" not in handed_on(KEPT, "mpi")
+    assert "SLURM_OVERLAP" not in handed_on(KEPT, "allocation")
 
 
 def test_settings_of_users_stay() -> None:
     tuned = {"OMPI_MCA_btl": "tcp,self", "PMIX_MCA_gds": "hash", "TORCH_NCCL_TRACE_BUFFER_SIZE": "1"}
-    assert handed_on(tuned, "slurm") == tuned
-    assert handed_on({"CUDA_VISIBLE_DEVICES": "1"}, "slurm") == {"CUDA_VISIBLE_DEVICES": "1"}  # of no job
+    assert handed_on(tuned, "cluster") == tuned
+    assert handed_on({"CUDA_VISIBLE_DEVICES": "1"}, "cluster") == {"CUDA_VISIBLE_DEVICES": "1"}  # of no job
 
 
 def test_defaults_of_sbatch_serve_where_nothing_is_given_and_the_others_are_told() -> None:
@@ -82,7 +82,7 @@ def test_sbatch_is_given_a_clean_environment_and_the_directives_that_were_asked_
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     before = dict(os.environ)
-    launcher = SlurmLauncher(SlurmSettings(partition=given, minutes=90, signal_seconds=0), snapshot=False)
+    launcher = SlurmLauncher(partition=given, minutes=90, signal_seconds=0, snapshot=False)
     assert launcher.submit(["true"], folder=run).id == "7"
     handed = dict(line.partition("=")[::2] for line in seen.read_text().splitlines())
     assert not {*PLACES, *ALLOCATION, *ASKING} & handed.keys()
@@ -98,7 +98,7 @@ def test_ranks_of_this_machine_are_none_of_the_job_around_them(tmp_path: Path, m
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     program = ["python", "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
-    launcher = LocalLauncher(environment={"SLURM_MINE": "given", "COLOUR": "blue"})
+    launcher = LocalLauncher(environment=("SLURM_MINE=given", "COLOUR=blue"))
     job = launcher.submit(program, folder=tmp_path / "run")
     assert job.wait(50) == "finished", job.why()
     seen = json.loads((tmp_path / "run" / "logs" / "rank-0.log").read_text().splitlines()[-1])
@@ -116,5 +116,5 @@ def test_the_launching_process_is_no_rank_of_the_job_around_it_either(
 ) -> None:
     for name, value in {**PLACES, **ALLOCATION}.items():
         monkeypatch.setenv(name, value)
-    enter_launcher(LauncherConfig(name=kind), [])  # it builds the user's model after that
+    enter_launcher(made({"name": kind}), [])  # it builds the user's model after that
     assert not PLACES.keys() & os.environ.keys()

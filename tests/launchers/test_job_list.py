@@ -16,6 +16,7 @@ from dtrain.cli.main import main
 from dtrain.errors import ConfigError
 from dtrain.launchers import job_list as registry
 from dtrain.launchers.job import Facts
+from dtrain.launchers.registry import open_job
 from dtrain.launchers.slurm import client
 from dtrain.launchers.slurm import job as slurm_job
 from dtrain.launchers.slurm.client import SlurmError
@@ -182,7 +183,7 @@ def test_a_job_of_another_cluster_is_not_asked_for_here(slurm: Slurm, tmp_path: 
     (tmp_path / "far").mkdir()
     facts = Facts("11", "slurm", "far", str(tmp_path / "far"), ("true",), 1, NOW, "juwels")
     slurm.has(facts)
-    job = registry.open_job(facts)
+    job = open_job(facts)
     with pytest.raises(SlurmError, match="of cluster juwels, and this is dev: go to its login host"):
         job.state()
     with pytest.raises(SlurmError, match="of cluster juwels"):

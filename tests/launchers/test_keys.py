@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,13 @@ from typing import Any
 import pytest
 
 from dtrain.cli.main import main
-from dtrain.errors import ConfigError
-from dtrain.launchers import probe
+from dtrain.launchers import probe, registry
+from dtrain.launchers.background import MpiLauncher
+from dtrain.launchers.environment import ALLOCATED
 from dtrain.launchers.failure import Ending
+from dtrain.launchers.launcher import Allocation, Launcher
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
-from dtrain.train.config.launcher_keys import ALLOCATED, ALLOCATION, TAKES, refused
-from dtrain.train.config.schema import LAUNCHERS, LauncherConfig
-from dtrain.train.launcher_factory import build_launcher
 
 OTHERS: dict[str, Any] = {
     "workers": 2, "nodes": 2, "max_restarts": 7, "grace_seconds": 7.0, "threads_per_worker": 7, "hang_seconds": 7.0,
@@ -32,7 +32,8 @@ OTHERS: dict[str, Any] = {
 """A value of each key that is not its default."""
 SATISFIED = {"wait", "snapshot"}  # ask for what a local or an MPI job does anyway; wait is the command's
 ELSEWHERE = {
-    *(("mpi", key) for key in ("nodes", *ALLOCATION)),  # of salloc, before the process that starts mpirun
+    *(("mpi", key.name) for key in dataclasses.fields(Allocation)),  # of salloc, before the process that starts mpirun
+    ("mpi", "nodes"),
     ("slurm", "array_parallel"),  # of sweeps
     ("slurm", "grace_seconds"),  # of the worker
 }
@@ -44,41 +45,50 @@ NEEDS: dict[str, dict[str, Any]] = {
 
 
 def test_every_key_is_tried() -> None:
-    assert {field.name for field in dataclasses.fields(LauncherConfig)} == {"name", *OTHERS}
+    assert {*registry.keys()} == {"name", *OTHERS}
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", registry.names())
 @pytest.mark.parametrize("key", OTHERS)
 def test_a_key_is_applied_or_refused(launcher: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOCATED, "1")
-    monkeypatch.setattr("dtrain.launchers.mpi.find_mpirun", lambda name: None)
     plain = {"name": launcher, "workers": 1, **(NEEDS.get(key, {}) if launcher == "slurm" else {})}
-    config = dataclasses.replace(LauncherConfig(**plain), **{key: OTHERS[key]})
-    if key not in TAKES[launcher] or (launcher, key) == ("local", "nodes"):
-        with pytest.raises(ConfigError, match=rf"launcher\.{key}"):
-            build_launcher(config)
+    given = {**plain, key: OTHERS[key]}
+    if launcher not in registry.keys()[key].launchers:
+        with pytest.raises(registry.UnusedKeys, match=rf"launcher\.{key}"):
+            registry.made(given)
+    elif (launcher, key) == ("local", "nodes"):
+        (problem,) = registry.made(given).problems()
+        assert "launcher.nodes=2" in problem
     elif key not in SATISFIED and (launcher, key) not in ELSEWHERE:
-        without = LauncherConfig(**plain)
-        assert _shown(config, tmp_path) != _shown(without, tmp_path)
+        assert _shown(registry.made(given), tmp_path) != _shown(registry.made(plain), tmp_path)
 
 
-def _shown(config: LauncherConfig, tmp_path: Path) -> str:
+def _shown(launcher: Launcher, tmp_path: Path) -> str:
     """All that a launcher was told, and for Slurm the script."""
-    launcher = build_launcher(config, replicas=2)
-    if config.name == "slurm":
-        return launcher.render(["python", "x.py"], folder=tmp_path, name="x")
+    assert launcher.problems(2) == []
+    if launcher.arrays:
+        return launcher.render(["python", "x.py"], folder=tmp_path, name="x", replicas=2)
     return repr(launcher)
 
 
+@pytest.mark.parametrize("launcher", registry.names())
+def test_a_value_out_of_range_is_named(launcher: str) -> None:
+    for key in dataclasses.fields(registry.launcher_class(launcher)):  # type: ignore[arg-type]  # they are dataclasses
+        if "least" in key.metadata or "choices" in key.metadata:
+            problem, *_ = registry.made({"name": launcher, key.name: key.metadata.get("least", 1) - 1}).problems()
+            assert re.match(rf"launcher\.{key.name} (must be at least 1|must be 0 or more, but is -1|is 0 \()", problem)
+
+
 def test_mpi_takes_the_keys_of_an_allocation_only_where_it_asks_for_one() -> None:
-    two = LauncherConfig(name="mpi", nodes=2, partition="gpu")
-    assert not list(refused(two, {})) and not list(refused(two, {ALLOCATED: "1", "SLURM_JOB_ID": "7"}))
+    two = MpiLauncher(workers=2, nodes=2, partition="gpu")
+    assert not two.unused_keys({}) and not two.unused_keys({ALLOCATED: "1", "SLURM_JOB_ID": "7"})
     for variables, config in (
         ({"SLURM_JOB_ID": "7"}, two),
         ({}, dataclasses.replace(two, nodes=1)),
-        ({}, dataclasses.replace(two, hosts=["a", "b"])),
+        ({}, dataclasses.replace(two, hosts=("a", "b"))),
     ):
-        (problem,) = refused(config, variables)
+        (problem,) = config.unused_keys(variables)
         assert problem.startswith("launcher.partition=gpu is for the nodes that launcher=mpi asks Slurm for")
 
 

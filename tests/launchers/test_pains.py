@@ -65,7 +65,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm
 
 
 def launcher() -> SlurmLauncher:
-    return SlurmLauncher(SlurmSettings(nodes=2, workers=2, max_restarts=0), snapshot=False)
+    return SlurmLauncher(nodes=2, workers=2, max_restarts=0, snapshot=False)
 
 
 def test_pain_2_who_hosts_the_meeting_does_not_depend_on_names() -> None:
@@ -183,7 +183,7 @@ def adder(number: int) -> Callable[[], int]:
 
 @pytest.mark.processes
 def test_pain_22_a_function_that_is_run_again_is_the_one_that_was_submitted(slurm: FakeSlurm, tmp_path: Path) -> None:
-    job = SlurmLauncher(SlurmSettings(nodes=2, workers=2, max_restarts=1), snapshot=False).submit(
+    job = SlurmLauncher(nodes=2, workers=2, max_restarts=1, snapshot=False).submit(
         adder(40), folder=tmp_path / "job"
     )
     assert job.result(50) == [40, 41]

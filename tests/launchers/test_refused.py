@@ -68,12 +68,12 @@ def test_names_that_no_directive_can_hold_are_refused_by_their_names(
     name: str, folder: str, said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="holds") as error:
-        SlurmLauncher(SlurmSettings(), snapshot=False).submit(["true"], folder=tmp_path / folder, name=name)
+        SlurmLauncher(snapshot=False).submit(["true"], folder=tmp_path / folder, name=name)
     assert said in str(error.value) and not (tmp_path / folder).exists()
 
 
 def test_a_percent_sign_in_a_folder_is_one_in_the_log(tmp_path: Path) -> None:
-    launcher = SlurmLauncher(SlurmSettings(), snapshot=False)
+    launcher = SlurmLauncher(snapshot=False)
     text = launcher.render(["true"], folder=tmp_path / "w100%j")
     assert f"--output={tmp_path}/w100%%j/logs/batch.log\n" in text
     text = launcher.render_array(["true"], folders=[tmp_path / "a%j" / "1", tmp_path / "a%j" / "2"])
@@ -90,8 +90,8 @@ def test_of_several_partitions_one_that_will_do_is_enough(tmp_path: Path) -> Non
     assert problem == "there is no partition gpu (there are main, debug); set launcher.partition"
     assert len(told(partition="main,debug", nodes=3, workers=3)) == 3
     known = {"main": [4, 4], "debug": [16]}
-    assert not list(too_many_cpus(SlurmSettings(partition="main,debug", cpus_per_worker=16), known))
-    assert list(too_many_cpus(SlurmSettings(partition="main,debug", cpus_per_worker=32), known))
+    assert not list(too_many_cpus(SlurmSettings(partition="main,debug", threads_per_worker=16), known))
+    assert list(too_many_cpus(SlurmSettings(partition="main,debug", threads_per_worker=32), known))
 
 
 def test_commands_without_a_controller_tell_the_way_out(stubs: Path) -> None:
@@ -149,7 +149,7 @@ def test_what_sinfo_says_in_another_way_refuses_nothing(tmp_path: Path, monkeypa
     answers = {"%P|%D|%l|%a": "main*|1.5K|infinite|up\n", "%P|%D|%c": "main*|4|2\nmain*|1.5K|64+\n"}
     for module in (client, preflight):
         monkeypatch.setattr(module, "ask", lambda *command, **_: answers[command[-1]])
-    settings = SlurmSettings(nodes=900, workers=900, cpus_per_worker=32)
+    settings = SlurmSettings(nodes=900, workers=900, threads_per_worker=32)
     assert problems(settings, tmp_path, one_machine=True) == []
     answers["%P|%D|%l|%a"] = "main*|4|infinite|up\n"
     assert any("has 4 nodes" in problem for problem in problems(settings, tmp_path, one_machine=True))

@@ -31,7 +31,7 @@ def _slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def launcher(**how: object) -> SlurmLauncher:
     settings: dict[str, object] = {"nodes": 2, "workers": 2, "max_restarts": 1, **how}
-    return SlurmLauncher(SlurmSettings(**settings))  # type: ignore[arg-type]  # names of its fields
+    return SlurmLauncher(**settings)  # type: ignore[arg-type]  # its keys
 
 
 def program(tmp_path: Path, text: str) -> list[str]:

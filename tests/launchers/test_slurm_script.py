@@ -23,11 +23,9 @@ PROGRAM = ("python", "-u", "train.py", "--name", "two words", "{folder}/config.y
 ONE = (Path("/shared/runs/x"),)
 
 
-def work(*folders: Path, environment: dict[str, str] | None = None) -> Work:
-    chosen = folders or ONE
-    return Work(
-        "x", PROGRAM, chosen, Path("/home/me/my project"), Path("/shared/runs/x-array/folders.txt"), environment or {}
-    )
+def work(*folders: Path, environment: dict[str, str] | None = None, replicas: int = 1) -> Work:
+    here, lists = Path("/home/me/my project"), Path("/shared/runs/x-array/folders.txt")
+    return Work("x", PROGRAM, folders or ONE, here, lists, environment or {}, replicas=replicas)
 
 
 PYTHON = "/venv/bin/python"
@@ -36,24 +34,24 @@ CASES: dict[str, tuple[Work, SlurmSettings]] = {
     "four_nodes": (
         work(environment={"NCCL_DEBUG": "WARN", "TEXT": "it's"}),
         SlurmSettings(
-            python=PYTHON, nodes=4, workers=16, gpus_per_node=4, cpus_per_worker=8, memory_gib=256, minutes=1440,
+            python=PYTHON, nodes=4, workers=16, gpus_per_node=4, threads_per_worker=8, memory_gib=256, minutes=1440,
             partition="gpu", account="me", qos="normal", constraint="a100", exclude="n[3-4]", reservation="week",
             interface="ib0", setup=("module load cuda", "source env.sh"), sbatch=("exclusive", "mail-type=END"),
         ),
     ),
-    "torchrun": (work(), SlurmSettings(python=PYTHON, nodes=2, workers=8, per_node="torchrun", cpus_per_worker=4)),
+    "torchrun": (work(), SlurmSettings(python=PYTHON, nodes=2, workers=8, per_node="torchrun", threads_per_worker=4)),
     "array": (
         work(Path("/shared/runs/a"), Path("/shared/runs/b"), Path("/shared/runs/c")),
         SlurmSettings(python=PYTHON, nodes=1, workers=2, array_parallel=2),
     ),
-    "replicas": (work(), SlurmSettings(python=PYTHON, nodes=4, workers=8, replicas=2)),
-    "replicas_on_two_nodes": (work(), SlurmSettings(python=PYTHON, nodes=2, workers=8, replicas=4)),
-    "replicas_on_one_node": (work(), SlurmSettings(python=PYTHON, nodes=1, workers=4, replicas=2)),
+    "replicas": (work(replicas=2), SlurmSettings(python=PYTHON, nodes=4, workers=8, isolate="replica")),
+    "replicas_on_two_nodes": (work(replicas=4), SlurmSettings(python=PYTHON, nodes=2, workers=8, isolate="replica")),
+    "replicas_on_one_node": (work(replicas=2), SlurmSettings(python=PYTHON, nodes=1, workers=4, isolate="replica")),
     "heterogeneous": (
         work(),
         SlurmSettings(
             python=PYTHON, nodes=3, workers=12,
-            groups=(Group.parse("nodes=2 workers=8 constraint=a100"), Group.parse("nodes=1 workers=4 partition=h100")),
+            groups=("nodes=2 workers=8 constraint=a100", "nodes=1 workers=4 partition=h100"),
         ),
     ),
     "pyxis": (
@@ -102,23 +100,23 @@ def test_the_script_is_a_pure_function() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "replicas", "words"),
     [
-        (SlurmSettings(nodes=2, workers=3), "choose 2 or 4 workers"),
-        (SlurmSettings(minutes=0, signal_seconds=0), "at least 1 minute"),
-        (SlurmSettings(minutes=2, signal_seconds=120), "leaves nothing of a time limit of 2 minutes"),
-        (SlurmSettings(workers=4, replicas=3), "cannot form 3 job steps"),
-        (SlurmSettings(workers=4, replicas=2, per_node="torchrun"), "needs launcher.per_node=srun"),
-        (SlurmSettings(nodes=3, workers=6, replicas=2), "2 replicas on launcher.nodes=3 would share nodes unevenly"),
-        (SlurmSettings(nodes=2, workers=8, replicas=4, gpus_per_node=4), "2 replicas on each node would take the same"),
-        (SlurmSettings(port=70000), "is no port"),
-        (SlurmSettings(minutes=999_999_999), "is more than Slurm can count, which is 35791394"),
-        (SlurmSettings(sbatch=("--time=5",)), "set launcher.minutes instead"),
-        (SlurmSettings(sbatch=("open-mode=truncate",)), "it must be append"),
+        (SlurmSettings(nodes=2, workers=3), 1, "choose 2 or 4 workers"),
+        (SlurmSettings(minutes=0, signal_seconds=0), 1, "at least 1 minute"),
+        (SlurmSettings(minutes=2, signal_seconds=120), 1, "leaves nothing of a time limit of 2 minutes"),
+        (SlurmSettings(workers=4, isolate="replica"), 3, "cannot form 3 job steps"),
+        (SlurmSettings(workers=4, isolate="replica", per_node="torchrun"), 2, "needs launcher.per_node=srun"),
+        (SlurmSettings(nodes=3, workers=6, isolate="replica"), 2, "2 replicas on launcher.nodes=3 would share nodes"),
+        (SlurmSettings(nodes=2, workers=8, isolate="replica", gpus_per_node=4), 4, "2 replicas on each node would"),
+        (SlurmSettings(port=70000), 1, "is no port"),
+        (SlurmSettings(minutes=999_999_999), 1, "is more than Slurm can count, which is 35791394"),
+        (SlurmSettings(sbatch=("--time=5",)), 1, "set launcher.minutes instead"),
+        (SlurmSettings(sbatch=("open-mode=truncate",)), 1, "it must be append"),
     ],
 )
-def test_what_cannot_be_right_is_refused_with_the_way_out(settings: SlurmSettings, words: str) -> None:
-    (problem,) = settings.problems()
+def test_what_cannot_be_right_is_refused_with_the_way_out(settings: SlurmSettings, replicas: int, words: str) -> None:
+    (problem,) = settings.problems(replicas)
     assert words in problem
 
 

@@ -10,7 +10,7 @@ import pytest
 from dtrain.cli.main import main
 from dtrain.launchers.slurm.preflight import problems, too_many_cpus
 from dtrain.launchers.slurm.refusal import told, unanswered
-from dtrain.launchers.slurm.settings import Group, SlurmSettings
+from dtrain.launchers.slurm.settings import SlurmSettings
 from dtrain.train.config import load
 from dtrain.train.config.run_folder import withdrawn_if_refused
 
@@ -118,7 +118,7 @@ def test_a_refusal_puts_back_what_was_there(tmp_path: Path) -> None:
 
 
 def test_more_cpus_than_a_node_has_are_refused_with_those_that_fit() -> None:
-    (problem,) = too_many_cpus(SlurmSettings(nodes=2, workers=4, cpus_per_worker=64), {"": [8, 8, 8]})
+    (problem,) = too_many_cpus(SlurmSettings(nodes=2, workers=4, threads_per_worker=64), {"": [8, 8, 8]})
     assert "launcher.threads_per_worker=64" in problem and "takes 128 CPUs" in problem and "at most 4" in problem
     (problem,) = too_many_cpus(SlurmSettings(workers=16, partition="gpu"), {"gpu": [8], "": [64]})
     assert "of partition gpu" in problem and "take more launcher.nodes" in problem and "at most" not in problem
@@ -127,11 +127,11 @@ def test_more_cpus_than_a_node_has_are_refused_with_those_that_fit() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        SlurmSettings(nodes=2, workers=2, cpus_per_worker=8),
-        SlurmSettings(nodes=1, workers=1, cpus_per_worker=64),  # the third node has them
-        SlurmSettings(cpus_per_worker=999, partition="unknown"),
-        SlurmSettings(cpus_per_worker=999, sbatch=("overcommit",)),
-        SlurmSettings(nodes=2, workers=2, cpus_per_worker=8, groups=(Group(nodes=1, workers=1),) * 2),
+        SlurmSettings(nodes=2, workers=2, threads_per_worker=8),
+        SlurmSettings(nodes=1, workers=1, threads_per_worker=64),  # the third node has them
+        SlurmSettings(threads_per_worker=999, partition="unknown"),
+        SlurmSettings(threads_per_worker=999, sbatch=("overcommit",)),
+        SlurmSettings(nodes=2, workers=2, threads_per_worker=8, groups=("nodes=1 workers=1",) * 2),
     ],
 )
 def test_cpus_that_nodes_have_or_that_nobody_knows_are_left_to_slurm(settings: SlurmSettings) -> None:
@@ -139,7 +139,7 @@ def test_cpus_that_nodes_have_or_that_nobody_knows_are_left_to_slurm(settings: S
 
 
 def test_the_cpus_of_nodes_are_asked_of_sinfo(commands: Path, tmp_path: Path) -> None:
-    wanted = SlurmSettings(nodes=2, workers=2, cpus_per_worker=64)
+    wanted = SlurmSettings(nodes=2, workers=2, threads_per_worker=64)
     (problem,) = problems(wanted, tmp_path, one_machine=True)
     assert "launcher.threads_per_worker=64" in problem and "have more than 8" in problem
     says(commands / "sinfo", 'case "$*" in *%c) exit 1;; *) echo "main*|2|infinite|up";; esac')

@@ -107,7 +107,7 @@ def loaders(folder: Path) -> dict[str, Callable[[], object]]:
         "function": lambda: call.main(folder),
         "result": lambda: BackgroundJob(facts).result(),
         "command": lambda: background.main("local", folder),
-        "submit": lambda: background.start("local", {"workers": 1}, ["true"], folder=folder, name="job"),
+        "submit": lambda: background.LocalLauncher().start(["true"], folder=folder),
         "submit a function": lambda: command_of(lambda: 1, folder),
         "run folder": lambda: run_folder.write(compose([f"run.dir={folder}"]), {}),
         "rank": lambda: rank.run(folder, ["touch", str(folder / "ran")], place),
@@ -171,8 +171,8 @@ def test_values_for_the_ranks_are_readable_by_their_owner_alone_and_in_no_record
     require_own(path.parent)
     for file in path.parent.iterdir():
         assert "hf_secret" not in file.read_text()
-    assert load(path).launcher.environment == ["HF_TOKEN=(not kept)", "NCCL_DEBUG=INFO"]
-    assert config.launcher.environment == ["HF_TOKEN=hf_secret", "NCCL_DEBUG=INFO"]
+    assert load(path).launcher.environment == ("HF_TOKEN=(not kept)", "NCCL_DEBUG=INFO")
+    assert config.launcher.environment == ("HF_TOKEN=hf_secret", "NCCL_DEBUG=INFO")
 
 
 # ---- whose a process is --------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dtrain.train.config.schema import (
         Config,
         EngineConfig,
-        LauncherConfig,
         MeshConfig,
         OptimConfig,
         RunConfig,
@@ -35,7 +34,6 @@ __all__ = [
     "Config",
     "Difference",
     "EngineConfig",
-    "LauncherConfig",
     "MeshConfig",
     "OptimConfig",
     "RunConfig",
@@ -67,7 +65,6 @@ _MODULES = {
     "schema": (
         "Config",
         "EngineConfig",
-        "LauncherConfig",
         "MeshConfig",
         "OptimConfig",
         "RunConfig",

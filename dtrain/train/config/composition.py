@@ -15,7 +15,7 @@ import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -28,10 +28,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from dtrain.errors import ConfigError
+from dtrain.launchers import registry
+from dtrain.launchers.launcher import Launcher
 from dtrain.renamed import RENAMED
 from dtrain.train.config import targets
 from dtrain.train.config.files import mapping_of, words_of
-from dtrain.train.config.schema import Config, composable
+from dtrain.train.config.schema import LAUNCHER_DEFAULTS, Config, composable, is_section, types_of
 from dtrain.train.config.suggestions import keys_of, unknown
 from dtrain.train.config.words import Kind, Word, read, value_of
 from dtrain.train.config.words import alternatives as alternatives_of
@@ -62,8 +64,14 @@ def compose(words: Sequence[str] = (), *, name: str = "") -> Config:
     Raises:
         ConfigError: an unknown key or choice (with the nearest one there is), a value of another type, a syntax error.
     """
+    return compose_named(words, name=name)[0]
+
+
+def compose_named(words: Sequence[str], *, name: str = "") -> tuple[Config, bool]:
+    """The same, and whether the words say where the run lives."""
     config, sync = _composed(words)
-    config = config if config.run.dir else _with_default_folder(config, name or sync)
+    named = bool(config.run.dir)
+    config = config if named else _with_default_folder(config, name or sync)
     try:
         str(Path(config.run.dir).absolute()).encode()
     except UnicodeEncodeError as error:  # the current folder's name
@@ -71,12 +79,7 @@ def compose(words: Sequence[str] = (), *, name: str = "") -> Config:
         raise ConfigError(
             f"run.dir={where!a} is not UTF-8, in which everything is written down: go elsewhere"
         ) from error
-    return config
-
-
-def names_folder(words: Sequence[str]) -> bool:
-    """Whether a command line says where the run lives; else `compose` does."""
-    return bool(_composed(words)[0].run.dir)
+    return config, named
 
 
 def _composed(words: Sequence[str]) -> tuple[Config, str]:
@@ -133,7 +136,7 @@ def load(path: str | Path) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(composable(Config)), stored)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_explained(error) or str(error).splitlines()[0]}") from error
-    config = _frozen(cast(DictConfig, merged))
+    config = _frozen(cast(DictConfig, merged), strict=False)
     # What dtrain writes has every section; without one, the defaults would pass for what a run was computed with.
     if lost := [f.name for f in dataclasses.fields(Config) if not isinstance(plain.get(f.name), dict)]:
         raise ConfigError(
@@ -175,7 +178,7 @@ def _hydra(words: Sequence[str], *, sweeps: bool = False) -> Iterator[_Compositi
     """A command line, read with dtrain's folder of YAML files, and with those that it names."""
     files = [word[1:] for word in words if word.startswith("@")]
     folders = [str(path) for path in map(_own_folder, files) if path is not None]
-    ConfigStore.instance().store(name="schema", node=composable(Config))
+    _store_schema()
     with initialize_config_dir(config_dir=str(folder()), version_base="1.3", job_name="dtrain"):
         loader: Any = GlobalHydra.instance().config_loader()
         ours = _groups(loader)
@@ -185,6 +188,18 @@ def _hydra(words: Sequence[str], *, sweeps: bool = False) -> Iterator[_Compositi
             loader.get_search_path().prepend("a folder of one's own", f"file://{path}", anchor="schema")
             loader.repository.initialize_sources(loader.get_search_path())
         yield _Composition(words, loader, tuple(folders), set(ours), sweeps=sweeps)
+
+
+def _store_schema() -> None:
+    """Where hydra looks beside the YAML files: the schema, and the launchers for which there is no such file."""
+    store, schema = ConfigStore.instance(), composable(Config)
+    store.store(name="schema", node=schema)
+    for name in registry.names():
+        if not (folder() / "launcher" / f"{name}.yaml").is_file():
+            own = {key.name: key.default for key in fields(cast(Any, registry.launcher_class(name)))}
+            usual = cast(Any, schema)().launcher
+            given = {key: value for key, value in own.items() if key == "name" or value != getattr(usual, key)}
+            store.store(group="launcher", name=name, node={**given, **LAUNCHER_DEFAULTS})
 
 
 def _own_folder(text: str) -> Path | None:
@@ -226,7 +241,8 @@ class _Composition:
         if sweeps:  # what is swept does not matter to what is asked then: the kinds of keys
             first = {at: self._choice_values(word) for at, word in self._choices.items()}
             self._choices = {at: replace(word, text=first[at][0]) for at, word in self._choices.items()}
-        self._composed, self._known = _run_hydra(tuple(map(self._chosen, self._choices.values())), folders)
+        chosen = tuple(map(self._chosen, self._choices.values()))
+        self._composed, self._known = _run_hydra(chosen, folders, registry.names())
 
     def choice(self, group: str) -> str:
         """The name of the choice of a group."""
@@ -403,7 +419,7 @@ def _kind(key: str, chosen: Mapping[str, object]) -> tuple[Kind, str | None]:
     if not _open(key):
         hint: Any = Config
         for part in key.split("."):
-            hint = get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+            hint = types_of(hint).get(part) if is_section(hint) else None
         return ("value", None) if hint is None else (targets.holds_text(hint), targets.expected(hint))
     node: object = chosen
     for part in path:
@@ -439,8 +455,13 @@ def _plain(composed: DictConfig) -> dict[str, object]:
 
 
 @functools.lru_cache(maxsize=64)  # it takes a tenth of a second, and a sweep says the same words often
-def _run_hydra(choices: tuple[str, ...], folders: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
-    """What hydra makes of the choices, not to be written to, and the name of the choice of each group."""
+def _run_hydra(
+    choices: tuple[str, ...], folders: tuple[str, ...], launchers: tuple[str, ...]
+) -> tuple[DictConfig, dict[str, str]]:
+    """What hydra makes of the choices, not to be written to, and the name of the choice of each group.
+
+    ``launchers``: those that there are, whose keys are a part of the schema.
+    """
     try:
         composed = hydra_compose("config", overrides=list(choices), return_hydra_config=True)
         known = {str(group): str(name) for group, name in composed.hydra.runtime.choices.items()}
@@ -462,16 +483,17 @@ def _explained(error: OmegaConfBaseException, key: str = "") -> str | None:
         return f"{key}: text with ${{ names another key, as in ${{train.steps}}; for the characters themselves: \\${{"
     hint: Any = Config
     for part in key.split("."):
-        if not dataclasses.is_dataclass(hint):
+        if not is_section(hint):
             return None
-        hint = get_type_hints(cast(type, hint)).get(part)
+        hint = types_of(hint).get(part)
     if hint is None:
         return None
     words = targets.expected(hint) or "a section with keys of its own"
     return f"{key} must be {words}, but is {targets.shown(error.value)}"
 
 
-def _frozen(composed: DictConfig) -> Config:
+def _frozen(composed: DictConfig, *, strict: bool = True) -> Config:
+    """``strict``: a key that its launcher does not take is refused, else left out."""
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -479,7 +501,20 @@ def _frozen(composed: DictConfig) -> Config:
         if "Missing mandatory value" in str(error):
             raise ConfigError(f"{key} has no default: set it, as in {key}=VALUE") from error
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    return _built(Config, cast(dict[str, object], plain))
+    values = cast(dict[str, object], plain)
+    launcher = _launcher(cast(dict[str, object], values.pop("launcher")), strict=strict)
+    return replace(_built(Config, values), launcher=launcher)
+
+
+def _launcher(values: Mapping[str, object], *, strict: bool) -> Launcher:
+    try:
+        return registry.made(values, strict=strict)
+    except registry.NoLauncher as error:
+        name, names = str(values["name"]), registry.names()
+        near = targets.hint(targets.closest(name, names))
+        raise ConfigError(f"launcher.name is {name}{near} (there are {', '.join(names)})") from error
+    except registry.UnusedKeys as error:
+        raise ConfigError(str(error)) from error
 
 
 def _built(cls: type[_T], values: Mapping[str, object]) -> _T:
@@ -532,12 +567,13 @@ def _at_home(config: Config) -> Config:
             raise ConfigError(
                 f"run.{key}={value}: there is no such user; for a folder of that name: run.{key}=./{value}"
             )
-    launcher: dict[str, Any] = {key: home(getattr(config.launcher, key)) for key in ("python", "mpirun", "container")}
+    paths = [key for key in ("python", "mpirun", "container") if hasattr(config.launcher, key)]
+    launcher = {key: home(getattr(config.launcher, key)) for key in paths}
     sections: dict[str, Any] = {key: home(dict(section_of(config, key))) for key in OPEN}
     optim = dataclasses.replace(config.optim, inner=sections.pop("optim.inner"))
     return dataclasses.replace(
         config, run=dataclasses.replace(config.run, **cast(Any, run)), optim=optim, **sections,
-        launcher=dataclasses.replace(config.launcher, **launcher),
+        launcher=config.launcher.replaced(**launcher),
     )  # fmt: skip
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from dtrain.errors import ConfigError, DtrainError, ResumeError
 from dtrain.launchers import strict_json
 from dtrain.launchers import trust as trusted
-from dtrain.launchers.job import ENDED, Facts
+from dtrain.launchers.job import ENDED, Facts, SchedulerError
 from dtrain.launchers.job_list import holder
 from dtrain.launchers.lock import LOCK, InUse, held
-from dtrain.launchers.slurm.client import SlurmError, since
+from dtrain.launchers.registry import open_job
 from dtrain.report.environment import KEPT, NOT_KEPT, record
 from dtrain.train.checkpoint.folders import OWNERS, write_text_durably
 from dtrain.train.config.compatibility import check_resume
@@ -179,7 +179,7 @@ def without_values(config: Config) -> Config:
         entry if (name := entry.partition("=")[0]) in KEPT else f"{name}={NOT_KEPT}"
         for entry in config.launcher.environment
     ]
-    return dataclasses.replace(config, launcher=dataclasses.replace(config.launcher, environment=kept))
+    return dataclasses.replace(config, launcher=config.launcher.replaced(environment=tuple(kept)))
 
 
 @contextlib.contextmanager
@@ -245,16 +245,16 @@ def without_job(folder: Path) -> None:
     try:
         job = holder(folder)
         state = job.state() if job is not None else "lost"
-    except SlurmError as error:
+    except SchedulerError as error:
         raise ConfigError(_unasked(folder, error)) from error
     if job is not None and state not in ENDED:
         raise ConfigError(f"run.dir={folder} holds job {job.id}, which is {state}; cancel it or choose another run.dir")
 
 
-def _unasked(folder: Path, error: SlurmError) -> str:
+def _unasked(folder: Path, error: SchedulerError) -> str:
     """What to say of a folder whose job cannot be asked about from here."""
     facts = Facts.read(folder)
-    if facts.came_up and since(facts.cluster) == facts.came_up:
+    if open_job(facts).cluster_is_up():
         return (
             f"run.dir={folder} holds job {facts.id} of cluster {facts.cluster}, which is up and not asked from here: "
             f"dtrain jobs status {folder} says how it stands; cancel it, or choose another run.dir"

@@ -3,7 +3,7 @@
     Config
     ├── run        where the run lives and whether it goes on        ├── model   `_target_` and its keywords
     ├── mesh       replicas x shards                                 ├── data    `_target_` and its keywords
-    ├── launcher   how the workers start                             ├── sync    `_target_` and its keywords
+    ├── launcher   how the workers start: `dtrain.launchers`         ├── sync    `_target_` and its keywords
     ├── engine     what owns the shard axis                          └── optim   the inner optimizer and its schedule
     └── train      steps, batches, and how often what happens
 
@@ -14,18 +14,21 @@ override frozen ones.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
+from typing import Any, get_args, get_origin, get_type_hints
 
-PER_NODE = ("srun", "torchrun")
-ISOLATIONS = ("none", "replica")
-CONTAINER_RUNTIMES = ("pyxis", "apptainer")
+from dtrain.launchers import registry
+from dtrain.launchers.launcher import Launcher
+
 TRANSPORTS = ("torch", "mpi")
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
-LAUNCHERS = ("local", "slurm", "mpi")
+
+LAUNCHER_DEFAULTS = {"workers": 4, "max_restarts": 3}
+"""Where the command line starts from otherwise than a program that uses a launcher itself."""
 
 Settings = dict[str, object]
 """A mapping with ``_target_``: any importable callable, and the keywords it is called with."""
@@ -54,76 +57,6 @@ class MeshConfig:
     """Ranks in a replica, which the engine shards over."""
     transport: str = "torch"
     """What carries the replicate axis: ``torch`` (gloo or NCCL) or ``mpi``, which needs ``launcher=mpi``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LauncherConfig:
-    """How the worker processes start. Empty text and 0 mean: as the site has it."""
-
-    name: str = "local"
-    workers: int = 4
-    """Ranks in all, spread evenly over ``nodes``."""
-    nodes: int = 1
-    max_restarts: int = 3
-    """How often all workers are started again from the last checkpoint when one dies; under Slurm, how many attempts
-    in a row may make no progress."""
-    grace_seconds: float = 60.0
-    """What the workers have between SIGTERM and SIGKILL, to write a checkpoint."""
-    threads_per_worker: int = 1
-    """CPU cores of a rank."""
-    hang_seconds: float = 600.0
-    """A rank that stands in one collective for longer ends the attempt; 0: never."""
-    wait: bool = False
-    """Follow a submitted job to its end."""
-    environment: list[str] = field(default_factory=list)
-    """``NAME=value``, set for every rank."""
-    snapshot: bool = True
-    """Slurm: run a copy of the code, taken when the job is submitted, which lies in its folder."""
-
-    minutes: int = 60
-    """Slurm: the time limit of one run of the job, which goes on after it."""
-    gpus_per_node: int = 0
-    memory_gib: int = 0
-    """Per node."""
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    exclude: str = ""
-    reservation: str = ""
-    array_parallel: int = 0
-    """How many runs of a sweep may run at the same time; 0: all."""
-    per_node: str = "srun"
-    """``srun``: one task per rank. ``torchrun``: one task per node, whose torchrun starts its ranks."""
-    isolate: str = "none"
-    """``replica``: a job step per replica, so that a dead one does not take the others with it."""
-    signal_seconds: int = 120
-    """The ranks are told this long before the time limit; 0: not at all."""
-    address: str = ""
-    """Where the ranks meet; empty: the job's first node."""
-    port: int = 0
-    """0: a free one."""
-    interface: str = ""
-    """The network interface of gloo and NCCL."""
-    python: str = ""
-    """The interpreter on the nodes; empty: this one."""
-    setup: list[str] = field(default_factory=list)
-    """Lines of the batch script before the ranks start: ``module load ...``."""
-    container: str = ""
-    """An image; empty: none."""
-    container_runtime: str = "pyxis"
-    container_args: list[str] = field(default_factory=list)
-    srun_args: list[str] = field(default_factory=list)
-    sbatch: list[str] = field(default_factory=list)
-    """Any further directive: ``mail-type=END``, ``exclusive``."""
-    groups: list[str] = field(default_factory=list)
-    """The components of a heterogeneous job: ``nodes=2 workers=4 constraint=a100``."""
-
-    mpirun: str = ""
-    """MPI: the mpirun to use; empty: the one on PATH."""
-    hosts: list[str] = field(default_factory=list)
-    """MPI: ``HOST`` or ``HOST:SLOTS``; empty: the nodes of the Slurm allocation around it, else this machine."""
-    mpi_args: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +119,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    launcher: Launcher = field(default_factory=lambda: registry.made({"name": "local", **LAUNCHER_DEFAULTS}))
     engine: EngineConfig = field(default_factory=EngineConfig)
     model: Settings = field(default_factory=dict)
     data: Settings = field(default_factory=dict)
@@ -195,20 +128,45 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-@functools.cache
-def composable(cls: type) -> type:
-    """The unfrozen twin of a frozen dataclass, with typed sections as twins and mappings as open dictionaries."""
-    hints = get_type_hints(cls)
+def types_of(section: type) -> dict[str, Any]:
+    """The types of the keys of a section, by their names; those of sections are classes that this takes again.
+
+    ``launcher`` has the keys of all launchers: which one it is says one of them.
+    """
+    if section is Launcher:
+        return {name: _composed(key.type) for name, key in registry.keys().items()}
+    return get_type_hints(section)
+
+
+def _composed(kind: Any) -> Any:
+    """The type of a value as hydra has it, which knows lists and no tuples of any length."""
+    return list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]  # a type at runtime
+
+
+def is_section(kind: object) -> bool:
+    """Whether a key holds further keys."""
+    return kind is Launcher or dataclasses.is_dataclass(kind)
+
+
+def composable(section: type) -> type:
+    """The unfrozen twin of a section, with sections in it as twins and mappings as open dictionaries."""
+    if section is Launcher:
+        keys = {name: (key.type, LAUNCHER_DEFAULTS.get(name, key.default)) for name, key in registry.keys().items()}
+        return _twin(section.__name__, keys)
+    types = types_of(section)
+    return _twin(section.__name__, {entry.name: (types[entry.name], entry.default) for entry in fields(section)})
+
+
+def _twin(name: str, keys: Mapping[str, tuple[Any, object]]) -> type:
     members: list[tuple[str, Any, Any]] = []
-    for entry in dataclasses.fields(cls):
-        kind = hints[entry.name]
-        if dataclasses.is_dataclass(kind):
-            twin = composable(kind)  # type: ignore[arg-type]  # a class, as get_type_hints of a class field says
-            members.append((entry.name, twin, field(default_factory=twin)))
-        elif entry.default_factory is list:
-            members.append((entry.name, kind, field(default_factory=list)))
-        elif entry.default_factory is not dataclasses.MISSING:
-            members.append((entry.name, dict[str, Any], field(default_factory=dict)))
+    for key, (kind, default) in keys.items():
+        if is_section(kind):
+            twin = composable(kind)
+            members.append((key, twin, field(default_factory=twin)))
+        elif isinstance(default, tuple):
+            members.append((key, _composed(kind), field(default_factory=partial(list, default))))
+        elif default is MISSING:
+            members.append((key, dict[str, Any], field(default_factory=dict)))
         else:
-            members.append((entry.name, kind, field(default=entry.default)))
-    return dataclasses.make_dataclass(cls.__name__, members, kw_only=True)
+            members.append((key, kind, field(default=default)))
+    return dataclasses.make_dataclass(name, members, kw_only=True)

@@ -11,41 +11,23 @@ from typing import cast
 
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.train.config.data_contract import check_data
-from dtrain.train.config.launcher_keys import refused
 from dtrain.train.config.model_factory import build_model
-from dtrain.train.config.schema import (
-    CONTAINER_RUNTIMES,
-    ENGINES,
-    ISOLATIONS,
-    LAUNCHERS,
-    PER_NODE,
-    PRECISIONS,
-    SCHEDULES,
-    TRANSPORTS,
-    Config,
-)
+from dtrain.train.config.schema import ENGINES, PRECISIONS, SCHEDULES, TRANSPORTS, Config
 from dtrain.train.config.targets import closest, hint, instantiate
 
 AT_LEAST_ONE = (
-    "mesh.replicate", "mesh.shard", "launcher.workers", "launcher.threads_per_worker", "launcher.nodes",
-    "launcher.minutes", "train.steps", "train.batch_size", "train.keep_checkpoints", "train.log_every_steps",
-    "train.agree_every_steps",
+    "mesh.replicate", "mesh.shard", "train.steps", "train.batch_size", "train.keep_checkpoints",
+    "train.log_every_steps", "train.agree_every_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "launcher.max_restarts", "launcher.grace_seconds", "launcher.hang_seconds", "launcher.signal_seconds",
-    "launcher.gpus_per_node", "launcher.memory_gib", "launcher.array_parallel", "launcher.port", "optim.warmup_steps",
-    "optim.final_lr_fraction", "train.seed", "train.microbatch_size", "train.clip_norm", "train.stop_after_steps",
-    "train.checkpoint_every_steps", "train.evaluate_every_steps", "train.evaluation_examples",
-    "train.max_skipped_steps",
+    "optim.warmup_steps", "optim.final_lr_fraction", "train.seed", "train.microbatch_size", "train.clip_norm",
+    "train.stop_after_steps", "train.checkpoint_every_steps", "train.evaluate_every_steps",
+    "train.evaluation_examples", "train.max_skipped_steps",
 )  # fmt: skip
 NAMES = {
     "engine.name": ENGINES,
     "engine.precision": PRECISIONS,
     "optim.schedule": SCHEDULES,
-    "launcher.name": LAUNCHERS,
-    "launcher.per_node": PER_NODE,
-    "launcher.isolate": ISOLATIONS,
-    "launcher.container_runtime": CONTAINER_RUNTIMES,
     "mesh.transport": TRANSPORTS,
 }
 
@@ -122,14 +104,9 @@ def _mesh(config: Config) -> Iterator[str]:
 
 
 def _launcher(config: Config) -> Iterator[str]:
-    yield from refused(config.launcher)
-    if config.mesh.transport == "mpi" and config.launcher.name != "mpi":
+    yield from config.launcher.problems(config.mesh.replicate)
+    if config.mesh.transport == "mpi" and not config.launcher.has_mpi:
         yield "mesh.transport=mpi needs ranks that mpirun has started: take launcher=mpi, or mesh.transport=torch"
-    if config.launcher.nodes > 1 and config.launcher.workers % config.launcher.nodes:
-        yield (
-            f"launcher.workers={config.launcher.workers} cannot be spread evenly over launcher.nodes="
-            f"{config.launcher.nodes}; choose another number of nodes, or a mesh of another size"
-        )
 
 
 def warnings(config: Config) -> list[str]:

@@ -245,14 +245,14 @@ def test_composing_leaves_nothing_behind() -> None:
 
 
 def test_every_key_can_be_set_from_the_command_line() -> None:
-    config = compose(["run.dir=x"])
+    config = compose(["run.dir=x", "launcher=slurm"])
     overrides = []
     for key in dotted_keys(config):
         value: object = dataclasses.asdict(config)
         for part in key.split("."):
             assert isinstance(value, dict)
             value = value[part]
-        if not isinstance(value, dict | list):
+        if not isinstance(value, dict | list | tuple):
             text = "null" if value is None else repr(value).lower() if isinstance(value, bool) else str(value)
             overrides.append(f"{key}={text}")
     assert len(overrides) > 40 and compose(overrides) == config

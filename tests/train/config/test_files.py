@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import ConfigError
+from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.train.config import Config, compose, load, to_yaml
 
 EXPERIMENT = """\
@@ -19,7 +20,7 @@ train:
   batch_size: 8
 optim.inner.lr: 1e-3
 sync.every_steps: 5
-launcher: {partition: "main,debug", environment: ["A=1,2"], nodes: 1}
+launcher: {name: slurm, partition: "main,debug", environment: ["A=1,2"], nodes: 1}
 run.dir: runs/a=b
 """
 
@@ -34,7 +35,7 @@ def test_a_file_says_what_words_say() -> None:
     words = [
         "sync=streaming_diloco", "compress@sync.compress=int8", "engine=ddp", "train.steps=40", "train.batch_size=8",
         "optim.inner.lr=1e-3", "sync.every_steps=5", "launcher.partition=main,debug", 'launcher.environment=["A=1,2"]',
-        "launcher.nodes=1", "run.dir=runs/a=b",
+        "launcher.nodes=1", "launcher.name=slurm", "run.dir=runs/a=b",
     ]  # fmt: skip
     assert compose(["@exp.yaml"]) == compose(words)
 
@@ -75,7 +76,7 @@ def test_a_folder_of_ones_own_has_choices() -> None:
     for place in ("@mine", "@mine/", f"@{Path('mine').absolute()}"):
         config = compose([place, "sync=rare", "launcher=site", "launcher.nodes=4", "run.dir=x"])
         assert config.sync["every_steps"] == 500 and config.sync["_target_"] == "dtrain.diloco"
-        assert (config.launcher.name, config.launcher.partition, config.launcher.nodes) == ("slurm", "gpu", 4)
+        assert config.launcher == SlurmLauncher(workers=4, nodes=4, partition="gpu")
     assert compose(["run.dir=x"]) == compose(["@mine", "run.dir=x"])
     with pytest.raises(ConfigError, match="there is no such choice"):
         compose(["sync=rare"])

@@ -6,12 +6,14 @@ import contextlib
 import os
 import shlex
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from dtrain.errors import ConfigError
+from dtrain.launchers import registry
 from dtrain.train.config import Config, compose, load, to_yaml
 from dtrain.train.config.composition import alternatives
 from dtrain.train.config.words import read, value_of, written
@@ -43,12 +45,18 @@ def test_text_is_taken_as_it_is(text: str) -> None:
     assert value_of(read(written("run.dir", text)), "text", None) == text
 
 
+def launcher_of(key: str) -> list[str]:
+    """The choice of a launcher that takes the key, where it is one of ``launcher``."""
+    section, _, name = key.partition(".")
+    return [f"launcher={registry.keys()[name].launchers[0]}"] if section == "launcher" else []
+
+
 @pytest.mark.parametrize("key", ["run.dir", "launcher.constraint", "data.path"])
 @pytest.mark.parametrize(
     "text", ["runs/lr=0.1", "日本語/ü (1), b", "[a", "{a: b}", "'a',b", "a100&80gb", "x\ny", "a:b", "$x"]
 )
 def test_text_arrives_in_the_configuration(key: str, text: str) -> None:
-    assert value(compose(["run.dir=x", f"{key}={text}"]), key) == text
+    assert value(compose(["run.dir=x", *launcher_of(key), f"{key}={text}"]), key) == text
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,7 @@ def test_text_arrives_in_the_configuration(key: str, text: str) -> None:
 )
 def test_a_path_or_a_setting_of_slurm_arrives(word: str, expected: object, tmp_path: Path) -> None:
     key = "run.dir" if word.startswith("run={") else word.partition("=")[0]
-    config = compose(["run.dir=x", word])
+    config = compose(["run.dir=x", *launcher_of(key), word])
     assert value(config, key) == expected
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "config.yaml") == config
@@ -99,7 +107,8 @@ def test_a_path_or_a_setting_of_slurm_arrives(word: str, expected: object, tmp_p
 def test_a_list_of_text_arrives_whether_the_shell_took_its_quotes_or_not(words: str, expected: list[str]) -> None:
     for word in {words, " ".join(shlex.split(words))}:
         word = word.strip("'")
-        assert value(compose(["run.dir=x", word]), word.partition("=")[0]) == expected
+        key = word.partition("=")[0]
+        assert [*cast("list[str]", value(compose(["run.dir=x", *launcher_of(key), word]), key))] == expected
 
 
 @pytest.mark.parametrize(
