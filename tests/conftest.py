@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ settings.register_profile("local", deadline=None)
 # In CI the same examples each time: a red build says something about the change, not about luck. People's machines
 # go on searching.
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+# `make test-quick`: tests that name a number of examples keep theirs.
+settings.register_profile("quick", deadline=None, max_examples=10)
 # The list of the user's jobs, and secrets, are the user's: tests have a folder of their own.
 _STATE = tempfile.TemporaryDirectory(prefix="dtrain-tests-")
 os.environ["XDG_STATE_HOME"] = _STATE.name
@@ -38,6 +42,33 @@ def pytest_collection_finish() -> None:
     """Modules and thousands of tests stay to the end; garbage collections need not look at them again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slowest", type=Path, metavar="FILE", help="write a table of the twenty slowest tests there")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever uses the pool starts processes, whether its file says so or not."""
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The slowest tests, with what sets them up, in the order of their time."""
+    path: Path | None = config.getoption("--slowest")
+    if path is None:
+        return
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid] += report.duration  # type: ignore[assignment]
+    rows = [f"| {duration:.1f} | {name} |" for name, duration in seconds.most_common(20)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["| seconds | test |", "|---:|---|", *rows, ""]))
+    terminalreporter.write_line(f"the twenty slowest tests: {path}")
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.architecture import Architecture
+
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = ("comm", "launchers", "configs", "slurm")
 
@@ -279,6 +281,89 @@ def test_classes_are_within_their_budget() -> None:
         for where, owner in _classes()
     }
     assert {where: count for where, count in public.items() if count > PUBLIC_METHODS} == {}
+
+
+# ---- coupling ------------------------------------------------------------------------------------------------------
+
+FAN_OUT, DEPTH = 15, 2
+WIDER = {
+    "dtrain/train/trainer.py": 34, "dtrain/cli/train.py": 24, "dtrain/cli/bench.py": 18, "comm/attach.py": 19,
+    "comm/runtime/loop.py": 17, "dtrain/train/worker.py": 17,
+}  # fmt: skip
+"""Modules that import more of ours, and how many at most. This and what follows gets shorter, never longer."""
+DEEPER: set[str] = {
+    "Compeft", "TernGrad", "AttachedFedKSeed", "AttachedFerret", "AttachedOneByte", "_AttachedOneBitAdam",
+    "AttachedDirected", "Noted", "_EF21W", "AttachedElastic", "AttachedElasticOneByte", "AttachedOffloaded",
+    "AttachedSharded", "DDPEngine", "FSDPEngine", "SlurmLauncher",
+}  # fmt: skip
+"""Classes whose parent inherits, too."""
+ASKED: set[str] = {
+    "comm/adapters/grid.py TorchTransport", "comm/attach.py LocalUpdate", "comm/attach.py OneByte",
+    "comm/attach.py Members", "comm/attach.py TorchTransport", "comm/methods/scaffold.py NoFeedback",
+    "comm/plans/plan.py Compression", "comm/runtime/attached.py Settled",
+    "comm/runtime/membership/elastic.py Settled", "dtrain/bench/hooks.py EveryStep", "dtrain/bench/worker.py HookRow",
+    "dtrain/train/trainer.py ForwardOnly",
+}  # fmt: skip
+"""Where somebody asks whether a value is of a concrete class of another module."""
+IN_CIRCLES: set[str] = {
+    "dtrain.comm.methods.local_update", "dtrain.comm.runtime.loop", "dtrain.comm.runtime.measuring",
+    "dtrain.comm.runtime.outer_store.offloaded", "dtrain.comm.runtime.outer_store.sharded",
+}  # fmt: skip
+"""Modules that import each other, within functions too."""
+
+
+@functools.cache
+def _coupling() -> Architecture:
+    return Architecture(ROOT)
+
+
+def test_no_module_imports_too_many_others() -> None:
+    """What imports much knows much: cut it at an idea, or hand it what it needs."""
+    fan_out = _coupling().fan_out()
+    assert {path: count for path, count in fan_out.items() if count > WIDER.get(path, FAN_OUT)} == {}
+
+
+def test_inheritance_is_two_deep() -> None:
+    """A third one overrides the inside of the second: put the parts together by a function instead."""
+    lines = _coupling().lines_of_inheritance()
+    deep = {name: line for name, line in lines.items() if len(line) > DEPTH}
+    assert {name: line for name, line in deep.items() if name.rpartition(".")[2] not in DEEPER} == {}
+
+
+def test_nobody_asks_for_a_concrete_class() -> None:
+    """Ask a value what it can do: an attribute of its Protocol says so."""
+    assert [str(question) for question in _coupling().questions() if question.what not in ASKED] == []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert [circle for circle in _coupling().circles() if not set(circle) <= IN_CIRCLES] == []
+
+
+def test_coupling_is_counted(tmp_path: Path) -> None:
+    """The eyes of the four above."""
+    files = {
+        "comm/a.py": "from typing import Protocol\nclass A: ...\nclass P(Protocol): ...\nclass E(ValueError): ...\n",
+        "comm/b.py": "from dtrain.comm.a import A\nfrom dtrain.comm import c\nclass B(A): ...\nclass Q(E): ...\n",
+        "comm/c.py": "from dtrain.comm.b import B as Other\nclass C(Other[int]): ...\n",
+        "dtrain/__init__.py": "from dtrain.comm.a import A, P\n",
+        "dtrain/d.py": "import dtrain\ndef f(x):\n    from dtrain import A, P\n    isinstance(x, A | int)\n"
+        "    isinstance(x, P)\n    isinstance(x, (str, dtrain.A))\n    match x:\n        case A(): ...\n"
+        "if TYPE_CHECKING:\n    from dtrain.comm import c\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    coupling = Architecture(tmp_path)
+    assert coupling.fan_out() == {
+        "comm/a.py": 0, "comm/b.py": 2, "comm/c.py": 1, "dtrain/__init__.py": 1, "dtrain/d.py": 1,
+    }  # fmt: skip
+    assert coupling.circles() == [["dtrain.comm.b", "dtrain.comm.c"]]
+    assert {name.rpartition(".")[2]: len(line) for name, line in coupling.lines_of_inheritance().items()} == {
+        "A": 1, "P": 0, "B": 2, "Q": 1, "C": 3,
+    }  # fmt: skip
+    assert [str(question) for question in coupling.questions()] == [
+        "dtrain/d.py A, line 4", "dtrain/d.py A, line 6", "dtrain/d.py A, line 8",
+    ]  # fmt: skip
 
 
 # ---- folders and names ---------------------------------------------------------------------------------------------

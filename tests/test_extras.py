@@ -13,6 +13,8 @@ import pytest
 
 from dtrain.extras import EXTRAS
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {"hydra-core": "hydra", "pyyaml": "yaml"}
 WITHOUT = """

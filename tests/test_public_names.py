@@ -86,15 +86,18 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         getattr(dtrain, "every_stepp")  # noqa: B009 - mypy knows that it is not there
 
 
+@pytest.mark.processes
 def test_importing_dtrain_costs_nothing() -> None:
     heavy = {"torch", "numpy"} | NOT_FOR_THE_HOOKS
     assert not loaded_by("import dtrain; dtrain.__version__") & heavy
 
 
+@pytest.mark.processes
 def test_a_user_of_the_hooks_imports_torch_and_nothing_of_the_command() -> None:
     loaded = loaded_by("from dtrain import " + ", ".join(NAMES))
     assert "torch" in loaded and not loaded & NOT_FOR_THE_HOOKS
 
 
+@pytest.mark.processes
 def test_the_help_of_the_command_needs_no_torch() -> None:
     assert not loaded_by("import dtrain.cli.main; dtrain.cli.main._parser()") & ({"torch"} | NOT_FOR_THE_HOOKS)

@@ -521,6 +521,7 @@ def test_the_examples_of_the_help_compose(shell: Shell, text: Path, launches: La
     assert launches.asked == []
 
 
+@pytest.mark.processes
 def test_python_m_dtrain_is_the_command() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -579,6 +580,7 @@ def test_bad_settings_are_one_error_and_leave_nothing_behind(words: list[str], m
     assert error.startswith("dtrain: error: ") and message in error
 
 
+@pytest.mark.processes
 def test_a_store_for_members_is_served_until_a_signal_and_a_taken_port_is_told() -> None:
     serving = [sys.executable, "-m", "dtrain", "members", "--port"]
     with subprocess.Popen([*serving, "0"], stdout=subprocess.PIPE, text=True) as process:

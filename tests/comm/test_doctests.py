@@ -22,7 +22,14 @@ def modules_with_examples() -> list[str]:
     return sorted(set(names))
 
 
-@pytest.mark.parametrize("name", modules_with_examples())
+STARTS_PROCESSES = "dtrain.testing.workers"
+PARAMETERS = [
+    pytest.param(name, marks=[pytest.mark.processes] if name == STARTS_PROCESSES else [])
+    for name in modules_with_examples()
+]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_examples(name: str) -> None:
     failed, attempted = doctest.testmod(importlib.import_module(name), verbose=False)
     assert attempted > 0 and failed == 0

@@ -283,6 +283,7 @@ def _come_and_go(name: str, times: int) -> None:
         down(name)
 
 
+@pytest.mark.processes
 def test_clusters_that_come_and_go_at_once_do_not_take_the_setting_from_each_other(machine: Path) -> None:
     together = multiprocessing.get_context("fork")
     ones = [together.Process(target=_come_and_go, args=(name, 150)) for name in ("one", "two", "three")]
