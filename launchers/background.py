@@ -33,7 +33,7 @@ from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
 from dtrain.launchers.launcher import Allocation, Keys, Launcher, not_negative
 from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
-from dtrain.launchers.records import ATTEMPT, RankRecord, keep_attempt, rank_files
+from dtrain.launchers.records import ATTEMPT, RankRecord, keep_attempt, rank_files, write_end
 from dtrain.launchers.strict_json import Damaged, json_of, shaped
 
 __all__ = ["BackgroundJob", "BackgroundLauncher", "LocalLauncher", "MpiLauncher", "rank_command"]
@@ -328,10 +328,7 @@ def main(launcher: str, folder: Path) -> None:
     stopped = settings.run(command, folder, {**settings.variables(), **ours})
     code = RankRecord.verdict(folder, settings.workers)
     reason = "cancelled" if stopped else ENDINGS.get(code, "failed")
-    content = {"code": code, "reason": reason, "job": str(os.getpid()), "time": int(time.time())}
-    new = folder / "end.json.new"
-    new.write_text(json.dumps(content) + "\n")
-    os.replace(new, folder / "end.json")
+    write_end(folder, code, reason, job=str(os.getpid()))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ CLUSTER = "DTRAIN_CLUSTER"
 """Set on the hosts of a cluster of `dtrain cluster`: its name. From outside it says which one is meant."""
 ALLOCATED = "DTRAIN_ALLOCATED"
 """Set where the command has asked Slurm for the nodes around this process: then the keys for that were used."""
+SECONDS_LEFT = "DTRAIN_SECONDS_LEFT"
+"""Set as the ranks start: until the time limit. Seconds and no time of day, as the clocks of two machines differ."""
 RANK_OFFSET, WORLD = "DTRAIN_RANK_OFFSET", "DTRAIN_WORLD_SIZE"
 """Set where a job consists of several steps (``launcher.isolate=replica``): a rank's place among all steps."""
 

@@ -6,7 +6,6 @@ of an older version or of a copy, is still a run: its lock and its summary say h
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from dtrain.launchers import job_list, registry
 from dtrain.launchers.exit_codes import CHECKPOINTED, ENDINGS, INTERRUPTED
 from dtrain.launchers.job import Facts, Job, State
 from dtrain.launchers.lock import LOCK
-from dtrain.launchers.records import RankRecord
+from dtrain.launchers.records import RankRecord, write_end
 from dtrain.launchers.strict_json import json_in, tail
 
 __all__ = ["ForegroundJob", "began", "ended"]
@@ -43,11 +42,8 @@ def began(folder: Path, program: Sequence[str], workers: int) -> None:
 
 def ended(folder: Path, code: int, cause: str) -> None:
     """Write down how it ended; ``cause``: what went wrong, in words, if anything did."""
-    content = {"code": code, "reason": REASONS.get(code, "failed"), "job": str(os.getpid()), "time": int(time.time())}
-    new = folder / "end.json.new"
     try:
-        new.write_text(json.dumps({**content, "cause": cause}) + "\n")
-        os.replace(new, folder / "end.json")
+        write_end(folder, code, REASONS.get(code, "failed"), job=str(os.getpid()), cause=cause)
     except OSError as error:  # a full disk, or somebody has deleted the folder: how it ended has been told
         print(f"dtrain: warning: {folder}/end.json cannot be written: {error.strerror}", file=sys.stderr)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from dtrain.launchers.exit_codes import ENDED_WELL
 from dtrain.launchers.failure import read_log_end, signal_name
 from dtrain.launchers.strict_json import Damaged, json_in, lines_in, number_in, shaped
 
-__all__ = ["ATTEMPT", "Beat", "RankRecord", "damaged", "keep_attempt", "rank_files"]
+__all__ = ["ATTEMPT", "Beat", "RankRecord", "damaged", "first_cause", "keep_attempt", "rank_files", "write_end"]
 
+KILLED_SECONDS = 2.0  # others notice that a rank was killed before that is written down
 ATTEMPT = "DTRAIN_ATTEMPT"
 """Environment of the ranks: how often all of them were started before."""
 
@@ -31,15 +33,41 @@ def rank_files(folder: Path) -> Path:
 
 
 def keep_attempt(folder: Path) -> None:
-    """Put the records of all ranks together in the file of their attempt, before another one begins.
-
-    slurm/job.sbatch.j2 does the same in its own language.
-    """
+    """Put the records of all ranks together in the file of their attempt, before another one begins."""
     ranks = rank_files(folder)
     for path in sorted(ranks.glob("rank-*.json")):
         _keep(path)
     for path in (*ranks.glob("rank-*.beat"), *ranks.glob("rank-*.error")):
         path.unlink(missing_ok=True)
+
+
+def first_cause(folder: Path) -> str:
+    """The rank of the last attempt that failed by itself, and first, in words; empty if none did.
+
+    What others say of one that was killed tells less, and comes before its record: ``KILLED_SECONDS``.
+    """
+    over = sorted((record for record in RankRecord.all(folder) if record.ended is not None), key=_time)
+    killed = next((r for r in over if (r.signal or "").startswith("SIG") and r.signal != "SIGTERM"), None)
+    failed = next((r for r in over if r.exit_code is not None and r.exit_code not in ENDED_WELL), None)
+    first = killed if failed is None or (killed and _time(killed) < _time(failed) + KILLED_SECONDS) else failed
+    if first is None:
+        return ""
+    how = f"exit code {first.exit_code}"
+    if first.signal:
+        how = f"{first.signal}, exit code {exit_codes.of_process(-signal.Signals[first.signal])}"
+    return f"rank {first.rank} on {first.host} first: {how}"
+
+
+def _time(record: RankRecord) -> float:
+    return record.ended or 0.0
+
+
+def write_end(folder: Path, code: int, reason: str, *, job: str, cause: str | None = None) -> None:
+    """Write down how a job has ended, whole or not at all. ``job``: its number, ``cause``: what went wrong, if told."""
+    content: dict[str, object] = {"code": code, "reason": reason, "job": job, "time": int(time.time())}
+    new = folder / "end.json.new"
+    new.write_text(json.dumps(content if cause is None else {**content, "cause": cause}) + "\n")
+    os.replace(new, folder / "end.json")
 
 
 def damaged(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dtrain.launchers.exit_codes import CHECKPOINTED, ENDED_WELL
 from dtrain.launchers.failure import CONSEQUENCE, Failure, advice
-from dtrain.launchers.records import Beat, RankRecord, damaged
+from dtrain.launchers.records import KILLED_SECONDS, Beat, RankRecord, damaged
 from dtrain.launchers.strict_json import json_in, tail
 
 __all__ = ["why"]
@@ -25,7 +25,6 @@ __all__ = ["why"]
 STALE_SECONDS = 30.0
 HANGING_SECONDS = 5.0  # a collective takes its time
 TAIL_BYTES = 20_000  # of the script's log
-KILLED_SECONDS = 2.0  # others notice that a rank was killed before that is written down; Slurm's own SIGKILL is later
 SCHEDULER = re.compile(
     r"slurmstepd[-\w]*: error: .*|srun: error: .*|CANCELLED AT .*|DUE TO .*|[Oo]ut.of.[Mm]emory.*|oom.kill.*"
 )

@@ -8,11 +8,9 @@ import time
 from collections.abc import Mapping
 
 from dtrain.errors import ConfigError
+from dtrain.launchers.environment import SECONDS_LEFT
 
 __all__ = ["TIME_LIMIT", "Clock"]
-
-SECONDS_LEFT = "DTRAIN_SECONDS_LEFT"
-"""Set by the batch script as the ranks start. Seconds and no time of day: the clocks of two machines differ."""
 
 TIME_LIMIT = int(signal.SIGXCPU)
 """Stands for the time limit among the signals that end a run."""

@@ -107,7 +107,7 @@ def _work(
     if asked.snapshot:
         code = Snapshot.of(Path.cwd(), (lists.parent if len(absolute) > 1 else absolute[0]) / "code")
         command, environment = code.mapped(command), {**code.variables, **environment}
-    return Work(name, command, absolute, Path.cwd(), lists, environment, literal, replicas, code, plain)
+    return Work(name, command, absolute, Path.cwd(), lists, environment, literal, replicas, code, plain, sys.executable)
 
 
 def _submit(work: Work, asked: SlurmSettings) -> list[SlurmJob]:

@@ -27,6 +27,7 @@ class Work:
     ``folders``: more than one makes a job array, an element each; "{folder}" in ``program`` stands for its folder, but
     not in a ``literal`` one. ``lists``: where the script reads the folders of an array from. ``replicas``: of its mesh.
     ``code``: the copy of the code that it runs; ``given``: the program outside of that.
+    ``python``: an interpreter that has dtrain, outside of any container.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Work:
     replicas: int = 1
     code: Snapshot | None = None
     given: tuple[str, ...] = ()
+    python: str = ""
 
     @property
     def array(self) -> bool:
@@ -64,10 +66,16 @@ def render(work: Work, settings: SlurmSettings) -> str:
         max_restarts=settings.max_restarts,
         address=shlex.quote(settings.address) if settings.address else "",
         port=settings.port,
+        python=shlex.quote(_interpreter(work, settings)),
         environment=[(name, shlex.quote(value)) for name, value in sorted(_variables(work, settings).items())],
         setup=settings.setup,
         steps=list(_steps(work, settings)),
     )
+
+
+def _interpreter(work: Work, settings: SlurmSettings) -> str:
+    """The one of the batch script: that of the ranks, or where that is one of their container, of who submits."""
+    return (work.python if settings.container else settings.python) or "python3"
 
 
 def _directives(work: Work, settings: SlurmSettings) -> list[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from dtrain.launchers.slurm.attempt import PATIENCE
 from dtrain.launchers.slurm.script import Work, render
 from dtrain.launchers.slurm.settings import SlurmSettings
+from tests.launchers.test_why import ended
 
 pytestmark = pytest.mark.processes
 
@@ -20,7 +24,9 @@ PREEMPTED = "JobId=7 JobState=COMPLETING Restarts=0 StartTime=2026-01-01T10:00:0
 SIGNAL_ALL = "kill -TERM 0; sleep 0.1"  # as Slurm does: the script, its subshells, and what they have started
 
 
-def run(tmp_path: Path, *, ranks: int, says: str, first: str = ":", max_restarts: int = 0) -> dict[str, object]:
+def run(
+    tmp_path: Path, *, ranks: int, says: str, first: str = ":", max_restarts: int = 0, python: str = sys.executable
+) -> dict[str, object]:
     """How the job ended: what end.json says, and whether it was requeued.
 
     ``ranks``: the exit code that each rank leaves. ``says``: what Slurm tells of the job. ``first``: what happens while
@@ -28,20 +34,20 @@ def run(tmp_path: Path, *, ranks: int, says: str, first: str = ":", max_restarts
     """
     stubs, folder = tmp_path / "stubs", tmp_path / "run"
     stubs.mkdir()
-    record = f'{{"rank": 0, "exit_code": {ranks}}}'
+    record = json.dumps(dataclasses.asdict(ended(0, exit_code=ranks, ended=10.0)))
     texts = {
         "scontrol": f'case "$2" in hostnames) echo localhost;; job) {first}; echo "{says}";; '
         f'*) [ "$1" = requeue ] && touch {tmp_path}/requeued; true;; esac',
         "squeue": 'case "$*" in *%L*) echo 30:00;; *) echo 7.batch;; esac',
         "srun": f"echo '{record}' > {folder}/ranks/rank-0.json; exit 0",
-        "sleep": "exec /bin/sleep 0.1",
     }
     for name, text in texts.items():
         (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
         (stubs / name).chmod(0o755)
     work = Work("x", ("true",), (folder,), tmp_path, tmp_path / "list")
-    (tmp_path / "job.sh").write_text(render(work, SlurmSettings(python="python3", max_restarts=max_restarts)))
+    (tmp_path / "job.sh").write_text(render(work, SlurmSettings(python=python, max_restarts=max_restarts)))
     environment = {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}
+    environment[PATIENCE] = "1"
     done = subprocess.run(
         ["bash", "job.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=40,
         start_new_session=True, check=False,
@@ -89,3 +95,8 @@ def test_a_program_that_cannot_be_started_is_not_started_again(ranks: int, tmp_p
     end = run(tmp_path, ranks=ranks, says=RUNNING, max_restarts=3)
     assert (end["code"], end["requeued"]) == (2, False), end["said"]
     assert str(end["said"]).count("dtrain: attempt ") == 1
+
+
+def test_without_the_interpreter_the_job_says_so(tmp_path: Path) -> None:
+    end = run(tmp_path, ranks=0, says=RUNNING, python="/no/python")
+    assert end["code"] == 2 and str(end["reason"]).startswith("/no/python cannot be started on "), end["said"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.launchers.records import RankRecord
+from dtrain.launchers.records import RankRecord, first_cause, keep_attempt
 from dtrain.launchers.slurm.script import Work, render
 from dtrain.launchers.slurm.settings import Group, SlurmSettings
 from tests.launchers.test_why import ended
@@ -128,11 +128,7 @@ def test_a_group_that_cannot_be_read_is_refused(text: str) -> None:
         Group.parse(text)
 
 
-def test_the_script_keeps_the_records_of_an_attempt_and_names_its_first_cause(tmp_path: Path) -> None:
-    text = render(*CASES["plain"])
-    functions = "".join(
-        text[text.index(f"{name}() {{") :].partition("\n}\n")[0] + "\n}\n" for name in ("keep_attempt", "first_cause")
-    )
+def test_the_records_of_an_attempt_are_kept_and_its_first_cause_is_named(tmp_path: Path) -> None:
     (tmp_path / "ranks").mkdir()
     closed = ended(0, message='RuntimeError: Connection closed by "peer"', ended=10.25)
     cut = ended(2, exit_code=None, signal="SIGKILL", message="killed", ended=10.5)
@@ -140,8 +136,7 @@ def test_the_script_keeps_the_records_of_an_attempt_and_names_its_first_cause(tm
     for record in (closed, cut, late):
         (tmp_path / "ranks" / f"rank-{record.rank}.json").write_text(json.dumps(dataclasses.asdict(record)) + "\n")
         (tmp_path / "ranks" / f"rank-{record.rank}.beat").touch()
-    script = f"set -u; folder={tmp_path}; {functions}\nfirst_cause; keep_attempt 1"
-    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert said.stdout == "rank 2 on n2 first: SIGKILL\n" and not said.stderr
+    assert first_cause(tmp_path) == "rank 2 on n2 first: SIGKILL, exit code 137"
+    keep_attempt(tmp_path)
     assert [path.name for path in (tmp_path / "ranks").iterdir()] == ["attempt-1.jsonl"]
     assert RankRecord.earlier(tmp_path) == {1: [closed, cut, late]}

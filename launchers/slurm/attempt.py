@@ -1,0 +1,349 @@
+"""The attempts of a Slurm job, from within its batch script: where the ranks meet, and whether they start again.
+
+    job.sbatch (bash)    directives, environment, setup; it becomes this process
+    this process         attempt -> start_ranks of the script (srun, a task for each rank) -> how did it end? -> again?
+
+After every attempt it decides by what the ranks wrote, and by what Slurm says of the job:
+
+    finished, wrong configuration, ended by the user     the job is over: end.json says how
+    a rank failed                                        again, here, unless max_restarts attempts had no progress
+    time limit, preemption, a signal from Slurm          requeued: Slurm starts the script again
+    cancelled                                            over; and where nobody says who it was, it is not requeued
+
+Slurm ends a job with SIGTERM to this process and to all that it has started. It stays, to see the ranks off and to
+write down how they ended; and what it asks in the meantime is not cut short, as no answer is not "start it again".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dtrain.launchers import exit_codes
+from dtrain.launchers.environment import SECONDS_LEFT
+from dtrain.launchers.exit_codes import BAD_CONFIG, CHECKPOINTED, ENDINGS, FAILED, FINISHED, INTERRUPTED
+from dtrain.launchers.records import ATTEMPT, RankRecord, first_cause, keep_attempt, write_end
+
+__all__ = ["Job", "Over", "Slurm", "run"]
+
+PATIENCE = "DTRAIN_PATIENCE_SECONDS"
+"""Environment: for how long a controller that is silent is asked."""
+PATIENCE_SECONDS = 30.0
+STEPS_SECONDS = 600.0  # until the ranks of the attempt before have ended
+SHORT_SECONDS = 600.0  # an attempt that took longer counts as progress
+LEAST_SECONDS = 120  # of the time limit, for another attempt here
+PORTS, FIRST_PORT = 12000, 20000
+
+Cause = Literal["signal", "slurm", "preemption", "limit", "user", "nobody"]
+"""Who ended the ranks: a signal or they themselves, Slurm (which starts the job again), ..., or nobody knows."""
+
+Start = Callable[[Mapping[str, str]], int]
+"""Starts all ranks with these variables, and waits for them; returns the largest exit code of srun."""
+
+
+class Over(Exception):
+    """The job ends, with this exit code and reason."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code, self.reason = code, reason
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the script was told. ``address`` and ``port``: where the ranks meet; empty and 0: found out here."""
+
+    folder: Path
+    workers: int
+    max_restarts: int
+    address: str = ""
+    port: int = 0
+
+
+class Slurm:
+    """This run of the job, and what Slurm says of it."""
+
+    def __init__(self, variables: Mapping[str, str] = os.environ) -> None:
+        self.id, self.nodes = variables["SLURM_JOB_ID"], variables.get("SLURM_JOB_NODELIST", "")
+        self.name = variables.get("SLURM_ARRAY_JOB_ID", self.id)
+        self.restarts = int(variables.get("SLURM_RESTART_COUNT", "0") or 0)
+        self._all = [self.id, *(value for key, value in variables.items() if key.startswith("SLURM_JOB_ID_HET_GROUP_"))]
+        self._patience = float(variables.get(PATIENCE, PATIENCE_SECONDS))
+
+    def head(self) -> str:
+        """The first node. Raises `Over` where nobody can name it."""
+        lines = self._said("scontrol", "show", "hostnames", self.nodes).splitlines()
+        if not lines:
+            raise Over(BAD_CONFIG, "scontrol cannot name the nodes of the job")
+        return lines[0]
+
+    def address_of(self, node: str) -> str:
+        """The address that Slurm knows a node by; empty if it does not say."""
+        found = re.search(r" NodeAddr=(\S+)", self._said("scontrol", "show", "node", "--oneliner", node))
+        return found[1] if found else ""
+
+    def seconds_left(self) -> int | None:
+        """Until the time limit; None without one, and where Slurm does not say."""
+        lines = self._said("squeue", "--noheader", "--jobs", self.id, "--format", "%L").splitlines()
+        return next((left for line in lines if (left := seconds_of(line)) is not None), None)
+
+    def steps(self) -> frozenset[str] | None:
+        """The job's steps, without those of Slurm itself; None where Slurm does not answer."""
+        asked = ("squeue", "--noheader", "--steps", "--jobs", ",".join(self._all), "--format", "%i")
+        said = self._asked(*asked)
+        if said is None:
+            return None
+        return frozenset(word for word in said.split() if re.search(r"\.[0-9]+$", word))
+
+    def cancel_steps(self, steps: frozenset[str]) -> None:
+        """End job steps."""
+        self._asked("scancel", *sorted(steps))
+
+    def requeue(self) -> bool:
+        """Have Slurm start the job again; whether it will."""
+        return self._asked("scontrol", "requeue", self.id, show=True) is not None
+
+    def who_ended_it(self) -> Cause:
+        """Who ended the ranks, by the state of the job."""
+        fields = self._fields()
+        if not fields:
+            return "nobody"
+        state = fields.get("JobState", "")
+        if state == "RUNNING":
+            return "preemption" if _preempted(fields) else "signal"
+        if state in ("PREEMPTED", "TIMEOUT"):
+            return "preemption" if state == "PREEMPTED" else "limit"
+        # COMPLETING, which tells no reason; but a requeue counts as a restart at once
+        restarts, left = fields.get("Restarts", ""), self.seconds_left()
+        if restarts.isdecimal() and int(restarts) > self.restarts:
+            return "slurm"
+        if _preempted(fields):
+            return "preemption"
+        return "limit" if left is not None and left <= 1 else "user"
+
+    def _fields(self) -> dict[str, str]:
+        """What Slurm says of the job, field by field; empty if the controller stays silent."""
+        pause = self._patience / 10
+        for _ in range(10):
+            line = next(iter(self._said("scontrol", "show", "job", "--oneliner", self.id).splitlines()), "")
+            if line.strip():
+                fields: dict[str, str] = {}
+                for key, _, value in (word.partition("=") for word in line.split()):
+                    fields.setdefault(key, value)
+                return fields
+            time.sleep(pause)
+        return {}
+
+    def _said(self, *command: str) -> str:
+        return self._asked(*command) or ""
+
+    def _asked(self, *command: str, show: bool = False) -> str | None:
+        """What a command of Slurm's prints; None where it fails. It is not ended by the signal that ends the job."""
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=None if show else subprocess.DEVNULL,
+                text=True, errors="replace", check=False, env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
+                preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+            )  # fmt: skip
+        except OSError:
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+
+def seconds_of(text: str) -> int | None:
+    """Slurm's notation of a time that is left, in seconds; None for anything else.
+
+    >>> seconds_of("1-00:00:10"), seconds_of("30:00"), seconds_of("UNLIMITED")
+    (86410, 1800, None)
+    """
+    found = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+(?::[0-9]+)*)", text.strip())
+    if found is None:
+        return None
+    seconds = 0
+    for part in found[2].split(":"):
+        seconds = 60 * seconds + int(part)
+    return 86400 * int(found[1] or 0) + seconds
+
+
+def _preempted(fields: Mapping[str, str]) -> bool:
+    """Since this run of the job began: then it was not the user, though nobody starts it again (CANCEL)."""
+    when = fields.get("PreemptTime", "")
+    return when[:1].isdecimal() and when >= fields.get("StartTime", "")
+
+
+def run(job: Job, slurm: Slurm, start: Start) -> int:
+    """Run the ranks until the job is over, or is to go on when Slurm starts it again; returns the exit code."""
+    (job.folder / "end.json").unlink(missing_ok=True)
+    try:
+        address, others = meeting_point(job, slurm), slurm.steps() or frozenset()
+        code = _attempt(job, slurm, start, address)
+        while code is None:
+            _end_steps(slurm, others)  # ranks whose srun has died would train on beside the new ones
+            code = _attempt(job, slurm, start, address)
+        return code
+    except Over as over:
+        say(f"{over.reason} (exit code {over.code})")
+        write_end(job.folder, over.code, over.reason, job=slurm.name)
+        return over.code
+
+
+def _attempt(job: Job, slurm: Slurm, start: Start, address: str) -> int | None:
+    """One attempt; the exit code if Slurm is to start the job again, None for another one here. Raises `Over`."""
+    number = _count(job, slurm)
+    keep_attempt(job.folder)
+    before, began = _progress(job), time.monotonic()
+    say(f"attempt {number + 1} on {slurm.nodes}, meeting at {address}")
+    left = slurm.seconds_left()
+    code = start({
+        "MASTER_ADDR": address, "MASTER_PORT": str(choose_port(job, slurm, address, number)), ATTEMPT: str(number),
+        SECONDS_LEFT: "" if left is None else str(left),
+    })  # fmt: skip
+    ended = verdict(job, code)
+    if ended in (FINISHED, BAD_CONFIG, INTERRUPTED):
+        raise Over(ended, "ended by the user after a checkpoint" if ended == INTERRUPTED else ENDINGS[ended])
+    who = slurm.who_ended_it()
+    if who == "user":
+        raise Over(ended, "cancelled")
+    if who == "nobody":
+        # It may have been the user. This process is still there, so the ranks may start again, but the job may not.
+        if ended == CHECKPOINTED:
+            raise Over(ended, "checkpointed, but Slurm does not say why it was stopped: submit it again")
+        who = "signal"
+    _require_progress(job, fruitful=_progress(job) != before or time.monotonic() - began >= SHORT_SECONDS)
+    if ended == CHECKPOINTED or who != "signal":
+        say(f"asked to stop ({who}): the job goes on from its last checkpoint when Slurm starts it again")
+        if who != "slurm" and not slurm.requeue():
+            raise Over(CHECKPOINTED, f"ended by {who}, and scontrol requeue failed")
+        return CHECKPOINTED
+    cause = first_cause(job.folder) or f"srun: exit code {code}"
+    say(f"the ranks failed ({cause}); they start again from the last checkpoint")
+    left = slurm.seconds_left()
+    return CHECKPOINTED if left is not None and left < LEAST_SECONDS and slurm.requeue() else None  # too late for here
+
+
+def verdict(job: Job, srun: int) -> int:
+    """How the ranks ended, from what they wrote: srun alone tells the code of those that it killed, too."""
+    ended = RankRecord.verdict(job.folder, job.workers)
+    return FAILED if ended == FINISHED and srun else ended
+
+
+def meeting_point(job: Job, slurm: Slurm) -> str:
+    """The address of the first node, by its name or as Slurm knows it. Raises `Over` for one that does not resolve."""
+    head = slurm.head()
+    address = job.address or (head if _resolves(head) else slurm.address_of(head))
+    if not _resolves(address):
+        here = socket.gethostname()
+        where = f"{address}, where the ranks are to meet, does not resolve on {here}"
+        raise Over(BAD_CONFIG, f"{where}: set launcher.address")
+    return address
+
+
+def choose_port(job: Job, slurm: Slurm, address: str, attempt: int) -> int:
+    """A port that nobody listens on there; that of the job, for which `Over` is raised if it is taken."""
+    if job.port:
+        if _taken(address, job.port):
+            raise Over(
+                BAD_CONFIG, f"launcher.port={job.port} is taken on {address}: choose another, or 0 for a free one"
+            )
+        return job.port
+    first = int(slurm.id) * 13 + attempt * 7919
+    ports = [FIRST_PORT + (first + 1009 * more) % PORTS for more in range(10)]
+    return next((port for port in ports if not _taken(address, port)), ports[-1])
+
+
+def _end_steps(slurm: Slurm, others: frozenset[str]) -> None:
+    """End the steps of the attempt before, and await their end. ``others``: those that were there before."""
+    deadline = time.monotonic() + STEPS_SECONDS
+    while True:
+        steps = slurm.steps()
+        if steps is not None and not steps - others:
+            return
+        if steps is not None:
+            slurm.cancel_steps(steps - others)
+        if time.monotonic() > deadline:
+            raise Over(FAILED, "nobody knows that the ranks of the attempt before have ended")
+        time.sleep(1)
+
+
+def _count(job: Job, slurm: Slurm) -> int:
+    """Note that an attempt begins; returns how many there were before."""
+    with (job.folder / "attempts").open("a+") as attempts:
+        attempts.seek(0)
+        number = len(attempts.readlines())
+        attempts.write(f"{int(time.time())} {slurm.id} {slurm.restarts} {slurm.nodes}\n")
+    return number
+
+
+def _progress(job: Job) -> str:
+    """The last checkpoint."""
+    folder = job.folder / "checkpoints"
+    names = os.listdir(folder) if folder.is_dir() else []
+    return max((name for name in names if re.fullmatch("step-[0-9]+", name)), default="")
+
+
+def _require_progress(job: Job, *, fruitful: bool) -> None:
+    """Count the attempts in a row without progress. Raises `Over` for more than the job may have."""
+    path = job.folder / "fruitless"
+    text = path.read_text().strip() if path.is_file() else ""
+    count = 0 if fruitful else (int(text) if text.isdecimal() else 0) + 1
+    path.write_text(f"{count}\n")
+    if count > job.max_restarts:
+        raise Over(FAILED, f"attempts in a row without progress: {count}")
+
+
+def _resolves(name: str) -> bool:
+    try:
+        return bool(name) and bool(socket.getaddrinfo(name, None))
+    except OSError:
+        return False
+
+
+def _taken(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def say(text: str) -> None:
+    """Into the log of the script."""
+    print(f"{time.strftime('%F %T')} dtrain: {text}", flush=True)
+
+
+def _started_by_bash(folder: Path) -> Start:
+    """By the function of the script, which knows the words of every srun."""
+
+    def start(variables: Mapping[str, str]) -> int:
+        command = ["bash", "-c", 'start_ranks "$1"', "job.sbatch", str(folder)]
+        return exit_codes.of_process(subprocess.run(command, env={**os.environ, **variables}, check=False).returncode)
+
+    return start
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that the batch script describes; returns the exit code of the script."""
+    parser = argparse.ArgumentParser(prog="python -m dtrain.launchers.slurm.attempt")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--max-restarts", type=int, required=True)
+    parser.add_argument("--address", default="")
+    parser.add_argument("--port", type=int, default=0)
+    job = Job(**vars(parser.parse_args(arguments)))
+    # A handler, and not SIG_IGN: srun and the ranks are not to be born deaf to it.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    return run(job, Slurm(), _started_by_bash(job.folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
