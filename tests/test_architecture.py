@@ -294,7 +294,7 @@ WIDER = {
 DEEPER: set[str] = {
     "Compeft", "TernGrad", "AttachedFedKSeed", "AttachedFerret", "AttachedOneByte", "_AttachedOneBitAdam",
     "AttachedDirected", "Noted", "_EF21W", "AttachedElastic", "AttachedElasticOneByte", "AttachedOffloaded",
-    "AttachedSharded", "DDPEngine", "FSDPEngine", "SlurmLauncher",
+    "AttachedSharded", "SlurmLauncher",
 }  # fmt: skip
 """Classes whose parent inherits, too."""
 ASKED: set[str] = {

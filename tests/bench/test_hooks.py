@@ -70,6 +70,7 @@ def test_a_summary_tells_what_is_wrong() -> None:
     assert hook_rows.summary([]) == ["no row was finished"]
 
 
+@pytest.mark.slow
 def test_what_an_all_reduce_can_carry_is_offered_there() -> None:
     assert {name.removesuffix(AS_ALL_REDUCE) for name in OURS if name.endswith(AS_ALL_REDUCE)} == set(SUMMABLE)
     for name in (name for name in OURS if ":" not in name):

@@ -365,6 +365,7 @@ def test_steps_are_timed_with_every_kind_of_exchange(tmp_path: Path) -> None:
     assert payload["nothing"] == 0 < payload["torch.powersgd"] == payload["powersgd_ef:all_reduce"]
 
 
+@pytest.mark.slow
 def test_every_compressor_and_every_resume_is_in_the_report() -> None:
     one = {key: run() for key in cells()}
     five = {("sign_ef", "ddp"): (run(), run()), ("sign_ef", "zero3"): (run(), run(digest="d1"))}

@@ -67,6 +67,7 @@ FEEDBACKS: dict[str, Callable[[AnyCompressor], Compression]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 @pytest.mark.parametrize("name", BIASED)
 def test_feedback_gets_closer_to_the_optimum_than_none(name: str, feedback: str) -> None:

@@ -50,6 +50,7 @@ def everything(compressor: Quantize | Even | Powers, values: Tensor, others: Ten
     return found if both is None else [*found, *both[0], both[1]]
 
 
+@pytest.mark.slow  # a compiler is at work
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("grid", "bits", "rounding"),
@@ -70,6 +71,7 @@ def test_compiled_kernels_give_the_same_bits(
         assert all(torch.equal(a, b) for a, b in zip(everything(compressor, values, others), expected, strict=True))
 
 
+@pytest.mark.slow  # a compiler is at work
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("rule", [nesterov(), co2().outer], ids=["nesterov", "co2"])
 def test_compiled_outer_steps_give_the_same_bits(rule: InPlace, monkeypatch: pytest.MonkeyPatch) -> None:

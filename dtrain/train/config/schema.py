@@ -23,7 +23,6 @@ from dtrain.launchers import registry
 from dtrain.launchers.launcher import Launcher
 
 TRANSPORTS = ("torch", "mpi")
-ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
 

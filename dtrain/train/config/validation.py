@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import cast
 
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.train import engine_registry
 from dtrain.train.config.data_contract import check_data
 from dtrain.train.config.model_factory import build_model
-from dtrain.train.config.schema import ENGINES, PRECISIONS, SCHEDULES, TRANSPORTS, Config
+from dtrain.train.config.schema import PRECISIONS, SCHEDULES, TRANSPORTS, Config
 from dtrain.train.config.targets import closest, hint, instantiate
 
 AT_LEAST_ONE = (
@@ -25,7 +26,6 @@ NOT_NEGATIVE = (
     "train.evaluation_examples", "train.max_skipped_steps",
 )  # fmt: skip
 NAMES = {
-    "engine.name": ENGINES,
     "engine.precision": PRECISIONS,
     "optim.schedule": SCHEDULES,
     "mesh.transport": TRANSPORTS,
@@ -69,7 +69,7 @@ def _ranges(config: Config) -> Iterator[str]:
         yield f"optim.final_lr_fraction is a fraction between 0 and 1, but is {config.optim.final_lr_fraction}"
     if not (config.engine.bucket_mib > 0 and math.isfinite(config.engine.bucket_mib)):
         yield f"engine.bucket_mib must be more than 0, but is {config.engine.bucket_mib}"
-    for key, names in NAMES.items():
+    for key, names in {"engine.name": engine_registry.names(), **NAMES}.items():
         name = str(_value(config, key))
         if name not in names:
             yield f"{key} is {name}{hint(closest(name, names))} (there are {', '.join(names)})"

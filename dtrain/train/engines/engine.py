@@ -7,10 +7,10 @@ over its shards, and hands its `Pieces` to the sync. It never communicates with 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,12 @@ class EngineOptions:
     unused_parameters: bool = False
 
 
-class Engine(ABC):
-    """A model under training on one rank."""
+class Engine(Protocol):
+    """A model under training on one rank. ``gradient_norm``: that of the last step, from `clip` on."""
 
     pieces: Pieces
-
-    def __init__(self, mesh: Mesh, options: EngineOptions) -> None:
-        self.mesh, self.options = mesh, options
-        self.gradient_norm = 0.0
+    options: EngineOptions
+    gradient_norm: float
 
     @abstractmethod
     def forward_backward(self, microbatches: Sequence[Batch]) -> Tensor:
@@ -77,6 +75,10 @@ class TorchEngine(Engine):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+
+    def __init__(self, mesh: Mesh, options: EngineOptions) -> None:
+        self.mesh, self.options = mesh, options
+        self.gradient_norm = 0.0
 
     def clip(self) -> None:
         limit = self.options.clip_norm if self.options.clip_norm > 0 else float("inf")

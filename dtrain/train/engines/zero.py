@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class ZeroEngine(Engine):
     def __init__(
         self, model: nn.Module, optimizer: OptimizerFactory, mesh: Mesh, options: EngineOptions, stage: int
     ) -> None:
-        super().__init__(mesh, options)
+        self.mesh, self.options = mesh, options
         deepspeed = _deepspeed()
         if options.activation_checkpointing:
             # Stage 3 frees a gathered parameter after use, which the non-reentrant form takes for a changed tensor.
@@ -107,6 +108,9 @@ class ZeroEngine(Engine):
     @gradient_norm.setter
     def gradient_norm(self, value: float) -> None:
         pass  # DeepSpeed keeps it
+
+
+zero1, zero2, zero3 = (partial(ZeroEngine, stage=stage) for stage in (1, 2, 3))
 
 
 def _forget_deepspeed(module: nn.Module) -> None:

@@ -22,7 +22,12 @@ from tests.comm.zoo import COMPRESSORS
 KEY = Key(0, 0, 1, "w", "send")
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+def slow_if_drawn(name: str) -> list[pytest.MarkDecorator]:
+    """The mean of an unbiased compressor is that of many draws."""
+    return [pytest.mark.slow] if COMPRESSORS[name].unbiased else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if_drawn(name)) for name in COMPRESSORS])
 def test_it_keeps_what_it_declares(name: str) -> None:
     check_compressor(COMPRESSORS[name])
 

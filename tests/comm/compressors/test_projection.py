@@ -41,6 +41,7 @@ def test_cosine_and_norm_are_those_of_random_directions(directions: int, size: i
     torch.testing.assert_close(kept(shrunk, x, 0), found[0] * shrinkage(directions, size), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_mean_of_many_draws_is_the_vector() -> None:
     x, unbiased = draw(2, 200), projection(16, block=200, scaled=True)
     mean = torch.stack([kept(unbiased, x, step) for step in range(2000)]).mean(0)

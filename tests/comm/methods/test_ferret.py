@@ -54,6 +54,7 @@ def test_cosine_and_norm_are_those_of_random_directions(budget: int) -> None:
     assert ratio == pytest.approx(math.sqrt((budget + 2000) / budget), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)  # 2,000 rounds, perhaps beside other tests
 def test_the_mean_of_many_rounds_is_the_delta() -> None:
     """In blocks of different norms: each with as many directions as it is given, and none too long."""

@@ -162,6 +162,7 @@ def test_every_choice_of_every_group_composes(group: str, choice: str) -> None:
     assert callable(cast(Sync, instantiate(config.sync, "sync")).bind)
 
 
+@pytest.mark.slow
 def test_every_sync_takes_every_compressor() -> None:
     def composed(override: str) -> dict[str, object]:
         return compose(["run.dir=x", override]).sync
