@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from benchmarks.harness import Session, say
 from benchmarks.page import Check, Report, at_least, table
+from tests.programs.hosts import ROOT, environment
 
 ELEMENTS, ROWS, BLOCK, ROUNDS = 1 << 25, 4, 512, 15
 LINES = {"8 bits": 0.6, "4 bits": 0.4, "feedback + 8 bits": 0.25, "decode and mean of four": 0.2}
@@ -35,10 +36,10 @@ class Speed:
 def kernels(session: Session) -> Report:
     """Each kernel eagerly and compiled, in one process on one core."""
     say("python -m benchmarks.kernels")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    variables = {**environment(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["taskset", "-c", "0", sys.executable, "-m", "benchmarks.kernels"],
-        env=environment, stdout=subprocess.PIPE, text=True, check=False,
+        cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"the kernels ended with exit code {done.returncode}")

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, every_step
 from dtrain.errors import ConfigError
-from dtrain.testing import check_compressor
+from dtrain.testing import Replicas, check_compressor
+from dtrain.testing.replicas import equal
 from dtrain.train import engine_registry
 from dtrain.train.config import compose, instantiate, validate
 from dtrain.train.trainer import train
@@ -170,6 +171,10 @@ def test_a_method_is_two_files(stranger: Stranger, alone: None) -> None:
     assert sync == strangers_method.signed(every_steps=4, lr=0.01)
     curve = losses(sync)
     assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
+    replicas = Replicas(sync, world=3)  # type: ignore[arg-type]
+    replicas.train(steps=8)
+    assert equal(replicas.live(0), replicas.live(2))
+    replicas.close()
 
 
 def test_an_engine_is_two_files_and_a_line_of_the_registry(stranger: Stranger, alone: None) -> None:

@@ -1,6 +1,9 @@
-"""What tests of distributed code need, ours and our users': worker processes that stay, and laws for compressors."""
+"""What tests of distributed code need, ours and our users': worker processes that stay, laws for compressors, replicas
+without models.
+"""
 
 from dtrain.testing.compressors import check_compressor
+from dtrain.testing.replicas import Replicas
 from dtrain.testing.workers import WorkerPool
 
-__all__ = ["WorkerPool", "check_compressor"]
+__all__ = ["Replicas", "WorkerPool", "check_compressor"]

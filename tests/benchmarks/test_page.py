@@ -24,6 +24,7 @@ from benchmarks.lgreco import PLAIN, SETTINGS, lgreco_report, solving_seconds
 from benchmarks.one_byte import one_byte_report
 from benchmarks.overlap import Found, overlap_report
 from benchmarks.page import Check, Circumstances, Report, at_least, at_most, page, table
+from benchmarks.provenance import ROOT
 from benchmarks.shared_seed import DRAWN_POOLS, FEDAVG, KINDS, ONE_BYTE, Tuned, shared_seed_report
 from benchmarks.slow_links import CHOSEN, LOCAL, SLOW, local_report, powersgd_report, slow_report
 from benchmarks.step_timing import Asked, Took
@@ -357,7 +358,7 @@ def test_steps_are_timed_with_every_kind_of_exchange(tmp_path: Path) -> None:
     asked = Asked(str(tmp_path / "found.json"), names, rounds=1, model=(32, 1, 2))
     run_ = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*run_, "-m", "benchmarks.step_timing", json.dumps(dataclasses.asdict(asked))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found) == list(names) and all(len(each["seconds"]) == 1 for each in found.values())

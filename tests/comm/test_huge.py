@@ -21,7 +21,7 @@ from dtrain.comm.state import State
 from dtrain.comm.transports.simulate import simulate
 from dtrain.compress import cast, compeft, ef21, error_feedback, powersgd, quantize, randk, sign, topk
 from dtrain.plans import ef21w
-from tests.comm.replicas import Replicas, quadratic
+from dtrain.testing.replicas import Replicas, quadratic
 from tests.comm.zoo import bits, fresh_states, named, square
 
 SIZES = (32 * 32, 40)

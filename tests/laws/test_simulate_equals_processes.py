@@ -27,7 +27,7 @@ from dtrain.comm.transports.threads import Meeting
 from dtrain.comm.transports.transport import SelfTransport
 from dtrain.compress import error_feedback, quantize
 from dtrain.testing import WorkerPool
-from tests.comm.replicas import Replica
+from dtrain.testing.replicas import Replica
 
 pytestmark = pytest.mark.processes
 WORLD, STEPS = 4, 12

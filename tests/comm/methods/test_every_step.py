@@ -15,7 +15,7 @@ from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.methods.every_step import EveryStep
 from dtrain.compress import error_feedback, powersgd, quantize, randk
-from tests.comm.replicas import Replicas
+from dtrain.testing.replicas import Replicas
 
 IDENTITY = Compression(cast("fp32"), NoFeedback())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dtrain import fedkseed
 from dtrain.comm.layout import Segment
 from dtrain.comm.methods.fedkseed import AttachedFedKSeed, FedKSeed, odds
-from tests.comm.replicas import Parameters, Replicas, equal
+from dtrain.testing.replicas import Parameters, Replicas, equal
 from tests.comm.zoo import draw
 
 

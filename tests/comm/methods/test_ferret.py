@@ -18,7 +18,7 @@ from dtrain.comm.ops import Place
 from dtrain.comm.shared_seed.philox import SharedRandom
 from dtrain.comm.transports.simulate import simulate
 from dtrain.outer import sgd
-from tests.comm.replicas import Replicas, common, equal
+from dtrain.testing.replicas import Replicas, common, equal
 from tests.comm.zoo import draw
 
 

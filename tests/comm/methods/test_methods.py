@@ -32,7 +32,7 @@ from dtrain.comm.runtime.attached import Sync
 from dtrain.compress import cast, error_feedback, quantize
 from dtrain.outer import adam, fedhyper, nesterov, sgd
 from dtrain.plans import lgreco
-from tests.comm.replicas import Parameters, Replicas, common, equal, quadratic
+from dtrain.testing.replicas import Parameters, Replicas, common, equal, quadratic
 from tests.comm.zoo import draw, named
 
 E3M0 = quantize("e3m0", block=16)

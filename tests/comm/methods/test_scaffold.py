@@ -12,7 +12,7 @@ from dtrain.comm.methods.local_update import LocalUpdate
 from dtrain.comm.plans.plan import Compress
 from dtrain.compress import ef21, error_feedback, quantize, topk
 from dtrain.plans import by_layer
-from tests.comm.replicas import Replicas, equal, quadratic
+from dtrain.testing.replicas import Replicas, equal, quadratic
 from tests.comm.zoo import draw
 
 WORLD, EVERY, LR = 3, 4, 0.05

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dtrain import local_sgd, sparta
 from dtrain.comm.methods.sparta import turn
 from dtrain.comm.seeds import Key
-from tests.comm.replicas import Replicas, equal
+from dtrain.testing.replicas import Replicas, equal
 
 
 @given(st.integers(0, 200), st.sampled_from([1.0, 0.5, 0.3, 0.1, 0.005]), st.integers(0, 1000))

@@ -11,7 +11,7 @@ from dtrain import diloco, every_step
 from dtrain.comm.plans.plan import Compress, unmatched
 from dtrain.compress import error_feedback, powersgd, quantize, sign, topk
 from dtrain.plans import after, by_layer
-from tests.comm.replicas import Replicas
+from dtrain.testing.replicas import Replicas
 
 NAMES = ["embedding.weight", "blocks.0.norm.weight", "blocks.0.out.weight"]
 

@@ -13,7 +13,7 @@ from dtrain.comm.ops import Op, payload_bytes
 from dtrain.comm.runtime.attached import Sync
 from dtrain.comm.transports.threads import Seat
 from dtrain.comm.transports.transport import CompletedWork
-from tests.comm.replicas import Replicas, equal
+from dtrain.testing.replicas import Replicas, equal
 from tests.comm.zoo import named
 
 MESSAGE, LARGEST, WORLD = 64, 150, 2

@@ -36,7 +36,7 @@ from dtrain.comm.runtime.consistency import ReplicasDiffer, Tie, compared, finge
 from dtrain.comm.transports.simulate import simulate
 from dtrain.compress import ef21, error_feedback, quantize, topk
 from dtrain.outer import adam, nesterov, sgd
-from tests.comm.replicas import Replica, Replicas, equal
+from dtrain.testing.replicas import Replica, Replicas, equal
 
 EF = error_feedback(quantize(bits=8, block=16))
 EVERY_STEP: dict[str, Callable[..., Sync]] = {
@@ -75,7 +75,7 @@ class Stepped(Replica):
 
 @pytest.fixture
 def stepped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.comm.replicas.Replica", Stepped)
+    monkeypatch.setattr("dtrain.testing.replicas.Replica", Stepped)
 
 
 def flip(tensor: Tensor, element: int = -1, bit: int = 20) -> None:

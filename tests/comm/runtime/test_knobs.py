@@ -17,7 +17,7 @@ from dtrain.comm.runtime.loop import AttachedLocalUpdate
 from dtrain.comm.runtime.measuring import Choosing
 from dtrain.compress import error_feedback, quantize
 from dtrain.outer import sgd
-from tests.comm.replicas import Replicas, equal
+from dtrain.testing.replicas import Replicas, equal
 from tests.comm.zoo import draw
 
 BLOCKS = {f"blocks.{number}.weight": (100,) for number in range(12)}

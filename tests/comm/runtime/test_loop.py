@@ -22,7 +22,7 @@ from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.compress import error_feedback, quantize
 from dtrain.outer import adam, nesterov, sgd
-from tests.comm.replicas import Replicas, common, equal, quadratic
+from dtrain.testing.replicas import Replicas, common, equal, quadratic
 from tests.comm.zoo import NUMELS, named, seeds
 
 # --- special cases --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dtrain.comm.runtime.fragments import fragments
 from dtrain.comm.runtime.outer_store.offloaded import AttachedOffloaded
 from dtrain.compress import error_feedback, quantize
 from dtrain.outer import adam, fedhyper, nesterov, sgd
-from tests.comm.replicas import Replicas, equal
+from dtrain.testing.replicas import Replicas, equal
 
 FEW_BITS = error_feedback(quantize(bits=4, block=64))
 MAKERS: dict[str, Callable[[OuterState], LocalUpdate]] = {

@@ -19,7 +19,7 @@ from dtrain.comm.runtime.attached import Sync
 from dtrain.comm.runtime.saved import Entries
 from dtrain.compress import ef21, error_feedback, powersgd, quantize, topk
 from dtrain.outer import nesterov
-from tests.comm.replicas import Replicas, equal
+from dtrain.testing.replicas import Replicas, equal
 
 State = dict[str, Any]
 FEEDBACK = every_step(compress=error_feedback(topk(0.3)))

@@ -14,7 +14,7 @@ from dtrain.comm.runtime.fragments import fragments
 from dtrain.comm.runtime.outer_store.sharded import AttachedSharded
 from dtrain.compress import quantize
 from dtrain.outer import adam, nesterov, sgd
-from tests.comm.replicas import Replicas, equal
+from dtrain.testing.replicas import Replicas, equal
 
 MAKERS: dict[str, Callable[[OuterState], LocalUpdate]] = {
     "local_sgd": lambda how: local_sgd(every_steps=3, outer_state=how),

@@ -35,9 +35,9 @@ from dtrain.launchers.job import State
 from dtrain.launchers.slurm import client, preflight, refusal
 from dtrain.launchers.slurm.settings import SlurmSettings
 from dtrain.slurm.devcluster import state
+from dtrain.testing.replicas import Replicas
 from dtrain.train.config import files, words
 from dtrain.train.config.words import Kind
-from tests.comm.replicas import Replicas
 from tests.fuzz.harness import Case, Target
 from tests.fuzz.typed import require_typed
 

@@ -1,4 +1,15 @@
-"""Replicas that train a small problem with SGD as threads of this process: syncs at work, bit by bit, without links."""
+"""Replicas that train a small problem with SGD as threads of this process: syncs at work, bit by bit, without links.
+
+`Replica` is the seam to a model, `dtrain.comm.pieces.Pieces`, without a model: flat parameters whose gradients are a
+function. Whatever `attach` would make of a sync is tried on it, with any number of replicas and no process group.
+
+    >>> from dtrain import diloco
+    >>> replicas = Replicas(diloco(every_steps=2), world=3)
+    >>> replicas.train(steps=4)
+    >>> equal(replicas.live(0), replicas.live(2))
+    True
+    >>> replicas.close()
+"""
 
 from __future__ import annotations
 
@@ -17,13 +28,18 @@ from dtrain.comm.pieces import Exchange
 from dtrain.comm.runtime.attached import Attached, Sync
 from dtrain.comm.transports.threads import Meeting
 from dtrain.comm.transports.transport import SelfTransport
-from tests.comm.zoo import bits, draw, named
 
 R = TypeVar("R")
 Parameters = dict[str, Tensor]
 Gradient = Callable[[int, int, str, Tensor], Tensor]
 """(rank, step, fqn, parameter) -> gradient."""
-SIZES = [1, 7, 61]
+SIZES = (1, 7, 61)
+"""Of the parameters, where nothing else is given."""
+
+
+def draw(seed: int, numel: int) -> Tensor:
+    """``numel`` normal fp32 values; the same ones for the same arguments."""
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
 
 
 def quadratic(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
@@ -95,7 +111,10 @@ class Replica:
 
 
 class Replicas:
-    """``world`` of them under one sync."""
+    """``world`` of them under one sync, each in a thread.
+
+    ``gradient``: of (rank, step, fqn, parameter), other on each rank by default; ``start``: the first parameters, flat.
+    """
 
     def __init__(
         self,
@@ -107,7 +126,9 @@ class Replicas:
         start: Named | None = None,
     ) -> None:
         self.spec, self.world, self.gradient = spec, world, gradient
-        self.start = start = named(5, SIZES) if start is None else start
+        if start is None:
+            start = {f"layers.{i}.weight": draw(5000 + i, numel) for i, numel in enumerate(SIZES)}
+        self.start = start
         meeting = Meeting(world)
         self.pieces = [
             Replica(Channel({"replicate": meeting.transport(rank), "shard": SelfTransport()}), start, lr)
@@ -120,7 +141,13 @@ class Replicas:
         """``call(rank)`` on every rank at once."""
         return list(self._threads.map(call, range(self.world)))
 
+    def close(self) -> None:
+        """Detach, and end the threads."""
+        self.all(lambda rank: self.attached[rank].detach())
+        self._threads.shutdown()
+
     def train(self, steps: int) -> None:
+        """So many steps on every rank."""
         self.all(lambda rank: self._train(rank, steps))
 
     def _train(self, rank: int, steps: int) -> None:
@@ -131,14 +158,17 @@ class Replicas:
             attached.step()
 
     def live(self, rank: int) -> Parameters:
+        """A copy of a rank's parameters."""
         return self.pieces[rank].read()
 
     def kept(self, rank: int, name: str) -> Parameters:
+        """A copy of what a rank's sync keeps under ``name``: "anchor", "residual", ..."""
         tensors = self.attached[rank].state.tensors
         return {fqn: named[name].clone() for fqn, named in tensors.items() if name in named}
 
     @property
     def anchor(self) -> Parameters:
+        """That of rank 0."""
         return self.kept(0, "anchor")
 
     def resumed(self) -> Replicas:
@@ -153,5 +183,9 @@ class Replicas:
 
 
 def equal(one: Named, other: Named) -> bool:
-    """To the bit."""
-    return one.keys() == other.keys() and all(torch.equal(bits(one[fqn]), bits(other[fqn])) for fqn in one)
+    """To the bit: a NaN equals itself, and 0 differs from -0."""
+    return one.keys() == other.keys() and all(torch.equal(_bits(one[fqn]), _bits(other[fqn])) for fqn in one)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
