@@ -1,14 +1,14 @@
 """Performs flows: `Channel.run` now, `Channel.start` in the background.
 
-One channel has one worker thread (with CUDA tensors: one side stream too) and one queue, so a flow that was started
-really travels while the model computes. Its process groups belong to it alone: two threads that enqueue collectives
-on one group in different orders would hang. Any axis may have another transport than torch.distributed.
+One channel has one worker thread (with CUDA tensors: one side stream too) and one queue, so that communication overlaps
+with compute. Its process groups belong to it alone: two threads that enqueue collectives on one group in different
+orders would hang. Any axis may have another transport than torch.distributed.
 
-The ops of flows that are under way together are enqueued by waves, where op r of flow b belongs to wave b + r, and in a
-wave the youngest flow comes first: all ranks start the same flows in the same order, so all ranks enqueue the same ops
-in the same order, flow b + 1 is encoded and set out while the ops of flow b travel, and while one flow is decoded an op
-of another travels. With NCCL the youngest comes last: the stream would hold the others up until its tensors are
-computed. `flush`, and every wait, ends a batch of flows on all ranks.
+Ops of concurrent flows are issued in waves: op r of flow b belongs to wave b + r, and within a wave the newest flow
+comes first. All ranks start the same flows in the same order, so they issue the same ops in the same order; flow b + 1
+is encoded while the ops of flow b are on the wire, and so is one flow decoded. With NCCL the newest comes last: the
+stream would hold the others up until its tensors are computed. `flush`, and every wait, ends a batch of flows on all
+ranks.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from dtrain.comm.transports.transport import Pauses, Transport, Work
 R = TypeVar("R")
 
 PEER_LEFT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""What gloo and NCCL say where another rank has ended."""
+"""In the errors of gloo and NCCL when another rank has ended."""
 
 
 class Handle(Generic[R]):
-    """A flow under way. `wait` returns its result, or raises what it raised."""
+    """A flow that was started. `wait` returns its result, or raises what it raised."""
 
     def __init__(self, channel: Channel, label: str, then: Callable[[Handle[R]], None] | None = None) -> None:
         self.label = label
@@ -78,7 +78,7 @@ class Handle(Generic[R]):
         if self._then is not None:
             try:
                 self._then(self)
-            except Exception as failure:  # the worker thread must live on; whoever comes next hears of it
+            except Exception as failure:  # the worker thread must live on; the next flow fails with it
                 self._error = self._error or failure
                 self._channel._failure = self._channel._failure or failure
 
@@ -92,7 +92,7 @@ class _Job:
 
 @dataclass
 class _Renewal:
-    """A break in the queue: what was started has ended, well or not."""
+    """A break in the queue: all that was started has ended or failed."""
 
     done: threading.Event
 
@@ -100,7 +100,7 @@ class _Renewal:
 @dataclass
 class _Running:
     job: _Job
-    travelling: Work
+    work: Work
 
 
 _OPEN: weakref.WeakSet[Channel] = weakref.WeakSet()
@@ -113,7 +113,7 @@ def close_all(timeout_seconds: float) -> None:
 
 
 class Channel:
-    """All that one rank sends: a transport for each axis, a worker thread, and a meter.
+    """Everything that one rank sends: a transport for each axis, a worker thread, and a meter.
 
     Args:
         axes: a process group, or another transport, for each axis; used by nothing else. Created on the main thread,
@@ -127,7 +127,7 @@ class Channel:
         }
         self.meter = meter if meter is not None else Meter()
         self.places = _places(self.transports)
-        self._youngest_first = not any(transport.in_stream_order for transport in self.transports.values())
+        self._newest_first = not any(transport.in_stream_order for transport in self.transports.values())
         self._queue: queue.SimpleQueue[_Job | _Renewal | Channel | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
@@ -156,18 +156,18 @@ class Channel:
         return handle
 
     def clone(self) -> Channel:
-        """A channel of its own to the peers, whose flows travel beside this one's; the meter is the same.
+        """Another channel to the same peers, with the same meter, whose flows do not wait for this one's.
 
         Every rank must call it at the same place: it makes a process group.
         """
         return Channel({"replicate": self.transports["replicate"].clone()}, self.meter)
 
     def flush(self) -> None:
-        """Let every flow that was started come to its end before the next one begins. Called by all ranks alike."""
+        """Finish all flows that were started before the next one begins. Called by all ranks at the same place."""
         self._queue.put(None)
 
     def renew(self) -> None:
-        """Forget a failure, and count the ranks of each axis anew, when all that was started has ended, well or not."""
+        """Once all that was started has ended or failed: forget a failure, and read each axis's ranks again."""
         item = _Renewal(threading.Event())
         self._queue.put(item)
         item.done.wait()
@@ -175,8 +175,8 @@ class Channel:
     def close(self, timeout_seconds: float | None = None) -> None:
         """Finish what was started, end the worker thread, close the transports. Every rank must call it alike.
 
-        Where a flow has failed, or is still under way after ``timeout_seconds``, the transports stay open: to close
-        one in which something is under way is to wait for ranks that may be gone.
+        Where a flow has failed, or is still under way after ``timeout_seconds``, the transports stay open: closing one
+        would wait for ranks that may be gone.
         """
         self._end(timeout_seconds)
         if self._thread.is_alive() or self._failure is not None:
@@ -213,21 +213,21 @@ class Channel:
             item.done.set()
         return not isinstance(item, Channel)
 
-    def _wave(self, running: list[_Running], beginner: _Job | None = None) -> list[_Running]:
-        """Bring every flow one op further, and ``beginner`` to its first; returns those that go on, oldest first."""
+    def _wave(self, running: list[_Running], new: _Job | None = None) -> list[_Running]:
+        """Advance every flow by one op, and ``new`` to its first; returns those that go on, oldest first."""
         moves = [partial(self._advance, flow) for flow in running]
-        if beginner is not None:
-            moves.append(partial(self._begin, beginner))
-        if self._youngest_first:
-            after = [move() for move in reversed(moves)][::-1]
+        if new is not None:
+            moves.append(partial(self._begin, new))
+        if self._newest_first:
+            advanced = [move() for move in reversed(moves)][::-1]
         else:
-            after = [move() for move in moves]
-        return [flow for flow in after if flow is not None]
+            advanced = [move() for move in moves]
+        return [flow for flow in advanced if flow is not None]
 
     def _next(self, running: list[_Running]) -> _Job | _Renewal | Channel | None:
-        """The next in the queue. Until it comes, ops that move only while somebody polls them (MPI) are polled."""
+        """The next item of the queue. Until it comes, ops that make progress only while polled (MPI) are polled."""
         pauses = Pauses()
-        while not all(flow.travelling.poll() for flow in running):
+        while not all(flow.work.poll() for flow in running):
             with contextlib.suppress(queue.Empty):
                 return self._queue.get(timeout=pauses.next())
         return self._queue.get()
@@ -238,10 +238,10 @@ class Channel:
         return self._issue(job, lambda: next(job.flow))
 
     def _advance(self, running: _Running) -> _Running | None:
-        return self._issue(running.job, lambda: running.job.flow.send(running.travelling.wait()))
+        return self._issue(running.job, lambda: running.job.flow.send(running.work.wait()))
 
     def _issue(self, job: _Job, resume: Callable[[], Op]) -> _Running | None:
-        """Resume a flow and put its next op on the wire; None if it has ended."""
+        """Resume a flow, meter and issue its next op; None if it has ended."""
         try:
             if self._failure is not None:
                 # After a failure the ranks no longer agree on what comes next, and a collective would hang.

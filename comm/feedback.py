@@ -1,4 +1,4 @@
-"""Feedback: what a compressor leaves out of a step is not lost.
+"""Feedback: what a compressor leaves out of one step is sent in later ones.
 
 With g the worker's value, C the compressor, c the mean of what the workers sent, per worker, fp32, keyed by FQN:
 
@@ -10,10 +10,10 @@ With g the worker's value, C the compressor, c the mean of what the workers sent
 EF14: the sum of all results is the sum of all mean values less the mean residual. EF21: H is the mean of all h.
 EControl with eta = 0 is EF21, and with h = 0 and eta = 1 EF14. All start from zeros (v from the first g).
 
-On the two-phase route the owner of a chunk compresses the mean once more. Its error s goes into the owner's own state,
-times the number of ranks: in the next mean it counts s, so these identities hold across both phases, with no further
-state. Communication and bytes: those of the compressor. Keeps: EF14 one fp32 number for each element, EF21 two,
-EF21-SGDM and EControl three; twice that while a step is under way.
+On the two-phase route the owner of a chunk compresses the mean once more. The error s of that is added to the owner's
+own state, times the number of ranks: the next mean divides by it again, so these identities hold across both phases
+without further state. Communication and bytes: those of the compressor. Keeps: EF14 one fp32 number for each element,
+EF21 two, EF21-SGDM and EControl three; twice that while a step is under way.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Coder(Protocol):
-    """Of a `Compressor`, what feedback goes around."""
+    """What feedback needs of a `Compressor`."""
 
     def encode(self, rows: Tensor, key: Key) -> Payload: ...
 
@@ -68,7 +68,7 @@ class Feedback(ABC):
 
     @abstractmethod
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
-        """What to compress instead of ``value`` [n]."""
+        """What to compress in place of ``value`` [n]."""
 
     def fresh(self, fqn: str, value: Tensor, state: State) -> Tensor:
         """`correct` without what earlier steps have left out, which depends on how they were compressed."""
@@ -86,29 +86,29 @@ class Feedback(ABC):
         self.retain(fqn, value, corrected, matrix.flat(left @ right), state)
 
     @abstractmethod
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
+    def retain_owned(self, fqn: str, error: Tensor, start: int, divisor: float, state: State) -> None:
         """The mean of the chunk that begins at element ``start`` lost ``error`` [m] in the second phase.
 
-        ``world``: how many times this worker's own value would have to be raised by it to put it back into the mean.
+        ``divisor``: of this replica's value in the mean, the number of peers where all weigh the same.
         """
 
     def carry_over(self, fqn: str, like: Tensor, state: State) -> None:
-        """Stage what is kept as it is: nobody will use what this worker sends."""
+        """Keep the residual as it is: this replica's weight is 0 in the exchange."""
         for name, kind in self.kinds.items():
             if kind == "per_worker":
                 state.stage(fqn, name, state.get(fqn, name, like).clone())
 
     def encode(self, fqn: str, value: Tensor, compressor: Coder, world: int, key: Key, state: State) -> Payload:
-        """What to send for ``value`` [n], in ``world`` rows; what the peers will not decode of it is retained."""
+        """What to send for ``value`` [n], in ``world`` rows; the error of it is retained."""
         corrected = self.correct(fqn, value, state)
-        encoded = compressor.encode(to_rows(corrected, world), key)
+        payload = compressor.encode(to_rows(corrected, world), key)
         if self.kinds:
-            decoded = compressor.decode(encoded, chunk_width(value.numel(), world), key.shared)
+            decoded = compressor.decode(payload, chunk_width(value.numel(), world), key.shared)
             self.retain(fqn, value, corrected, from_rows(decoded, value.numel()), state)
-        return encoded
+        return payload
 
     def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
-        """What the optimizer gets where the peers agreed on ``combined`` [n]; equal on all of them."""
+        """What the optimizer steps with where the peers combined to ``combined`` [n]; equal on all of them."""
         return combined
 
 
@@ -128,7 +128,7 @@ class NoFeedback(Feedback):
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         pass
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
+    def retain_owned(self, fqn: str, error: Tensor, start: int, divisor: float, state: State) -> None:
         pass
 
 
@@ -160,14 +160,14 @@ class EF14(Feedback):
         self, fqn: str, value: Tensor, corrected: Tensor, matrix: Matrix, factors: Factors, state: State
     ) -> None:
         left, right = factors  # the product is never written down, and ``corrected`` is ours: `correct` made it
-        rest = matrix.view(corrected).addmm_(left, right, alpha=-1)
-        state.stage(fqn, "residual", matrix.flat(rest))
+        residual = matrix.view(corrected).addmm_(left, right, alpha=-1)
+        state.stage(fqn, "residual", matrix.flat(residual))
 
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         state.stage(fqn, "residual", corrected - sent)
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
-        state.staged(fqn, "residual")[start : start + error.numel()] += world * error
+    def retain_owned(self, fqn: str, error: Tensor, start: int, divisor: float, state: State) -> None:
+        state.staged(fqn, "residual")[start : start + error.numel()] += divisor * error
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ class EF21(Feedback):
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        own: dict[str, Kind] = {"estimate": "per_worker", "mean_estimate": "replicated"}
-        return own if self.eta == 1 else {**own, "momentum": "per_worker"}
+        estimates: dict[str, Kind] = {"estimate": "per_worker", "mean_estimate": "replicated"}
+        return estimates if self.eta == 1 else {**estimates, "momentum": "per_worker"}
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         if self.eta != 1:
@@ -192,8 +192,8 @@ class EF21(Feedback):
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         state.stage(fqn, "estimate", state.get(fqn, "estimate", value) + sent)
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
-        state.staged(fqn, "estimate")[start : start + error.numel()] -= world * error
+    def retain_owned(self, fqn: str, error: Tensor, start: int, divisor: float, state: State) -> None:
+        state.staged(fqn, "estimate")[start : start + error.numel()] -= divisor * error
 
     def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
         total = state.get(fqn, "mean_estimate", combined) + combined
@@ -222,10 +222,10 @@ class EControl(Feedback):
         state.stage(fqn, "residual", state.get(fqn, "residual", value) + value - old - sent)
         state.stage(fqn, "estimate", old + sent)
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
-        own = slice(start, start + error.numel())
-        state.staged(fqn, "residual")[own] += world * error
-        state.staged(fqn, "estimate")[own] -= world * error
+    def retain_owned(self, fqn: str, error: Tensor, start: int, divisor: float, state: State) -> None:
+        chunk = slice(start, start + error.numel())
+        state.staged(fqn, "residual")[chunk] += divisor * error
+        state.staged(fqn, "estimate")[chunk] -= divisor * error
 
     def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
         total = state.get(fqn, "mean_estimate", combined) + combined

@@ -29,17 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Constant: TypeAlias = int | float | bool | str | None
-"""What a kernel is made for, other than tensors."""
+"""A keyword argument of a kernel."""
 SMALLEST = 1 << 16
-"""Elements of a first argument from which a compiled kernel is used: below, starting it costs what it saves."""
+"""Elements of the first argument from which a compiled kernel is used: below, calling it costs what it saves."""
 WORTHWHILE = 1 << 28
-"""Elements that go through eagerly before a kernel is compiled: some five seconds of one core, as compiling takes."""
+"""Elements that go through eagerly before a kernel is compiled: about five seconds of one core, as compiling takes."""
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 @dataclass(frozen=True)
 class _Like:
-    """How an argument lies in memory; enough to make another one."""
+    """The layout of an argument; enough to make another one."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -55,7 +55,7 @@ class _Like:
 
 
 class Kernel:
-    """A kernel; call it like the function. Keyword arguments are constants of what is compiled."""
+    """A function of tensors, compiled where that pays. Call it like the function; keyword arguments are compiled in."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
@@ -105,7 +105,7 @@ class _Compiler:
     def compile(
         cls, function: Callable[..., None], constants: dict[str, Constant], like: list[_Like]
     ) -> Callable[..., None]:
-        """``function`` with ``constants``, compiled for tensors of any size that lie as ``like``, or as it is."""
+        """``function`` with ``constants``, compiled for tensors of any size with layouts ``like``, or as it is."""
 
         def eager(*tensors: Tensor) -> None:
             function(*tensors, **constants)
@@ -205,19 +205,19 @@ def scaled(blocks: Tensor, scale: Tensor) -> Tensor:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """``codes`` [..., width] uint8 below 2^bits as [..., ceil(width * bits / 8)] bytes.
 
-    1, 2 and 4 bits: the row is cut into 8 / bits equal parts, the first part in the lowest bits of a byte. That needs
-    no gather, so it is as fast as memory. Other widths: eight codes after the other, the first code lowest.
+    1, 2 and 4 bits: the row is cut into 8 / bits planes of one size, the first in the lowest bits of each byte, which
+    needs no gather. Other widths: eight codes one after the other, the first code lowest.
     """
     if bits == 8:
         return codes
     width = codes.shape[-1]
     if 8 % bits == 0:
-        parts = 8 // bits
-        part = -(-width // parts)
-        padded = F.pad(codes, (0, parts * part - width)) if width % parts else codes
-        packed = padded[..., :part]
-        for number in range(1, parts):
-            packed = packed | (padded[..., number * part : (number + 1) * part] << (bits * number))
+        planes = 8 // bits
+        size = -(-width // planes)
+        padded = F.pad(codes, (0, planes * size - width)) if width % planes else codes
+        packed = padded[..., :size]
+        for plane in range(1, planes):
+            packed = packed | (padded[..., plane * size : (plane + 1) * size] << (bits * plane))
         return packed
     groups = F.pad(codes, (0, -width % 8)).unflatten(-1, (-(-width // 8), 8))  # 8 codes fill `bits` bytes
     shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
@@ -231,7 +231,7 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
     if bits == 8:
         return packed
     if 8 % bits == 0:
-        planes = [(packed >> (bits * part)) & (2**bits - 1) for part in range(8 // bits)]
+        planes = [(packed >> (bits * plane)) & (2**bits - 1) for plane in range(8 // bits)]
         return torch.cat(planes, dim=-1)[..., :width]
     groups = -(-width // 8)
     octets = F.pad(packed, (0, groups * bits - packed.shape[-1])).unflatten(-1, (groups, bits))
@@ -281,7 +281,7 @@ def bytes_of(elements: int, numerator: int, denominator: int) -> int:
 
 
 Laid: TypeAlias = tuple[Tensor, int, int]
-"""A tensor of rows, and how many of its elements one element of a block has there: a fraction, or (0, n): n a block."""
+"""A tensor of rows, and how many of its elements belong to one element of a block: a fraction; (0, n) for n a block."""
 
 
 def by_blocks(run: Callable[..., None], tensors: Sequence[Laid], width: int, block: int) -> None:
@@ -295,8 +295,8 @@ def by_blocks(run: Callable[..., None], tensors: Sequence[Laid], width: int, blo
             continue
         views = []
         for number, (tensor, numerator, denominator) in enumerate(tensors):
-            held = bytes_of(size, numerator, denominator) if numerator else denominator
-            view = tensor.narrow(1, offsets[number], count * held)
-            offsets[number] += count * held
-            views.append(view.view(-1, count, held))
+            elements = bytes_of(size, numerator, denominator) if numerator else denominator
+            view = tensor.narrow(1, offsets[number], count * elements)
+            offsets[number] += count * elements
+            views.append(view.view(-1, count, elements))
         run(*views)

@@ -1,8 +1,8 @@
-"""Which part of which parameter a rank holds, and how a flat buffer is cut along those parts.
+"""Which elements of which parameter a rank holds, and how flat values are cut into rows, matrices and messages.
 
-Everything that outlives a step (residuals, anchors, momenta, checkpoints) is keyed by the fully qualified name (FQN)
-of a parameter and by an element range of that parameter, flattened as if it were unsharded. Buckets, flat groups and
-padding are an engine's private matter and change from run to run, so nothing is ever keyed by them.
+Everything that outlives a step (residuals, outer parameters, momenta, checkpoints) is keyed by the fully qualified name
+(FQN) of a parameter and by an element range of that parameter, flattened as if it were unsharded. Buckets, flat groups
+and padding are internal to an engine and change from run to run, so nothing is ever keyed by them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = 2.0**60
-"""What feedback and other things that are kept take in, by amount: sums and squares of it are far from fp32's end, so
-that whatever is kept of a gradient of 1e18, the next steps can be made."""
+"""The largest magnitude that feedback and other state take in: sums and squares of it are far from overflow in fp32, so
+that the next steps can be made from whatever is kept of it."""
 
 MESSAGE = 1 << 22
-"""Elements in one message: many enough for its latency not to count, few enough for several to overlap."""
+"""Elements in one message: enough for its latency not to count, few enough for several messages to overlap."""
 
 
 @dataclass(frozen=True, order=True)
@@ -150,33 +150,33 @@ Named = Mapping[str, Tensor]
 
 
 def copied(values: Named) -> dict[str, Tensor]:
-    """``values`` in memory of their own."""
+    """Copies of ``values``."""
     return {fqn: value.clone() for fqn, value in values.items()}
 
 
 def messages(values: Named, elements: int = MESSAGE) -> list[dict[str, Tensor]]:
-    """``values`` in their order, in groups of some ``elements``, at least one: while one travels, the next is encoded.
+    """``values`` in their order, in groups of about ``elements``, at least one: one is encoded while another is sent.
 
     >>> import torch
     >>> [list(group) for group in messages({name: torch.zeros(3) for name in "abcd"}, elements=6)]
     [['a', 'b'], ['c', 'd']]
     """
     groups: list[dict[str, Tensor]] = [{}]
-    held = 0
+    filled = 0
     for fqn, value in values.items():
-        if held >= elements:
+        if filled >= elements:
             groups.append({})
-            held = 0
+            filled = 0
         groups[-1][fqn] = value
-        held += value.numel()
+        filled += value.numel()
     return groups
 
 
 def in_messages(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """All names in their order, in groups of about one message each; of more where a model would need hundreds.
+    """All names in their order, in groups of about one message each; larger ones where a model would need hundreds.
 
-    What goes over a model in such parts needs memory for one of them at a time, at most a 32nd of the model where a
-    single parameter is not larger. By unsharded shapes, which all ranks have alike.
+    Whoever goes over a model by such groups needs memory for one at a time: at most a 32nd of the model, or its largest
+    parameter. By unsharded shapes, which all ranks have alike.
 
     >>> in_messages({"a": (2, MESSAGE), "b": (7,), "c": (MESSAGE,), "d": (1,)})
     [['a'], ['b', 'c'], ['d']]
@@ -184,11 +184,11 @@ def in_messages(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
     numels = {fqn: math.prod(shape) for fqn, shape in shapes.items()}
     elements = max(MESSAGE, sum(numels.values()) // 32)
     groups: list[list[str]] = [[]]
-    held = 0
+    filled = 0
     for fqn, numel in numels.items():
-        if held >= elements:
+        if filled >= elements:
             groups.append([])
-            held = 0
+            filled = 0
         groups[-1].append(fqn)
-        held += numel
+        filled += numel
     return groups

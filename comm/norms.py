@@ -1,7 +1,7 @@
-"""Running statistics of BatchNorm for parameters that were not trained with them, such as the anchor of a local update.
+"""Running statistics of BatchNorm for parameters that were not trained with them, such as a local update's outer ones.
 
-They describe what the layers before see with the parameters that they were gathered with. A replica's own do not fit
-the anchor, and their mean over the replicas fits it no better; some forward passes at the anchor do.
+Statistics fit the parameters that they were gathered with. A replica's own do not fit the outer parameters, nor does
+their mean over the replicas; a few forward passes with the outer parameters give those that do.
 
 Communication: one all-gather of means and variances for each axis. Keeps nothing.
 """
@@ -22,7 +22,7 @@ from dtrain.comm.ops import AllGather, Axis, Flow
 
 @dataclass(frozen=True)
 class Norm:
-    """A layer whose statistics are being gathered, and those that it had before."""
+    """A layer whose statistics are being gathered, and its buffers of before."""
 
     layer: _BatchNorm
     buffers: dict[str, Tensor]
@@ -58,25 +58,25 @@ def gathering() -> Iterator[list[Norm]]:
 
     Yields those that were called so far. Whether they train, as whoever calls the model may set, is left alone.
     """
-    found: list[Norm] = []
+    norms: list[Norm] = []
     before: list[tuple[float | None, bool]] = []
 
-    def begin(layer: nn.Module, given: object) -> None:
+    def begin(layer: nn.Module, inputs: object) -> None:
         if not isinstance(layer, _BatchNorm) or not gathers(layer):
             return
-        if all(norm.layer is not layer for norm in found):
-            found.append(Norm(layer, _held(layer)))
+        if all(norm.layer is not layer for norm in norms):
+            norms.append(Norm(layer, _held(layer)))
             layer.reset_running_stats()
         before.append((layer.momentum, layer.training))
         layer.momentum, layer.training = None, True
 
-    def end(layer: nn.Module, given: object, result: object) -> None:
+    def end(layer: nn.Module, inputs: object, output: object) -> None:
         if isinstance(layer, _BatchNorm) and gathers(layer):
             layer.momentum, layer.training = before.pop()
 
     hooks = [register_module_forward_pre_hook(begin), register_module_forward_hook(end, always_call=True)]
     try:
-        yield found
+        yield norms
     finally:
         for hook in hooks:
             hook.remove()
@@ -87,11 +87,13 @@ def _held(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def pooled(norms: Sequence[Norm], axes: Sequence[Axis]) -> Flow[None]:
-    """Give the layers of every rank the statistics of all that the ranks along ``axes`` have seen, equal shares."""
+    """Give every rank the statistics over what all ranks along ``axes`` have seen, each rank's weighted alike."""
     for axis in axes:
-        own = [(norm.layer.running_mean, norm.layer.running_var) for norm in norms]
-        gathered = yield AllGather(tuple(value for pair in own for value in pair if value is not None), axis=axis)
-        for (mean, variance), means, variances in zip(own, gathered[::2], gathered[1::2], strict=True):
+        statistics = [(norm.layer.running_mean, norm.layer.running_var) for norm in norms]
+        gathered = yield AllGather(
+            tuple(value for pair in statistics for value in pair if value is not None), axis=axis
+        )
+        for (mean, variance), means, variances in zip(statistics, gathered[::2], gathered[1::2], strict=True):
             assert mean is not None and variance is not None
             variance.copy_(variances.mean(0) + means.var(0, correction=0))
             mean.copy_(means.mean(0))
@@ -102,17 +104,17 @@ def recalibrated(passes: Callable[[], object]) -> list[Norm]:
 
     Raises ``ValueError`` if there was none.
     """
-    with gathering() as found:
+    with gathering() as norms:
         try:
             with torch.no_grad():
                 passes()
-            if not found:
+            if not norms:
                 raise ValueError(
                     "recalibrate went through no BatchNorm with running statistics; let it run the model on some "
                     "training batches, or leave it out"
                 )
         except BaseException:
-            for norm in found:
+            for norm in norms:
                 norm.put_back()
             raise
-    return found
+    return norms

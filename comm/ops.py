@@ -11,7 +11,7 @@ An algorithm is a generator, a `Flow`. It yields an `Op`, receives that op's rep
 >>> simulate([average(torch.tensor([1.0])), average(torch.tensor([3.0]))])
 [tensor([2.]), tensor([2.])]
 
-Every payload is a tuple of tensors that travels as one message. Shapes and dtypes are the same on every rank.
+Every payload is a tuple of tensors, sent as one message. Shapes and dtypes are the same on every rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 Payload: TypeAlias = tuple[Tensor, ...]
 Axis: TypeAlias = Literal["replicate", "shard"]
-"""Across which axis of the mesh an op goes: syncs say "replicate"; only an engine's own flow says "shard"."""
+"""Across which axis of the mesh an op goes: methods use "replicate", and only what stays within a replica "shard"."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def one_dtype(op: AllReduce) -> None:
 def sent_bytes(op: Op, *, rank: int, world: int) -> int:
     """Payload bytes that ``rank`` puts on its link for ``op``, by the algorithms that transports use for large ones.
 
-    All-reduce: a ring, 2 (world - 1) / world of the payload. All-gather: a ring that passes on everybody else's part.
-    All-to-all: every row but one's own. Broadcast: charged to the source alone.
+    All-reduce: a ring, 2 (world - 1) / world of the payload. All-gather: a ring that passes on all other payloads.
+    All-to-all: every row but this rank's. Broadcast: charged to the source alone.
 
     >>> import torch
     >>> sent_bytes(AllReduce((torch.zeros(100),)), rank=0, world=4)

@@ -1,4 +1,4 @@
-"""Outer optimizers: what turns the mean pseudo-gradient of a round into the next anchor. Elementwise, in fp32.
+"""Outer optimizers: from outer parameters (the anchor) and mean pseudo-gradient d to the next ones. Elementwise, fp32.
 
 SGD, with heavy-ball momentum or without:   m = mu m + d;          anchor -= lr m
     clipped (CO2):                          m = clip(mu m + d, -limit, limit)
@@ -9,8 +9,8 @@ SlowMo (arXiv:1910.00643), g the inner lr:  m = mu m + d / g;      anchor -= lr 
 
 Keeps: one fp32 momentum for each element if mu is not 0, equal on all replicas; Adam two.
 
-Memory is what an outer step waits for: on CPU those with momentum make one pass over it, in the place of what is there
-already (`InPlace`, `fused`).
+An outer step is bound by memory: on CPU those with momentum make one pass over it, in place (`InPlace`), by a kernel
+whose eager definition is its reference.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Round:
-    """What an outer step may want to know.
+    """What an outer step may use of the round.
 
-    ``inner_lr``: the mean of the inner learning rate over the steps of the round, the same on all replicas: where it
-    changes within a round, what was moved is in units of its mean. ``last_lr``: that of the last round that had one
-    above 0, else 0. ``scalar``: what a `Looking` outer chose.
+    ``inner_lr``: the inner learning rate, its mean over the steps of the round, the same on all replicas. ``last_lr``:
+    that of the last round in which it was above 0, else 0. ``scalar``: what a `Looking` outer optimizer chose.
     """
 
     inner_lr: float = 1.0
@@ -61,13 +60,13 @@ class OuterOptimizer(Protocol):
 
 @runtime_checkable
 class Looking(OuterOptimizer, Protocol):
-    """An outer optimizer that looks at a whole fragment before it steps along any of it."""
+    """An outer optimizer that chooses one scalar for a whole fragment before it steps."""
 
     def look(self, fqn: str, delta: Tensor, state: State) -> Tensor:
-        """Numbers [k] about one piece, to be summed over all pieces of the fragment."""
+        """Statistics [k] of one piece, to be summed over all pieces of the fragment."""
 
     def choose(self, sums: Tensor, scalar: float) -> float:
-        """The fragment's next scalar, from those sums and the last one, which was 0 in the beginning."""
+        """The fragment's next scalar, from those sums and the last scalar, which begins at 0."""
 
 
 @runtime_checkable
@@ -178,10 +177,10 @@ class SlowMomentum:
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
         if not self.momentum:
             return anchor - self.lr * delta
-        if now.inner_lr <= 0:  # nothing can be put in units of it: a plain average, and the momentum waits
+        if now.inner_lr <= 0:  # no unit for the momentum: a plain average, and the momentum stays
             state.stage(fqn, "momentum", state.get(fqn, "momentum", anchor))
             return anchor - delta
-        # Where the rate rises, what was moved before must not count as more than it was: by that a restart overshoots.
+        # Where the rate rises, the momentum of before is not scaled up with it: a restart would overshoot.
         rising = 0 < now.last_lr < now.inner_lr
         factor = self.momentum * (now.last_lr / now.inner_lr) if rising else self.momentum
         slow = factor * state.get(fqn, "momentum", anchor) + delta / now.inner_lr
@@ -190,10 +189,11 @@ class SlowMomentum:
 
 
 def writable(state: State, fqn: str, name: str, like: Tensor, *, copy: bool) -> Tensor:
-    """What is committed, or a ``copy`` of it, or zeros if there is nothing yet; staged, and to be written to."""
-    found = state.get(fqn, name, like)
-    state.stage(fqn, name, found := found.clone() if copy else found)
-    return found
+    """The committed tensor, a ``copy`` of it, or zeros if there is none yet; staged, and may be written to."""
+    committed = state.get(fqn, name, like)
+    tensor = committed.clone() if copy else committed
+    state.stage(fqn, name, tensor)
+    return tensor
 
 
 def sgd(*, lr: float = 1.0, momentum: float = 0.0, clip: float | None = None) -> Momentum:

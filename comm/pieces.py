@@ -1,6 +1,6 @@
-"""The seam between a sync and whatever holds the model: named local fp32 pieces of one rank.
+"""The seam between a method and whatever holds the model: named local fp32 pieces of one rank.
 
-`comm/adapters` adapts each engine, and anybody's own DDP or FSDP2 model, to this Protocol. Syncs know nothing else.
+`comm/adapters` adapts each engine, and anybody's own DDP or FSDP2 model, to this Protocol. Methods know nothing else.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Repeated(Exchange, Protocol):
     """An exchange that a step may have several times for one parameter, one for each backward pass."""
 
     adds: bool
-    """Whether it is given what each backward pass brings, and what comes back is added up. Otherwise an engine that
-    adds gradients up itself may give it the sum so far, in whose place goes what comes back."""
+    """True: it takes the gradient of each backward pass alone, and its results are summed. False: an engine that
+    accumulates gradients itself may give it the sum so far, and its result replaces that."""
 
     def stood_in(self) -> None:
-        """This rank, which has no data left, has given zeros in place of a backward pass (``model.join()``)."""
+        """This rank, whose data have ended, has given zeros in place of a backward pass (``model.join()``)."""
 
 
 @runtime_checkable
@@ -51,8 +51,8 @@ class Private(Exchange, Protocol):
 class Pieces(Protocol):
     """One rank's parameters, as flat fp32 pieces by FQN; empty pieces are left out.
 
-    ``segments``: the part that this rank answers for; all ranks of a replica together hold each element once.
-    ``held``: the part that must be given to `restore`, at least ``segments``; everything on DDP.
+    ``segments``: what this rank owns; all ranks of a replica together own each element once.
+    ``held``: what `restore` must be given, at least ``segments``; everything on DDP.
     """
 
     channel: Channel
@@ -87,7 +87,7 @@ class Pieces(Protocol):
         """
 
     def set_gradient_exchange(self, exchange: Exchange | None) -> None:
-        """From now on gradients go through ``exchange``; None: they stay inside the replica. Called once."""
+        """From now on ``exchange`` combines the gradients; None: they stay inside the replica. Called once."""
 
     def finish(self) -> None:
         """Block until the gradients of this step have been exchanged. Before clipping."""

@@ -1,6 +1,6 @@
 """Seeds that depend on what is drawn and not on when: a private generator for each (seed, step, rank, FQN, phase).
 
-No global generator is touched, so a sync never shifts a model's dropout, and a resumed run draws what it would have.
+No global generator is touched, so a method never shifts a model's dropout, and a resumed run draws the same numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 FIRST_PHASE, SECOND_PHASE = "send", "answer"
-"""The phases of the two-phase route. Part of what every seed is a digest of: another word would be another draw."""
+"""The phases of the two-phase route. Every seed is a digest of these texts: other texts would be other draws."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Key:
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A generator on ``device``, seeded by the 63-bit BLAKE2b digest of this key."""
-        parts = [str(self.seed), str(self.step), str(self.rank), self.fqn, self.phase]
-        text = "\0".join(parts if not self.again else [*parts, str(self.again)])
+        fields = [str(self.seed), str(self.step), str(self.rank), self.fqn, self.phase]
+        text = "\0".join(fields if not self.again else [*fields, str(self.again)])
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,4 +1,4 @@
-"""How combined: rules that make one value of everybody's.
+"""How combined: rules that make one value of all replicas' values.
 
 A sync takes one as ``combine``: ``every_step(combine=mean())``, which is the default.
 """

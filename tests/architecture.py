@@ -1,10 +1,10 @@
 """What couples modules of dtrain, counted. ``python -m tests.architecture [FOLDER]`` prints it, of any checkout.
 
-    fan-out      modules of ours that a module imports, anywhere in it but for type checkers alone
-    depth        classes of ours in a line of inheritance; Protocols and exceptions are not counted
-    isinstance   questions after a concrete class of ours, by `isinstance`, `issubclass` or `match`; not Protocols,
-                 exceptions, classes of the module that asks, or a closed set (`CLOSED`), whose members all are handled
-    circles      groups of modules that import each other, within functions too
+fan-out      modules of ours that a module imports, anywhere in it but for type checkers alone
+depth        classes of ours in a line of inheritance; Protocols and exceptions are not counted
+isinstance   questions after a concrete class of ours, by `isinstance`, `issubclass` or `match`; not Protocols,
+             exceptions, classes of the module that asks, or a closed set (`CLOSED`), whose members all are handled
+circles      groups of modules that import each other, within functions too
 """
 
 from __future__ import annotations

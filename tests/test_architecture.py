@@ -292,15 +292,13 @@ WIDER = {
 }  # fmt: skip
 """Modules that import more of ours, and how many at most. This and what follows gets shorter, never longer."""
 DEEPER: set[str] = {
-    "Compeft", "TernGrad", "AttachedFedKSeed", "AttachedFerret", "AttachedOneByte", "_AttachedOneBitAdam",
-    "AttachedDirected", "Noted", "_EF21W", "AttachedElastic", "AttachedElasticOneByte", "AttachedOffloaded",
-    "AttachedSharded", "SlurmLauncher",
+    "AttachedFedKSeed", "AttachedFerret", "AttachedOneByte", "_AttachedOneBitAdam", "AttachedDirected", "Noted",
+    "AttachedElastic", "AttachedElasticOneByte", "AttachedOffloaded", "AttachedSharded", "SlurmLauncher",
 }  # fmt: skip
 """Classes whose parent inherits, too."""
 ASKED: set[str] = {
-    "comm/adapters/grid.py TorchTransport", "comm/attach.py LocalUpdate", "comm/attach.py OneByte",
-    "comm/attach.py Members", "comm/attach.py TorchTransport", "comm/methods/scaffold.py NoFeedback",
-    "comm/plans/plan.py Compression", "comm/runtime/attached.py Settled",
+    "comm/attach.py LocalUpdate", "comm/attach.py OneByte", "comm/attach.py Members",
+    "comm/attach.py TorchTransport", "comm/runtime/attached.py Settled",
     "comm/runtime/membership/elastic.py Settled", "dtrain/bench/hooks.py EveryStep", "dtrain/bench/worker.py HookRow",
     "dtrain/train/trainer.py ForwardOnly",
 }  # fmt: skip

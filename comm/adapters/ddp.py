@@ -1,4 +1,4 @@
-"""Adapts DistributedDataParallel: gradients are handed over bucket by bucket, while backward goes on.
+"""Adapts DistributedDataParallel: gradients are exchanged bucket by bucket, while backward goes on.
 
 The communication hook replaces DDP's own all-reduce: the gradient is averaged over the shard axis (each member gets
 its slice of each parameter), the slices go through the sync's exchange with the peers, and the shard axis gathers the
@@ -52,7 +52,7 @@ class DDPPieces(ModulePieces):
         self._under_way: list[Handle[None]] = []
         self._backward_ended = 0.0
         self._arrived: set[str] = set()  # in this pass through the buckets
-        self._handed: dict[str, Tensor | None] = {}  # in this step; whether there was anything, where that is not sure
+        self._handed: dict[str, Tensor | None] = {}  # in this step; whether not all is zero, where it may be unused
 
     def set_gradient_exchange(self, exchange: Exchange | None) -> None:
         if exchange is not None or self.shard.size > 1:
@@ -116,14 +116,14 @@ class DDPPieces(ModulePieces):
         """Exchange one bucket's gradients in the background."""
         buffer = bucket.buffer()
         future: torch.futures.Future[Tensor] = torch.futures.Future()
-        if self._keeps_its_own:  # DDP hands them over nevertheless, as with a static graph in the first step
+        if self._keeps_its_own:  # DDP calls the hook nevertheless, as with a static graph in the first step
             future.set_result(buffer)
             return future
         # What was frozen since DDP was built has its place in a bucket, and no name here.
-        names, given = [self.names.get(id(p), "") for p in bucket.parameters()], bucket.gradients()
-        if len(names) != len(given):
-            raise RuntimeError(f"DDP hands over {len(given)} gradients for {len(names)} parameters: {', '.join(names)}")
-        gradients = {name: gradient for name, gradient in zip(names, given, strict=True) if name and gradient.numel()}
+        names, views = [self.names.get(id(p), "") for p in bucket.parameters()], bucket.gradients()
+        if len(names) != len(views):
+            raise RuntimeError(f"DDP hands over {len(views)} gradients for {len(names)} parameters: {', '.join(names)}")
+        gradients = {name: gradient for name, gradient in zip(names, views, strict=True) if name and gradient.numel()}
         standing_in = torch._C._current_graph_task_id() < 0  # no backward pass: DDP.join gives zeros
         before: Named = {}
         if not standing_in:
@@ -145,7 +145,7 @@ class DDPPieces(ModulePieces):
         return future
 
     def _pass_ended(self, standing_in: bool) -> None:
-        """All gradients of a backward pass, or zeros in their place, are on their way."""
+        """All gradients of a backward pass, or zeros in their place, have been started."""
         if not standing_in:
             if self._earlier is not None:
                 self._earlier.pass_ended()
@@ -165,8 +165,8 @@ class DDPPieces(ModulePieces):
         """Whether this rank's backward pass gave a gradient for ``fqn`` in this step, whatever became of it since."""
         if fqn not in self._handed:
             return False
-        some = self._handed[fqn]
-        return some is None or bool(some)
+        nonzero = self._handed[fqn]
+        return nonzero is None or bool(nonzero)
 
     def _require_reduced(self) -> None:
         """Raise ``ValueError`` for trainable parameters that DDP was told to leave alone."""
@@ -226,7 +226,7 @@ class DDPPieces(ModulePieces):
 
     @property
     def _may_be_unused(self) -> bool:
-        """Whether DDP hands over zeros for what no rank has used, and leaves the gradients of those as they were."""
+        """Whether DDP gives its hook zeros for what no rank has used, and leaves those gradients as they were."""
         return bool(self.model.find_unused_parameters or self.model.static_graph)
 
     @property
@@ -234,7 +234,7 @@ class DDPPieces(ModulePieces):
         return self._exchange is None and self.shard.size == 1
 
     def _average(self, gradients: Mapping[str, Tensor], before: Named) -> Flow[None]:
-        """Replace the gradients of one bucket by what the optimizer shall see; all members have found ``before``."""
+        """Replace the gradients of one bucket by the combined ones. ``before``: what they held before this pass."""
         slices = {fqn: working(gradient.reshape(-1)) for fqn, gradient in gradients.items()}
         slices |= {fqn: slices[fqn] - earlier for fqn, earlier in before.items()}
         if self.shard.size > 1:
@@ -253,7 +253,7 @@ class DDPPieces(ModulePieces):
 
 
 class _Slot:
-    """The one hook that a DDP model takes in its life, and who answers to it now: nobody while nothing is attached."""
+    """The one hook that a DDP model takes in its life, and the pieces that it serves: None while none are attached."""
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self.pieces: ref[DDPPieces] | None = None  # DDP's C++ holds the hook, where no garbage collector looks
@@ -288,15 +288,15 @@ def _averaged(bucket: GradBucket, group: dist.ProcessGroup) -> torch.futures.Fut
 class EarlierPasses:
     """What further backward passes of a step find in the gradients: the results of the step's exchanges.
 
-    DDP adds each pass to what is there already and hands over the sum. Where feedback compresses what each pass brings,
-    that has to be told apart again. Copies are made in steps of several exchanges only.
+    DDP adds each pass to the gradient and gives its hook the sum. Where feedback compresses each pass alone, the two
+    are separated again. Copies are made in steps of several exchanges only.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = parameters
         self._exchanged = False  # in this step
         self._kept: dict[str, Tensor] = {}
-        me = ref(self)  # parameters hold their hooks, where nobody looks for cycles
+        me = ref(self)  # the garbage collector does not see cycles through a parameter's hooks
         self._hooks: list[RemovableHandle] = [
             parameter.register_hook(partial(_keep, me, fqn)) for fqn, parameter in parameters.items()
         ]
@@ -309,7 +309,7 @@ class EarlierPasses:
         self._exchanged, self._kept = False, {}
 
     def take(self, fqns: Collection[str]) -> dict[str, Tensor]:
-        """What gradients that are handed over now held before this pass, flat; nothing in a step's first one."""
+        """What the gradients ``fqns`` held before this pass, flat; nothing in a step's first one."""
         held = {}
         for fqn in fqns if self._exchanged else ():
             kept = self._kept.pop(fqn, None)

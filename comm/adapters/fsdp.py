@@ -1,4 +1,4 @@
-"""Adapts FSDP2 (`fully_shard` on a one-dimensional shard mesh): gradients are handed over unit by unit.
+"""Adapts FSDP2 (`fully_shard` on a one-dimensional shard mesh): gradients are exchanged unit by unit.
 
 FSDP2 reduce-scatters a unit's gradients over the shard axis and then calls the unit's all-reduce hook with this rank's
 flat part, before it becomes ``p.grad``. The hook starts the exchange with the peers (`units`). Where nothing follows
@@ -58,8 +58,8 @@ class FSDPPieces:
 
     def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
         wanted = {fqn: p for fqn, p in self.parameters.items() if fqns is None or fqn in fqns}
-        own = {fqn: working(_local(p.detach())) for fqn, p in wanted.items()}
-        return copied(own) if copy else own
+        values = {fqn: working(_local(p.detach())) for fqn, p in wanted.items()}
+        return copied(values) if copy else values
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         _reshard(self.units)  # or a unit that is still gathered would go on with the old values
@@ -85,9 +85,9 @@ class FSDPPieces:
         return is_finite(*(_local(g) for g in grads if g is not None))
 
     def unused(self) -> set[str]:
-        given = self._passes.given if self._passes is not None else set()
+        exchanged = self._passes.given if self._passes is not None else set()
         # What another optimizer has stepped and cleared was not unused.
-        return {fqn for fqn, parameter in self.parameters.items() if parameter.grad is None and fqn not in given}
+        return {fqn for fqn, parameter in self.parameters.items() if parameter.grad is None and fqn not in exchanged}
 
     def step(self) -> None:
         with self._guard.opened(), self.trained.stepping():

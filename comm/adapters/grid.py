@@ -1,4 +1,4 @@
-"""Which ranks are one replica, which are its peers, and groups between them that nobody else uses."""
+"""Which ranks are one replica, which are this rank's peers, and process groups of their own for both axes."""
 
 from __future__ import annotations
 
@@ -18,31 +18,29 @@ from dtrain.comm.transports.transport import SelfTransport
 
 
 def own_groups(model: nn.Module, replicate_group: dist.ProcessGroup) -> dict[Axis, TorchTransport | SelfTransport]:
-    """Groups that nobody else uses: the peers', and this replica's. Nobody but these ranks needs to call it."""
+    """A new process group for each axis: the peers', and this replica's. Called by the ranks of both, and no others."""
     peers = sorted(dist.get_process_group_ranks(replicate_group))
-    here = _replica_of(model, peers)
-    both = sorted(set(here) & set(peers) - {dist.get_rank()})
+    replica = _replica_of(model, peers)
+    both = sorted(set(replica) & set(peers) - {dist.get_rank()})
     if both:
         raise ValueError(
-            f"replicate_group {peers} holds ranks {both} of this rank's own shard group {here}; give the ranks that "
+            f"replicate_group {peers} holds ranks {both} of this rank's own shard group {replica}; give the ranks that "
             'hold the same shard of other replicas: mesh.get_group("replicate")'
         )
-    groups: dict[Axis, TorchTransport | SelfTransport] = {
-        "replicate": TorchTransport.between(peers),
-        "shard": TorchTransport.between(here) if len(here) > 1 else SelfTransport(),
-    }
-    placed: dict[int, tuple[list[int], list[int]]] = {}
-    for transport in groups.values():
-        if isinstance(transport, TorchTransport):
-            told = told_by_all([dist.get_rank(), here, peers], transport.group)
-            placed |= {rank: (theirs, across) for rank, theirs, across in told}  # type: ignore[misc]
+    across = TorchTransport.between(peers)
+    within = TorchTransport.between(replica) if len(replica) > 1 else None
+    made = [across] if within is None else [across, within]
+    positions: dict[int, tuple[list[int], list[int]]] = {}
+    for transport in made:
+        for rank, its_replica, its_peers in told_by_all([dist.get_rank(), replica, peers], transport.group):
+            positions[cast(int, rank)] = (cast(list[int], its_replica), cast(list[int], its_peers))
     try:
-        _require_a_grid(here, peers, placed)
+        _require_a_grid(replica, peers, positions)
     except ValueError:
-        for transport in groups.values():
+        for transport in made:
             transport.close()
         raise
-    return groups
+    return {"replicate": across, "shard": within or SelfTransport()}
 
 
 def _replica_of(model: nn.Module, peers: list[int]) -> list[int]:
@@ -66,8 +64,8 @@ def _replica_of(model: nn.Module, peers: list[int]) -> list[int]:
     if not set(peers) <= set(spanned):
         return sorted(spanned)  # DDP inside a replica
     columns = sorted({tuple(sorted(ranks)) for ranks in told_by_all(peers, model.process_group)})
-    held = sorted(other for column in columns for other in column)
-    if held != sorted(spanned) or len({len(column) for column in columns}) > 1:
+    covered = sorted(member for column in columns for member in column)
+    if covered != sorted(spanned) or len({len(column) for column in columns}) > 1:
         raise ValueError(
             f"this DistributedDataParallel is over ranks {sorted(spanned)}, which the replicate groups "
             f"{[list(column) for column in columns]} do not cut into equal parts; give every rank of it one of groups "
@@ -77,17 +75,21 @@ def _replica_of(model: nn.Module, peers: list[int]) -> list[int]:
     return [column[place] for column in columns]
 
 
-def _require_a_grid(here: list[int], peers: list[int], placed: Mapping[int, tuple[list[int], list[int]]]) -> None:
-    """Raise ``ValueError`` unless replicas are of one size, and their ranks have the same places among their peers."""
+def _require_a_grid(replica: list[int], peers: list[int], positions: Mapping[int, tuple[list[int], list[int]]]) -> None:
+    """Raise ``ValueError`` unless replicas are of one size, and their ranks have the same places among their peers.
+
+    ``positions``: the replica and the peers of each rank that was heard.
+    """
     rank = dist.get_rank()
-    for other, (theirs, across) in sorted(placed.items()):
-        if len(theirs) != len(here) or len(across) != len(peers):
+    for other_rank, (its_replica, its_peers) in sorted(positions.items()):
+        if len(its_replica) != len(replica) or len(its_peers) != len(peers):
             raise ValueError(
-                f"rank {other} has the replica {theirs} and the peers {across}, rank {rank} the replica {here} and the "
-                f"peers {peers}; replicas must be of one size, and each rank have a peer in every other replica"
+                f"rank {other_rank} has the replica {its_replica} and the peers {its_peers}, rank {rank} the replica "
+                f"{replica} and the peers {peers}; replicas must be of one size, and each rank have a peer in every "
+                "other replica"
             )
-        if other in here and across.index(other) != peers.index(rank):
+        if other_rank in replica and its_peers.index(other_rank) != peers.index(rank):
             raise ValueError(
-                f"ranks {rank} and {other} are of one replica {here}, but have different places among their peers "
-                f"{peers} and {across}; build the groups from one mesh"
+                f"ranks {rank} and {other_rank} are of one replica {replica}, but have different places among their "
+                f"peers {peers} and {its_peers}; build the groups from one mesh"
             )

@@ -1,9 +1,8 @@
 """Adapts a model whose parameters every rank holds whole: a plain module, for local updates.
 
-Between two rounds of a local update replicas exchange nothing, so the model needs nothing around it: each rank is a
-replica, and its gradients are the optimizer's own. What crosses the replicas' gradients in a step needs
-DistributedDataParallel (`dtrain.comm.adapters.ddp`, which builds on this), whose buckets travel during the backward
-pass.
+Within a round of a local update replicas exchange nothing, so the model needs no wrapper: each rank is a replica, and
+steps from its own gradients. Methods that exchange gradients need DistributedDataParallel
+(`dtrain.comm.adapters.ddp`, which builds on this), whose buckets are exchanged during the backward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from dtrain.comm.pieces import Exchange, Private
 
 
 class ModulePieces:
-    """Pieces of ``module``. Over a shard axis of several members, each answers for its slice of every parameter."""
+    """Pieces of ``module``. Over a shard axis of several members, each owns its slice of every parameter."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
         self.optimizer, self.channel = optimizer, channel
@@ -48,8 +47,8 @@ class ModulePieces:
 
     def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
         wanted = [fqn for fqn in self.segments if fqns is None or fqn in fqns]
-        own = {fqn: self._own_slice(fqn, self.parameters[fqn].detach()) for fqn in wanted}
-        return copied(own) if copy else own
+        values = {fqn: self._own_slice(fqn, self.parameters[fqn].detach()) for fqn in wanted}
+        return copied(values) if copy else values
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         wanted = [fqn for fqn in self.parameters if fqns is None or fqn in fqns]
@@ -101,8 +100,8 @@ class ModulePieces:
         whole = elementwise_state(self.optimizer, self.parameters, lambda tensor: tensor)
         owned: dict[str, dict[str, Tensor]] = {}
         for name, tensors in whole.items():
-            mine = {fqn: tensor for fqn, tensor in tensors.items() if fqn in self.segments}
-            owned[name] = {fqn: t if is_scalar(t) else self._own_slice(fqn, t) for fqn, t in mine.items()}
+            present = {fqn: tensor for fqn, tensor in tensors.items() if fqn in self.segments}
+            owned[name] = {fqn: t if is_scalar(t) else self._own_slice(fqn, t) for fqn, t in present.items()}
         return owned
 
     def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:

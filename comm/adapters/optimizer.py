@@ -19,7 +19,7 @@ from dtrain.comm.layout import Named
 
 
 class StepGuard:
-    """Refuses a step of the optimizer that the sync did not make: it would communicate nothing, without a word."""
+    """Refuses a step of the optimizer that the sync did not make: it would silently communicate nothing."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer in _GUARDED:
@@ -98,15 +98,15 @@ def elementwise_state(
 
     Raises ``ValueError`` for a state tensor of another shape than its parameter, and for one that is no tensor.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, dict[str, Tensor]] = {}
     for fqn, parameter in parameters.items():
         for name, value in optimizer.state.get(parameter, {}).items():
             if value is None:
                 continue  # SGD without momentum stores momentum_buffer=None
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
             require_elementwise(tensor, parameter, f"the optimizer's {name!r} of {fqn}")
-            found.setdefault(name, {})[fqn] = tensor if is_scalar(tensor) else local(tensor)
-    return found
+            state.setdefault(name, {})[fqn] = tensor if is_scalar(tensor) else local(tensor)
+    return state
 
 
 def load_elementwise_state(

@@ -1,7 +1,7 @@
-"""Whether an inner optimizer communicates: under a local update nobody but the sync may, or replicas are kept together.
+"""Whether an inner optimizer communicates: under a local update it must not, or it would keep the replicas equal.
 
-Those that are known are refused by name, at attach. Of others it is seen in their first step: process groups count
-what is asked of them.
+Those that are known are refused by name, at attach. Others are noticed in their first step, as process groups count
+their collectives.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a sync trains of a model, and whether that is still so: a parameter that it does not know is synced by nobody.
+"""The parameters that a method trains, and whether they are still those of the model: it would not sync a new one.
 
-Looked at before each step, on names and identities only, so that all ranks come to the same end.
+Checked before each step, by names and identities only, so that all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Trained:
             )  # fmt: skip
 
     def watch_outside(self) -> None:
-        """From now on notice when somebody steps what is outside of the optimizer in the wrong place."""
+        """From now on notice when a parameter outside of the optimizer is stepped at the wrong time."""
         if self.outside:
             # Gradients tell that a step has begun; where the engine sets them, the forward pass does.
             self._watch = _Watch(self, None if self._gathered_back is None else self.model)
@@ -130,7 +130,7 @@ class Trained:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within it the sync itself writes to parameters; whoever does so without it is somebody else."""
+        """Within it the method itself writes to parameters; a write outside of it is another's."""
         if self._watch is not None:
             self._watch.look()
         yield
@@ -168,7 +168,7 @@ class Trained:
 
 
 _CLAIMED: Any = WeakTensorKeyDictionary()
-"""Which `Trained` has a parameter, weakly on both sides: what is dropped without `release` bars nobody."""
+"""Which `Trained` has a parameter, weakly on both sides: one that is dropped without `release` frees it."""
 
 
 class _Watch:

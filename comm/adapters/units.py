@@ -1,13 +1,13 @@
 """The units of an FSDP2 model, and the order in which replicas exchange their gradients.
 
-FSDP2 hands over the gradients of one unit after the other, and only of units that ran. Which ones those are may differ
-between replicas: experts, a vision tower. So exchanges are paired by an order that all replicas have agreed on. What
-is handed over before its turn waits for it; what never comes is zeros, at the end of the backward pass. Where no
+FSDP2 calls the hook of one unit after the other, and only of units that ran. Which ones those are may differ between
+replicas: experts, a vision tower. So exchanges are paired by an order that all replicas have agreed on. A gradient that
+comes before its turn waits for it; one that never comes is sent as zeros, at the end of the backward pass. Where no
 replica has run a unit its gradient stays None, as it would without replicas.
 
 The order is that of replica 0's first step; in that step it is the modules' order, backwards. Where all replicas run
-the same units in the same order, nothing ever waits. A unit that in some pass nobody ran is no longer sent on trust:
-at the end of each pass the replicas ask each other whether it was run, one byte each.
+the same units in the same order, nothing ever waits. A unit that no replica ran in some pass is doubtful from then on:
+at the end of each pass the replicas tell each other whether it was run, one byte each, before it is sent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NOTHING: Named = MappingProxyType({})
 
 
 class Unit:
-    """One of FSDP2's groups of parameters. Where they lie in its flat buffer it tells nobody; private attributes do."""
+    """One of FSDP2's groups of parameters. Their places in its flat buffer are in private attributes only."""
 
     def __init__(self, group: Any, names: Mapping[int, str], segments: Mapping[str, Segment]) -> None:
         self.group, self.names, self.segments = group, names, segments
@@ -44,13 +44,13 @@ class Unit:
         self.group._all_reduce_hook = hook
 
     def cut(self, flat: Tensor) -> dict[str, Tensor]:
-        """The pieces of what FSDP2 hands over, by FQN: views. Raises ``RuntimeError`` if parameters are missing."""
+        """Views of the pieces in FSDP2's flat gradient, by FQN. Raises ``RuntimeError`` if parameters are missing."""
         pieces, start = {}, 0
-        for held in self._trained():
-            fqn = self.names[id(held.sharded_param)]
+        for param in self._trained():
+            fqn = self.names[id(param.sharded_param)]
             if fqn in self.segments:
                 pieces[fqn] = flat[start : start + self.segments[fqn].numel]
-            start += held.padded_sharded_param_size.numel()
+            start += param.padded_sharded_param_size.numel()
         if start != flat.numel():
             raise RuntimeError(
                 f"an FSDP2 unit handed over {flat.numel()} gradient elements for parameters of {start}; were some "
@@ -60,48 +60,49 @@ class Unit:
 
     def unsynced(self) -> bool:
         """Whether a gradient waits here for a pass that reduces it."""
-        for held in self._trained():
-            waits = held.unsharded_accumulated_grad is not None
-            if waits or (hasattr(held, "_unsharded_param") and held._unsharded_param.grad is not None):
+        for param in self._trained():
+            waits = param.unsharded_accumulated_grad is not None
+            if waits or (hasattr(param, "_unsharded_param") and param._unsharded_param.grad is not None):
                 return True
         return False
 
     def zeros(self) -> dict[str, Tensor]:
-        """What a replica that did not run this unit has to say."""
-        found = {}
-        for held in self._trained():
-            fqn = self.names[id(held.sharded_param)]
+        """What a replica sends that did not run this unit."""
+        zeros = {}
+        for param in self._trained():
+            fqn = self.names[id(param.sharded_param)]
             if fqn in self.segments:
-                found[fqn] = working(torch.zeros(self.segments[fqn].numel, dtype=self._dtype, device=self.group.device))
-        return found
+                zeros[fqn] = working(torch.zeros(self.segments[fqn].numel, dtype=self._dtype, device=self.group.device))
+        return zeros
 
     def shows(self, flat: Tensor) -> bool:
         """Whether ``p.grad`` will be a view of ``flat``, to be filled later: nothing that copies follows."""
         if self._divisor is not None:
             return False
         return all(
-            held.sharded_param.dtype == flat.dtype
-            and held.sharded_param.grad is None
-            and held.sharded_param.device == flat.device
-            for held in self._trained()
+            param.sharded_param.dtype == flat.dtype
+            and param.sharded_param.grad is None
+            and param.sharded_param.device == flat.device
+            for param in self._trained()
         )
 
     def require_shown(self, filled: Named) -> None:
         """Raise ``RuntimeError`` unless the gradients are views of what was filled after the hook."""
-        for held in self._trained():
-            gradient, piece = held.sharded_param.grad, filled.get(self.names[id(held.sharded_param)])
+        for param in self._trained():
+            fqn = self.names[id(param.sharded_param)]
+            gradient, piece = param.sharded_param.grad, filled.get(fqn)
             if gradient is None or piece is None or _address(gradient.to_local()) == _address(piece):
                 continue
             raise RuntimeError(
-                f"the gradient of {self.names[id(held.sharded_param)]} is a copy that was made before the exchange had "
+                f"the gradient of {fqn} is a copy that was made before the exchange had "
                 "filled it; clear gradients with set_to_none=True and call set_requires_gradient_sync(False) on all "
                 "but the last microbatch, or attach with overlap=False"
             )
 
     def add(self, values: Named) -> None:
         """Add combined gradients to what the parameters have; those that have none, on any shard, get them."""
-        for held in self._trained():
-            parameter, fqn = held.sharded_param, self.names[id(held.sharded_param)]
+        for param in self._trained():
+            parameter, fqn = param.sharded_param, self.names[id(param.sharded_param)]
             local = parameter.to_local()
             if local.numel() and fqn not in values:
                 continue  # it came to train after attach
@@ -110,18 +111,18 @@ class Unit:
                 piece = piece / self._divisor
             piece = piece.to(local.dtype).view(local.shape)
             if parameter.grad is None:
-                parameter.grad = held.to_sharded_dtensor(piece.clone())
+                parameter.grad = param.to_sharded_dtensor(piece.clone())
             else:
                 parameter.grad.to_local().add_(piece)
 
     def _trained(self) -> list[Any]:
-        return [held for held in self.group.fsdp_params if held.sharded_param.requires_grad]
+        return [param for param in self.group.fsdp_params if param.sharded_param.requires_grad]
 
     @property
     def _dtype(self) -> torch.dtype:
         policy = self.group.mp_policy
-        own = self.group.fsdp_params[0].sharded_param.dtype
-        dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or own
+        stored = self.group.fsdp_params[0].sharded_param.dtype
+        dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or stored
         return dtype
 
     @property
@@ -140,7 +141,7 @@ class Unit:
 def units_of(model: nn.Module, segments: Mapping[str, Segment]) -> list[Unit]:
     """All units with something to train, alike on all ranks. Raises ``ValueError`` for one with several meshes."""
     names = {id(parameter): fqn for fqn, parameter in named_parameters(model)}
-    found: dict[int, Unit] = {}  # modules that were given to fully_shard together are one unit
+    units: dict[int, Unit] = {}  # modules that were given to fully_shard together are one unit
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -151,16 +152,16 @@ def units_of(model: nn.Module, segments: Mapping[str, Segment]) -> list[Unit]:
                 "shard axis: give fully_shard one mesh for all parameters"
             )
         for group in groups:
-            if any(held.sharded_param.requires_grad for held in group.fsdp_params):
-                found.setdefault(id(group), Unit(group, names, segments))
-    return list(found.values())
+            if any(param.sharded_param.requires_grad for param in group.fsdp_params):
+                units.setdefault(id(group), Unit(group, names, segments))
+    return list(units.values())
 
 
 class Passes:
     """The exchanges of one backward pass after the other.
 
-    ``overlap``: they go on behind backward until `finish`; otherwise whatever is in its turn is waited for in its hook,
-    and the rest at the end of the pass.
+    ``overlap``: they run behind backward until `finish`; otherwise a unit whose turn it is waits in its hook, and the
+    others at the end of the pass.
     """
 
     def __init__(
@@ -169,11 +170,11 @@ class Passes:
         self.root, self.units, self.exchange, self.channel, self.overlap = root, units, exchange, channel, overlap
         self.order = list(reversed(range(len(units))))
         self.agreed = False
-        self.doubtful: set[int] = set()  # those that nobody ran in some pass
-        self._open = False  # whether something was handed over in this pass
+        self.doubtful: set[int] = set()  # those that no replica ran in some pass
+        self._open = False  # whether a gradient has come in this pass
         self._arrivals: list[int] = []  # in this step
         self._parked: dict[int, dict[str, Tensor]] = {}
-        self._sent: list[int] = []  # in this round, a part of the pass in which each unit sets out once
+        self._sent: list[int] = []  # in this part of the pass, in which each unit is sent once
         self._under_way: list[_Sent] = []
         self._present: dict[int, bool] = {}  # whether anybody had run it, in this pass
         self.given: set[str] = set()  # parameters that have been given a gradient in this step
@@ -187,7 +188,7 @@ class Passes:
     def finish(self) -> None:
         """Block until every gradient of this step is the combined one. All replicas must call it.
 
-        Raises ``RuntimeError`` if somebody has made a copy of what was to be filled.
+        Raises ``RuntimeError`` if a copy was made of a gradient that the exchange was to fill.
         """
         if self._open or not self._closed:
             self._close()
@@ -222,42 +223,42 @@ class Passes:
             self._send_the_rest()
             self._wait()
         pieces = self.units[number].cut(flat)
-        own = {fqn: working(piece) for fqn, piece in pieces.items()}
+        gradients = {fqn: working(piece) for fqn, piece in pieces.items()}
         earlier = self._parked.pop(number, None)
         if earlier is not None:
-            own = {fqn: earlier[fqn] + piece for fqn, piece in own.items()}
+            gradients = {fqn: earlier[fqn] + piece for fqn, piece in gradients.items()}
         if number == self._turn():
             if not self.overlap:
-                self._start(number, own, into=pieces).wait()
+                self._start(number, gradients, into=pieces).wait()
             elif self.units[number].shows(flat):
-                self._start(number, own, into=pieces)
+                self._start(number, gradients, into=pieces)
             else:
-                self._start(number, _taken(own, pieces))
+                self._start(number, _taken(gradients, pieces))
             self._go_on()
         else:
-            self._parked[number] = _taken(own, pieces)
+            self._parked[number] = _taken(gradients, pieces)
 
     def _turn(self) -> int | None:
-        """Whose turn it is."""
+        """The unit whose turn it is."""
         return next((number for number in self.order if number not in self._sent and number not in self.doubtful), None)
 
     def _go_on(self) -> None:
-        """Let those set out that waited for their turn."""
+        """Send what waited for its turn."""
         while (number := self._turn()) in self._parked:
             self._start(number, self._parked.pop(number))
 
-    def _start(self, number: int, own: Named | None, into: Named = NOTHING) -> Handle[Combined]:
-        """Send off ``own``, or zeros for None. The combined gradient goes ``into`` these, if there are any."""
-        given = self.units[number].zeros() if own is None else own
-        handle = self.channel.start(_combined(self.exchange, given, own is not None, into), "gradients")
+    def _start(self, number: int, gradients: Named | None, into: Named = NOTHING) -> Handle[Combined]:
+        """Send ``gradients``, or zeros for None. The combined ones are copied ``into`` these, if there are any."""
+        sent = self.units[number].zeros() if gradients is None else gradients
+        handle = self.channel.start(_combined(self.exchange, sent, gradients is not None, into), "gradients")
         if not self.overlap:
             self.channel.flush()  # at the same places on all replicas, whichever of them waits in a hook
         self._sent.append(number)
-        self._under_way.append(_Sent(number, handle, own, into))
+        self._under_way.append(_Sent(number, handle, gradients, into))
         return handle
 
     def _send_the_rest(self) -> None:
-        """What has not set out in this round."""
+        """Send what was not sent in this part of the pass."""
         while (number := self._turn()) is not None:
             self._start(number, self._parked.pop(number, None))
         self._sent = []
@@ -276,12 +277,12 @@ class Passes:
 
     def _wanted(self) -> list[int]:
         """Those of the doubtful that some replica has run in this pass."""
-        asked = [number for number in self.order if number in self.doubtful]
+        doubtful = [number for number in self.order if number in self.doubtful]
         if self._local:
-            return [number for number in asked if number in self._parked]
-        run = torch.tensor([number in self._parked for number in asked], dtype=torch.uint8, device=self._device)
-        anywhere = self.channel.run(_anywhere(run), "units")
-        return [number for number, found in zip(asked, anywhere, strict=True) if found]
+            return [number for number in doubtful if number in self._parked]
+        run_here = torch.tensor([number in self._parked for number in doubtful], dtype=torch.uint8, device=self._device)
+        run_anywhere = self.channel.run(_anywhere(run_here), "units")
+        return [number for number, run in zip(doubtful, run_anywhere, strict=True) if run]
 
     def _wait(self) -> None:
         for sent in self._under_way:
@@ -289,23 +290,23 @@ class Passes:
             self._local = combined.present is None
             if not self._local:
                 self._present[sent.number] = bool(combined.present) or self._present.get(sent.number, False)
-            if combined.present or (self._local and sent.own is not None):
+            if combined.present or (self._local and sent.gradients is not None):
                 self.given.update(combined.values)
             if sent.into and self.overlap:
                 unit.require_shown(sent.into)
-            elif not sent.into and (combined.present or (self._local and sent.own is not None)):
+            elif not sent.into and (combined.present or (self._local and sent.gradients is not None)):
                 unit.add(combined.values)
         self._under_way = []
 
     def _judge(self) -> None:
-        """Learn from a pass which units not all replicas run. All of them see the same."""
-        if any(self._present.values()):  # otherwise nobody has run anything, and it is for others to complain
+        """Units that no replica ran in a pass are doubtful from then on. All replicas see the same."""
+        if any(self._present.values()):  # otherwise nobody has run anything, which is refused elsewhere
             self.doubtful |= {number for number, present in self._present.items() if not present}
             self._exchanged = True
         self._present = {}
 
     def _watch(self) -> None:
-        """Hear of the end of this backward pass."""
+        """Be called at the end of this backward pass."""
         task = torch._C._current_graph_task_id()
         if task not in (-1, self._watched):
             self._watched = task
@@ -325,11 +326,11 @@ class Passes:
 
 @dataclass(frozen=True)
 class _Sent:
-    """A unit's exchange under way. What it reads and writes is kept until it has ended: that is on another stream."""
+    """A unit's exchange under way. It keeps what another stream reads and writes until it has ended."""
 
     number: int
     handle: Handle[Combined]
-    own: Named | None
+    gradients: Named | None
     into: Named
 
 
@@ -337,19 +338,19 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _taken(own: Named, pieces: Named) -> dict[str, Tensor]:
-    """``own`` in memory of its own; what FSDP2 goes on with is -0.0 until the combined gradient is added.
+def _taken(gradients: Named, pieces: Named) -> dict[str, Tensor]:
+    """Copies of ``gradients``; FSDP2 goes on with -0.0 in ``pieces`` until the combined gradient is added.
 
     x + -0.0 is x for every x, bit by bit.
     """
-    taken = {fqn: piece.clone() for fqn, piece in own.items()}
+    taken = {fqn: gradient.clone() for fqn, gradient in gradients.items()}
     for piece in pieces.values():
         piece.fill_(-0.0)
     return taken
 
 
 def _merged(seen: list[int], order: list[int]) -> list[int]:
-    """``seen``, and what else is in ``order``, each behind what it follows there.
+    """``seen``, and the others of ``order``, each behind what it follows there.
 
     >>> _merged([2, 0], [3, 2, 1, 0])
     [3, 2, 1, 0]
@@ -363,19 +364,19 @@ def _merged(seen: list[int], order: list[int]) -> list[int]:
     return merged
 
 
-def _combined(exchange: Exchange, own: Named, present: bool, into: Named) -> Flow[Combined]:
-    combined = yield from exchange(own, present)
+def _combined(exchange: Exchange, gradients: Named, present: bool, into: Named) -> Flow[Combined]:
+    combined = yield from exchange(gradients, present)
     for fqn, piece in into.items():
         piece.copy_(combined.values[fqn])
     return combined
 
 
 def _first_order(order: list[int]) -> Flow[list[int]]:
-    """Replica 0's."""
-    (found,) = yield Broadcast((torch.tensor(order, dtype=torch.int32),), source=0)
-    return [int(number) for number in found.tolist()]
+    """The order of replica 0."""
+    (numbers,) = yield Broadcast((torch.tensor(order, dtype=torch.int32),), source=0)
+    return [int(number) for number in numbers.tolist()]
 
 
-def _anywhere(run: Tensor) -> Flow[list[bool]]:
-    (everybody,) = yield AllGather((run,))
-    return [bool(found) for found in everybody.any(0).tolist()]
+def _anywhere(run_here: Tensor) -> Flow[list[bool]]:
+    (rows,) = yield AllGather((run_here,))
+    return [bool(run) for run in rows.any(0).tolist()]

@@ -1,7 +1,7 @@
 """What a model holds beside its trained parameters, frozen ones and buffers, made equal on all replicas at attach.
 
 DistributedDataParallel does so when it is built; FSDP2 and plain modules do not, and random features that each rank has
-drawn for itself would make every replica another model, for good and without a word.
+drawn for itself would silently make every replica another model, for good.
 Communication: 16 bytes of each replica. Where they differ also a hash of each tensor, and a broadcast of those that do.
 """
 
@@ -33,38 +33,38 @@ def equalized(model: nn.Module, place: Place) -> Flow[list[str]]:
 
     Raises ``ValueError`` if they do not have the same frozen parameters and buffers.
     """
-    held = list(untrained(model))
-    hashes = [fingerprint(tensor) for _, tensor in held]
-    layout = "\n".join(f"{name}: {tensor.dtype} {list(tensor.shape)}" for name, tensor in held).encode()
+    tensors = list(untrained(model))
+    hashes = [fingerprint(tensor) for _, tensor in tensors]
+    layout = "\n".join(f"{name}: {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors).encode()
     rows = yield from _gathered(hashlib.blake2b(layout + b"".join(hashes), digest_size=DIGEST_BYTES).digest())
     if len(set(rows)) == 1:
         return []
     layouts = yield from _gathered(hashlib.blake2b(layout, digest_size=DIGEST_BYTES).digest())
-    other = [rank for rank, row in enumerate(layouts) if row != layouts[place.rank]]
-    if other:
+    others = [rank for rank, row in enumerate(layouts) if row != layouts[place.rank]]
+    if others:
         raise ValueError(
-            f"replicas {other} have other frozen parameters or buffers than this one, which has {len(held)}; give all "
-            "ranks the same model"
+            f"replicas {others} have other frozen parameters or buffers than this one, which has {len(tensors)}; give "
+            "all ranks the same model"
         )
-    each = yield from _gathered(b"".join(hashes))
+    all_hashes = yield from _gathered(b"".join(hashes))
     differ = []
-    for number, (name, tensor) in enumerate(held):
-        part = slice(number * TENSOR_BYTES, (number + 1) * TENSOR_BYTES)
-        if len({row[part] for row in each}) > 1:
+    for number, (name, tensor) in enumerate(tensors):
+        digest = slice(number * TENSOR_BYTES, (number + 1) * TENSOR_BYTES)
+        if len({row[digest] for row in all_hashes}) > 1:
             differ.append(name)
             raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-            (right,) = yield Broadcast((raw,), 0)
+            (correct,) = yield Broadcast((raw,), 0)
             with torch.no_grad():
-                tensor.copy_(right.view(tensor.dtype).view(tensor.shape))
+                tensor.copy_(correct.view(tensor.dtype).view(tensor.shape))
     return differ
 
 
 def _here(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for inner, part in plain(name, tensor):
-        if part.device.type != "meta" and part.layout == torch.strided and part.numel():
-            yield inner, part
+    for inner, local in plain(name, tensor):
+        if local.device.type != "meta" and local.layout == torch.strided and local.numel():
+            yield inner, local
 
 
-def _gathered(own: bytes) -> Flow[list[bytes]]:
-    (rows,) = yield AllGather((torch.frombuffer(bytearray(own), dtype=torch.uint8),))
+def _gathered(data: bytes) -> Flow[list[bytes]]:
+    (rows,) = yield AllGather((torch.frombuffer(bytearray(data), dtype=torch.uint8),))
     return [bytes(row) for row in rows.tolist()]

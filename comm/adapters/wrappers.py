@@ -1,4 +1,4 @@
-"""What trainers put around a model or an optimizer: `attach` looks behind it, and names know nothing of it.
+"""What trainers put around a model or an optimizer: `attach` unwraps it, and leaves it out of names.
 
 Behind a wrapper stands the same model, so patterns, seeds, fragments and states of a sync must not depend on it:
 ``torch.compile`` puts ``_orig_mod`` into names, activation checkpointing ``_checkpoint_wrapped_module``.
@@ -34,7 +34,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
     'layers.0.weight'
     """
-    return ".".join(part for part in name.split(".") if part not in IN_NAMES)
+    return ".".join(component for component in name.split(".") if component not in IN_NAMES)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,9 +1,9 @@
-"""Adapts DeepSpeed ZeRO 1, 2 and 3 (0.19): gradients are handed over after backward, before DeepSpeed's own step.
+"""Adapts DeepSpeed ZeRO 1, 2 and 3 (0.19): gradients are exchanged after backward, before DeepSpeed's own step.
 
 ZeRO has no hook during backward, so an every-step exchange is exposed; local updates are not affected. What `step`
 uses are DeepSpeed's own buffers, overwritten in place between ``backward`` and ``step``; what it steps from are its
 fp32 master copies. Stages 1 and 2 cut one flat group into partitions that cross parameter borders, stage 3 cuts each
-parameter; both end with padding. DeepSpeed offers no public way to any of it: these are the attributes of 0.19, tried
+parameter; both end with padding. DeepSpeed has no public access to any of it: these are the attributes of 0.19, tested
 for each stage. Nothing here imports deepspeed.
 """
 
@@ -26,7 +26,7 @@ from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Exchange
 
 MESSAGE_BYTES = 25 * 2**20
-"""Gradients go out in groups of about this size, so that one group is encoded while another travels."""
+"""Gradients are exchanged in groups of about this size, so that one is encoded while another is sent."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class ZeroPieces(ABC):
         return self.channel.places["replicate"]
 
     def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
-        own = {fqn: self._master(home) for fqn, home in self.homes.items() if fqns is None or fqn in fqns}
-        return copied(own) if copy else own
+        values = {fqn: self._master(home) for fqn, home in self.homes.items() if fqns is None or fqn in fqns}
+        return copied(values) if copy else values
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         for fqn, value in values.items():
@@ -103,18 +103,18 @@ class ZeroPieces(ABC):
         self._exchanged = False
 
     def skip(self) -> None:
-        # DeepSpeed drops a step whose gradient norm is not finite, clean-up included; bf16 stages 1 and 2 only if told.
+        # DeepSpeed drops a step whose gradient norm is not finite, clean-up included; bf16 stages 1 and 2 only if set.
         for home in self.homes.values():
             self._gradient(home).fill_(float("nan"))
-        told = getattr(self.zero, "check_grad_overflow", None)
+        configured = getattr(self.zero, "check_grad_overflow", None)
         self.zero.check_grad_overflow = True
         try:
             self.step()
         finally:
-            self.zero.check_grad_overflow = told
+            self.zero.check_grad_overflow = configured
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, dict[str, Tensor]] = {}
         for fqn, home in self.homes.items():
             flat = self._flat(home.group)
             for name, value in self.base.state.get(flat, {}).items():
@@ -123,8 +123,8 @@ class ZeroPieces(ABC):
                 tensor = value if isinstance(value, Tensor) else torch.tensor(value)
                 require_elementwise(tensor, flat, f"the optimizer's {name!r} of the flat group that holds {fqn}")
                 piece = tensor if is_scalar(tensor) else tensor[home.start : home.start + home.segment.numel]
-                found.setdefault(name, {})[fqn] = piece
-        return found
+                state.setdefault(name, {})[fqn] = piece
+        return state
 
     def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
         self.base.state.clear()
@@ -157,8 +157,8 @@ class ZeroPieces(ABC):
             yield message
 
     def _master(self, home: _Home) -> Tensor:
-        part: Tensor = self._flat(home.group).data[home.start : home.start + home.segment.numel]
-        return part
+        master: Tensor = self._flat(home.group).data[home.start : home.start + home.segment.numel]
+        return master
 
     @abstractmethod
     def _homes(self) -> Iterator[_Home]:

@@ -1,1 +1,1 @@
-"""Aggregators: how combined. A rule takes everybody's rows and gives one."""
+"""Aggregators: how combined. A rule makes one row of all ranks' rows."""

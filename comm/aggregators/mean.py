@@ -40,17 +40,17 @@ def weighted_mean(rows: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def among(rule: Aggregator, rows: Tensor, weights: Sequence[float]) -> Tensor:
-    """What ``rule`` makes of the rows that take part: those of a positive weight. Only the mean knows weights.
+    """``rule`` over the rows of positive weight. The weights themselves count in the mean only.
 
     >>> import torch
     >>> among(rank_order_mean, torch.tensor([[1.0], [7.0], [3.0]]), [2.0, 0.0, 2.0])
     tensor([2.])
     """
-    there = [number for number, weight in enumerate(weights) if weight > 0]
-    taken = rows if len(there) == len(weights) else rows[there]
-    if rule is rank_order_mean and len({weights[number] for number in there}) > 1:
-        return weighted_mean(taken, [weights[number] for number in there])
-    return rule(taken)
+    counted = [rank for rank, weight in enumerate(weights) if weight > 0]
+    used = rows if len(counted) == len(weights) else rows[counted]
+    if rule is rank_order_mean and len({weights[rank] for rank in counted}) > 1:
+        return weighted_mean(used, [weights[rank] for rank in counted])
+    return rule(used)
 
 
 def mean() -> Aggregator:

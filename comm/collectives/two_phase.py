@@ -121,7 +121,7 @@ def _first_phase(
 def _second_phase(
     value: Tensor, compression: Compression, chunks: Payload, rule: Aggregator, votes: Votes, key: Key, state: State
 ) -> Payload:
-    """The chunk of ``value`` that this rank owns, combined from everybody's encoded ``chunks`` and encoded again."""
+    """The chunk of ``value`` that this rank owns, combined from all ranks' encoded ``chunks`` and encoded again."""
     coder, feedback, place = coder_of(compression, value), compression.feedback, votes.place
     width = chunk_width(value.numel(), place.size)
     if rule is rank_order_mean and votes.alike and hasattr(coder, "encode_mean"):
@@ -164,7 +164,7 @@ def mark(names: Iterable[str], step: int) -> int:
 
 
 def _require_same_values(votes: Votes, values: Named, key: Key) -> Flow[tuple[Votes, bool]]:
-    """The votes that are in everybody's one byte, and whether anybody was present.
+    """The votes in the byte of each rank, and whether any rank was present.
 
     Raises ``RuntimeError`` that says what each peer came with, if they do not speak of the same: all of them see it.
     """
@@ -201,7 +201,7 @@ class Votes:
 
     @property
     def alike(self) -> bool:
-        """Whether all ranks count the same; where nobody counts, nothing of what follows is used."""
+        """Whether all ranks weigh the same, or none counts: then no result is used."""
         return len(set(self.weights)) == 1
 
     @property

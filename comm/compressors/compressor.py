@@ -74,7 +74,7 @@ class TwoRoundCompressor(Protocol):
         second round    R = mean_i B^T M_i      B = `basis` (P), orthonormal
         result          B R                     and `keep` stages what the next `start` goes on from
 
-    Both means are linear in M_i, so peers sum factors and nobody ever sends a matrix. No contraction is promised for a
+    Both means are linear in M_i, so only factors are sent and summed, never matrices. No contraction is promised for a
     single step. The collective is `dtrain.comm.collectives.low_rank`.
     """
 

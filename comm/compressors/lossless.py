@@ -1,11 +1,11 @@
-"""Lossless coding of messages by zstandard: another flow that sends the same, in fewer bytes, over slow CPU links.
+"""Lossless coding of messages by zstandard: wraps a flow, which then sends the same in fewer bytes, for slow links.
 
-Each rank's part of a message is coded by itself, so parts have lengths of their own. An op's parts must be of one size:
-the ranks agree on the longest first, and the others are filled up. It pays where codes are far from random: sparse
-gradients, embeddings, 4-bit codes, bf16; hardly for 8-bit codes of normal values. Reductions travel as they are.
+What goes to each rank is coded by itself, to a length of its own. All rows of an op must have one size, so the ranks
+agree on the longest first, and the others are padded. It pays where codes are far from random: sparse gradients,
+embeddings, 4-bit codes, bf16; hardly for 8-bit codes of normal values. Reductions are sent as they are.
 
-Every rank knows how long a part is when it is plain, so nothing longer is ever made of what arrives, and a CRC-32 of
-the code is compared first: a flipped bit would decode to other numbers without a word.
+Every rank knows the plain size of a row, so nothing longer is ever decoded, and a CRC-32 of the code is compared first:
+a flipped bit would silently decode to other numbers.
 Communication: for each all-to-all and all-gather a gather of 8 bytes more, and 12 bytes before each part. Needs the
 package zstandard.
 """
@@ -50,35 +50,35 @@ def require_zstandard(level: int) -> None:
 def _perform(op: Op, level: int) -> Flow[Payload]:
     if isinstance(op, AllToAll):
         world = op.payload[0].shape[0]
-        parts = [tuple(tensor[rank] for tensor in op.payload) for rank in range(world)]
-        (rows,) = yield AllToAll((yield from _alike(parts, op, level)), axis=op.axis)
+        payloads = [tuple(tensor[rank] for tensor in op.payload) for rank in range(world)]
+        (rows,) = yield AllToAll((yield from _alike(payloads, op, level)), axis=op.axis)
     elif isinstance(op, AllGather):
         (coded,) = yield from _alike([op.payload], op, level)
         (rows,) = yield AllGather((coded[0],), axis=op.axis)
-        parts = [op.payload]
+        payloads = [op.payload]
     else:
         return (yield op)
-    found = []
+    decoded = []
     for rank, row in enumerate(rows):
         try:
-            found.append(_decode(row, parts[0]))
+            decoded.append(_decode(row, payloads[0]))
         except ValueError as error:
             raise ValueError(f"of what rank {rank} of the {op.axis} axis has sent, {error}") from None
-    return tuple(torch.stack(list(column)) for column in zip(*found, strict=True))
+    return tuple(torch.stack(list(column)) for column in zip(*decoded, strict=True))
 
 
-def _alike(parts: Sequence[Payload], op: Op, level: int) -> Flow[Payload]:
-    """The parts, coded, as one tensor [parts, longest] uint8; each begins with its length and its CRC-32.
+def _alike(payloads: Sequence[Payload], op: Op, level: int) -> Flow[Payload]:
+    """``payloads``, coded, as one tensor [payloads, longest] uint8; each row begins with its length and its CRC-32.
 
-    Raises ``ValueError`` where a peer announces a code that is longer than any of a plain part can be.
+    Raises ``ValueError`` where a peer announces a code that is longer than any of such a payload can be.
     """
     import zstandard
 
     coder = zstandard.ZstdCompressor(level=level)
-    blobs = [coder.compress(b"".join(_bytes(tensor) for tensor in part)) for part in parts]
+    blobs = [coder.compress(b"".join(_bytes(tensor) for tensor in payload)) for payload in payloads]
     longest = torch.tensor([max(len(blob) for blob in blobs)])
     (everybody,) = yield AllGather((longest.to(op.payload[0].device),), axis=op.axis)
-    most, limit = int(everybody.max()), _longest(_plain_bytes(parts[0]))
+    most, limit = int(everybody.max()), _longest(_plain_bytes(payloads[0]))
     if not 0 <= most <= limit:
         raise ValueError(
             f"a peer announces a lossless code of {most:,} bytes, where {limit:,} is the most that there can be: "
@@ -86,13 +86,13 @@ def _alike(parts: Sequence[Payload], op: Op, level: int) -> Flow[Payload]:
         )
     buffer = torch.zeros(len(blobs), HEAD + most, dtype=torch.uint8)
     for row, blob in zip(buffer, blobs, strict=True):
-        whole = len(blob).to_bytes(8, "little") + zlib.crc32(blob).to_bytes(4, "little") + blob
-        row[: len(whole)] = torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+        frame = len(blob).to_bytes(8, "little") + zlib.crc32(blob).to_bytes(4, "little") + blob
+        row[: len(frame)] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
     return (buffer.to(op.payload[0].device),)
 
 
 def _decode(row: Tensor, like: Payload) -> Payload:
-    """Undo `_alike` for one part. Raises ``ValueError`` for anything else than a whole code of a part like ``like``."""
+    """Undo `_alike` for one row. Raises ``ValueError`` for anything else than the code of a payload like ``like``."""
     raw = row.cpu().numpy().tobytes()
     length, checksum = int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:HEAD], "little")
     blob = raw[HEAD : HEAD + length]
@@ -102,13 +102,13 @@ def _decode(row: Tensor, like: Payload) -> Payload:
             "way; look at the links and the memory of these machines, and go on from a checkpoint"
         )
     plain = bytearray(_inflated(blob, _plain_bytes(like)))
-    found, start = [], 0
+    payload, start = [], 0
     for tensor in like:
         size = tensor.numel() * tensor.element_size()
-        part = torch.frombuffer(plain, dtype=torch.uint8, count=size, offset=start) if size else torch.empty(0).byte()
-        found.append(part.clone().view(tensor.dtype).view(tensor.shape).to(tensor.device))
+        data = torch.frombuffer(plain, dtype=torch.uint8, count=size, offset=start) if size else torch.empty(0).byte()
+        payload.append(data.clone().view(tensor.dtype).view(tensor.shape).to(tensor.device))
         start += size
-    return tuple(found)
+    return tuple(payload)
 
 
 def _inflated(blob: bytes, size: int) -> bytes:
@@ -130,8 +130,8 @@ def _longest(plain: int) -> int:
     return plain + plain // 128 + 1024
 
 
-def _plain_bytes(part: Payload) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in part)
+def _plain_bytes(payload: Payload) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in payload)
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -2,10 +2,10 @@
 
     P = mean_i M_i Q;   P^ = orthonormal(P);   Q = mean_i M_i^T P^;   result P^ Q^T        M_i [rows, columns]
 
-It is linear in the M_i, so all that is combined are the two factors: r (rows + columns) numbers, however many peers.
-Under feedback a worker keeps M_i - P^ Q_i^T, what it failed to say itself. (PyTorch's hook keeps M_i - P^ Q^T, which
-grows without end where workers' data differ. This form grows too, but slower: P^ follows the mean alone. What counts is
-the mean residual, which both keep bounded; `Attached.consolidate` gives every worker that mean.)
+It is linear in the M_i, so only the two factors are combined: r (rows + columns) numbers, however many peers.
+Under feedback a replica keeps M_i - P^ Q_i^T, the error of its own share. (PyTorch's hook keeps M_i - P^ Q^T, which
+grows without end where replicas' data differ. This form grows too, but slower: P^ follows the mean alone. What counts
+is the mean residual, which both keep bounded; `Attached.consolidate` gives every replica that mean.)
 
 M_i is this rank's piece of a parameter in rows of its last dims; a row that a shard boundary cuts is filled with zeros.
 A parameter whose factors would not be smaller by ``min_rate`` is sent as it is, in fp32, as are all vectors.
@@ -25,7 +25,7 @@ from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
 
 UNUSUAL = 2.0**32
-"""Of a basis, by amount."""
+"""The largest magnitude, and one over the least, up to which a kept Q is used as it is."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,18 @@ class LowRank:
 
         Where the last step had another rank, its columns are kept as far as they go.
         """
-        known = state.find(key.fqn, "q")
-        if known is not None:
-            size = float(known.abs().amax())
+        kept = state.find(key.fqn, "q")
+        if kept is not None:
+            size = float(kept.abs().amax())
             if size > 0 and not 1 / UNUSUAL < size < UNUSUAL:  # only the span counts, and products must not overflow
-                known = known * 2.0 ** -max(math.frexp(size)[1], -120)  # no bit of that span changes
-        if known is not None and known.shape == (matrix.columns, self.rank):
-            return known
+                kept = kept * 2.0 ** -max(math.frexp(size)[1], -120)  # no bit of that span changes
+        if kept is not None and kept.shape == (matrix.columns, self.rank):
+            return kept
         generator = replace(key.shared, step=0, again=0, phase="powersgd").generator(torch.device("cpu"))
         fresh = torch.randn(matrix.columns, self.rank, generator=generator).to(like)
-        if known is not None and known.shape[0] == matrix.columns:
-            shared = min(self.rank, known.shape[1])
-            fresh[:, :shared] = known[:, :shared]
+        if kept is not None and kept.shape[0] == matrix.columns:
+            shared = min(self.rank, kept.shape[1])
+            fresh[:, :shared] = kept[:, :shared]
         return fresh
 
     def basis(self, mean: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     V: b x K signs, drawn from (seed, step, FQN);   gamma = a / K V^T x;   x' = V gamma
     a = K / (K + b - 1): the contraction that loses least;   a = 1: unbiased, of K + b - 1 over K times the square of x
 
-All blocks of a row share V, so drawing it costs little. A mean of decoded rows lies in the span of V again, so the
-answer is fitted to it (least squares) and the second phase loses nothing. Decoding adds direction by direction: a sign
+All blocks of a row share V, so drawing it costs little. A mean of decoded rows lies in the span of V again, so
+the second phase fits gamma to it (least squares) and loses nothing. Decoding adds direction by direction: a sign
 times a number is exact, so every rank has the same bits, whatever its hardware. Blocks of up to 2 K elements are sent
 as they are.
 Communication: the two-phase route, or any: payloads may be summed. Keeps: nothing.
@@ -98,7 +98,7 @@ class Projection(RowWise):
 
 
 def _fitted(gram: Tensor, products: Tensor) -> Tensor:
-    """What solves ``gram`` x = ``products``; the least of all x where a few directions depend on each other."""
+    """The solution x of ``gram`` x = ``products``; the least one where some directions are linearly dependent."""
     factors, pivots, _ = torch.linalg.lu_factor_ex(gram)
     if float(factors.diagonal().abs().amin()) > 1e-9 * float(gram[0, 0]):
         solution: Tensor = torch.linalg.lu_solve(factors, pivots, products)
@@ -108,7 +108,7 @@ def _fitted(gram: Tensor, products: Tensor) -> Tensor:
 
 
 def shrinkage(directions: float, size: int) -> float:
-    """What brings a projection of ``size`` elements on random ``directions`` nearest to what it is of.
+    """The factor that brings a projection of ``size`` elements on random ``directions`` nearest to them.
 
     >>> shrinkage(32, 1025)
     0.030303030303030304

@@ -5,7 +5,7 @@
                contraction, scaled by width / k it is unbiased
 
 On the two-phase route each row is what goes to one rank, so k counts there: every rank's chunk gets its share. For
-random-k all rows keep the same places, and the answer too, so that its second phase loses nothing.
+random-k all rows keep the same places, in both phases, so that the second one loses nothing.
 Communication: the two-phase route; random-k any. Keeps: nothing.
 Bytes for k elements: top-k 4 + 2 (rows up to 65536 elements) or 4 + 4, random-k 4.
 """

@@ -14,19 +14,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.compressor import RowWise
 from dtrain.comm.kernels import checked_block, pack_blocks, packed_bytes, scaled, to_blocks, unpack_blocks
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
 
 @dataclass(frozen=True)
-class _Ternary(RowWise, ABC):
+class _Ternary(ABC):
+    """A `Compressor`."""
+
     block: int
+
+    homogeneous: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
         width = rows.shape[1]
@@ -80,6 +85,8 @@ class Compeft(_Ternary):
 
     density: float
     alpha: float | None
+
+    unbiased: ClassVar[bool] = False
 
     @property
     def delta(self) -> float:

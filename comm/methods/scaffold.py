@@ -61,7 +61,7 @@ class Noted(NoFeedback):
 
 def noted(compression: Compression) -> Compression:
     """``compression``, with `Noted` where it loses something that nobody feeds back."""
-    exact = compression.compressor == cast("fp32") or not isinstance(compression.feedback, NoFeedback)
+    exact = compression.compressor == cast("fp32") or compression.feedback.feeds_back
     return compression if exact else dataclasses.replace(compression, feedback=Noted())
 
 

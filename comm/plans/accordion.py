@@ -70,11 +70,11 @@ class ChoosingAccordion:
     def due(self) -> bool:
         return self._looks() or any(plan.due() for plan in self.plans)
 
-    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+    def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         self._squares[fqn] = float(fresh.double().square().sum())
         for plan in self.plans:
             if plan.due():
-                plan.measure(fqn, fresh, meant, matrix, world, key)
+                plan.measure(fqn, fresh, corrected, matrix, world, key)
 
     def review(self) -> Flow[None]:
         looks, self.exchanges = self._looks(), self.exchanges + 1
@@ -93,10 +93,10 @@ class ChoosingAccordion:
             self._decide(dict(zip(self.fqns, total.sqrt().tolist(), strict=True)))
 
     def integers(self) -> dict[str, int]:
-        own = {"plan.exchanges": self.exchanges, "plan.changes": self.own_changes}
+        counters = {"plan.exchanges": self.exchanges, "plan.changes": self.own_changes}
         calm = {f"plan.calm.{fqn}": int(calm) for fqn, calm in self.calm.items()}
         norms = {f"plan.norm.{fqn}": bits_of(self.norms.get(fqn, -1.0)) for fqn in self.fqns}
-        return {**own, **calm, **norms, **dict(chain.from_iterable(self._inner()))}
+        return {**counters, **calm, **norms, **dict(chain.from_iterable(self._inner()))}
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
         self.exchanges, self.own_changes = integers["plan.exchanges"], integers["plan.changes"]

@@ -1,7 +1,7 @@
-"""What a plan needs that learns from what it compresses: a beginning for each run, measurements, reviews, and counters.
+"""Adaptive plans: those that learn from what they compress.
 
-A sync begins such a plan once, lets it measure the values of the exchanges in which it is due, and reviews it between
-two steps. What it decides is the same on every rank, since it decides from sums over all of them, and is compared.
+A method begins such a plan once for each run, lets it measure the values of the exchanges in which it is due, and
+reviews it between two steps. It decides from sums over all ranks, so that all decide alike, which is also compared.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from dtrain.comm.seeds import Key
 
 
 class Choosing(Plan, Protocol):
-    """A plan under way on one rank."""
+    """An adaptive plan at work on one rank."""
 
     @property
     def changes(self) -> int:
-        """How often it has decided anew."""
+        """How often its decisions have changed."""
 
     def due(self) -> bool:
         """Whether the values of the exchange under way are to be measured."""
 
-    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
-        """Note what each choice would cost. ``meant`` [n] is compressed; ``fresh`` [n] is what of it is new."""
+    def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+        """Measure a value of the exchange: ``corrected`` [n] is compressed, ``fresh`` [n] lacks the residual."""
 
     def review(self) -> Flow[None]:
-        """End an exchange; if values were measured, agree with all ranks on what to use from now on."""
+        """Called after each exchange; if it was due, all ranks agree on what to use from now on."""
 
     def integers(self) -> dict[str, int]:
-        """What a checkpoint has to keep."""
+        """What a checkpoint keeps of it."""
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
         """Undo `integers`."""
 
     def table(self) -> str:
-        """What is used for each parameter, for people."""
+        """A report on what is used for each parameter."""
 
 
 @runtime_checkable
 class Adaptive(Plan, Protocol):
-    """A plan that has to be begun."""
+    """The spec of an adaptive plan."""
 
     def begin(self, fqns: Sequence[str]) -> Choosing:
         """The plan at work on parameters ``fqns``: all of the model, in one order on every rank."""
 
 
 class Settled:
-    """A plan that never changes, in the words of one that may."""
+    """A static plan behind the adaptive interface."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -64,7 +64,7 @@ class Settled:
     def due(self) -> bool:
         return False
 
-    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+    def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         """Nothing: never due."""
 
     def review(self) -> Flow[None]:
@@ -82,7 +82,7 @@ class Settled:
 
 
 def begun(plan: Plan, fqns: Sequence[str]) -> Choosing:
-    """``plan`` at work."""
+    """``plan`` at work on one rank."""
     return plan.begin(fqns) if isinstance(plan, Adaptive) else Settled(plan)
 
 

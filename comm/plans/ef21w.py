@@ -2,7 +2,7 @@
 
     s_i = L_i / mean_j L_j;    send C_i(d) = s_i C(d / s_i)   in EF21's place of   C(d)
 
-L_i: the smoothness of worker i's loss, here the sum over the warm-up of |g_i(t+1) - g_i(t)|: all workers make the same
+L_i: the smoothness of replica i's loss, here the sum over the warm-up of |g_i(t+1) - g_i(t)|: all workers make the same
 steps, so their lengths cancel. After the warm-up s_i never changes. The second phase of the two-phase route, whose
 input is a mean, is not scaled. Where C is homogeneous (top-k, sign, ...) C_i is C, and all this is EF21: the paper's
 gain is then one of theory, a larger step size that is safe.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.compressors.compressor import Compressor, two_rounds
-from dtrain.comm.feedback import EF21, Compression, ef21
+from dtrain.comm.feedback import EF21, Compression, Feedback, ef21
 from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import AllGather, Flow, Payload
 from dtrain.comm.plans.adaptive import bits_of, number_of
@@ -63,25 +63,39 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class _EF21W(EF21):
-    """EF21 that remembers the last gradient while it is ``learning``, and forgets it afterwards."""
+class _EF21W(Feedback):
+    """EF21, and the last gradient beside it while it is ``learning``."""
 
+    eta: float
     learning: bool = True
 
     @property
+    def ef21(self) -> EF21:
+        return EF21(self.eta)
+
+    @property
     def kinds(self) -> dict[str, Kind]:
-        return {**super().kinds, "last_gradient": "per_worker"}
+        return {**self.ef21.kinds, "last_gradient": "per_worker"}
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         if self.learning:
             state.stage(fqn, "last_gradient", value.clone())
         else:
             state.drop(fqn, "last_gradient")
-        return super().correct(fqn, value, state)
+        return self.ef21.correct(fqn, value, state)
 
     def fresh(self, fqn: str, value: Tensor, state: State) -> Tensor:
-        """How far the gradient has moved; nothing in the first step."""
+        """How far the gradient has moved; zeros in the first step."""
         return value - state.get(fqn, "last_gradient", value) if state.known(fqn, "last_gradient") else 0 * value
+
+    def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
+        self.ef21.retain(fqn, value, corrected, sent, state)
+
+    def retain_owned(self, fqn: str, error: Tensor, start: int, divisor: float, state: State) -> None:
+        self.ef21.retain_owned(fqn, error, start, divisor, state)
+
+    def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
+        return self.ef21.result(fqn, combined, state)
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,7 @@ class ChoosingEF21W:
     def due(self) -> bool:
         return self.exchanges < self.spec.warmup
 
-    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+    def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         self._square += float(fresh.double().square().sum())
 
     def review(self) -> Flow[None]:
@@ -144,8 +158,8 @@ class ChoosingEF21W:
         self.exchanges += 1
         if self.due():
             return
-        (all_of_them,) = yield AllGather((torch.tensor([self.smoothness], dtype=torch.float64),), axis="replicate")
-        mean = float(all_of_them.mean())
+        (smoothnesses,) = yield AllGather((torch.tensor([self.smoothness], dtype=torch.float64),), axis="replicate")
+        mean = float(smoothnesses.mean())
         self.scale = self.smoothness / mean if self.smoothness > 0 else 1.0
 
     def integers(self) -> dict[str, int]:

@@ -1,13 +1,13 @@
-"""L-GreCo (Alimohammadi et al., arXiv:2210.17357): each layer as small as the whole can afford.
+"""L-GreCo (Alimohammadi et al., arXiv:2210.17357): bits or ranks by layer, at the error of a uniform choice.
 
     min over choices c of  sum_l bytes_l(c_l)   such that   sum_l error_l(c_l) <= alpha sum_l error_l(uniform)
 
 The errors are squares, |C(x) - x|^2, summed over all ranks: squares of parts add up to the square of the whole, plain
 norms do not. x is the gradient without what error feedback adds to it: that depends on the present choice, and a layer
 that was given little would look as if it needed much, forever. A dynamic program over ``GRID`` steps of the budget
-finds the best choice up to rounding; errors are rounded up, so the true constraint holds. Uniform is always affordable.
-Of more than ``MANY`` layers, whose rounding would add up, one price of error for all of them is found by bisection
-instead, and what is left of the budget is spent where it saves most: within one layer's bytes of the best, in no time.
+finds the best choice up to rounding; errors are rounded up, so the true constraint holds. The uniform choice always
+meets it. Of more than ``MANY`` layers, whose rounding would add up, bisection finds one price of error for all of them
+instead, and what is left of the budget is spent where it saves most: within one layer's bytes of the best.
 
 Every rank solves the same problem from the same sums, and the choices are compared by a digest. Residuals stay, and
 PowerSGD keeps the columns of its basis that the new rank has.
@@ -79,12 +79,12 @@ class ChoosingLGreCo:
         number = self.exchanges + 1
         return number == FIRST or number % self.spec.every == 0
 
-    def measure(self, fqn: str, fresh: Tensor, meant: Tensor, matrix: Matrix, world: int, key: Key) -> None:
+    def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         table = costs(fresh, [option.compressor for option in self.spec.options], matrix, world, key)
-        size = float(meant.double().square().sum())
+        size = float(corrected.double().square().sum())
         for number, option in enumerate(self.spec.options):
             risky = option.feedback.kinds and _promises_nothing(option) and number != self.spec.uniform
-            if risky and float(costs(meant, [option.compressor], matrix, world, key)[0, 0]) > SAFE * size:
+            if risky and float(costs(corrected, [option.compressor], matrix, world, key)[0, 0]) > SAFE * size:
                 table[0, number] = UNUSABLE
         self._costs[fqn], self._world = table, world
 
@@ -150,10 +150,10 @@ class ChoosingLGreCo:
 
     def _compare(self) -> Flow[None]:
         text = repr(sorted(self.chosen.items())).encode()
-        mine = torch.tensor(list(hashlib.blake2b(text, digest_size=8).digest()), dtype=torch.uint8)
+        digest = torch.tensor(list(hashlib.blake2b(text, digest_size=8).digest()), dtype=torch.uint8)
         for axis in ("shard", "replicate"):
-            (digests,) = yield AllGather((mine,), axis=axis)
-            if not bool((digests == mine).all()):
+            (digests,) = yield AllGather((digest,), axis=axis)
+            if not bool((digests == digest).all()):
                 raise RuntimeError(
                     f"ranks disagree about the plan (digests {digests.tolist()} over the {axis} axis); they must run "
                     "the same version of torch on the same kind of machine"
@@ -301,7 +301,7 @@ def _spent(errors: Tensor, sizes: Tensor, chosen: Tensor, budget: float) -> Tens
 def lgreco(
     compress: AnyCompressor | Compression, *, every: int = 100, alpha: float = 1.0, hysteresis: float = 0.02
 ) -> LGreCo:
-    """L-GreCo around ``compress``: what it spends on error as a whole, each layer may spend as it pays.
+    """L-GreCo around ``compress``: the error of a uniform choice, spent on the layers where it saves most bytes.
 
     Args:
         compress: PowerSGD (choices: ranks from half of its own to twice), a quantizer (2 to 8 bits), top-k or random-k

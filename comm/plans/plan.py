@@ -1,4 +1,4 @@
-"""What a plan is, and the plans that are written down beforehand: by name, and by step."""
+"""What a plan is, and the two plans that do not adapt: by parameter name, and by step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.state import Kind
 
 WEAK = 0.5
-"""Contractions below may lose more than half of a value's square in a step."""
+"""Contraction below which a compressor may lose more than half of a value's square in a step."""
 
 
 @runtime_checkable
@@ -40,7 +40,7 @@ class ByLayer:
     default: Plan
 
     def __post_init__(self) -> None:
-        _require_written_down(*(plan for _, plan in self.rules), self.default)
+        _require_static(*(plan for _, plan in self.rules), self.default)
 
     @property
     def compressions(self) -> tuple[Compression, ...]:
@@ -53,6 +53,11 @@ class ByLayer:
                 return plan.of(fqn, step)
         return self.default.of(fqn, step)
 
+    def unmatched(self, fqns: Collection[str]) -> list[str]:
+        patterns = [pattern for pattern, _ in self.rules if not fnmatch.filter(fqns, pattern)]
+        plans = (*(plan for _, plan in self.rules), self.default)
+        return patterns + [pattern for plan in plans for pattern in unmatched(plan, fqns)]
+
 
 @dataclass(frozen=True)
 class After:
@@ -63,7 +68,7 @@ class After:
     before: Plan
 
     def __post_init__(self) -> None:
-        _require_written_down(self.then, self.before)
+        _require_static(self.then, self.before)
 
     @property
     def compressions(self) -> tuple[Compression, ...]:
@@ -72,9 +77,12 @@ class After:
     def of(self, fqn: str, step: int) -> Compression:
         return (self.then if step >= self.step else self.before).of(fqn, step)
 
+    def unmatched(self, fqns: Collection[str]) -> list[str]:
+        return unmatched(self.before, fqns) + unmatched(self.then, fqns)
 
-def _require_written_down(*plans: Plan) -> None:
-    """Raise ``ValueError`` for a plan that learns: within another one nobody would let it begin."""
+
+def _require_static(*plans: Plan) -> None:
+    """Raise ``ValueError`` for an adaptive plan: within another one it would never be begun."""
     for plan in plans:
         if hasattr(plan, "begin"):
             raise ValueError(
@@ -84,17 +92,13 @@ def _require_written_down(*plans: Plan) -> None:
 
 
 def unmatched(plan: Plan, fqns: Collection[str]) -> list[str]:
-    """The patterns of `by_layer`, in ``plan`` or in a part of it, that match none of ``fqns``."""
-    if isinstance(plan, ByLayer):
-        own = [pattern for pattern, _ in plan.rules if not fnmatch.filter(fqns, pattern)]
-        return own + [pattern for _, part in (*plan.rules, ("", plan.default)) for pattern in unmatched(part, fqns)]
-    if isinstance(plan, After):
-        return unmatched(plan.before, fqns) + unmatched(plan.then, fqns)
-    return []
+    """The patterns of `by_layer`, in ``plan`` or in a plan within it, that match none of ``fqns``."""
+    patterns: list[str] = plan.unmatched(fqns) if hasattr(plan, "unmatched") else []
+    return patterns
 
 
 def warn_of_loss(plan: Plan) -> None:
-    """Warn of compressors that leave most of a value out, where nothing feeds it back."""
+    """Warn of compressors that may lose more than half of a value, where no feedback returns it."""
     for compression in plan.compressions:
         coder = compression.by_row
         weak = coder is None or (not coder.unbiased and 0 < coder.delta < WEAK)
@@ -109,23 +113,24 @@ def warn_of_loss(plan: Plan) -> None:
 def with_feedback(plan: Plan, change: Callable[[Compression], Compression]) -> Plan:
     """``plan`` with each of its compressions changed.
 
-    Raises ``TypeError`` for a plan of somebody else's making whose parts cannot be seen, if any of them would change.
+    Raises ``TypeError`` for a plan of somebody else's making that is no dataclass, if any of its compressions would
+    change.
     """
-    if isinstance(plan, Compression):
-        return change(plan)
-    if all(change(each) == each for each in plan.compressions):
+    if len(plan.compressions) == 1 and plan.compressions[0] is plan:  # a compression is the uniform plan
+        return change(plan.compressions[0])
+    if all(change(compression) == compression for compression in plan.compressions):
         return plan
     if not is_dataclass(plan) or isinstance(plan, type):
         raise TypeError(f"{plan} hides its compressions; give by_layer, after, or one compression for all")
-    parts = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    changed: Plan = replace(plan, **{name: _changed(part, change) for name, part in parts.items()})
+    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    changed: Plan = replace(plan, **{name: _changed(value, change) for name, value in values.items()})
     return changed
 
 
-def _changed(part: object, change: Callable[[Compression], Compression]) -> object:
-    if isinstance(part, tuple):
-        return tuple(_changed(each, change) for each in part)
-    return with_feedback(part, change) if isinstance(part, Plan) else part
+def _changed(value: object, change: Callable[[Compression], Compression]) -> object:
+    if isinstance(value, tuple):
+        return tuple(_changed(item, change) for item in value)
+    return with_feedback(value, change) if isinstance(value, Plan) else value
 
 
 def kinds_of(plan: Plan) -> dict[str, Kind]:
@@ -157,7 +162,7 @@ def by_layer(rules: Mapping[str, Compress], *, default: Compress = None) -> ByLa
 
     Names are those of the unwrapped model, without DDP's ``module.``. Attach warns of a pattern that matches none.
 
-    Raises ``TypeError`` for what is no compressor or no mapping, ``ValueError`` for a plan that learns.
+    Raises ``TypeError`` for what is no compressor or no mapping, ``ValueError`` for an adaptive plan.
     """
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules is {rules!r}; give {{pattern: compressor}}")
@@ -170,14 +175,14 @@ def after(step: int, then: Compress, *, before: Compress = None) -> After:
     Args:
         step: the first step, counted from 0, in which ``then`` is used.
         then: what is used from there on.
-        before: until then; None sends fp32. If both have a feedback of one kind, what it holds is carried over.
+        before: until then; None sends fp32. Where both have the same feedback, its state is carried over.
 
     >>> from dtrain.compress import error_feedback, topk
     >>> from dtrain.plans import after
     >>> after(100, error_feedback(topk(0.01))).of("w", 99).compressor
     Cast(dtype='fp32')
 
-    Raises ``ValueError`` for a step below 1 and for a plan that learns, ``TypeError`` for what is no compressor.
+    Raises ``ValueError`` for a step below 1 and for an adaptive plan, ``TypeError`` for what is no compressor.
     """
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
         raise ValueError(f"step is {step!r}; give the number of the first step, at least 1")

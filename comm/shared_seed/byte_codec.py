@@ -1,10 +1,10 @@
 """One byte for a number: a sign, and 127 magnitudes that are a quarter of a power of two apart.
 
-    bit 7: the sign;  bits 0 to 6: q;  value = +-2^((q - 64) / 4), from 1.8e-5 to 5.5e4;  q = 0: zero, or nothing usable
+    bit 7: the sign;  bits 0 to 6: q;  value = +-2^((q - 64) / 4), from 1.8e-5 to 5.5e4;  q = 0: zero
 
 The values come from a table of four fp32 constants and exact powers of two, never from exp(), whose last bit depends on
 the machine's library. Round to nearest errs by up to 9 %. What is too large becomes the largest, so a byte also bounds
-what one bad machine can do; NaN and infinity become nothing.
+what one faulty machine can do; NaN and infinity are encoded as 0.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     sum over all elements of  mix(bits of the fp32 value, FQN, index in the unsharded parameter)      modulo 2^64
 
 The sum does not depend on the order or on who holds what, so a sharded model needs one all-reduce of 8 bytes. It finds
-a bit that differs anywhere. It is no protection against somebody who means harm.
+a single different bit. It does not protect against forgery.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _ODD = (0x1F3D5B79ACE02467, 0x2545F4914F6CDD1D)  # multipliers; products are tak
 
 
 def partial(values: Named, segments: Mapping[str, Segment]) -> Tensor:
-    """This rank's part of the sum over flat fp32 ``values``: int64 ``[1]``, to be added up modulo 2^64."""
+    """This rank's share of the sum over flat fp32 ``values``: int64 ``[1]``, to be summed modulo 2^64."""
     total = torch.zeros(1, dtype=torch.int64)
     for fqn, value in values.items():
         segment = segments[fqn]
         bits = value.detach().float().contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
         index = torch.arange(segment.offset, segment.stop, dtype=torch.int64, device=value.device)
-        own = int.from_bytes(hashlib.blake2b(fqn.encode(), digest_size=7).digest(), "little")
-        mixed = _mix(_mix(index + own) ^ bits)
+        of_name = int.from_bytes(hashlib.blake2b(fqn.encode(), digest_size=7).digest(), "little")
+        mixed = _mix(_mix(index + of_name) ^ bits)
         total += mixed.sum().cpu()
     return total
 

@@ -1,8 +1,8 @@
-"""Steps along directions that everybody can make again: what a step is, and how it changes the parameters.
+"""Steps along random directions from a shared seed: what a step is, and how it changes the parameters.
 
     x  <-  (1 - lr decay) x  -  lr / (M n)  sum over (worker m, sample k), in this order, of  g_mk z_mk
 
-z_mk is the direction of (step, m, k) over all parameters, g_mk the number that machine m found along it. With common
+z_mk is the direction of (step, m, k) over all parameters, g_mk the number that machine m measured along it. With common
 directions there is one z_k for all machines, and a rule (median, trimmed mean, majority) makes one number of theirs.
 Scalars are computed in fp64 and rounded to fp32 once; elements are added one direction after the other, whoever holds
 them. So the result has the same bits for any sharding, on any device, in a run and in its replay.
@@ -32,12 +32,12 @@ At: TypeAlias = tuple[int, int, int]
 """Step, worker and sample of a direction."""
 
 CHUNK = 2**18
-"""Elements that take all directions of a step before the next ones do: they stay in the cache."""
+"""Elements to which all directions of a step are added before the next ones: they stay in the cache."""
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What does not change in a run: how directions are drawn, and how numbers become one.
+    """What does not change in a run: how directions are drawn, and the rule that combines numbers.
 
     ``trimmed``: of "trimmed_mean", how many of the largest and of the smallest are left out.
     """
@@ -74,7 +74,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of everybody: ``codes`` holds ``samples`` bytes of each of ``workers``, in their order.
+    """One step of all machines: ``codes`` holds ``samples`` bytes of each of ``workers``, in their order.
 
     ``epoch`` counts changes of membership.
     """
@@ -100,13 +100,13 @@ def scales(walk: Walk, step: Step) -> Iterator[tuple[int, int, float]]:
         raise ValueError(
             f"step {step.number} has {len(step.codes)} bytes of {len(step.workers)} workers, where each sends {samples}"
         )
-    found = [[decode(step.codes[m * samples + k]) for k in range(samples)] for m in range(len(step.workers))]
+    numbers = [[decode(step.codes[m * samples + k]) for k in range(samples)] for m in range(len(step.workers))]
     if walk.seeds == "common":
         for sample in range(samples):
-            yield 0, sample, single(-step.lr * _ruled(walk, [row[sample] for row in found]) / samples)
+            yield 0, sample, single(-step.lr * _ruled(walk, [row[sample] for row in numbers]) / samples)
         return
     share = samples * len(step.workers)
-    for worker, row in zip(step.workers, found, strict=True):
+    for worker, row in zip(step.workers, numbers, strict=True):
         for sample, number in enumerate(row):
             yield worker, sample, single(-step.lr * number / share)
 
@@ -124,36 +124,36 @@ def move(values: Named, segments: Mapping[str, Segment], walk: Walk, moves: Iter
     """Add ``by`` times the direction ``at`` to flat fp32 ``values``, in place, for each of ``moves`` in their order."""
     needed = [(at, by) for at, by in moves if by]
     for cells in _cells(segments[fqn] for fqn in values):
-        parts = [values[cell.fqn][cell.offset - segments[cell.fqn].offset :][: cell.numel] for cell in cells]
-        together = max(1, CHUNK // sum(cell.numel for cell in cells))
-        for start in range(0, len(needed), together):
-            some = needed[start : start + together]
-            drawn = iter(walk.directions([at for at, _ in some], cells))
-            for (_, by), part in itertools.product(some, parts):
+        slices = [values[cell.fqn][cell.offset - segments[cell.fqn].offset :][: cell.numel] for cell in cells]
+        at_once = max(1, CHUNK // sum(cell.numel for cell in cells))
+        for start in range(0, len(needed), at_once):
+            batch = needed[start : start + at_once]
+            drawn = iter(walk.directions([at for at, _ in batch], cells))
+            for (_, by), values_of_cell in itertools.product(batch, slices):
                 # The product is rounded before it is added: a fused multiply-add has other bits, where z is no sign.
-                part.add_(next(drawn).mul_(by).to(part.device))
+                values_of_cell.add_(next(drawn).mul_(by).to(values_of_cell.device))
 
 
 def both_ways(values: Named, segments: Mapping[str, Segment], walk: Walk, at: At, by: float) -> Iterator[Named]:
-    """``values`` + ``by`` z, then ``values`` - ``by`` z, in tensors of their own."""
-    way = {fqn: torch.zeros_like(value) for fqn, value in values.items()}
-    move(way, segments, walk, [(at, single(by))])
-    yield {fqn: value + way[fqn] for fqn, value in values.items()}
-    yield {fqn: value - way[fqn] for fqn, value in values.items()}
+    """``values`` + ``by`` z, then ``values`` - ``by`` z, in new tensors."""
+    shift = {fqn: torch.zeros_like(value) for fqn, value in values.items()}
+    move(shift, segments, walk, [(at, single(by))])
+    yield {fqn: value + shift[fqn] for fqn, value in values.items()}
+    yield {fqn: value - shift[fqn] for fqn, value in values.items()}
 
 
 def _cells(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
-    """``segments`` in parts of at most CHUNK elements, small ones together."""
+    """``segments`` cut into cells, in groups of at most CHUNK elements."""
     cells: list[Segment] = []
-    held = 0
+    filled = 0
     for segment in segments:
         for start in range(segment.offset, segment.stop, CHUNK):
             cell = Segment(segment.fqn, start, min(CHUNK, segment.stop - start))
-            if cells and held + cell.numel > CHUNK:
+            if cells and filled + cell.numel > CHUNK:
                 yield cells
-                cells, held = [], 0
+                cells, filled = [], 0
             cells.append(cell)
-            held += cell.numel
+            filled += cell.numel
     if cells:
         yield cells
 

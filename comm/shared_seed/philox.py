@@ -1,15 +1,15 @@
-"""Random numbers that everybody can make again: Philox4x32-10, a function of where a number belongs and nothing else.
+"""Reproducible random numbers: Philox4x32-10, a function of a number's address alone.
 
 A number is addressed by (run key, purpose, step, worker, sample, FQN, element), where the element counts row by row in
-the *unsharded* parameter. So it does not depend on who draws it, on which device, in which dtype, in which order, from
-how many shards, or with which version of torch: torch's own generators depend on nearly all of that, the size of the
-tensor and the number of a GPU's multiprocessors included.
+the *unsharded* parameter. So it does not depend on the rank that draws it, the device, the dtype, the order, the number
+of shards, or the version of torch: torch's own generators depend on nearly all of that, even on the size of the tensor
+and the number of a GPU's multiprocessors.
 
     counter = (block, block >> 32, stream, stream >> 32)         a block: 128 signs, or 8 normal numbers
     stream  = BLAKE2b-64(purpose, step, worker, sample, FQN)     128-bit counter, 64-bit key
 
 All arithmetic is on integers. Signs are exact in every dtype; normal numbers come from a table of 65,536, so that no
-logarithm or cosine of another machine has a say. Source: Salmon et al., SC '11, with its known-answer vectors as tests.
+machine's logarithm or cosine changes them. Source: Salmon et al., SC '11, with its known-answer vectors as tests.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Wanted: TypeAlias = tuple[Address, Segment]
 
 @dataclass(frozen=True)
 class SharedRandom:
-    """The numbers of one run. ``key``: 64 bits; who knows it can make all of them.
+    """The numbers of one run. ``key``: 64 bits, from which all of them follow.
 
     >>> SharedRandom(7).signs(Address("doc"), "weight", 5)
     tensor([-1.,  1., -1., -1.,  1.])

@@ -1,4 +1,4 @@
-"""Weights from a log: from the first ones, or from any later ones that the log knows, to any step behind them."""
+"""Weights from a log: from the first ones, or any later ones whose digest is in the log, to any step after them."""
 
 from __future__ import annotations
 
@@ -16,37 +16,39 @@ from dtrain.comm.shared_seed.update_log import Contents, LogError
 def replay(
     log: Contents, weights: Mapping[str, Tensor], steps: int | None = None
 ) -> tuple[dict[str, Tensor], int, int]:
-    """``weights`` by FQN, whole, walked on up to step ``steps`` (or to the end).
+    """``weights`` by FQN, unsharded, after the steps of the log up to ``steps`` (or all of them).
 
     Returns (the weights, fp32; the step that they began at; the number of steps that they have now).
 
-    Where they belong is told by their digest: before step 0, or behind the step whose record has it. The digest of each
-    record that has one is compared. Raises `LogError` for weights that the log does not know or another model's, for
+    Their digest says where they belong: before step 0, or after the step whose record has it. The digest of each record
+    that has one is compared. Raises `LogError` for weights that the log does not know or another model's, for
     records that are missing, and at the first step after which weights differ from what the run had.
     """
     shapes = {fqn: tuple(shape) for fqn, shape in log.header.shapes.items()}
-    given = {fqn: tuple(tensor.shape) for fqn, tensor in weights.items()}
-    if given != shapes:
-        differ = sorted(fqn for fqn in {*shapes, *given} if shapes.get(fqn) != given.get(fqn))
+    weight_shapes = {fqn: tuple(tensor.shape) for fqn, tensor in weights.items()}
+    if weight_shapes != shapes:
+        differ = sorted(fqn for fqn in {*shapes, *weight_shapes} if shapes.get(fqn) != weight_shapes.get(fqn))
         fqn = differ[0]
         raise LogError(
-            f"these are weights of another model: {fqn} is {given.get(fqn, 'missing')} here and "
+            f"these are weights of another model: {fqn} is {weight_shapes.get(fqn, 'missing')} here and "
             f"{shapes.get(fqn, 'not there')} in the log ({len(differ)} parameters differ)"
         )
     segments = {fqn: Segment(fqn, 0, math.prod(shape)) for fqn, shape in shapes.items()}
     values = {fqn: weights[fqn].detach().float().reshape(-1).clone() for fqn in shapes}
     first = _place(log, unsigned(partial(values, segments)))
     taken = first
-    if lost := [f"{one} to {other}" for one, other in log.gaps() if one >= first and (steps is None or one < steps)]:
+    if lost := [
+        f"{start} to {stop}" for start, stop in log.gaps() if start >= first and (steps is None or start < steps)
+    ]:
         raise LogError(f"the records of steps {', '.join(lost)} are missing in the log; take another copy of it")
     for record in log.records:
         if record.step.number < first or (steps is not None and record.step.number >= steps):
             continue
         walk_on(values, segments, log.header.walk, record.step)
-        found = unsigned(partial(values, segments)) if record.digest else 0
-        if found != record.digest:
+        digest = unsigned(partial(values, segments)) if record.digest else 0
+        if digest != record.digest:
             raise LogError(
-                f"after step {record.step.number} the weights are not those of the run (digest {found:016x}, in the "
+                f"after step {record.step.number} the weights are not those of the run (digest {digest:016x}, in the "
                 f"log {record.digest:016x})"
             )
         taken = record.step.number + 1

@@ -1,12 +1,12 @@
-"""The whole run as a log: which machines took part in each step, and their bytes. Replaying it makes the weights again.
+"""A run as a log: which machines took part in each step, and their bytes. Replaying it reproduces the weights.
 
     file    = MAGIC, u32 length of the header, header (JSON), u32 CRC-32 of the header, records
     record  = u32 length of the body, body, u32 CRC-32 of the body
     body    = u32 step, u32 epoch, f64 lr, f64 decay, u64 digest of the weights after it (0: none), u16 machines,
               u16 of each, u32 number of bytes, the bytes                                      all little-endian
 
-A record is on the disk before anybody steps along it. What a crash leaves of the last record is cut when the log is
-opened for more; anything else that is wrong in it is refused, with the place. A run that begins again, or goes on
+A record is on the disk before any machine takes its step. A last record that a crash cut short is removed when the log
+is opened for appending; any other damage is refused, with its position. A run that begins again, or goes on
 anywhere else than at the end of its log, begins another one; the old one stays beside it, as NAME.log.1. The header
 says what the bytes mean: the run's key and walk, the generator and the code with their versions, the parameters with
 their shapes.
@@ -35,12 +35,12 @@ _HEAD = struct.Struct("<IIddQH")
 
 
 class LogError(RuntimeError):
-    """A log that cannot be trusted, or is of another run."""
+    """A log that is damaged, or belongs to another run."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the records of a log mean. ``shapes``: of each trained parameter.
+    """What the bytes of a log mean. ``shapes``: of each trained parameter.
 
     ``first``: the digest of the run's first weights. ``start``: of those before the first record, where that is another
     step than the run's first; else 0.
@@ -64,20 +64,20 @@ class Header:
         try:
             kept: dict[str, Any] = json.loads(text)
             shapes = {fqn: tuple(shape) for fqn, shape in kept.pop("shapes").items()}
-            found = cls(walk=Walk(**kept.pop("walk")), shapes=shapes, **kept)
+            header = cls(walk=Walk(**kept.pop("walk")), shapes=shapes, **kept)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LogError(f"{where}: its header cannot be read: {error}") from error
         for what, theirs, ours in (
-            ("generator", found.generator, philox.VERSION),
-            ("generator's numbers", found.golden, philox.golden()),
-            ("code", found.code, code.VERSION),
+            ("generator", header.generator, philox.VERSION),
+            ("generator's numbers", header.golden, philox.golden()),
+            ("code", header.code, code.VERSION),
         ):
             if theirs != ours:
                 raise LogError(
                     f"{where}: its {what} is {theirs!r}, that of this version of dtrain {ours!r}; replay it with the "
                     "version that wrote it"
                 )
-        return found
+        return header
 
     def require(self, other: Header, where: str) -> None:
         """Raise `LogError` where ``other`` is a log of another run or model."""
@@ -101,7 +101,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Record:
-    """A step, and the digest of all weights after it; 0 where nobody looked."""
+    """A step, and the digest of all weights after it; 0 where it was not taken."""
 
     step: Step
     digest: int = 0
@@ -138,7 +138,7 @@ class Contents:
         # A log that begins in the midst of a run says with what weights.
         before = [-1] if steps and not self.header.start else []
         pairs = itertools.pairwise([*before, *steps])
-        return [(one + 1, other - 1) for one, other in pairs if other != one + 1]
+        return [(last + 1, following - 1) for last, following in pairs if following != last + 1]
 
 
 def read(path: str | Path) -> Contents:
@@ -157,7 +157,7 @@ def read(path: str | Path) -> Contents:
 
 
 def to_bytes(records: Iterable[Record]) -> bytes:
-    """As they stand in a log."""
+    """``records`` as in a log file."""
     return b"".join(_frame(record.encoded()) for record in records)
 
 
@@ -219,11 +219,11 @@ class UpdateLog:
         self._appended = False
         self._file: BinaryIO | None = None
         if path.exists() and path.stat().st_size:
-            found = read(path)
-            header.require(found.header, str(path))
-            self.header, self.records = found.header, found.records
+            contents = read(path)
+            header.require(contents.header, str(path))
+            self.header, self.records = contents.header, contents.records
             self._file = path.open("ab")
-            self._file.truncate(found.whole_bytes)
+            self._file.truncate(contents.whole_bytes)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         self._begin(header)

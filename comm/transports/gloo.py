@@ -1,6 +1,6 @@
-"""A gloo group that nobody has registered: it can be broken off at any moment, and another one made in its place.
+"""A gloo group outside of torch's registry, which can be aborted at any moment and replaced by another one.
 
-On the CPU, also for tensors on a GPU: on slow links, which is what such groups are for, that costs little.
+For replicas that come and go. On the CPU, also for tensors on a GPU: on slow links that costs little.
 """
 
 from __future__ import annotations
@@ -30,56 +30,56 @@ def is_loss(error: BaseException | None) -> bool:
     return error is not None
 
 
-_ABANDONED: list[tuple[dist.ProcessGroup, list[_Moving]]] = []
-"""Groups that were broken off while something was under way: to end one waits for its peers, who may be silent."""
+_ABANDONED: list[tuple[dist.ProcessGroup, list[_GlooWork]]] = []
+"""Groups that were aborted with ops under way: to destroy one would wait for peers that may be silent."""
 
 
 class GlooTransport:
-    """An axis on a group of its own. Any failure of it is a lost peer."""
+    """An axis on a gloo group of its own. Any failure of it is raised as `PeersLost`."""
 
     in_stream_order = False
 
     def __init__(self, group: ProcessGroupGloo, store: object = None) -> None:
         self._group: dist.ProcessGroup | None = cast(dist.ProcessGroup, group)  # whose methods a backend has, untyped
         self.rank, self.size = group.rank(), group.size()
-        self._store = store  # one of Python is gone when nobody here holds it, whatever torch does
-        self._moving: list[_Moving] = []
-        self._lock = threading.Lock()  # another thread may break it off
+        self._store = store  # keeps a store that is a Python object alive, which torch does not
+        self._under_way: list[_GlooWork] = []
+        self._lock = threading.Lock()  # another thread may abort it
 
-    def issue(self, op: Op) -> _Moving:
+    def issue(self, op: Op) -> _GlooWork:
         with self._lock:
-            self._moving = [moving for moving in self._moving if not moving.ended]
+            self._under_way = [work for work in self._under_way if not work.ended]
             if self._group is None:
                 raise PeersLost("this group was broken off")
-            moving = _Moving(op, self._group)
-            self._moving.append(moving)
-        return moving
+            work = _GlooWork(op, self._group)
+            self._under_way.append(work)
+        return work
 
     def clone(self) -> GlooTransport:
-        raise RuntimeError("whoever made this group makes its clones")
+        raise RuntimeError("a group of members is cloned by the members that made it")
 
     def close(self) -> None:
-        """Whoever made this group breaks it off."""
+        """Nothing: whoever made this group aborts it."""
 
     def abort(self) -> None:
-        """Break off what is under way here; peers notice by themselves, those at once whose connections close."""
+        """Fail all ops under way; peers notice by themselves, at once where their connections close."""
         with self._lock:
             group, self._group = self._group, None
-            _ABANDONED[:] = [(old, left) for old, left in _ABANDONED if not all(moving.ended for moving in left)]
-            if group is not None and not all(moving.ended for moving in self._moving):
-                _ABANDONED.append((group, self._moving))
-            for moving in self._moving:
-                moving.break_off()
+            _ABANDONED[:] = [(old, works) for old, works in _ABANDONED if not all(work.ended for work in works)]
+            if group is not None and not all(work.ended for work in self._under_way):
+                _ABANDONED.append((group, self._under_way))
+            for work in self._under_way:
+                work.abort()
 
 
-class _Moving:
-    """An op under way, on the CPU."""
+class _GlooWork:
+    """An op under way, on the CPU. A `Work`."""
 
     def __init__(self, op: Op, group: dist.ProcessGroup) -> None:
         self._op, self._world = op, group.size()
         sent = outgoing(op, self._world)
         self._device = sent.device
-        self._woken, self._broken_off = threading.Semaphore(0), False
+        self._woken, self._aborted = threading.Semaphore(0), False
         try:
             self._arrived, self._works = _issued(op, sent.cpu(), group)
         except RuntimeError as error:
@@ -91,9 +91,9 @@ class _Moving:
     def ended(self) -> bool:
         return all(work.is_completed() for work in self._works)
 
-    def break_off(self) -> None:
-        """Wake who waits: gloo itself waits for its peers until its timeout."""
-        self._broken_off = True
+    def abort(self) -> None:
+        """Wake whoever waits: gloo itself would wait for its peers until its timeout."""
+        self._aborted = True
         self._woken.release(len(self._works) + 1)
 
     def poll(self) -> bool:
@@ -102,7 +102,7 @@ class _Moving:
     def wait(self) -> Payload:
         for _ in self._works:
             self._woken.acquire()
-        if self._broken_off:
+        if self._aborted:
             raise PeersLost("this group was broken off")
         try:
             for work in self._works:
@@ -114,13 +114,13 @@ class _Moving:
 
 @atexit.register
 def _leave_behind() -> None:
-    """To destruct a group would wait for its peers; nothing is lost with it but memory of a process that ends."""
+    """Leak them: their destructors would wait for peers, and the process ends anyway."""
     for group, _ in _ABANDONED:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _issued(op: Op, sent: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
-    """Where the reply will be, and what is to be waited for."""
+    """The buffer of the reply, and the works to wait for."""
     empty, world = sent.numel() == 0, group.size()
     match op:
         case AllReduce():

@@ -1,8 +1,8 @@
-"""Process groups of our own: made by their members alone, as patient as those beside them, and freed in the end.
+"""Process groups made by their members alone, with the default group's timeout, which can be freed.
 
-Only the ranks of a group take part in making it, so that others may do something else meanwhile. torch names such
-groups by how many groups a process has, which need not be the same on all ranks, and which is the same again once one
-was freed: the next would read the addresses of the last. Here they are counted for each set of ranks.
+Only the ranks of a group call `own_group`. torch names such groups by how many groups a process has, which need not be
+the same on all ranks, and which repeats once one was freed: the next would read the addresses of the last. Here groups
+are counted for each set of ranks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 _made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
-"""By default group, how often a group of these ranks was made beside it."""
+"""For each default group: how many groups of these ranks were made."""
 _kept: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
-"""By default group, those that stay as long as it."""
+"""For each default group: the groups that live as long as it does."""
 
 
 def own_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
-    """A group of ``ranks`` that nobody else uses; each of them calls it, as often and in the same order as the others.
+    """A new group of ``ranks``; each of them calls it, as often and in the same order as the others.
 
     ``backend``: the default group's by default, as its time-out is always.
     """
@@ -45,13 +45,13 @@ def own_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessG
         default.bound_device_id = bound
     c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
     assert isinstance(group, dist.ProcessGroup)
-    # Until all have connected: whoever is done with the group before would break that off.
+    # Until all have connected: a rank that frees the group earlier would break the others' connecting.
     c10d._store_based_barrier(dist.get_rank(), its, name, len(members), patience)
     return group
 
 
 def kept_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """The group of ``ranks`` for whatever takes turns; made by all of them at the first call, and never freed.
+    """One group of ``ranks`` for users that take turns; made by all of them at the first call, and never freed.
 
     For engines: torch keeps device meshes, with the names of their groups, and takes equal ones for the same.
     """
@@ -64,15 +64,15 @@ def kept_group(ranks: Sequence[int]) -> dist.ProcessGroup:
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long a collective of ``group`` waits."""
     backends = [group._get_backend(torch.device(device)) for device in group._device_types]
-    found = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
-    return max(found, default=dist.default_pg_timeout)
+    timeouts = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
+    return max(timeouts, default=dist.default_pg_timeout)
 
 
 def free(group: dist.ProcessGroup) -> None:
     """End the threads and close the connections of ``group``; nothing is under way in it. All its ranks call it.
 
     With gloo each rank goes by itself; with NCCL they wait for each other, and must free several groups in the same
-    order. A group that is gone, since the default one was destroyed, is none any more.
+    order. A group that was destroyed with the default one is left alone.
     """
     world = c10d._world
     if group in world.pg_map:
@@ -81,4 +81,4 @@ def free(group: dist.ProcessGroup) -> None:
         if tag in world.tags_to_pg and not world.tags_to_pg[tag]:
             del world.tags_to_pg[tag]  # torch keeps the empty list of each group that there ever was
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)  # glibc keeps what a group's threads had, where the next group's threads do not look for it
+            trim(0)  # glibc keeps the memory of a group's threads in arenas that the next group's do not use

@@ -1,4 +1,4 @@
-"""Small values that ranks tell each other, as JSON: torch's object collectives unpickle whatever arrives.
+"""All-gather of small values as JSON: torch's object collectives would unpickle whatever arrives.
 
 Communication: an all-gather of 8 bytes, and one of the longest text.
 """
@@ -22,23 +22,23 @@ def told_by_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     All ranks call it, with values of one kind. Raises ``TypeError`` for what JSON has no form for, ``RuntimeError`` for
     what is longer than 16 MiB or no JSON when it arrives.
     """
-    own = json.dumps(value).encode()
+    text = json.dumps(value).encode()
     device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     world = dist.get_world_size(group)
-    length = torch.tensor([len(own)], device=device)
+    length = torch.tensor([len(text)], device=device)
     lengths = torch.zeros(world, 1, dtype=length.dtype, device=device)
     dist.all_gather(list(lengths.unbind()), length, group=group)
     sizes = lengths.flatten().tolist()
     if not all(0 < size <= MOST_BYTES for size in sizes):
         raise RuntimeError(f"ranks say that their texts have {sizes} bytes; at most {MOST_BYTES} are taken")
     sent = torch.zeros(max(sizes), dtype=torch.uint8)
-    sent[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    sent[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     rows = torch.zeros(world, max(sizes), dtype=torch.uint8, device=device)
     dist.all_gather(list(rows.unbind()), sent.to(device), group=group)
-    texts = [row[:size].numpy().tobytes() for row, size in zip(rows.cpu(), sizes, strict=True)]
+    received = [row[:size].numpy().tobytes() for row, size in zip(rows.cpu(), sizes, strict=True)]
     try:
-        return [json.loads(text) for text in texts]
+        return [json.loads(data) for data in received]
     except (ValueError, RecursionError) as error:
         raise RuntimeError(f"a rank has sent what is no JSON ({error})") from error

@@ -1,7 +1,7 @@
-"""Counts what crosses the links: exact payload bytes and messages by label and op, and the seconds nobody could hide.
+"""Counts what crosses the links: exact payload bytes and messages by label and op, and exposed communication time.
 
-`metered` wraps a flow, not a transport, so the same numbers come out of real processes, of `simulate` and of any
-other driver. Headers of TCP and of the transport are not in them: a network interface counts a few percent more.
+Ops are counted, not what a transport makes of them, so that a channel and a simulation (`metered`) count the same.
+Headers of TCP and of the transport are not in them: a network interface counts a few percent more.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ class Count:
 
 @dataclass
 class Meter:
-    """One rank's account, kept by label: the syncs' names of their traffic.
+    """One rank's counts, by label: what a method calls its traffic.
 
-    ``by``: counts by (axis, label, name of the op). ``waited``: seconds by label in which training stood still.
+    ``by``: counts by (axis, label, name of the op). ``waited``: exposed seconds by label, in which training
+    stood still.
     """
 
     by: dict[tuple[Axis, str, str], Count] = field(default_factory=dict)
@@ -42,7 +43,7 @@ class Meter:
 
     @property
     def exposed_seconds(self) -> float:
-        """Seconds in which training stood still for something that crosses the replicate axis."""
+        """Exposed communication: seconds in which training stood still for what crosses the replicate axis."""
         slow = {label for axis, label, _ in list(self.by) if axis == "replicate"}
         return sum(seconds for label, seconds in list(self.waited.items()) if label in slow)
 
@@ -62,7 +63,7 @@ class Meter:
             self.waited[label] = self.waited.get(label, 0.0) + seconds
 
     def restart(self, *, sent_bytes: int = 0, exposed_seconds: float = 0.0) -> None:
-        """Forget what was counted and go on from these figures, those of an earlier process of the same run."""
+        """Go on from these figures, those of an earlier process of the same run."""
         with self._lock:
             self.by = {("replicate", "before", ""): Count(bytes=sent_bytes)}
             self.waited = {"before": exposed_seconds}

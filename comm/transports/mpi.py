@@ -1,4 +1,4 @@
-"""MPI as a transport, by mpi4py: for sites whose links between machines are fast under MPI only.
+"""MPI as a transport, by mpi4py: for sites whose interconnect is fast under MPI only.
 
 It carries one axis, as a rule the replicate axis; engines keep gloo or NCCL inside a replica. What MPI needs:
 
@@ -34,8 +34,8 @@ BYTES_AT_ONCE = 1 << 30  # of one MPI call, all its rows together
 TIMEOUT_SECONDS = 1800.0  # that of torch.distributed's groups
 
 Watch = Callable[[str, int, int, str], Callable[[], None]]
-"""Is told of each op that sets out (its name, its number on this axis, its elements, their dtypes), and returns what to
-call once the op is over. `dtrain.launchers.probe.note_collective` is one, for a group."""
+"""Called for each op that is issued (its name, its number on this axis, its elements, their dtypes); returns what is to
+be called once the op is over. `dtrain.launchers.probe.note_collective` is one, for a group."""
 
 _NATIVE = {
     torch.float32: "FLOAT",
@@ -47,8 +47,8 @@ _NATIVE = {
     torch.uint8: "UINT8_T",
 }
 _calls = threading.Lock()
-_under_way: set[_Message] = set()
-"""MPI writes into their memory whether or not anybody still waits for them: after an error in a flow nobody does."""
+_under_way: set[_MpiWork] = set()
+"""Kept alive: MPI writes into their memory even after an error in a flow, when nobody waits for them."""
 
 
 def replicate_transport(
@@ -100,7 +100,7 @@ class MpiTransport:
         self.size: int = comm.size
 
     def issue(self, op: Op) -> Work:
-        """Put ``op`` on its way by non-blocking calls. Raises ``ValueError`` for a rank that is not there."""
+        """Issue ``op`` by non-blocking calls. Raises ``ValueError`` for a rank that does not exist."""
         for name in ("source", "destination"):
             if not 0 <= getattr(op, name, 0) < self.size:
                 raise ValueError(f"{name} {getattr(op, name)} is none of the {self.size} ranks on this axis")
@@ -112,7 +112,7 @@ class MpiTransport:
         size = sum(tensor.numel() for tensor in op.payload)
         dtypes = " ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in op.payload}))
         what = f"{type(op).__name__} #{self._issued} ({size} {dtypes})"
-        message = _Message(op, self._comm, self._timeout_seconds, what)
+        message = _MpiWork(op, self._comm, self._timeout_seconds, what)
         message.over = self._watch(type(op).__name__, self._issued, size, dtypes)
         _under_way.add(message)
         return message
@@ -125,7 +125,7 @@ class MpiTransport:
         """All ranks free a communicator together, which they do when MPI ends."""
 
 
-class _Message:
+class _MpiWork:
     """An op under way in MPI's non-blocking calls, cut by columns where it is larger than MPI takes at once."""
 
     over: Callable[[], None]
@@ -138,10 +138,10 @@ class _Message:
         self._failure: Exception | None = None
         rows = _on_host(sent).unsqueeze(0) if isinstance(op, AllReduce) else _on_host(sent)
         self._sent = _columns(rows, comm.size)
-        self._arrived = [self._issue(part, comm) for part in self._sent]
+        self._arrived = [self._issue(columns, comm) for columns in self._sent]
 
     def poll(self) -> bool:
-        """Move it on; True once it is done or has failed."""
+        """Make progress; True once it is done or has failed."""
         if self._requests and self._failure is None:
             try:
                 with _calls:
@@ -174,7 +174,7 @@ class _Message:
         return reply(self._op, arrived.view(-1) if isinstance(self._op, AllReduce) else arrived, self._world)
 
     def _issue(self, sent: Tensor, comm: MPI.Comm) -> Tensor:
-        """Begin to send one part ``[rows, n]``; returns where the reply to it will be."""
+        """Begin to send some columns ``[rows, n]``; returns the buffer of the reply to them."""
         from mpi4py import MPI
 
         if isinstance(self._op, AllReduce):
@@ -184,27 +184,27 @@ class _Message:
             arrived = torch.empty(rows, sent.shape[1], dtype=sent.dtype, pin_memory=self._device.type == "cuda")
         if not sent.numel():
             return arrived
-        here, there = _memory(sent), _memory(arrived)
+        outbox, inbox = _memory(sent), _memory(arrived)
         with _calls:
             match self._op:
                 case AllReduce():
                     kind = getattr(MPI, _NATIVE[sent.dtype])
-                    self._requests.append(comm.Iallreduce(MPI.IN_PLACE, [there, kind], op=MPI.SUM))
+                    self._requests.append(comm.Iallreduce(MPI.IN_PLACE, [inbox, kind], op=MPI.SUM))
                 case AllGather():
-                    self._requests.append(comm.Iallgather([here, MPI.BYTE], [there, MPI.BYTE]))
+                    self._requests.append(comm.Iallgather([outbox, MPI.BYTE], [inbox, MPI.BYTE]))
                 case AllToAll():
-                    self._requests.append(comm.Ialltoall([here, MPI.BYTE], [there, MPI.BYTE]))
+                    self._requests.append(comm.Ialltoall([outbox, MPI.BYTE], [inbox, MPI.BYTE]))
                 case Broadcast(source=source):
                     arrived.copy_(sent)
-                    self._requests.append(comm.Ibcast([there, MPI.BYTE], root=source))
+                    self._requests.append(comm.Ibcast([inbox, MPI.BYTE], root=source))
                 case Shift(destination=destination, source=source):
-                    self._requests.append(comm.Irecv([there, MPI.BYTE], source=source))
-                    self._requests.append(comm.Isend([here, MPI.BYTE], dest=destination))
+                    self._requests.append(comm.Irecv([inbox, MPI.BYTE], source=source))
+                    self._requests.append(comm.Isend([outbox, MPI.BYTE], dest=destination))
         return arrived
 
 
 class _Chain:
-    """An op that takes several, written as a flow. The next one is issued in `wait`, which all ranks call alike."""
+    """An op that takes several, written as a flow. The next one is issued in `wait`, in the same order on all ranks."""
 
     def __init__(self, transport: MpiTransport, flow: Flow[Payload]) -> None:
         self._transport, self._flow = transport, flow
@@ -263,16 +263,16 @@ def _sum_in_rank_order(op: AllReduce, world: int) -> Flow[Payload]:
     total = rows[0].to(summed, copy=True)
     for row in rows[1:]:
         total += row.to(summed)
-    (whole,) = yield AllGather((total.to(flat.dtype),))
-    return reply(op, whole.view(-1)[: flat.numel()], world)
+    (chunks,) = yield AllGather((total.to(flat.dtype),))
+    return reply(op, chunks.view(-1)[: flat.numel()], world)
 
 
 def _columns(rows: Tensor, world: int) -> list[Tensor]:
-    """``rows``, cut by columns into parts that are small enough for one call on every rank."""
+    """``rows``, cut by columns into tensors that are small enough for one call on every rank."""
     width = max(1, BYTES_AT_ONCE // (world * rows.element_size()))
     if rows.shape[1] <= width:
         return [rows]
-    return [part.contiguous() for part in rows.split(width, dim=1)]
+    return [columns.contiguous() for columns in rows.split(width, dim=1)]
 
 
 def _on_host(tensor: Tensor) -> Tensor:

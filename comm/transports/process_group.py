@@ -1,7 +1,7 @@
 """torch.distributed as a transport: NCCL moves ops on a side stream, gloo on threads of its own.
 
 gloo's all-to-all sends to a peer and then receives from it, one peer after the other. A receiver tells the sender that
-it is ready over the connection that the data travel on, so that word waits behind the data, and the link carries one
+it is ready over the connection that carries the data, so that signal waits behind the data, and the link carries one
 direction at a time: over links of 100 Mbit/s a little more than half of what it can. So on CPU it is made of sends and
 receives here, with every receive posted before any send (`all_to_all`).
 
@@ -30,19 +30,19 @@ NOTED: collections.deque[dict[str, object]] = collections.deque(maxlen=256)
 class TorchTransport:
     """A process group that is used by nothing else: two threads that enqueue on one group would hang.
 
-    ``own``: it goes with this transport, and is freed at `close`.
+    ``owned``: the group belongs to this transport, and is freed at `close`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, own: bool = False) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, owned: bool = False) -> None:
         self._group: dist.ProcessGroup | None = group
-        self._own, self._noted = own, 0
+        self._owned, self._noted = owned, 0
         self.rank, self.size = group.rank(), group.size()
         self.in_stream_order = dist.get_backend(group) == "nccl"
 
     @classmethod
     def between(cls, ranks: Sequence[int], backend: str | None = None) -> TorchTransport:
-        """One with a group of its own, made by ``ranks`` alike: see `own_group`."""
-        return cls(own_group(ranks, backend), own=True)
+        """A transport with a new group of ``ranks``, which all of them call: see `own_group`."""
+        return cls(own_group(ranks, backend), owned=True)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -65,7 +65,7 @@ class TorchTransport:
 
     def close(self) -> None:
         group, self._group = self._group, None
-        if group is not None and self._own:
+        if group is not None and self._owned:
             free(group)
 
 
@@ -78,7 +78,7 @@ class Collective:
         self._arrived = self._issue(outgoing(op, self._world), group)
 
     def __del__(self) -> None:
-        self._over()  # also where another flow has failed, and nobody waits for this op any more
+        self._over()  # also after another flow failed, when nobody waits for this op
 
     def poll(self) -> bool:
         """True: the threads or the stream of the backend move it."""
@@ -92,7 +92,7 @@ class Collective:
         return reply(self._op, self._arrived, self._world)
 
     def _issue(self, sent: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Where the reply will be."""
+        """The buffer of the reply."""
         match self._op:
             case AllReduce():
                 arrived = sent

@@ -84,8 +84,9 @@ def _check_agreement(ops: Sequence[Op], round_number: int) -> None:
     world = len(ops)
     for rank, op in enumerate(ops):
         if _signature(op) != wanted:
-            other = _signature(op)
-            raise RuntimeError(f"op {round_number} differs: rank 0 yields {wanted}, rank {rank} yields {other}")
+            raise RuntimeError(
+                f"op {round_number} differs: rank 0 yields {wanted}, rank {rank} yields {_signature(op)}"
+            )
         if isinstance(op, AllReduce):
             one_dtype(op)
         if isinstance(op, AllToAll) and any(tensor.shape[:1] != (world,) for tensor in op.payload):
@@ -119,6 +120,6 @@ def _replies(ops: Sequence[Op]) -> list[Payload]:
 
 def _sum(column: Sequence[torch.Tensor], reduction: str) -> torch.Tensor:
     total = column[0].clone()
-    for other in column[1:]:
-        total += other
+    for tensor in column[1:]:
+        total += tensor
     return total / len(column) if reduction == "mean" else total

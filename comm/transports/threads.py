@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: whole syncs at work, their background flows included, without processes or links.
+"""Ranks as threads of one process: whole methods at work, background flows included, without processes or links.
 
 What `simulate` is for flows, this is for everything that has a `Channel`. Ranks that disagree about the next op raise
 here, where real processes would hang.
@@ -17,7 +17,7 @@ PATIENCE_SECONDS = 60.0
 
 
 class Meeting:
-    """Where the ops of ``world`` ranks meet, one after the other."""
+    """Performs the ops of ``world`` threads, one after the other."""
 
     def __init__(self, world: int) -> None:
         self.world = world
@@ -54,7 +54,7 @@ class Meeting:
     def _meet(self) -> None:
         try:
             self._replies = replies_of([self._ops[rank] for rank in range(self.world)], self._number)
-        except Exception as error:  # every rank hears of it: a barrier that fails would tell only one
+        except Exception as error:  # raised on every rank: a barrier whose action fails raises on one
             self._failure = error
         self._number += 1
 

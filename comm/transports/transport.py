@@ -1,6 +1,7 @@
-"""What carries the ops of one axis, and the one message that all tensors of an op travel as.
+"""What carries the ops of one axis (`Transport`), and the one message that all tensors of an op are packed into.
 
-A `Channel` takes one transport for each axis. There are two: process groups of torch.distributed, and MPI.
+A `Channel` takes one transport for each axis: torch.distributed (`process_group`), gloo groups that can be aborted
+(`gloo`), MPI (`mpi`), threads of one process (`threads`), or nothing (`SelfTransport`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Op, Paylo
 
 
 class Work(Protocol):
-    """An op under way."""
+    """An op that was issued."""
 
     def poll(self) -> bool:
-        """Move the op on, without waiting; True once it needs no more of that, here at once if others move it."""
+        """Make progress without blocking; True once no polling is needed, at once where the backend has threads."""
         ...
 
     def wait(self) -> Payload:
@@ -46,16 +47,16 @@ class Transport(Protocol):
         ...
 
     def clone(self) -> Transport:
-        """Another one between the same ranks, so that ops on both travel at once. Called by all of them alike."""
+        """Another transport between the same ranks, whose ops do not wait for this one's. Called by all ranks alike."""
         ...
 
     def close(self) -> None:
-        """Free what was made for this transport alone. Nothing is under way; called by all ranks, in one order."""
+        """Free what belongs to this transport. No op is under way; called by all ranks, in one order."""
         ...
 
 
 class SelfTransport:
-    """An axis of one rank: the reply is what was sent, at once and without a copy."""
+    """An axis of one rank: the reply is the payload, without a copy."""
 
     rank, size, in_stream_order = 0, 1, False
 
@@ -75,7 +76,7 @@ class SelfTransport:
 
 @dataclass(frozen=True)
 class CompletedWork:
-    """An op that needed no link."""
+    """An op whose reply is there."""
 
     reply: Payload
 
@@ -87,11 +88,11 @@ class CompletedWork:
 
 
 class Pauses:
-    """How long a thread sleeps between two polls of what moves only while it is polled.
+    """How long a thread sleeps between two polls of an op that makes progress only while it is polled.
 
-    Short messages arrive within the first polls, which follow each other at once. Later the pauses grow in proportion
-    to the time that has passed, up to a limit: a thread that polls without pause takes a core away from training, and
-    one that sleeps too long leaves the link idle, since large messages move a piece at each poll.
+    At first it does not sleep, for short messages. Later the pauses grow in proportion to the time that has passed, up
+    to a limit: polling without pause takes a core away from training, and sleeping too long leaves the link idle, since
+    a large message moves a piece at each poll.
     """
 
     SPIN_SECONDS, SHARE, LONGEST_SECONDS = 50e-6, 0.1, 500e-6
@@ -123,8 +124,8 @@ def reply(op: Op, arrived: Tensor, world: int) -> Payload:
     match op:
         case AllReduce(payload=payload, reduction=reduction):
             total = arrived / world if reduction == "mean" else arrived
-            parts = total.split([tensor.numel() for tensor in payload])
-            return tuple(part.view(tensor.shape) for part, tensor in zip(parts, payload, strict=True))
+            flat = total.split([tensor.numel() for tensor in payload])
+            return tuple(values.view(tensor.shape) for values, tensor in zip(flat, payload, strict=True))
         case AllGather(payload=payload):
             return unpack(arrived, payload, leading=(world,))
         case AllToAll(payload=payload) | Broadcast(payload=payload) | Shift(payload=payload):
@@ -135,11 +136,11 @@ def pack(payload: Payload, *, rows: int) -> Tensor:
     """All tensors of a payload as bytes, ``[rows, bytes]`` uint8; unless it is 1, ``rows`` is their leading dim."""
     if not payload:
         return torch.empty(rows, 0, dtype=torch.uint8)
-    parts = [
+    columns = [
         _dense(tensor).view(torch.uint8).view(rows, tensor.numel() * tensor.element_size() // rows)
         for tensor in payload
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -155,9 +156,9 @@ def unpack(buffer: Tensor, payload: Payload, *, leading: tuple[int, ...]) -> Pay
     for tensor in payload:
         shape = (*leading, *tensor.shape)
         width = tensor.numel() * tensor.element_size() // (1 if leading else rows)
-        part = buffer[:, start : start + width].contiguous().view(-1)
+        data = buffer[:, start : start + width].contiguous().view(-1)
         # A slice may begin at any byte, and a view as a wider dtype wants it aligned.
-        aligned = part if part.storage_offset() % tensor.element_size() == 0 else part.clone()
+        aligned = data if data.storage_offset() % tensor.element_size() == 0 else data.clone()
         out.append(aligned.view(tensor.dtype).view(shape))
         start += width
     return tuple(out)

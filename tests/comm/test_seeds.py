@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.comm.seeds import Key
+from dtrain.comm.seeds import FIRST_PHASE, SECOND_PHASE, Key
 
 CPU = torch.device("cpu")
 keys = st.builds(
@@ -52,4 +52,5 @@ GOLDEN = (4222239436098744251, 9011696867776704652)
 def test_seeds_are_the_same_on_every_machine_and_in_every_release() -> None:
     """A run that is resumed elsewhere goes on with the same numbers; these were written down once."""
     assert Key(0, 0).generator(CPU).initial_seed() == GOLDEN[0]
-    assert Key(7, 123, 2, "layers.0.weight", "send").generator(CPU).initial_seed() == GOLDEN[1]
+    assert Key(7, 123, 2, "layers.0.weight", FIRST_PHASE).generator(CPU).initial_seed() == GOLDEN[1]
+    assert Key(1, 2, 3, "w", SECOND_PHASE).generator(CPU).initial_seed() == 8292006041183245838

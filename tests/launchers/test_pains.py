@@ -183,9 +183,7 @@ def adder(number: int) -> Callable[[], int]:
 
 @pytest.mark.processes
 def test_pain_22_a_function_that_is_run_again_is_the_one_that_was_submitted(slurm: FakeSlurm, tmp_path: Path) -> None:
-    job = SlurmLauncher(nodes=2, workers=2, max_restarts=1, snapshot=False).submit(
-        adder(40), folder=tmp_path / "job"
-    )
+    job = SlurmLauncher(nodes=2, workers=2, max_restarts=1, snapshot=False).submit(adder(40), folder=tmp_path / "job")
     assert job.result(50) == [40, 41]
     assert len((tmp_path / "job" / "attempts").read_text().splitlines()) == 2
 

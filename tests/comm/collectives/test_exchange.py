@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from dtrain.comm.layout import Matrix, Segment, matrices
 from dtrain.comm.ops import AllGather, AllReduce, Flow, Place
 from dtrain.comm.plans.plan import Plan, as_plan
 from dtrain.comm.seeds import Key
-from dtrain.comm.state import State
+from dtrain.comm.state import Kind, State
 from dtrain.comm.transports.meter import Meter, metered
 from dtrain.comm.transports.simulate import simulate
 from dtrain.compress import cast, compeft, econtrol, ef21, error_feedback, powersgd, quantize, randk, sign, topk
@@ -185,6 +187,42 @@ def test_a_matrix_of_low_rank_comes_back_exactly() -> None:
     ]
     for found in simulate(flows):
         assert torch.allclose(found.values["w"], 2 * values[0]["w"], rtol=1e-4, atol=1e-4)
+
+
+class RandomBasis:
+    """Another compressor in two rounds, which keeps nothing: no more than `TwoRoundCompressor` asks for."""
+
+    rank = 2
+    kinds: ClassVar[dict[str, Kind]] = {}
+
+    def pays(self, matrix: Matrix) -> bool:
+        return matrix.columns > 1
+
+    def start(self, matrix: Matrix, key: Key, state: State, like: Tensor) -> Tensor:
+        generator = replace(key.shared, phase="basis").generator(like.device)
+        return torch.randn(matrix.columns, self.rank, generator=generator).to(like)
+
+    def basis(self, mean: Tensor) -> Tensor:
+        return orthonormal(mean)
+
+    def keep(self, fqn: str, factor: Tensor, start: Tensor, state: State) -> None: ...
+
+
+def test_a_compressor_in_two_rounds_is_whatever_has_its_protocol() -> None:
+    values = [{"w": draw(r, 1200), "b": draw(r + 9, 40)} for r in range(3)]
+    matrices = {"w": Matrix(1200, 30, 0), "b": Matrix(40, 1, 0)}
+    plan = as_plan(error_feedback(RandomBasis()))
+    states = fresh_states(plan, 3)
+    flows = [
+        collective.exchange(values[r], plan, rank_order_mean, Place(r, 3), Key(0, 0, r), states[r], matrices=matrices)
+        for r in range(3)
+    ]
+    first, *others = (combined.values for combined in simulate(flows))
+    residuals = torch.stack([state.staging["w"]["residual"] for state in states])
+    mean = torch.stack([value["w"] for value in values]).mean(0)
+    assert torch.linalg.matrix_rank(first["w"].view(40, 30)) == 2 and torch.equal(first["w"], others[0]["w"])
+    assert torch.allclose(first["w"] + residuals.mean(0), mean, atol=1e-5)
+    assert torch.allclose(first["b"], torch.stack([value["b"] for value in values]).mean(0))
 
 
 def test_it_sends_what_its_factors_take_and_vectors_as_they_are() -> None:
