@@ -111,14 +111,14 @@ def loss(session: Session) -> Report:
 
 def cells() -> dict[tuple[str, str], tuple[str, ...]]:
     """The command line of each (compressor, feedback)."""
-    found: dict[tuple[str, str], tuple[str, ...]] = {("fp32", "none"): ("sync=dense",)}
+    commands: dict[tuple[str, str], tuple[str, ...]] = {("fp32", "none"): ("sync=dense",)}
     for names, feedbacks in ((WITHOUT, ()), (NEARLY_EXACT, ("EF14",)), (BIASED, tuple(FEEDBACKS))):
         for name, compressor in names.items():
-            found[name, "none"] = ("sync=dense", f"sync.compress={{{compressor}}}")
+            commands[name, "none"] = ("sync=dense", f"sync.compress={{{compressor}}}")
             for feedback in feedbacks:
                 words = f"{{_target_:{FEEDBACKS[feedback]},compressor:{{{compressor}}}}}"
-                found[name, feedback] = ("sync=dense", f"sync.compress={words}")
-    return {**found, **METHODS}
+                commands[name, feedback] = ("sync=dense", f"sync.compress={words}")
+    return {**commands, **METHODS}
 
 
 def _rate(factor: float) -> tuple[str, ...]:
@@ -207,4 +207,4 @@ def _figures(run: Run, dense: Run) -> list[str]:
 
 
 def _of(swept: Mapping[tuple[str, float], Run], name: str) -> list[float]:
-    return [factor for each, factor in swept if each == name]
+    return [factor for method, factor in swept if method == name]

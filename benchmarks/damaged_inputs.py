@@ -83,14 +83,14 @@ def merged(parts: Sequence[Counts]) -> Counts:
     return whole
 
 
-def report(found: dict[str, Counts], command: str) -> Report:
+def report(by_parser: dict[str, Counts], command: str) -> Report:
     """The page, from what became of the inputs of each target."""
     rows = [
         [name, f"{c.inputs:,}", f"{c.refused:,}", f"{c.read:,}", f"{sum(c.failures.values()):,}",
          f"{1000 * c.slowest_seconds:,.0f}", f"{c.peak_mib:,.0f}"]
-        for name, c in found.items()
+        for name, c in by_parser.items()
     ]  # fmt: skip
-    failures = {name: dict(counts.failures) for name, counts in found.items() if counts.failures}
+    failures = {name: dict(counts.failures) for name, counts in by_parser.items() if counts.failures}
     listed = "".join(f"- {name}: {places}\n" for name, places in failures.items()) or "None.\n"
     body = (
         "Each input is an intact file or message with bits flipped, ends cut off or added, slices removed, repeated, "
@@ -102,14 +102,14 @@ def report(found: dict[str, Counts], command: str) -> Report:
         + "\n\n## Failures\n\n" + listed
     )  # fmt: skip
     checks = (
-        at_most("inputs that failed", sum(sum(counts.failures.values()) for counts in found.values()), 0),
-        at_most("slowest input", max(counts.slowest_seconds for counts in found.values()), SECONDS, " s"),
-        at_most("memory for one input", max(counts.peak_mib for counts in found.values()), MEMORY_MIB, " MiB"),
+        at_most("inputs that failed", sum(sum(counts.failures.values()) for counts in by_parser.values()), 0),
+        at_most("slowest input", max(counts.slowest_seconds for counts in by_parser.values()), SECONDS, " s"),
+        at_most("memory for one input", max(counts.peak_mib for counts in by_parser.values()), MEMORY_MIB, " MiB"),
     )
     figures = {
         name: {"inputs": c.inputs, "refused": c.refused, "read": c.read, "failures": dict(c.failures),
                "slowest_seconds": c.slowest_seconds, "peak_mib": c.peak_mib}
-        for name, c in found.items()
+        for name, c in by_parser.items()
     }  # fmt: skip
     return Report("Damaged inputs", body, (command,), checks, figures)
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     firsts = range(0, chosen.inputs, CHUNK)
     work = [(n, first, min(CHUNK, chosen.inputs - first), chosen.seed) for n in picked for first in firsts]
     kept = Kept(KEPT)
-    found: dict[str, list[Counts]] = {}
+    by_parser: dict[str, list[Counts]] = {}
     with ProcessPoolExecutor(PROCESSES) as pool, contextlib.ExitStack() as ended:
         ended.callback(pool.shutdown, cancel_futures=True)  # an error here does not wait for hours of work
         tried = pool.map(_chunk, [chunk for chunk in work if kept.get(chunk) is None])
@@ -145,13 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 counts = next(tried)
                 kept.add(chunk, counts)
             name = TARGETS[chunk[0]].name
-            found.setdefault(name, []).append(counts)
+            by_parser.setdefault(name, []).append(counts)
             if chunk[1] + CHUNK >= chosen.inputs:
-                whole = merged(found[name])
+                whole = merged(by_parser[name])
                 say(f"{name}: {whole.inputs:,} inputs, {sum(whole.failures.values())} failed {dict(whole.failures)}")
                 for example in whole.examples[:3]:
                     say(example)
-    whole_report = report({name: merged(parts) for name, parts in found.items()}, "make fuzz")
+    whole_report = report({name: merged(parts) for name, parts in by_parser.items()}, "make fuzz")
     if out is not None:
         write("fuzz", whole_report, made, out)
     return int(not all(check.met for check in whole_report.checks))

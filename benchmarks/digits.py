@@ -56,9 +56,9 @@ def splits() -> tuple[Split, Split, Split]:
     """To train on, to choose learning rates on, to report."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
-    x, y = torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[order]
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    x, y = torch.tensor(digits.data / 16, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
     borders = (0, TRAINED, TRAINED + CHOOSING, len(y))
     train, choose, test = (Split(x[a:b], y[a:b]) for a, b in itertools.pairwise(borders))
     return train, choose, test
@@ -100,7 +100,7 @@ def zeroth(asked: Zeroth, seed: int) -> dict[str, list[float]]:
     train, choose, test = splits()
     model, walk, code = network(seed), Walk(seed, noise=asked.noise), CODES[asked.code]
     values = {fqn: parameter.detach().view(-1) for fqn, parameter in model.named_parameters()}
-    found: dict[str, list[float]] = {"choose": [], "test": []}
+    curves: dict[str, list[float]] = {"choose": [], "test": []}
     for step in range(asked.steps):
         moves = []
         base = {fqn: value.clone() for fqn, value in values.items()}
@@ -120,9 +120,9 @@ def zeroth(asked: Zeroth, seed: int) -> dict[str, list[float]]:
             for along, slope in moves:
                 value.add_(along[number] * single(-asked.lr * slope / asked.machines))
         if (step + 1) % 300 == 0:
-            found["choose"].append(accuracy(model, choose))
-            found["test"].append(accuracy(model, test))
-    return found
+            curves["choose"].append(accuracy(model, choose))
+            curves["test"].append(accuracy(model, test))
+    return curves
 
 
 def first_order(lr: float, seed: int, steps: int = 1500) -> dict[str, list[float]]:
@@ -130,7 +130,7 @@ def first_order(lr: float, seed: int, steps: int = 1500) -> dict[str, list[float
     train, choose, test = splits()
     model = network(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    found: dict[str, list[float]] = {"choose": [], "test": []}
+    curves: dict[str, list[float]] = {"choose": [], "test": []}
     for step in range(steps):
         drawn = torch.Generator().manual_seed(seed * 10**9 + step * 1000)
         picked = torch.randint(TRAINED, (BATCH,), generator=drawn)
@@ -138,9 +138,9 @@ def first_order(lr: float, seed: int, steps: int = 1500) -> dict[str, list[float
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 300 == 0:
-            found["choose"].append(accuracy(model, choose))
-            found["test"].append(accuracy(model, test))
-    return found
+            curves["choose"].append(accuracy(model, choose))
+            curves["test"].append(accuracy(model, test))
+    return curves
 
 
 def shares(clients: int, skewed: bool, seed: int) -> list[Tensor]:
@@ -158,7 +158,7 @@ def rounds(sync: Sync, *, lr: float, seed: int, clients: int = 5, skewed: bool =
     train, choose, test = splits()
     meeting, owned = Meeting(clients), shares(clients, skewed, seed)
     models = [network(seed) for _ in range(clients)]
-    found: dict[str, list[float]] = {"choose": [], "test": [], "sent": []}
+    curves: dict[str, list[float]] = {"choose": [], "test": [], "sent": []}
     turn = threading.Lock()  # one at a time, but where they meet: threads that compete for the interpreter are slow
 
     def client(rank: int) -> None:
@@ -172,14 +172,14 @@ def rounds(sync: Sync, *, lr: float, seed: int, clients: int = 5, skewed: bool =
             with contextlib.nullcontext() if (step + 1) % every == 0 else turn:
                 _one_step(attached, models[rank], train.x[picked], train.y[picked])
             if rank == 0 and (step + 1) % every == 0:
-                found["choose"].append(accuracy(models[0], choose))
-                found["test"].append(accuracy(models[0], test))
-        found["sent"] = [(attached.meter.sent_bytes - before) / count / (clients - 1)]
+                curves["choose"].append(accuracy(models[0], choose))
+                curves["test"].append(accuracy(models[0], test))
+        curves["sent"] = [(attached.meter.sent_bytes - before) / count / (clients - 1)]
         attached.detach()
 
     with ThreadPoolExecutor(clients) as threads:
         list(threads.map(client, range(clients)))
-    return found
+    return curves
 
 
 def _one_step(attached: Attached, model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -194,11 +194,11 @@ def drift(dtype: torch.dtype, steps: int) -> Mapping[int, float]:
     """How far weights are off that are moved by eps z, by -2 eps z and back, in place: the rms error by step."""
     size = 100_000
     base = (0.02 * torch.randn(size, generator=torch.Generator().manual_seed(1))).to(dtype)
-    live, walk, found = base.clone(), Walk(1), {}
+    live, walk, errors = base.clone(), Walk(1), {}
     for step in range(1, steps + 1):
         (along,) = walk.directions([(step, 0, 0)], [Segment("w", 0, size)])
         for by in (EPS, -2 * EPS, EPS):
             live += (by * along).to(dtype)
         if step in (1, 10, 100, 1000):
-            found[step] = float((live.double() - base.double()).square().mean().sqrt())
-    return found
+            errors[step] = float((live.double() - base.double()).square().mean().sqrt())
+    return errors

@@ -99,8 +99,8 @@ def equal_tokens_report(
         )
     )
     kept = {f"{name}, lr x {factor:g}": run for (name, factor), run in swept.items()} | dict(scratch)
-    for name, each in repeated.items():
-        kept.update({f"{name}, seed {seed}": run for seed, run in zip(SEEDS, each, strict=True)})
+    for name, runs_of_seeds in repeated.items():
+        kept.update({f"{name}, seed {seed}": run for seed, run in zip(SEEDS, runs_of_seeds, strict=True)})
     commands = tuple(dict.fromkeys(run.command for run in kept.values()))
     figures = {name: as_figures(run) for name, run in kept.items()}
     return Report("Local updates at equal tokens", body, commands, tuple(checks), figures)
@@ -119,8 +119,8 @@ def _cell(session: Session, method: tuple[str, ...], factor: float, seed: int) -
 
 def _best(swept: Mapping[tuple[str, float], Run]) -> dict[str, float]:
     """The factor with the lowest loss, by method."""
-    found: dict[str, float] = {}
+    best: dict[str, float] = {}
     for name, factor in swept:
-        if name not in found or swept[name, factor].validation < swept[name, found[name]].validation:
-            found[name] = factor
-    return found
+        if name not in best or swept[name, factor].validation < swept[name, best[name]].validation:
+            best[name] = factor
+    return best

@@ -52,7 +52,7 @@ def fine_tuning_report(base: Run, tuned: Mapping[tuple[str, float], Run]) -> Rep
         rate = min(runs, key=lambda one: runs[one].validation)
         run, summary = runs[rate], runs[rate].summary
         rows.append([
-            name, ", ".join(f"{one:g}: {each.validation:.4f}" for one, each in runs.items()), f"{summary.steps}",
+            name, ", ".join(f"{one:g}: {tried.validation:.4f}" for one, tried in runs.items()), f"{summary.steps}",
             f"{run.validations[0]:.4f}", f"{run.validation:.4f}", in_bytes(summary.sent_bytes_per_rank / summary.steps),
             in_bytes(summary.sent_bytes_per_rank),
         ])  # fmt: skip

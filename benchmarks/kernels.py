@@ -43,15 +43,15 @@ def kernels(session: Session) -> Report:
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"the kernels ended with exit code {done.returncode}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return kernels_report({name: {how: Speed(**speed) for how, speed in by.items()} for name, by in found.items()})
+    speeds = json.loads(done.stdout.splitlines()[-1])
+    return kernels_report({name: {how: Speed(**speed) for how, speed in by.items()} for name, by in speeds.items()})
 
 
-def kernels_report(found: Mapping[str, Mapping[str, Speed]]) -> Report:
+def kernels_report(speeds: Mapping[str, Mapping[str, Speed]]) -> Report:
     """By name of the kernel and "eager" or "compiled"."""
     rows = [
         [name, WHAT[name], f"{by['eager'].ratio:.3f}", f"{by['compiled'].ratio:.3f}", f"{by['compiled'].allocations}"]
-        for name, by in found.items()
+        for name, by in speeds.items()
     ]
     body = (
         f"{ELEMENTS / 2**20:.0f} Mi elements in fp32, which no cache holds, on one core, in blocks of {BLOCK}. "
@@ -62,10 +62,10 @@ def kernels_report(found: Mapping[str, Mapping[str, Speed]]) -> Report:
         + table(["kernel", "does", "eager", "compiled", "allocations per call"], rows)
     )
     checks = [at_least(f"{name}, compiled, as a share of a copy", by["compiled"].ratio, LINES[name])
-              for name, by in found.items()]  # fmt: skip
-    allocated = sum(by["compiled"].allocations for by in found.values())
+              for name, by in speeds.items()]  # fmt: skip
+    allocated = sum(by["compiled"].allocations for by in speeds.values())
     checks.append(Check("allocations per call of compiled kernels", f"{allocated}", "none", allocated == 0))
-    figures = {name: {how: speed.ratio for how, speed in by.items()} for name, by in found.items()}
+    figures = {name: {how: speed.ratio for how, speed in by.items()} for name, by in speeds.items()}
     return Report("Fused kernels", body, ("python -m benchmarks kernels",), tuple(checks), figures)
 
 
@@ -99,13 +99,13 @@ def measure() -> dict[str, dict[str, Speed]]:
         return time.perf_counter() - started
 
     def ratio(call: Callable[[], None], rounds: int) -> float:
-        into, found = torch.empty(shape), []
+        into, ratios = torch.empty(shape), []
         call()
         for _ in range(rounds):
             plain, started = copied(into), time.perf_counter()
             call()
-            found.append(plain / (time.perf_counter() - started))
-        return statistics.median(found)
+            ratios.append(plain / (time.perf_counter() - started))
+        return statistics.median(ratios)
 
     def allocations(call: Callable[[], None]) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:

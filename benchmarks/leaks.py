@@ -78,15 +78,15 @@ def attached(method: str, times: int) -> list[Held]:
     elif method != "plain":
         model = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters())
-    found = []
+    rows = []
     for number in range(1, times + 1):
         sync = attach(model, optimizer, specs[method](), replicate_group=group)  # type: ignore[arg-type]
         for _ in range(3):
             model(torch.ones(4, 64)).square().mean().backward()
             sync.step()
         sync.detach()
-        found += [held()] * looks(times).count(number)
-    return found
+        rows += [held()] * looks(times).count(number)
+    return rows
 
 
 def trained(folder: str, text: str, times: int) -> list[Held]:
@@ -96,7 +96,7 @@ def trained(folder: str, text: str, times: int) -> list[Held]:
     from dtrain.train.config import compose
     from dtrain.train.trainer import train
 
-    found = []
+    rows = []
     for number in range(1, times + 1):
         engine, sync = KINDS[number % len(KINDS)]
         run = Path(folder) / f"{number}"
@@ -104,8 +104,8 @@ def trained(folder: str, text: str, times: int) -> list[Held]:
             run.mkdir()
         dist.barrier()
         train(compose([f"engine={engine}", f"sync={sync}", f"run.dir={run}", f"data.path={text}", *SMALL]))
-        found += [held()] * looks(times).count(number)
-    return found
+        rows += [held()] * looks(times).count(number)
+    return rows
 
 
 def measured(attach_times: int = ATTACHED, train_times: int = TRAINED) -> dict[str, list[Held]]:

@@ -122,7 +122,7 @@ def statistics_seconds() -> dict[str, float]:
     shapes = {fqn: tuple(parameter.shape) for fqn, parameter in model.named_parameters()}
     gradients = {fqn: torch.randn(shape).reshape(-1) for fqn, shape in shapes.items()}
     lie = matrices({fqn: Segment(fqn, 0, g.numel()) for fqn, g in gradients.items()}, shapes)
-    found = {}
+    seconds = {}
     bases = {
         "PowerSGD rank 32": error_feedback(powersgd(32)),
         "quantization, 4 bits": error_feedback(quantize(bits=4, block=128)),
@@ -135,8 +135,8 @@ def statistics_seconds() -> dict[str, float]:
             for fqn, gradient in gradients.items():
                 plan.measure(fqn, gradient, gradient, lie[fqn], 4, Key(0, 0, 0, fqn))
 
-        found[what] = _median_seconds(look)
-    return found
+        seconds[what] = _median_seconds(look)
+    return seconds
 
 
 def _median_seconds(call: Callable[[], object]) -> float:

@@ -123,12 +123,12 @@ def network_report(
     if bad := [f"{row.bytes} bytes over {row.world}: {row.invalid}" for row in every if row.invalid]:
         raise RuntimeError(f"not evidence, the machine was not idle or values were wrong: {'; '.join(bad)}")
     by_size = {world: {row.bytes: row.p50_ms / 1e3 for row in rows} for world, rows in sweeps.items()}
-    found = fit("all_reduce", 2, by_size[2])
-    off = [abs(error) for world in (3, 4) for error in errors(found, world, by_size[world])]
+    link = fit("all_reduce", 2, by_size[2])
+    off = [abs(error) for world in (3, 4) for error in errors(link, world, by_size[world])]
     lines = []
     for world, rows in sweeps.items():
         for row in rows:
-            predicted = 1e3 * predict("all_reduce", world, row.bytes, found.alpha, found.beta)
+            predicted = 1e3 * predict("all_reduce", world, row.bytes, link.alpha, link.beta)
             off_by = f"{predicted / row.p50_ms - 1:+.1%}"
             lines.append([str(world), f"{row.bytes:,}", f"{row.p50_ms:.1f}", f"{predicted:.1f}", off_by])
     checks = (
@@ -145,7 +145,7 @@ def network_report(
     )
     body = (
         "Links of `dtrain cluster`, all-reduce over gloo. With 50 mbit and 5 ms: "
-        f"alpha {1e3 * found.alpha:.2f} ms, beta {8 / found.beta / 1e6:.1f} Mbit/s, fitted at two hosts alone; the "
+        f"alpha {1e3 * link.alpha:.2f} ms, beta {8 / link.beta / 1e6:.1f} Mbit/s, fitted at two hosts alone; the "
         "times of three and four are predicted.\n\n"
         + table(["ranks", "bytes", "measured ms", "predicted ms", "off"], lines)
         + "\n\nAll-to-all of 16 MB over four hosts at 100 Mbit/s, by gloo (`all_to_all`) and on the channel, which "
@@ -167,8 +167,8 @@ def network_report(
     )  # fmt: skip
     of_link = {name: row.of_link for name, row in rates.items()} | {row.op: row.of_link for row in scattered}
     figures: dict[str, object] = {
-        "of_link": of_link, "change_mbit": list(change), "round_trip_ms": trip, "alpha": found.alpha,
-        "beta": found.beta,
+        "of_link": of_link, "change_mbit": list(change), "round_trip_ms": trip, "alpha": link.alpha,
+        "beta": link.beta,
         "seconds": {str(world): {str(size): s for size, s in sizes.items()} for world, sizes in by_size.items()},
     }  # fmt: skip
     return Report("Links", body, commands, checks, figures)

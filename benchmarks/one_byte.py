@@ -52,14 +52,14 @@ def one_byte_report(stayed: Run, went: Run) -> Report:
         )
         alike = sum(machine.digest == run.replayed for machine in run.machines.values())
         checks.append(at_least(f"machines {said} that ended with the replay's weights", alike, len(run.machines)))
-    exact = {each.payload / (STEPS * (MACHINES - 1)) for each in stayed.machines.values()}
+    exact = {machine.payload / (STEPS * (MACHINES - 1)) for machine in stayed.machines.values()}
     checks.append(at_least("payload for each other machine, sample and step, least", min(exact), 1.0, " B"))
     checks.append(at_most("payload for each other machine, sample and step, most", max(exact), 1.0, " B"))
     newcomer = went.machines["newcomer"]
     rows = [[
-        name, str(each.began), each.came_by or "-", f"{each.losses[0]:.3f}", f"{_last(each.losses):.3f}",
-        f"{each.payload:,} B", in_bytes(each.sent),
-    ] for name, each in (*stayed.machines.items(), *went.machines.items())]  # fmt: skip
+        name, str(machine.began), machine.came_by or "-", f"{machine.losses[0]:.3f}", f"{_last(machine.losses):.3f}",
+        f"{machine.payload:,} B", in_bytes(machine.sent),
+    ] for name, machine in (*stayed.machines.items(), *went.machines.items())]  # fmt: skip
     crowds = [len(record.step.workers) for record in max(went.records.values(), key=len)]
     changes = [
         str(crowds[0]),
@@ -80,7 +80,7 @@ def one_byte_report(stayed: Run, went: Run) -> Report:
         "faster way, and its first step was the next one of the others."
     )
     figures = {
-        said: {name: dataclasses.asdict(each) for name, each in run.machines.items()}
+        said: {name: dataclasses.asdict(machine) for name, machine in run.machines.items()}
         for said, run in (("stayed", stayed), ("went", went))
     }
     return Report("One byte a machine and step", body, ("python -m benchmarks one_byte",), tuple(checks), figures)

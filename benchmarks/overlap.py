@@ -45,7 +45,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Found:
+class Exposure:
     """Seconds, of the slowest rank: of a step; exposed in a round that is waited for, and in one that overlaps."""
 
     step: float
@@ -63,11 +63,11 @@ def main(asked: Asked) -> None:
     batch = {"input": tokens[:, :-1], "target": tokens[:, 1:]}
     steps: list[float] = []
     exposed = [_exposed(overlap, batch, steps) for overlap in (0, OVERLAP)]
-    own = [statistics.median(steps), *exposed]
-    everybody = told_by_all(own)
+    seconds = [statistics.median(steps), *exposed]
+    everybody = told_by_all(seconds)
     if dist.get_rank() == 0:
-        found = Found(*(max(of_ranks) for of_ranks in zip(*everybody, strict=True)))
-        Path(asked.out).write_text(json.dumps(dataclasses.asdict(found)))
+        exposure = Exposure(*(max(of_ranks) for of_ranks in zip(*everybody, strict=True)))
+        Path(asked.out).write_text(json.dumps(dataclasses.asdict(exposure)))
     dist.destroy_process_group()
 
 
@@ -89,9 +89,9 @@ def _exposed(overlap: int, batch: Mapping[str, torch.Tensor], steps: list[float]
         attached.step()
         if 0 < step % EVERY < OVERLAP - 1 and not overlap:
             steps.append(time.perf_counter() - started)
-    found = (attached.meter.exposed_seconds - before) / ROUNDS
+    seconds = (attached.meter.exposed_seconds - before) / ROUNDS
     attached.detach()
-    return found
+    return seconds
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -99,29 +99,29 @@ def _exposed(overlap: int, batch: Mapping[str, torch.Tensor], steps: list[float]
 
 def overlap(session: Session) -> Report:
     """Rounds on two hosts, by rate of the links."""
-    found = {}
+    exposures = {}
     with devcluster(nodes=RANKS, bandwidth=RATES[0], name=CLUSTER) as cluster:
         for rate in RATES:
             say(f"links of {rate}")
             cluster.shape(rate)
             out = on_hosts(session, RANKS, "benchmarks.overlap", lambda path: dataclasses.asdict(Asked(path)))
-            found[rate] = Found(**json.loads(out.read_text()))
-    return overlap_report(found)
+            exposures[rate] = Exposure(**json.loads(out.read_text()))
+    return overlap_report(exposures)
 
 
-def overlap_report(found: Mapping[str, Found]) -> Report:
+def overlap_report(exposures: Mapping[str, Exposure]) -> Report:
     """By rate, slowest last."""
-    step = statistics.median(each.step for each in found.values())
+    step = statistics.median(exposure.step for exposure in exposures.values())
     window = OVERLAP * step
     rows, checks = [], []
-    for rate, each in found.items():
-        left = max(0.0, each.waited - OVERLAP * each.step)
-        rows.append([rate, f"{each.waited:.2f} s", f"{each.overlapped:.2f} s", f"{left:.2f} s"])
-        what = f"exposed at {rate}, where an exchange takes {each.waited / each.step:.1f} steps"
-        if each.waited < 0.75 * OVERLAP * each.step:
-            checks.append(at_most(f"{what}, of the exchange", each.overlapped / each.waited, 0.1))
-        elif each.waited > 1.25 * OVERLAP * each.step:
-            off = abs(each.overlapped - left) / each.waited
+    for rate, exposure in exposures.items():
+        left = max(0.0, exposure.waited - OVERLAP * exposure.step)
+        rows.append([rate, f"{exposure.waited:.2f} s", f"{exposure.overlapped:.2f} s", f"{left:.2f} s"])
+        what = f"exposed at {rate}, where an exchange takes {exposure.waited / exposure.step:.1f} steps"
+        if exposure.waited < 0.75 * OVERLAP * exposure.step:
+            checks.append(at_most(f"{what}, of the exchange", exposure.overlapped / exposure.waited, 0.1))
+        elif exposure.waited > 1.25 * OVERLAP * exposure.step:
+            off = abs(exposure.overlapped - left) / exposure.waited
             checks.append(at_most(f"{what}: off what is left over, of the exchange", off, 0.15))
     body = (
         f"Two hosts of `dtrain cluster`, all on two cores; a round of {EVERY} steps of a transformer of 3 million "
@@ -130,9 +130,9 @@ def overlap_report(found: Mapping[str, Found]) -> Report:
         f"{ROUNDS} rounds, of the slowest rank.\n\n"
         + table(["links", "x, waited for", "exposed with overlap", "x less the steps"], rows)
         + "\n\n"
-        + _plot([each.waited for each in found.values()], [each.overlapped for each in found.values()])
+        + _plot([one.waited for one in exposures.values()], [one.overlapped for one in exposures.values()])
     )
-    figures = {rate: dataclasses.asdict(each) for rate, each in found.items()}
+    figures = {rate: dataclasses.asdict(exposure) for rate, exposure in exposures.items()}
     return Report("What overlap hides", body, ("python -m benchmarks overlap",), tuple(checks), figures)
 
 
@@ -140,9 +140,9 @@ def _plot(waited: list[float], exposed: list[float]) -> str:
     """As a Mermaid chart, which GitHub and most viewers of Markdown draw."""
     return "\n".join([
         "```mermaid", "xychart-beta", '    title "Exposed with overlap, by how long the exchange takes"',
-        f'    x-axis "the exchange, seconds" [{", ".join(f"{each:.2f}" for each in waited)}]',
+        f'    x-axis "the exchange, seconds" [{", ".join(f"{seconds:.2f}" for seconds in waited)}]',
         f'    y-axis "exposed, seconds" 0 --> {max(*exposed, 0.1):.1f}',
-        f"    line [{', '.join(f'{each:.3f}' for each in exposed)}]", "```",
+        f"    line [{', '.join(f'{seconds:.3f}' for seconds in exposed)}]", "```",
     ])  # fmt: skip
 
 

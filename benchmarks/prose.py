@@ -35,7 +35,7 @@ class Sentence:
         values = ["([+-]?[0-9][0-9.,]*)" if spec else "([0-9][0-9.,]* [kMGT]?B)" for spec in self._fields]
         self.pattern = re.compile("".join(a + b for a, b in zip(between, [*values, ""], strict=True)))
 
-    def told(self) -> list[str]:
+    def measured(self) -> list[str]:
         """The figures as the pages have them."""
         return [f"{{{spec}}}".format(figure()) for spec, figure in zip(self._fields, self.figures, strict=True)]
 
@@ -45,7 +45,7 @@ class Sentence:
         if len(matches) != 1:
             raise ValueError(f"{self.file} has {len(matches)} times the sentence {self.text!r} of benchmarks/prose.py")
         places = [matches[0].span(number + 1) for number in range(len(self._fields))]
-        for (start, end), value in reversed(list(zip(places, self.told(), strict=True))):
+        for (start, end), value in reversed(list(zip(places, self.measured(), strict=True))):
             text = text[:start] + value + text[end:]
         return text
 
@@ -131,8 +131,8 @@ def used(exchange: str) -> Figure:
 
 def minutes(exchange: str, warmup: int = 0) -> float:
     """Of 1,000 steps over slow links, ``warmup`` of them by data parallelism."""
-    plain, own = took("local", "torch.all_reduce").median, took("local", exchange).median
-    return (warmup * plain + (1000 - warmup) * own) / 60
+    plain, local = took("local", "torch.all_reduce").median, took("local", exchange).median
+    return (warmup * plain + (1000 - warmup) * local) / 60
 
 
 def over_seeds(method: str) -> Figure:

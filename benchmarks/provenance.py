@@ -98,7 +98,7 @@ def stale(folder: Path, root: Path = ROOT) -> str:
         content = json.loads(path.read_text())
         made, *words = content["made"]["revision"].split(",")
         revisions, paths = {made, *content.get("kept_runs", {})}, MEASURES.get(path.stem, ("comm", "dtrain"))
-        counts = [commits_since(each, paths, root) for each in revisions]
+        counts = [commits_since(made_at, paths, root) for made_at in revisions]
         known = [count for count in counts if count is not None]
         since = "unknown" if len(known) < len(counts) else str(max(known))
         rows.append((

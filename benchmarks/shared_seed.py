@@ -123,24 +123,24 @@ class Tuned:
         return [curve["test"][-1] for curve in self.curves]
 
     @property
-    def told(self) -> str:
+    def shown(self) -> str:
         return f"{statistics.mean(self.ends):.3f} ± {statistics.stdev(self.ends):.3f}"
 
     def mean_curve(self) -> list[float]:
         return [statistics.mean(column) for column in zip(*(curve["test"] for curve in self.curves), strict=True)]
 
 
-def _tuned(cells: _Cells, of_rate: Callable[[float], object], rates: Sequence[float], told: str = "{:g}") -> Tuned:
+def _tuned(cells: _Cells, of_rate: Callable[[float], object], rates: Sequence[float], shown: str = "{:g}") -> Tuned:
     """The best of ``rates``; while the largest one is, one that is larger by the same factor is tried too."""
     tried = list(rates)
     best = tried[0]
     while len(rates) > 1:
-        found = [curve["choose"][-1] for curve in cells.all([(of_rate(rate), TUNING) for rate in tried])]
-        best = tried[found.index(max(found))]
+        accuracies = [curve["choose"][-1] for curve in cells.all([(of_rate(rate), TUNING) for rate in tried])]
+        best = tried[accuracies.index(max(accuracies))]
         if best != tried[-1]:
             break
         tried.append(best * round(best / tried[-2]))
-    return Tuned(told.format(best), cells.all([(of_rate(best), seed) for seed in SEEDS]))
+    return Tuned(shown.format(best), cells.all([(of_rate(best), seed) for seed in SEEDS]))
 
 
 def shared_seed(session: Session) -> Report:
@@ -156,8 +156,8 @@ def shared_seed(session: Session) -> Report:
         for method, called in (("fedkseed", "FedKSeed"), ("pro", "FedKSeed, pro")):
             for size in POOLS:
                 asked = Rounds(method, size, 0.0, 1.0, skewed)
-                found = _tuned(cells, partial(_at_rate, asked), (2e-3, 4e-3, 8e-3, 16e-3))
-                federated[f"{called}, K = {size}", kind] = found
+                tuned = _tuned(cells, partial(_at_rate, asked), (2e-3, 4e-3, 8e-3, 16e-3))
+                federated[f"{called}, K = {size}", kind] = tuned
     for share in SHARES:
         size = round(share * PARAMETERS)
         outer = partial(_at_outer, Rounds("ferret", size, 0.2, 1.0))
@@ -179,7 +179,7 @@ def _at_outer(asked: Rounds, rate: float) -> Rounds:
 def projections() -> list[dict[str, float]]:
     """Cosine and norm by directions, and the slope of the mean of 2,000 draws."""
     x = torch.randn(PARAMETERS, generator=torch.Generator().manual_seed(1))
-    found = []
+    rows = []
     for count in (16, 64, 256, 1024):
         unbiased = projection(count, block=PARAMETERS, scaled=True)
         draws = 2000 if count == 64 else 100
@@ -190,23 +190,23 @@ def projections() -> list[dict[str, float]]:
             cosines.append(float(y @ x / (y.norm() * x.norm())))
             norms.append(float(y.norm() / x.norm()))
             mean += y / draws
-        found.append({
+        rows.append({
             "directions": count, "draws": draws, "cosine": statistics.mean(cosines), "norm": statistics.mean(norms),
             "slope": float(mean @ x / (x @ x)),
         })  # fmt: skip
-    return found
+    return rows
 
 
 def replays() -> dict[int, float]:
     """Seconds to walk along so many records of 4 machines, over a million parameters."""
-    size, walk, found = 1_000_000, Walk(1), {}
+    size, walk, seconds = 1_000_000, Walk(1), {}
     values, segments = {"w": torch.zeros(size)}, {"w": Segment("w", 0, size)}
     for count in (25, 50, 100, 200):
         started = time.perf_counter()
         for number in range(count):
             walk_on(values, segments, walk, Step(number, 0, (0, 1, 2, 3), 1e-3, 0.0, bytes([90, 200, 70, 199])))
-        found[count] = time.perf_counter() - started
-    return found
+        seconds[count] = time.perf_counter() - started
+    return seconds
 
 
 def signs_beside_randn(count: int = 10_000_000) -> float:
@@ -251,7 +251,7 @@ def shared_seed_report(
         "## One byte a machine and step",
         table(
             ["", "lr", "accuracy", "steps", "after 300"],
-            [[n, t.rate, t.told, f"{300 * len(t.mean_curve())}", f"{t.mean_curve()[0]:.3f}"] for n, t in both.items()],
+            [[n, t.rate, t.shown, f"{300 * len(t.mean_curve())}", f"{t.mean_curve()[0]:.3f}"] for n, t in both.items()],
         ),
         _plot(
             "Accuracy by step: gradients (above), 16, 4 and 1 machines",
@@ -278,9 +278,9 @@ def shared_seed_report(
         _replay_text((replayed[200] - replayed[25]) / 175),
     ]
     figures: dict[str, object] = {
-        "one byte": {name: dataclasses.asdict(each) for name, each in both.items()},
-        "rounds": {f"{name}, {kind}": dataclasses.asdict(each) for (name, kind), each in federated.items()},
-        "drift": {name: {str(n): v for n, v in each.items()} for name, each in drifts.items()},
+        "one byte": {name: dataclasses.asdict(tuned) for name, tuned in both.items()},
+        "rounds": {f"{name}, {kind}": dataclasses.asdict(tuned) for (name, kind), tuned in federated.items()},
+        "drift": {name: {str(n): error for n, error in errors.items()} for name, errors in drifts.items()},
         "projections": list(projected), "replays": {str(n): seconds for n, seconds in replayed.items()}, "signs": signs,
     }  # fmt: skip
     commands = ("python -m benchmarks shared_seed",)
@@ -290,31 +290,31 @@ def shared_seed_report(
 def _rounds_rows(federated: Mapping[tuple[str, str], Tuned]) -> list[list[str]]:
     rows = []
     for name in dict.fromkeys(name for name, _ in federated):
-        found = [federated.get((name, kind)) for _, kind in KINDS]
-        sent = next(each for each in found if each is not None).curves[0]["sent"][0]
-        reached = _rounds_to(found[0].mean_curve(), 0.8) if found[0] is not None else "-"
-        rows.append([name, *(f"{e.told} ({e.rate})" if e else "-" for e in found), reached, f"{sent:,.0f}"])
+        tuned = [federated.get((name, kind)) for _, kind in KINDS]
+        sent = next(one for one in tuned if one is not None).curves[0]["sent"][0]
+        reached = _rounds_to(tuned[0].mean_curve(), 0.8) if tuned[0] is not None else "-"
+        rows.append([name, *(f"{e.shown} ({e.rate})" if e else "-" for e in tuned), reached, f"{sent:,.0f}"])
     return rows
 
 
 def _projection_checks(projected: Sequence[Mapping[str, float]]) -> Iterator[Check]:
-    for each in projected:
-        k, d = each["directions"], PARAMETERS
+    for row in projected:
+        k, d = row["directions"], PARAMETERS
         for what, ideal in (("cosine", math.sqrt(k / (k + d))), ("norm", math.sqrt((k + d) / k))):
-            off = abs(each[what] / ideal - 1)
+            off = abs(row[what] / ideal - 1)
             yield at_most(f"{what} of {k:.0f} of {d} directions, off the formula", off, 0.1)
-        if each["draws"] == 2000:
-            yield at_most("slope of the mean of 2,000 draws, off 1", abs(each["slope"] - 1), 0.02)
+        if row["draws"] == 2000:
+            yield at_most("slope of the mean of 2,000 draws, off 1", abs(row["slope"] - 1), 0.02)
 
 
 def _projection_table(projected: Sequence[Mapping[str, float]]) -> str:
     rows = []
-    for each in projected:
-        k = each["directions"]
+    for row in projected:
+        k = row["directions"]
         kept = k / (k + PARAMETERS)
         rows.append([
-            f"{k:.0f}", f"{each['cosine']:.3f}", f"{math.sqrt(kept):.3f}", f"{each['norm']:.2f}",
-            f"{1 / math.sqrt(kept):.2f}", f"{each['slope']:.3f}",
+            f"{k:.0f}", f"{row['cosine']:.3f}", f"{math.sqrt(kept):.3f}", f"{row['norm']:.2f}",
+            f"{1 / math.sqrt(kept):.2f}", f"{row['slope']:.3f}",
         ])  # fmt: skip
     return table(["directions", "cosine", "sqrt(K / (K + d))", "norm", "sqrt((K + d) / K)", "slope of the mean"], rows)
 

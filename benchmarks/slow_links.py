@@ -38,22 +38,22 @@ of 64 tokens takes a fifth of that."""
 
 def powersgd(session: Session) -> Report:
     """PyTorch's PowerSGD hook and ours, steps in turn, on four hosts."""
-    found = {}
+    times = {}
     for rate in RATES:
         with devcluster(nodes=4, bandwidth=rate, name=CLUSTER):
-            found[rate] = steps(session, 4, (THEIRS, *OURS), rounds=PAIRS)
-    return powersgd_report(found)
+            times[rate] = steps(session, 4, (THEIRS, *OURS), rounds=PAIRS)
+    return powersgd_report(times)
 
 
 def slow(session: Session) -> Report:
     """Steps of a transformer of 17 million parameters over 100 Mbit/s, and bytes from 2 to 8 ranks."""
     with devcluster(nodes=4, bandwidth="100mbit", name=CLUSTER):
-        found = steps(session, 4, SLOW, rounds=9, batch=SEQUENCES, bucket_mib=BUCKET_MIB)
+        times = steps(session, 4, SLOW, rounds=9, batch=SEQUENCES, bucket_mib=BUCKET_MIB)
     by_ranks = {}
     for ranks in (2, 4, 8):
         with devcluster(nodes=ranks, bandwidth="none", name=CLUSTER):
             by_ranks[ranks] = steps(session, ranks, ("int8_ef",), rounds=2)["int8_ef"].payload_bytes
-    return slow_report(found, by_ranks)
+    return slow_report(times, by_ranks)
 
 
 def local(session: Session) -> Report:
@@ -63,8 +63,8 @@ def local(session: Session) -> Report:
         alone = steps(session, 4, (ALONE,), rounds=1, batch=LOCAL_SEQUENCES, length=length, warmup=1, apart=True)
         tried = alone[ALONE].median
         batch = max(1, round(LOCAL_SEQUENCES * ALONE_SECONDS / tried))
-        found = steps(session, 4, (*LOCAL,), rounds=7, batch=batch, length=length, warmup=1, beside=ALONE, apart=True)
-    return local_report(found, batch)
+        times = steps(session, 4, (*LOCAL,), rounds=7, batch=batch, length=length, warmup=1, beside=ALONE, apart=True)
+    return local_report(times, batch)
 
 
 def steps(
@@ -86,17 +86,17 @@ def steps(
         how = {"bucket_mib": bucket_mib, "warmup": warmup, "beside": beside, "apart": apart}
         return dataclasses.asdict(Asked(out, exchanges, rounds, batch, length, **how))  # type: ignore[arg-type]
 
-    found = json.loads(on_hosts(session, ranks, "benchmarks.step_timing", asked).read_text())
-    return {name: Took(**took) for name, took in found.items()}
+    times = json.loads(on_hosts(session, ranks, "benchmarks.step_timing", asked).read_text())
+    return {name: Took(**took) for name, took in times.items()}
 
 
 # ---- from what was measured -----------------------------------------------------------------------------------------
 
 
-def powersgd_report(found: Mapping[str, Mapping[str, Took]]) -> Report:
+def powersgd_report(times: Mapping[str, Mapping[str, Took]]) -> Report:
     """By rate, theirs and ours."""
     rows, checks, figures = [], [], {}
-    for rate, by in found.items():
+    for rate, by in times.items():
         theirs, links = by[THEIRS], "unshaped" if rate == "none" else rate
         rows.append([links, THEIRS, in_time(theirs.median), "", *_bytes(theirs)])
         for name in OURS:
@@ -126,9 +126,9 @@ def _bytes(took: Took) -> list[str]:
     return [f"{took.payload_bytes:,} B", in_bytes(took.sent_bytes)]
 
 
-def slow_report(found: Mapping[str, Took], by_ranks: Mapping[int, int]) -> Report:
+def slow_report(times: Mapping[str, Took], by_ranks: Mapping[int, int]) -> Report:
     """Steps by exchange, and payload of int8_ef by number of ranks."""
-    alone, plain = found["nothing"].median, found["torch.all_reduce"].median
+    alone, plain = times["nothing"].median, times["torch.all_reduce"].median
     rows = [
         [
             name,
@@ -137,18 +137,18 @@ def slow_report(found: Mapping[str, Took], by_ranks: Mapping[int, int]) -> Repor
             f"{took.median / alone:.2f}x",
             in_bytes(took.sent_bytes),
         ]
-        for name, took in found.items()
+        for name, took in times.items()
     ]
-    chosen = found[CHOSEN].median
+    chosen = times[CHOSEN].median
     growth = {ranks: sent / by_ranks[2] / ((ranks - 1) / ranks / 0.5) for ranks, sent in by_ranks.items()}
     body = (
         "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, all "
         f"of them on two cores; {SEQUENCES} sequences of 64 tokens for each rank, buckets of {BUCKET_MIB} MiB, kernels "
-        f"compiled. Steps of all exchanges in turn, {len(found['nothing'].seconds)} each, of the slowest rank; medians "
+        f"compiled. Steps of all exchanges in turn, {len(times['nothing'].seconds)} each, of the slowest rank; medians "
         "are given. *nothing* does not communicate at all.\n\n"
         + table(["exchange", "step", "faster than fp32", "of the step without", "sent per step"], rows)
         + "\n\nWhat int8_ef sends per rank and step by the two-phase route, which fp32 by all-reduce sends "
-        f"{found['torch.all_reduce'].sent_bytes / found['int8_ef'].sent_bytes:.1f} times of (above):\n\n"
+        f"{times['torch.all_reduce'].sent_bytes / times['int8_ef'].sent_bytes:.1f} times of (above):\n\n"
         + table(["ranks", "payload per rank", "over 2 ranks', less (n - 1) / n"],
                 [[f"{ranks}", in_bytes(sent), f"{growth[ranks]:.4f}"] for ranks, sent in by_ranks.items()])
     )  # fmt: skip
@@ -157,7 +157,7 @@ def slow_report(found: Mapping[str, Took], by_ranks: Mapping[int, int]) -> Repor
         at_most(f"{CHOSEN}, of the step without communication", chosen / alone, 1.25, "x"),
         at_most("growth of bytes per rank from 2 to 8 ranks, less (n - 1) / n", growth[8], 1.01),
     )
-    figures: dict[str, object] = {name: dataclasses.asdict(took) for name, took in found.items()}
+    figures: dict[str, object] = {name: dataclasses.asdict(took) for name, took in times.items()}
     return Report(
         "A slow network",
         body,
@@ -167,18 +167,18 @@ def slow_report(found: Mapping[str, Took], by_ranks: Mapping[int, int]) -> Repor
     )
 
 
-def local_report(found: Mapping[str, Took], batch: int) -> Report:
+def local_report(times: Mapping[str, Took], batch: int) -> Report:
     """Steps by method; compute utilization is the step without communication over the step with it."""
-    alone = found[ALONE].median
-    used = {name: took.utilization if took.beside else 1.0 for name, took in found.items()}
+    alone = times[ALONE].median
+    used = {name: took.utilization if took.beside else 1.0 for name, took in times.items()}
     rows = [
-        [name, in_time(took.median), f"{used[name]:.3f}", in_bytes(took.sent_bytes)] for name, took in found.items()
+        [name, in_time(took.median), f"{used[name]:.3f}", in_bytes(took.sent_bytes)] for name, took in times.items()
     ]
     body = (
         "A transformer of 17 million parameters in DDP on four hosts of `dtrain cluster` with links of 100 Mbit/s, "
         f"each kept to one core, which they share evenly; {batch} sequences of {LOCAL_LENGTH} tokens for each rank, "
         f"kernels compiled. Whole rounds of some {ALONE.partition('/')[2]} steps in turn, "
-        f"{len(found['torch.all_reduce'].seconds)} times; a step is a part of that, of the slowest rank, medians. As "
+        f"{len(times['torch.all_reduce'].seconds)} times; a step is a part of that, of the slowest rank, medians. As "
         "many steps without communication are timed before and after (before only, of fp32's single step); "
         "compute utilization is the mean of the two over "
         "the step between, the median of the rounds. Methods that overlap their rounds are timed from their "
@@ -188,5 +188,5 @@ def local_report(found: Mapping[str, Took], batch: int) -> Report:
     checks = [at_least(f"compute utilization of {name}", used[name], line) for name, line in LOCAL.items() if line]
     checks.append(at_most("compute utilization of fp32 data parallelism", used["torch.all_reduce"], 0.15))
     checks.append(at_most("step without communication, off 0.8 s", abs(alone - 0.8), 0.1, " s"))
-    figures = {name: dataclasses.asdict(took) for name, took in found.items()}
+    figures = {name: dataclasses.asdict(took) for name, took in times.items()}
     return Report("Local updates on a slow network", body, ("python -m benchmarks local",), tuple(checks), figures)

@@ -76,7 +76,7 @@ class Took:
     @property
     def utilization(self) -> float:
         """The step beside it over its own, the median of all rounds."""
-        return statistics.median(alone / own for alone, own in zip(self.beside, self.seconds, strict=True))
+        return statistics.median(alone / seconds for alone, seconds in zip(self.beside, self.seconds, strict=True))
 
 
 class _Training:
@@ -178,16 +178,16 @@ def _measure(asked: Asked) -> None:
                 payload[name] += paid
                 if again:
                     seconds[asked.beside].append(beside)
-    own, longest = _slowest(seconds), _slowest(alone)
+    slowest, longest = _slowest(seconds), _slowest(alone)
     if rank == 0:
-        found = {
+        times = {
             name: Took(
-                own[name], sent[name] // asked.rounds, payload[name] // asked.rounds,
+                slowest[name], sent[name] // asked.rounds, payload[name] // asked.rounds,
                 [(a + b) / 2 for a, b in zip(longest[name][::2], longest[name][1::2], strict=True)],
             )
             for name in names
         }  # fmt: skip
-        Path(asked.out).write_text(json.dumps({name: asdict(took) for name, took in found.items()}))
+        Path(asked.out).write_text(json.dumps({name: asdict(took) for name, took in times.items()}))
     for training in trainings.values():
         if training.attached is not None:
             training.attached.detach()

@@ -70,8 +70,8 @@ def wait_until_all_wait(folder: Path) -> str:
 def seen_at(folder: Path) -> list[float]:
     """When each rank that has seen the signal so far wrote that it had."""
     logs = sorted((folder / "logs").glob("rank-*.log"))
-    found = [SEEN.search(log.read_text()) for log in logs]
-    return [datetime.datetime.fromisoformat(match[1]).astimezone().timestamp() for match in found if match]
+    matches = [SEEN.search(log.read_text()) for log in logs]
+    return [datetime.datetime.fromisoformat(match[1]).astimezone().timestamp() for match in matches if match]
 
 
 def stopping_report(delays: list[list[float]], waiting: list[str]) -> Report:

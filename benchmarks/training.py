@@ -135,15 +135,15 @@ def kill_report(undisturbed: Run, killed: Run, step: int) -> Report:
         [name, f"{run.validation:.6f}", f"`{run.summary.parameters_digest}`", in_time(run.seconds)]
         for name, run in runs.items()
     ]
-    told = "\n".join(line for line in killed.printed.splitlines() if "SIGKILL" in line or line.startswith("restart "))
+    said = "\n".join(line for line in killed.printed.splitlines() if "SIGKILL" in line or line.startswith("restart "))
     body = (
         f"The same command twice; in the second run one of the workers got SIGKILL at step {step} of "
-        f"{killed.summary.steps}. What the command said of it:\n\n```\n{told}\n```\n\n"
+        f"{killed.summary.steps}. What the command said of it:\n\n```\n{said}\n```\n\n"
         + table(["run", "validation loss", "SHA-256 of the parameters", "wall-clock"], rows)
     )
     equal = undisturbed.summary.parameters_digest == killed.summary.parameters_digest
     checks = (
-        Check("restarts", f"{told.count('restart ')}", "at least 1", "restart " in told),
+        Check("restarts", f"{said.count('restart ')}", "at least 1", "restart " in said),
         Check("digests of the parameters", "equal" if equal else "different", "equal", equal),
     )
     return Report(

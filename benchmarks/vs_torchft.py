@@ -168,7 +168,7 @@ def main(asked: Asked) -> None:
                 training.attached.detach()
     everybody = told_by_all(seconds)
     if rank == 0:
-        found = {
+        by_library = {
             name: Trained(
                 trainings[name].losses,
                 [max(of_ranks) for of_ranks in zip(*(one[name] for one in everybody), strict=True)],
@@ -176,7 +176,8 @@ def main(asked: Asked) -> None:
             )
             for name in names
         }
-        Path(asked.out).write_text(json.dumps({name: dataclasses.asdict(each) for name, each in found.items()}))
+        contents = {name: dataclasses.asdict(trained) for name, trained in by_library.items()}
+        Path(asked.out).write_text(json.dumps(contents))
     dist.barrier()
     if served is not None:
         served.shutdown()
@@ -190,14 +191,14 @@ def torchft(session: Session) -> Report:
     """DiLoCo of torchft and ours on four hosts, links of 1 Gbit/s."""
     with devcluster(nodes=RANKS, bandwidth="1gbit", name=CLUSTER):
         folder = on_hosts(session, RANKS, "benchmarks.vs_torchft", lambda out: dataclasses.asdict(Asked(out)))
-    found = json.loads(folder.read_text())
-    return torchft_report({name: Trained(**each) for name, each in found.items()}, Asked(""))
+    by_library = json.loads(folder.read_text())
+    return torchft_report({name: Trained(**trained) for name, trained in by_library.items()}, Asked(""))
 
 
-def torchft_report(found: Mapping[str, Trained], asked: Asked) -> Report:
+def torchft_report(by_library: Mapping[str, Trained], asked: Asked) -> Report:
     """By library and codec."""
-    theirs, rows, checks = found[THEIRS], [], []
-    for name, ours in found.items():
+    theirs, rows, checks = by_library[THEIRS], [], []
+    for name, ours in by_library.items():
         ratio = statistics.median(b / a for a, b in zip(theirs.seconds, ours.seconds, strict=True))
         label = THEIRS if name == THEIRS else f"dtrain, {name}"
         rows.append([
@@ -208,7 +209,7 @@ def torchft_report(found: Mapping[str, Trained], asked: Asked) -> Report:
             checks.append(at_most(f"round of {label} over theirs", ratio, 1.0))
         if name not in (THEIRS, OURS):
             checks.append(at_most(f"bytes of {label} over theirs", ours.sent_bytes / theirs.sent_bytes, 0.999))
-    apart = [abs(a - b) / abs(a) for a, b in zip(theirs.losses, found[OURS].losses, strict=True)]
+    apart = [abs(a - b) / abs(a) for a, b in zip(theirs.losses, by_library[OURS].losses, strict=True)]
     compared = min(COMPARED, len(apart))
     checks.append(at_most(f"largest difference of a loss in {compared} steps, relative", max(apart[:compared]), 1e-4))
     largest = [max(apart[start : start + asked.every_steps]) for start in range(0, len(apart), asked.every_steps)]
@@ -227,7 +228,7 @@ def torchft_report(found: Mapping[str, Trained], asked: Asked) -> Report:
         + ", ".join(f"{largest[number]:.0e} in round {number + 1}" for number in range(1, len(largest), 6))
         + "."
     )
-    figures = {name: dataclasses.asdict(each) for name, each in found.items()}
+    figures = {name: dataclasses.asdict(trained) for name, trained in by_library.items()}
     return Report("DiLoCo beside torchft's", body, ("python -m benchmarks torchft",), tuple(checks), figures)
 
 

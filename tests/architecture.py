@@ -157,7 +157,7 @@ class Architecture:
                 after = [node.cls]
             else:
                 continue
-            names = [self._meaning(module, each) for each in after]
+            names = [self._meaning(module, expression) for expression in after]
             owners = (module.name, *CLOSED)
             concrete = [name for name in names if self._concrete(name) and name.rpartition(".")[0] not in owners]
             if concrete:
@@ -194,7 +194,7 @@ def _alternatives(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.BinOp):
         return [*_alternatives(node.left), *_alternatives(node.right)]
     if isinstance(node, ast.Tuple):
-        return [each for element in node.elts for each in _alternatives(element)]
+        return [expression for element in node.elts for expression in _alternatives(element)]
     return [node]
 
 
@@ -241,7 +241,7 @@ def table(architecture: Architecture) -> str:
         f"{sum(count > 15 for count in fan_out.values())}",
         *(f"    {count} {path}" for path, count in widest),
         f"depth of inheritance {deepest}; classes deeper than 2: {len(deep)}",
-        *(f"    {' <- '.join(name.rpartition('.')[2] for name in reversed(lines[each]))}" for each in deep),
+        *(f"    {' <- '.join(name.rpartition('.')[2] for name in reversed(lines[name]))}" for name in deep),
         f"isinstance on concrete classes of other modules {len(questions)}",
         *(f"    {question}" for question in questions),
         f"import circles {len(circles)}, of {sum(map(len, circles))} modules",

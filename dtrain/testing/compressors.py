@@ -85,14 +85,14 @@ def _check_coding(compressor: Compressor, rows: Tensor, what: str) -> None:
     assert torch.equal(rows, before), f"{what}: encode wrote into its input"
     sent, declared = payload_bytes(payload), rows.shape[0] * compressor.row_bytes(width)
     assert sent == declared, f"{what}: {sent} bytes were sent, row_bytes declares {declared} for these rows"
-    assert all(part.shape[:1] == rows.shape[:1] for part in payload), f"{what}: a payload tensor has no row per row"
-    kept = tuple(part.clone() for part in payload)
+    assert all(tensor.shape[:1] == rows.shape[:1] for tensor in payload), f"{what}: a payload tensor has no row per row"
+    kept = tuple(tensor.clone() for tensor in payload)
     decoded = compressor.decode(payload, width, KEY.shared)
     assert decoded.shape == rows.shape, f"{what}: decoded to {tuple(decoded.shape)}, encoded from {tuple(rows.shape)}"
     assert decoded.dtype == torch.float32, f"{what}: decoded to {decoded.dtype}; fp32 is the contract"
     assert _same(payload, kept), f"{what}: decode wrote into the payload"
     assert _same(payload, compressor.encode(rows, KEY)), f"{what}: the same key gave other bytes"
-    last = compressor.decode(tuple(part[-1:] for part in payload), width, KEY.shared)
+    last = compressor.decode(tuple(tensor[-1:] for tensor in payload), width, KEY.shared)
     assert torch.equal(last[0], _round_trip(compressor, rows)[-1]), f"{what}: a row alone decodes to something else"
     assert torch.equal(torch.get_rng_state(), generators), f"{what}: the global generator moved; use key.generator()"
     if not bool(rows.any()):
@@ -108,9 +108,9 @@ def _check_contraction(compressor: Compressor, rows: Tensor, what: str) -> None:
         keys = keys[:40]
     errors = torch.tensor([float((_round_trip(compressor, rows, key) - rows).double().square().sum()) for key in keys])
     spread = float(errors.std()) / math.sqrt(len(keys)) if len(keys) > 1 else 0.0
-    found, allowed = float(errors.mean()) / size, 1 - compressor.delta
-    assert found <= allowed * (1 + 1e-5) + 4 * spread / size + 1e-12, (
-        f"{what}: the error is {found:.4g} of |x|^2, delta = {compressor.delta:.4g} allows {allowed:.4g}"
+    error, allowed = float(errors.mean()) / size, 1 - compressor.delta
+    assert error <= allowed * (1 + 1e-5) + 4 * spread / size + 1e-12, (
+        f"{what}: the error is {error:.4g} of |x|^2, delta = {compressor.delta:.4g} allows {allowed:.4g}"
     )
 
 
@@ -153,8 +153,8 @@ def _check_unbiased(compressor: Compressor) -> None:
     normal = torch.randn(1, 61, generator=generator)
     tailed = normal / torch.rand(1, 61, generator=generator).clamp(min=0.02)
     for rows in (normal, tailed):
-        found = [_round_trip(compressor, rows, Key(seed, 0, 0, "w", FIRST_PHASE)) for seed in range(DRAWS)]
-        draws = torch.cat(found).double()
+        decoded = [_round_trip(compressor, rows, Key(seed, 0, 0, "w", FIRST_PHASE)) for seed in range(DRAWS)]
+        draws = torch.cat(decoded).double()
         off = (draws.mean(0) - rows[0].double()).abs()
         # What is rarer than 12 in all draws may not have been seen at all, and moves an element by no more than others.
         unseen = 12 / DRAWS * float((draws - rows.double()).abs().amax())

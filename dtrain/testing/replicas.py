@@ -71,8 +71,8 @@ class Replica:
         return self.channel.places["replicate"]
 
     def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> Parameters:
-        own = {fqn: value for fqn, value in self.values.items() if fqns is None or fqn in fqns}
-        return copied(own) if copy else own
+        values = {fqn: value for fqn, value in self.values.items() if fqns is None or fqn in fqns}
+        return copied(values) if copy else values
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         for fqn, value in values.items():

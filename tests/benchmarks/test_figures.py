@@ -15,7 +15,7 @@ def test_a_sentence_has_the_figures_of_its_page(sentence: Sentence) -> None:
     text = (ROOT / sentence.file).read_text()
     match = sentence.pattern.search(text)
     assert match, f"{sentence.file} has no such sentence: change it in benchmarks/prose.py, too"
-    assert list(match.groups()) == sentence.told()
+    assert list(match.groups()) == sentence.measured()
     assert sentence.written_into(text) == text  # it is there once
 
 

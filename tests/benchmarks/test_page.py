@@ -22,7 +22,7 @@ from benchmarks.harness import Run, Session, as_figures
 from benchmarks.kernels import Speed, kernels_report
 from benchmarks.lgreco import PLAIN, SETTINGS, lgreco_report, solving_seconds
 from benchmarks.one_byte import one_byte_report
-from benchmarks.overlap import Found, overlap_report
+from benchmarks.overlap import Exposure, overlap_report
 from benchmarks.page import Check, Circumstances, Report, at_least, at_most, page, table
 from benchmarks.provenance import ROOT
 from benchmarks.shared_seed import DRAWN_POOLS, FEDAVG, KINDS, ONE_BYTE, Tuned, shared_seed_report
@@ -328,7 +328,7 @@ def test_our_diloco_is_held_to_torchfts(loss: float, seconds: float, sent: int, 
 
 @pytest.mark.parametrize(("short", "long", "lines"), [(0.01, 1.2, 0), (0.3, 1.2, 1), (0.01, 2.0, 1)])
 def test_overlap_hides_what_fits_and_the_rest_is_seen(short: float, long: float, lines: int) -> None:
-    found = {"fast": Found(0.2, 0.5, short), "between": Found(0.2, 0.8, 0.1), "slow": Found(0.2, 2.0, long)}
+    found = {"fast": Exposure(0.2, 0.5, short), "between": Exposure(0.2, 0.8, 0.1), "slow": Exposure(0.2, 2.0, long)}
     report = overlap_report(found)
     assert len(missed(report)) == lines and "xychart-beta" in report.body
 
