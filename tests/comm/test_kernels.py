@@ -162,6 +162,13 @@ def test_what_is_small_or_rare_is_never_compiled(monkeypatch: pytest.MonkeyPatch
     kernel.compile_what_is_due()
     kernel.compile_what_is_due()
     assert len(compiled) == 1
+    monkeypatch.setenv("DTRAIN_COMPILE", "early")
+    early = Kernel(doubled)
+    for values in (small, large):
+        early(values, torch.empty_like(values))
+        early.compile_what_is_due()
+    assert len(compiled) == 2  # what is large, after its first call
+    monkeypatch.setenv("DTRAIN_COMPILE", "auto")
     kernel(large, out := torch.empty_like(large))
     assert torch.equal(out, 2 * large)
 
