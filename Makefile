@@ -15,7 +15,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system train test test-quick test-cluster check fuzz kill evidence clean
+.PHONY: help setup setup-system train test test-quick test-cluster check fuzz kill evidence measured-beside clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -79,9 +79,11 @@ fuzz: setup
 kill: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.kill_and_resume $(ARGS)
 
-evidence: setup setup-system
-	@$(BIN)/python -c 'import torchft, sklearn' 2>/dev/null || $(PIP) torchft scikit-learn  # measured beside ours, and data
+evidence: setup $(if $(filter stale prose,$(ARGS)),,setup-system measured-beside)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+measured-beside: setup
+	@$(BIN)/python -c 'import torchft, sklearn' 2>/dev/null || $(PIP) torchft scikit-learn  # and data
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
