@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
-from dtrain.launchers import job_list, mpi, registry
+from dtrain.launchers import job_list, mpi, rank, registry
 from dtrain.launchers import trust as trusted
-from dtrain.launchers.argv import sent
 from dtrain.launchers.environment import ALLOCATED, CLUSTER
 from dtrain.launchers.exit_codes import ENDINGS, FAILED
 from dtrain.launchers.inherited_environment import Kept, handed_on
@@ -36,12 +35,7 @@ from dtrain.launchers.probe import FOLDER, HANG_SECONDS
 from dtrain.launchers.records import ATTEMPT, RankRecord, keep_attempt, rank_files, write_end
 from dtrain.launchers.strict_json import Damaged, json_of, shaped
 
-__all__ = ["BackgroundJob", "BackgroundLauncher", "LocalLauncher", "MpiLauncher", "rank_command"]
-
-
-def rank_command(program: Sequence[str], folder: Path, python: str = "") -> list[str]:
-    """The command line of one rank: the program under the process that records how it ended, by ``python``."""
-    return [python or sys.executable, "-P", "-m", "dtrain.launchers.rank", str(folder), "--", *sent(program)]
+__all__ = ["BackgroundJob", "BackgroundLauncher", "LocalLauncher", "MpiLauncher"]
 
 
 class BackgroundLauncher(Launcher, Protocol):
@@ -178,7 +172,7 @@ class LocalLauncher(Keys):
 
     def render(self, program: Sequence[str], *, folder: Path, name: str = "job", replicas: int = 1) -> str:
         """The command of each rank."""
-        command = rank_command(command_of(program, folder, python=self.python), folder, self.python)
+        command = rank.command(command_of(program, folder, python=self.python), folder, self.python)
         return f"# {self.workers} ranks on this machine, each:\n{shlex.join(command)}\n"
 
     def start(self, program: Program, *, folder: Path, name: str = "job", replicas: int = 1) -> Job:
@@ -272,7 +266,7 @@ class MpiLauncher(Allocation, Keys):
         """The mpirun line."""
         found, nodes = _found(self.mpirun), mpi.nodes_of_slurm()
         ranks = mpi.complete(found, self._ranks(self.variables()), nodes=nodes)
-        command = rank_command(command_of(program, folder, python=self.python), folder, self.python)
+        command = rank.command(command_of(program, folder, python=self.python), folder, self.python)
         here = mpi.names_of_this_host()
         return shlex.join(mpi.line(found, command, ranks, nodes=nodes, root=os.geteuid() == 0, here=here)) + "\n"
 
@@ -323,7 +317,7 @@ def main(launcher: str, folder: Path) -> None:
         settings, program = stored(launcher, folder / "background.json")
     except Damaged as damage:
         raise SystemExit(f"{folder / 'background.json'} is damaged ({damage}); submit the job again") from damage
-    command = rank_command(program, folder, settings.python)
+    command = rank.command(program, folder, settings.python)
     ours = {FOLDER: str(rank_files(folder)), HANG_SECONDS: f"{settings.hang_seconds:g}"}
     stopped = settings.run(command, folder, {**settings.variables(), **ours})
     code = RankRecord.verdict(folder, settings.workers)

@@ -1,6 +1,6 @@
 """A rank's place in its job, read from whatever started it: torchrun, Open MPI, MPICH, Slurm, or plain variables.
 
-A backend is a dictionary: field -> the variable that holds it. Training scripts read the usual names (RANK, WORLD_SIZE,
+A `Backend` names the variables that hold it. Training scripts read the usual names (RANK, WORLD_SIZE,
 LOCAL_RANK, LOCAL_WORLD_SIZE, GROUP_RANK), which `Environment.export` writes for all of them.
 """
 
@@ -27,27 +27,43 @@ _USUAL = {
     "node": "GROUP_RANK",
 }  # fmt: skip
 
-BACKENDS: dict[str, dict[str, str]] = {
-    "torchrun": {
+
+@dataclass(frozen=True)
+class Backend:
+    """What starts ranks. ``variables``: field of `Environment` -> the variable that holds it, ``here``: that tells it.
+
+    ``signals_all``: it signals every process of a rank itself, so that passing a signal on would deliver it twice.
+    ``mpi``: it is an mpirun.
+    """
+
+    variables: Mapping[str, str]
+    signals_all: bool = False
+    mpi: bool = False
+
+
+BACKENDS = {
+    "torchrun": Backend({
         **_USUAL, "nodes": "GROUP_WORLD_SIZE", "restart": "TORCHELASTIC_RESTART_COUNT", "here": "TORCHELASTIC_RUN_ID",
-    },
-    "openmpi": {
+    }),
+    "openmpi": Backend({
         "rank": "OMPI_COMM_WORLD_RANK", "world": "OMPI_COMM_WORLD_SIZE", "local_rank": "OMPI_COMM_WORLD_LOCAL_RANK",
         "local_world": "OMPI_COMM_WORLD_LOCAL_SIZE", "here": "OMPI_COMM_WORLD_RANK",
-    },
-    "mpich": {
+    }, signals_all=True, mpi=True),
+    "mpich": Backend({
         "rank": "PMI_RANK", "world": "PMI_SIZE", "local_rank": "MPI_LOCALRANKID", "local_world": "MPI_LOCALNRANKS",
         "here": "MPI_LOCALRANKID",
-    },
-    "slurm": {
+    }, signals_all=True, mpi=True),
+    "slurm": Backend({
         "rank": "SLURM_PROCID", "world": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID", "node": "SLURM_NODEID",
         "nodes": "SLURM_NNODES", "tasks": "SLURM_STEP_TASKS_PER_NODE", "restart": "SLURM_RESTART_COUNT",
         "here": "SLURM_STEP_ID",
-    },
-    "plain": {**_USUAL, "here": "RANK"},
+    }, signals_all=True),
+    "plain": Backend({**_USUAL, "here": "RANK"}),
 }  # fmt: skip
 """In the order in which they are looked for: what started a process last is what counts, and mpirun and torchrun are
-started within a Slurm job, not the other way round. ``here``: the variable that tells that it was this backend."""
+started within a Slurm job, not the other way round."""
+NOBODY = Backend({})
+"""Of a process that nobody launched."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +94,10 @@ class Environment:
         ...     "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}).local_world
         2
         """
-        backend = next((name for name, names in BACKENDS.items() if names["here"] in variables), None)
+        backend = next((name for name, one in BACKENDS.items() if one.variables["here"] in variables), None)
         if backend is None:
             return cls("none", 0, 1, 0, 1, 0, 1, 0)
-        names = BACKENDS[backend]
+        names = BACKENDS[backend].variables
 
         def number(field: str, default: int | None) -> int:
             name = names.get(field)
@@ -112,6 +128,11 @@ class Environment:
             backend, rank + offset, whole, local_rank, local_world, node, nodes, restart,
             variables.get("MASTER_ADDR", ""), int(port) if port.isdecimal() and len(port) < 6 else 0,
         )  # fmt: skip
+
+    @property
+    def started_by(self) -> Backend:
+        """What started this rank."""
+        return BACKENDS.get(self.backend, NOBODY)
 
     def export(self) -> dict[str, str]:
         """The usual variables, as torchrun writes them. MASTER_ADDR and MASTER_PORT come from the launcher."""

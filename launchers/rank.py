@@ -17,13 +17,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from dtrain.launchers import mpi, probe
 from dtrain.launchers import trust as trusted
-from dtrain.launchers.argv import received
 from dtrain.launchers.code_copy import CODE
 from dtrain.launchers.environment import Environment
 from dtrain.launchers.exit_codes import BAD_CONFIG, ENDED_WELL, FAILED, of_process
@@ -32,9 +31,14 @@ from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.records import ATTEMPT, RankRecord, rank_files
 from dtrain.launchers.stop_signals import STOP_SIGNALS
 
+RANK = ("-P", "-m", "dtrain.launchers.rank")
+"""The arguments of an interpreter that runs this. -P: a folder called dtrain in the working directory is no library."""
 LOCK_SECONDS = 120.0  # ranks of an attempt that has failed may still be on their way out, a command on its way back
-ALREADY_SIGNALLED = ("slurm", "openmpi", "mpich")
-"""Backends that signal every process of a rank themselves. Passing a signal on would deliver it twice."""
+
+
+def command(program: Sequence[str], folder: Path, python: str = "") -> list[str]:
+    """The command line that starts a rank: the program under this process, by ``python``; by default by this one."""
+    return [python or sys.executable, *RANK, str(folder), "--", *sent(program)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -67,7 +71,7 @@ def run(folder: Path, program: Sequence[str], place: Environment) -> int:
             code = BAD_CONFIG
     record.end(ranks, code, log=log, log_start=start)
     code = of_process(code)
-    if place.backend in ("openmpi", "mpich"):
+    if place.started_by.mpi:
         mpi.leave(code, place.backend)
     return 0 if code in ENDED_WELL else code
 
@@ -148,7 +152,7 @@ def _spawn(command: list[str], environment: dict[str, str], output: int, place: 
     except OSError as error:
         os.write(output, f"cannot start {command[0]}: {error.strerror}\n".encode())
         return BAD_CONFIG
-    with _signals(child, carried, forward=place.backend not in ALREADY_SIGNALLED):
+    with _signals(child, carried, forward=not place.started_by.signals_all):
         return child.wait()
 
 
@@ -172,6 +176,33 @@ def _signals(
     finally:
         for number, before in old.items():
             signal.signal(number, before)
+
+
+# ---- words on their way through mpirun and srun --------------------------------------------------------------------
+# Both take a lone colon for the end of a command. So a word that is nothing but colons gets one more where the command
+# line is written, and loses it here.
+
+
+def sent(words: Iterable[str]) -> list[str]:
+    """The words as they stand on the command line of mpirun or srun.
+
+    >>> sent(["train.py", "a", ":", "b:c", "::"])
+    ['train.py', 'a', '::', 'b:c', ':::']
+    """
+    return [f"{word}:" if _colons(word) else word for word in words]
+
+
+def received(words: Iterable[str]) -> list[str]:
+    """The words that `sent` was given.
+
+    >>> received(sent([":", "", "::", "x"]))
+    [':', '', '::', 'x']
+    """
+    return [word[:-1] if _colons(word) else word for word in words]
+
+
+def _colons(word: str) -> bool:
+    return bool(word) and not word.strip(":")
 
 
 if __name__ == "__main__":

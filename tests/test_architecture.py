@@ -293,7 +293,7 @@ WIDER = {
 """Modules that import more of ours, and how many at most. This and what follows gets shorter, never longer."""
 DEEPER: set[str] = {
     "AttachedFedKSeed", "AttachedFerret", "AttachedOneByte", "_AttachedOneBitAdam", "AttachedDirected", "Noted",
-    "AttachedElastic", "AttachedElasticOneByte", "AttachedOffloaded", "AttachedSharded", "SlurmLauncher",
+    "AttachedElastic", "AttachedElasticOneByte", "AttachedOffloaded", "AttachedSharded",
 }  # fmt: skip
 """Classes whose parent inherits, too."""
 ASKED: set[str] = {

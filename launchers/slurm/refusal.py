@@ -1,12 +1,166 @@
-"""What sbatch says when it refuses a job, with the keys of dtrain that made the directives it speaks of."""
+"""What Slurm would refuse, or accept and never start, found out before anything is submitted; and what sbatch refuses.
+
+Both are told with the keys of dtrain that made the directives, the value, and the way out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dtrain.launchers.slurm.settings import SlurmSettings
+from dtrain.launchers.slurm.client import Partition, SlurmError, ask, count_of, partitions
+from dtrain.launchers.slurm.group import Group
 
-__all__ = ["told", "unanswered"]
+if TYPE_CHECKING:
+    from dtrain.launchers.slurm.launcher import SlurmLauncher
+
+__all__ = ["problems", "told", "too_many_cpus", "unanswered"]
+
+LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
+MOST_NODES = 1 << 16
+OVERCOMMITTED = ("overcommit", "O")
+LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/scratch/local", "/local")
+
+
+def problems(settings: SlurmLauncher, folder: Path, *, one_machine: bool = False) -> list[str]:
+    """Everything that Slurm has against the job, each with the value and the way out; empty if nothing does.
+
+    ``one_machine``: all nodes are hosts of this machine (`dtrain cluster`), which share all of its disks.
+
+    Raises ``SlurmError`` where Slurm is missing or silent.
+    """
+    known = partitions()
+    found = [*_partition(settings, known), *([] if one_machine else _folder(folder))]
+    alone = settings.all_workers <= settings.all_nodes and settings.threads_per_worker == 1 and not settings.groups
+    if found or alone:  # every node has one CPU
+        return found
+    return list(too_many_cpus(settings, _cpus_of_nodes()))
+
+
+def _partition(settings: SlurmLauncher, known: list[Partition]) -> Iterator[str]:
+    wanted = [group.partition or settings.partition for group in settings.components] or [settings.partition]
+    nodes = [group.nodes for group in settings.components] or [settings.nodes]
+    names = ", ".join(partition.name for partition in known) or "none"
+    for name, count in zip(wanted, nodes, strict=True):
+        if not name and not any(partition.default for partition in known):
+            yield f"the cluster has no default partition (there are {names}); set launcher.partition"
+            continue
+        missing = [part for part in name.split(",") if name and part not in {partition.name for partition in known}]
+        if missing:
+            shell = os.environ.get("SBATCH_PARTITION") == name
+            whence = ", which SBATCH_PARTITION of this shell names" if shell else ""
+            yield f"there is no partition {', '.join(missing)}{whence} (there are {names}); set launcher.partition"
+            continue
+        # Of several the job takes the one that lets it start first, so one that will do is enough.
+        of_each = [
+            list(_of_partition(settings, count, partition, names))
+            for partition in known
+            if (partition.name in name.split(",") if name else partition.default)
+        ]
+        if all(of_each):
+            yield from dict.fromkeys(problem for found in of_each for problem in found)
+
+
+def _of_partition(settings: SlurmLauncher, nodes: int, partition: Partition, names: str) -> Iterator[str]:
+    if not partition.up:
+        yield f"partition {partition.name} is not up; choose another (there are {names})"
+    if partition.nodes is not None and nodes > partition.nodes:
+        yield (
+            f"launcher.nodes={nodes}, but partition {partition.name} has {partition.nodes} nodes, so the job would "
+            "wait for ever; take fewer, or another partition"
+        )
+    if partition.minutes is not None and settings.minutes > partition.minutes:
+        yield (
+            f"launcher.minutes={settings.minutes} is more than partition {partition.name} allows, which is "
+            f"{partition.minutes}; the job goes on after each limit, so set launcher.minutes={partition.minutes}"
+        )
+
+
+def _cpus_of_nodes() -> dict[str, list[int]]:
+    """Of each partition, the CPUs of each of its nodes; the default one is also called "".
+
+    Empty if nobody says; without those of which a line cannot be read, which are Slurm's to judge.
+    """
+    try:
+        answer = ask("sinfo", "--noheader", "--exact", "--format", "%P|%D|%c")
+    except SlurmError:  # the check is a kindness: Slurm has the last word
+        return {}
+    found: dict[str, list[int]] = {}
+    unread: set[str] = set()
+    for line in answer.splitlines():
+        name, _, rest = line.strip().partition("|")
+        nodes, _, cpus = rest.partition("|")
+        many, each = count_of(nodes), count_of(cpus)
+        names = {name.strip().rstrip("*"), *([""] if name.strip().endswith("*") else [])}
+        if many is None or each is None or many > MOST_NODES:
+            unread |= names
+            continue
+        for known in names:
+            found.setdefault(known, []).extend([each] * many)
+    return {name: cpus for name, cpus in found.items() if name not in unread}
+
+
+def too_many_cpus(settings: SlurmLauncher, known: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """Ranks whose CPUs no node has. ``known``: of each partition, the CPUs of each of its nodes; "": of the default.
+
+    >>> from dtrain.launchers.slurm.launcher import SlurmLauncher
+    >>> list(too_many_cpus(SlurmLauncher(threads_per_worker=64), {"": [8, 64]}))
+    []
+    """
+    if any(directive.lstrip("-").split("=")[0] in OVERCOMMITTED for directive in settings.sbatch):
+        return
+    whole = Group(nodes=settings.nodes, workers=settings.workers, partition=settings.partition)
+    for group in settings.components or (whole,):
+        name = group.partition or settings.partition
+        # Of several partitions the job takes one: the nodes of that which has the most will do.
+        nodes = max((known.get(part, ()) for part in name.split(",")), key=lambda cpus: max(cpus, default=0))
+        ranks = -(-group.workers // group.nodes)
+        wanted = ranks * settings.threads_per_worker
+        if not nodes or sum(cpus >= wanted for cpus in nodes) >= group.nodes:
+            continue
+        most = sorted(nodes, reverse=True)[min(group.nodes, len(nodes)) - 1]
+        where = f"of partition {name}" if name else "of the default partition"
+        fits = most // ranks
+        way = f"set launcher.threads_per_worker to at most {fits}, or " if fits else ""
+        yield (
+            f"launcher.threads_per_worker={settings.threads_per_worker} with {ranks} workers on each node takes "
+            f"{wanted} CPUs there, but of the {len(nodes)} nodes {where} too few have more than {most}, so the job "
+            f"would wait for ever; {way}take more launcher.nodes, fewer launcher.workers, or another launcher.partition"
+        )
+
+
+def _folder(folder: Path) -> Iterator[str]:
+    """A folder of a node's own disk is another one on every node, and lost with the node."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    real = existing.resolve()
+    kind = _file_system(real)
+    if kind in LOCAL_FILE_SYSTEMS or any(real.is_relative_to(local) for local in LOCAL_FOLDERS):
+        yield (
+            f"{folder} is on a disk of this machine alone ({kind} at {real}), which the nodes of the job do not see; "
+            "choose run.dir on a file system that all nodes share"
+        )
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that holds ``path``."""
+    best, kind = "", "unknown"
+    try:
+        lines = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return kind
+    for line in lines:
+        _, mount, found, *_ = line.split()
+        mount = mount.replace("\\040", " ")
+        if len(mount) >= len(best) and (path == Path(mount) or path.is_relative_to(mount)):
+            best, kind = mount, found
+    return kind
+
+
+# ---- what sbatch says ----------------------------------------------------------------------------------------------
 
 SILENCE = ("Unable to contact slurm controller", "Connection refused", "timed out", "munge")
 
@@ -33,11 +187,12 @@ def unanswered(said: str) -> bool:
     return any(word.lower() in said.lower() for word in SILENCE)
 
 
-def told(said: str, settings: SlurmSettings) -> str:
+def told(said: str, settings: SlurmLauncher) -> str:
     """The message for a person: each of sbatch's lines once, the keys it may mean, and the way out.
 
+    >>> from dtrain.launchers.slurm.launcher import SlurmLauncher
     >>> print(told("sbatch: error: Batch job submission failed: Invalid feature specification",
-    ...            SlurmSettings(constraint="a100")))
+    ...            SlurmLauncher(constraint="a100")))
     sbatch refused the job: Batch job submission failed: Invalid feature specification
     This comes from launcher.constraint=a100 (--constraint): change it, or leave it out; ...
     """
@@ -59,12 +214,12 @@ def _bare(line: str) -> str:
     return line.strip().removeprefix("sbatch: ").removeprefix("error: ")
 
 
-def _asked(settings: SlurmSettings) -> list[tuple[str, str]]:
+def _asked(settings: SlurmLauncher) -> list[tuple[str, str]]:
     """The topic of each directive that the job was given, and the key and value that made it."""
     return list(_keys(settings))
 
 
-def _keys(settings: SlurmSettings) -> Iterator[tuple[str, str]]:
+def _keys(settings: SlurmLauncher) -> Iterator[tuple[str, str]]:
     named = (
         ("memory", "memory_gib", "mem", settings.memory_gib),
         ("constraint", "constraint", "constraint", settings.constraint),

@@ -6,13 +6,17 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dtrain.launchers.argv import sent
 from dtrain.launchers.code_copy import Snapshot
 from dtrain.launchers.environment import RANK_OFFSET, WORLD
 from dtrain.launchers.probe import HANG_SECONDS
+from dtrain.launchers.rank import RANK, sent
 from dtrain.launchers.rendezvous import INTERFACES
-from dtrain.launchers.slurm.settings import Group, SlurmSettings
+from dtrain.launchers.slurm.group import Group
+
+if TYPE_CHECKING:
+    from dtrain.launchers.slurm.launcher import SlurmLauncher
 
 __all__ = ["Work", "render"]
 
@@ -48,7 +52,7 @@ class Work:
         return len(self.folders) > 1
 
 
-def render(work: Work, settings: SlurmSettings) -> str:
+def render(work: Work, settings: SlurmLauncher) -> str:
     """The text for sbatch. Reads nothing but the template."""
     import jinja2
 
@@ -73,12 +77,12 @@ def render(work: Work, settings: SlurmSettings) -> str:
     )
 
 
-def _interpreter(work: Work, settings: SlurmSettings) -> str:
+def _interpreter(work: Work, settings: SlurmLauncher) -> str:
     """The one of the batch script: that of the ranks, or where that is one of their container, of who submits."""
     return (work.python if settings.container else settings.python) or "python3"
 
 
-def _directives(work: Work, settings: SlurmSettings) -> list[str]:
+def _directives(work: Work, settings: SlurmLauncher) -> list[str]:
     folder = str(work.lists.parent if work.array else work.folders[0]).replace("%", "%%")  # Slurm has signs of its own
     log = f"{folder}/batch-%a.log" if work.array else f"{folder}/logs/batch.log"
     first, *others = settings.components or [_whole(settings)]
@@ -104,14 +108,14 @@ def _directives(work: Work, settings: SlurmSettings) -> list[str]:
     return text
 
 
-def _whole(settings: SlurmSettings) -> Group:
+def _whole(settings: SlurmLauncher) -> Group:
     return Group(
         nodes=settings.nodes, workers=settings.workers, partition=settings.partition, constraint=settings.constraint,
         gpus_per_node=settings.gpus_per_node,
     )  # fmt: skip
 
 
-def _resources(group: Group, settings: SlurmSettings) -> dict[str, str]:
+def _resources(group: Group, settings: SlurmLauncher) -> dict[str, str]:
     per_node = group.workers // group.nodes
     torchrun = settings.per_node == "torchrun"
     return {
@@ -125,14 +129,14 @@ def _resources(group: Group, settings: SlurmSettings) -> dict[str, str]:
     }
 
 
-def _array(work: Work, settings: SlurmSettings) -> str:
+def _array(work: Work, settings: SlurmLauncher) -> str:
     if not work.array:
         return ""
     cap = f"%{settings.array_parallel}" if settings.array_parallel else ""
     return f"0-{len(work.folders) - 1}{cap}"
 
 
-def _variables(work: Work, settings: SlurmSettings) -> dict[str, str]:
+def _variables(work: Work, settings: SlurmLauncher) -> dict[str, str]:
     found = {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(settings.threads_per_worker),
@@ -156,7 +160,7 @@ class _Step:
     command: str
 
 
-def _steps(work: Work, settings: SlurmSettings) -> list[_Step]:
+def _steps(work: Work, settings: SlurmLauncher) -> list[_Step]:
     # The environment of the script, even where a site's SBATCH_EXPORT=NONE has kept that of the shell out of it.
     ours = ["--export=ALL"] if not _names(settings.srun_args, "export") else []
     # Ranks fill one node after the other. Slurm would deal them out in turn where there are as many nodes as ranks, or
@@ -177,7 +181,7 @@ def _steps(work: Work, settings: SlurmSettings) -> list[_Step]:
             steps.append(step(offset, f"--het-group={number}", f"--ntasks={group.workers}", alone=False))
             offset += group.workers
         return steps
-    replicas = settings.steps(work.replicas)
+    replicas = work.replicas if settings.same_replicas else 1
     if replicas > 1:
         shards = settings.workers // replicas
         steps = []
@@ -193,17 +197,15 @@ def _steps(work: Work, settings: SlurmSettings) -> list[_Step]:
     return [step(0, *tasks, alone=True)]
 
 
-def _command(work: Work, settings: SlurmSettings) -> str:
+def _command(work: Work, settings: SlurmLauncher) -> str:
     """The command line of one task, for bash: one rank, or the torchrun of one node."""
     python = settings.python or "python3"
-    # -P: a folder called dtrain in the working directory is not the library.
-    rank = [python, "-P", "-m", "dtrain.launchers.rank"]
     folder, program = '"$folder"', sent(work.program)
     if settings.per_node == "torchrun":
         # Its agent substitutes "${local_rank}" in arguments, so a dollar sign must be doubled to arrive as one.
         folder, program = '"${folder//\\$/\\$\\$}"', [word.replace("$", "$$") for word in program]
     words = [shlex.quote(word) if work.literal else _word(word, folder) for word in program]
-    one = f"{shlex.join(rank)} {folder} -- {' '.join(words)}"
+    one = f"{shlex.join([python, *RANK])} {folder} -- {' '.join(words)}"
     prefix = ""
     if settings.container and settings.container_runtime == "apptainer":
         prefix = shlex.join(["apptainer", "exec", *settings.container_args, settings.container]) + " "
@@ -232,7 +234,7 @@ def _word(text: str, folder: str) -> str:
     return folder.join(shlex.quote(part) if part else "" for part in text.split("{folder}")) or "''"
 
 
-def _container(work: Work, settings: SlurmSettings) -> Sequence[str]:
+def _container(work: Work, settings: SlurmLauncher) -> Sequence[str]:
     if not settings.container or settings.container_runtime != "pyxis":
         return []
     mounts = sorted({str(path) for path in (*work.folders, work.directory)})

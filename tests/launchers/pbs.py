@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dtrain.launchers import job_list
-from dtrain.launchers.background import rank_command
+from dtrain.launchers import job_list, rank
 from dtrain.launchers.inherited_environment import Kept
 from dtrain.launchers.job import Facts, Job, Program, State, command_of
 from dtrain.launchers.launcher import Keys, at_least_one
@@ -49,7 +48,7 @@ class PbsLauncher(Keys):
 
     def render(self, program: Sequence[str], *, folder: Path, name: str = "job", replicas: int = 1) -> str:
         """The script for qsub."""
-        command = rank_command(command_of(program, folder, python=self.python), folder, self.python)
+        command = rank.command(command_of(program, folder, python=self.python), folder, self.python)
         exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in self.variables().items())
         queue = f"#PBS -q {self.queue}\n" if self.queue else ""
         return (

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dtrain.launchers.slurm.attempt import PATIENCE
+from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.launchers.slurm.script import Work, render
-from dtrain.launchers.slurm.settings import SlurmSettings
 from tests.launchers.test_why import ended
 
 pytestmark = pytest.mark.processes
@@ -45,7 +45,7 @@ def run(
         (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
         (stubs / name).chmod(0o755)
     work = Work("x", ("true",), (folder,), tmp_path, tmp_path / "list")
-    (tmp_path / "job.sh").write_text(render(work, SlurmSettings(python=python, max_restarts=max_restarts)))
+    (tmp_path / "job.sh").write_text(render(work, SlurmLauncher(python=python, max_restarts=max_restarts)))
     environment = {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}
     environment[PATIENCE] = "1"
     done = subprocess.run(

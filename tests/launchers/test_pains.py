@@ -20,7 +20,6 @@ import pytest
 from dtrain.cli.main import main
 from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.launchers.slurm.script import render
-from dtrain.launchers.slurm.settings import SlurmSettings
 from tests.fakes.fake_slurm import FakeSlurm
 from tests.launchers.test_slurm_script import CASES, PYTHON, work
 from tests.launchers.test_why import ended, told
@@ -29,7 +28,7 @@ LOGIN = "10.9.9.9"  # what Slurm calls the launch node
 
 
 def script(**how: object) -> str:
-    return render(work(), SlurmSettings(python=PYTHON, **how))  # type: ignore[arg-type]  # names of its fields
+    return render(work(), SlurmLauncher(python=PYTHON, **how))  # type: ignore[arg-type]  # names of its fields
 
 
 def steps(text: str) -> list[list[str]]:

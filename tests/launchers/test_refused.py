@@ -14,11 +14,10 @@ import pytest
 from dtrain.cli.main import main
 from dtrain.launchers import job_list as registry
 from dtrain.launchers.background import LocalLauncher
-from dtrain.launchers.slurm import client, preflight
+from dtrain.launchers.slurm import client, refusal
 from dtrain.launchers.slurm.client import SlurmError, ask
 from dtrain.launchers.slurm.launcher import SlurmLauncher
-from dtrain.launchers.slurm.preflight import problems, too_many_cpus
-from dtrain.launchers.slurm.settings import SlurmSettings
+from dtrain.launchers.slurm.refusal import problems, too_many_cpus
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +51,7 @@ def says(path: Path, script: str) -> None:
     ],
 )
 def test_a_setting_that_is_no_single_line_is_refused(how: dict[str, object], said: str) -> None:
-    (problem,) = SlurmSettings(**how).problems()  # type: ignore[arg-type]  # names of its fields
+    (problem,) = SlurmLauncher(**how).problems()  # type: ignore[arg-type]  # names of its fields
     assert problem.startswith(said)
 
 
@@ -82,7 +81,7 @@ def test_a_percent_sign_in_a_folder_is_one_in_the_log(tmp_path: Path) -> None:
 
 def test_of_several_partitions_one_that_will_do_is_enough(tmp_path: Path) -> None:
     def told(**how: object) -> list[str]:
-        return problems(SlurmSettings(**how), tmp_path, one_machine=True)  # type: ignore[arg-type]  # its fields
+        return problems(SlurmLauncher(**how), tmp_path, one_machine=True)  # type: ignore[arg-type]  # its fields
 
     assert told(partition="main,debug", nodes=2, workers=2) == []
     assert told(partition="debug,main", minutes=60) == []
@@ -90,8 +89,8 @@ def test_of_several_partitions_one_that_will_do_is_enough(tmp_path: Path) -> Non
     assert problem == "there is no partition gpu (there are main, debug); set launcher.partition"
     assert len(told(partition="main,debug", nodes=3, workers=3)) == 3
     known = {"main": [4, 4], "debug": [16]}
-    assert not list(too_many_cpus(SlurmSettings(partition="main,debug", threads_per_worker=16), known))
-    assert list(too_many_cpus(SlurmSettings(partition="main,debug", threads_per_worker=32), known))
+    assert not list(too_many_cpus(SlurmLauncher(partition="main,debug", threads_per_worker=16), known))
+    assert list(too_many_cpus(SlurmLauncher(partition="main,debug", threads_per_worker=32), known))
 
 
 def test_commands_without_a_controller_tell_the_way_out(stubs: Path) -> None:
@@ -147,9 +146,9 @@ def test_a_name_that_is_no_part_of_a_path_is_refused(name: str, capsys: pytest.C
 
 def test_what_sinfo_says_in_another_way_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"%P|%D|%l|%a": "main*|1.5K|infinite|up\n", "%P|%D|%c": "main*|4|2\nmain*|1.5K|64+\n"}
-    for module in (client, preflight):
+    for module in (client, refusal):
         monkeypatch.setattr(module, "ask", lambda *command, **_: answers[command[-1]])
-    settings = SlurmSettings(nodes=900, workers=900, threads_per_worker=32)
+    settings = SlurmLauncher(nodes=900, workers=900, threads_per_worker=32)
     assert problems(settings, tmp_path, one_machine=True) == []
     answers["%P|%D|%l|%a"] = "main*|4|infinite|up\n"
     assert any("has 4 nodes" in problem for problem in problems(settings, tmp_path, one_machine=True))

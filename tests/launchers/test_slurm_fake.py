@@ -13,8 +13,7 @@ import pytest
 from dtrain.launchers.job import Job
 from dtrain.launchers.slurm.client import SlurmError, minutes_of
 from dtrain.launchers.slurm.launcher import SlurmLauncher
-from dtrain.launchers.slurm.preflight import problems
-from dtrain.launchers.slurm.settings import SlurmSettings
+from dtrain.launchers.slurm.refusal import problems
 from tests.fakes.fake_slurm import FakeSlurm
 
 pytestmark = pytest.mark.processes
@@ -139,7 +138,7 @@ def test_what_would_never_start_is_refused(how: dict[str, object], words: str, t
 
 
 def test_a_folder_of_this_machine_alone_is_refused(tmp_path: Path) -> None:
-    (problem,) = problems(SlurmSettings(nodes=2, workers=2), Path("/dev/shm/run"))
+    (problem,) = problems(SlurmLauncher(nodes=2, workers=2), Path("/dev/shm/run"))
     assert "is on a disk of this machine alone" in problem and "choose run.dir" in problem
 
 

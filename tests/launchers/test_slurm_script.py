@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from dtrain.launchers.records import RankRecord, first_cause, keep_attempt
+from dtrain.launchers.slurm.group import Group
+from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.launchers.slurm.script import Work, render
-from dtrain.launchers.slurm.settings import Group, SlurmSettings
 from tests.launchers.test_why import ended
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -29,47 +30,47 @@ def work(*folders: Path, environment: dict[str, str] | None = None, replicas: in
 
 
 PYTHON = "/venv/bin/python"
-CASES: dict[str, tuple[Work, SlurmSettings]] = {
-    "plain": (work(), SlurmSettings(python=PYTHON)),
+CASES: dict[str, tuple[Work, SlurmLauncher]] = {
+    "plain": (work(), SlurmLauncher(python=PYTHON)),
     "four_nodes": (
         work(environment={"NCCL_DEBUG": "WARN", "TEXT": "it's"}),
-        SlurmSettings(
+        SlurmLauncher(
             python=PYTHON, nodes=4, workers=16, gpus_per_node=4, threads_per_worker=8, memory_gib=256, minutes=1440,
             partition="gpu", account="me", qos="normal", constraint="a100", exclude="n[3-4]", reservation="week",
             interface="ib0", setup=("module load cuda", "source env.sh"), sbatch=("exclusive", "mail-type=END"),
         ),
     ),
-    "torchrun": (work(), SlurmSettings(python=PYTHON, nodes=2, workers=8, per_node="torchrun", threads_per_worker=4)),
+    "torchrun": (work(), SlurmLauncher(python=PYTHON, nodes=2, workers=8, per_node="torchrun", threads_per_worker=4)),
     "array": (
         work(Path("/shared/runs/a"), Path("/shared/runs/b"), Path("/shared/runs/c")),
-        SlurmSettings(python=PYTHON, nodes=1, workers=2, array_parallel=2),
+        SlurmLauncher(python=PYTHON, nodes=1, workers=2, array_parallel=2),
     ),
-    "replicas": (work(replicas=2), SlurmSettings(python=PYTHON, nodes=4, workers=8, isolate="replica")),
-    "replicas_on_two_nodes": (work(replicas=4), SlurmSettings(python=PYTHON, nodes=2, workers=8, isolate="replica")),
-    "replicas_on_one_node": (work(replicas=2), SlurmSettings(python=PYTHON, nodes=1, workers=4, isolate="replica")),
+    "replicas": (work(replicas=2), SlurmLauncher(python=PYTHON, nodes=4, workers=8, isolate="replica")),
+    "replicas_on_two_nodes": (work(replicas=4), SlurmLauncher(python=PYTHON, nodes=2, workers=8, isolate="replica")),
+    "replicas_on_one_node": (work(replicas=2), SlurmLauncher(python=PYTHON, nodes=1, workers=4, isolate="replica")),
     "heterogeneous": (
         work(),
-        SlurmSettings(
+        SlurmLauncher(
             python=PYTHON, nodes=3, workers=12,
             groups=("nodes=2 workers=8 constraint=a100", "nodes=1 workers=4 partition=h100"),
         ),
     ),
     "pyxis": (
         work(),
-        SlurmSettings(
+        SlurmLauncher(
             python="python3", nodes=2, workers=2, container="nvcr.io#nvidia/pytorch",
             container_args=("--no-container-mount-home",),
         ),
     ),
     "apptainer": (
         work(),
-        SlurmSettings(
+        SlurmLauncher(
             python="python3", container="torch.sif", container_runtime="apptainer", container_args=("--rocm",)
         ),
     ),
     "fixed_meeting_point": (
         work(),
-        SlurmSettings(python=PYTHON, nodes=2, workers=2, address="10.1.2.3", port=29500, signal_seconds=0),
+        SlurmLauncher(python=PYTHON, nodes=2, workers=2, address="10.1.2.3", port=29500, signal_seconds=0),
     ),
 }  # fmt: skip
 
@@ -102,20 +103,20 @@ def test_the_script_is_a_pure_function() -> None:
 @pytest.mark.parametrize(
     ("settings", "replicas", "words"),
     [
-        (SlurmSettings(nodes=2, workers=3), 1, "choose 2 or 4 workers"),
-        (SlurmSettings(minutes=0, signal_seconds=0), 1, "at least 1 minute"),
-        (SlurmSettings(minutes=2, signal_seconds=120), 1, "leaves nothing of a time limit of 2 minutes"),
-        (SlurmSettings(workers=4, isolate="replica"), 3, "cannot form 3 job steps"),
-        (SlurmSettings(workers=4, isolate="replica", per_node="torchrun"), 2, "needs launcher.per_node=srun"),
-        (SlurmSettings(nodes=3, workers=6, isolate="replica"), 2, "2 replicas on launcher.nodes=3 would share nodes"),
-        (SlurmSettings(nodes=2, workers=8, isolate="replica", gpus_per_node=4), 4, "2 replicas on each node would"),
-        (SlurmSettings(port=70000), 1, "is no port"),
-        (SlurmSettings(minutes=999_999_999), 1, "is more than Slurm can count, which is 35791394"),
-        (SlurmSettings(sbatch=("--time=5",)), 1, "set launcher.minutes instead"),
-        (SlurmSettings(sbatch=("open-mode=truncate",)), 1, "it must be append"),
+        (SlurmLauncher(nodes=2, workers=3), 1, "choose 2 or 4 workers"),
+        (SlurmLauncher(minutes=0, signal_seconds=0), 1, "at least 1 minute"),
+        (SlurmLauncher(minutes=2, signal_seconds=120), 1, "leaves nothing of a time limit of 2 minutes"),
+        (SlurmLauncher(workers=4, isolate="replica"), 3, "cannot form 3 job steps"),
+        (SlurmLauncher(workers=4, isolate="replica", per_node="torchrun"), 2, "needs launcher.per_node=srun"),
+        (SlurmLauncher(nodes=3, workers=6, isolate="replica"), 2, "2 replicas on launcher.nodes=3 would share nodes"),
+        (SlurmLauncher(nodes=2, workers=8, isolate="replica", gpus_per_node=4), 4, "2 replicas on each node would"),
+        (SlurmLauncher(port=70000), 1, "is no port"),
+        (SlurmLauncher(minutes=999_999_999), 1, "is more than Slurm can count, which is 35791394"),
+        (SlurmLauncher(sbatch=("--time=5",)), 1, "set launcher.minutes instead"),
+        (SlurmLauncher(sbatch=("open-mode=truncate",)), 1, "it must be append"),
     ],
 )
-def test_what_cannot_be_right_is_refused_with_the_way_out(settings: SlurmSettings, replicas: int, words: str) -> None:
+def test_what_cannot_be_right_is_refused_with_the_way_out(settings: SlurmLauncher, replicas: int, words: str) -> None:
     (problem,) = settings.problems(replicas)
     assert words in problem
 

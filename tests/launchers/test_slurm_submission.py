@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from dtrain.cli.main import main
-from dtrain.launchers.slurm.preflight import problems, too_many_cpus
-from dtrain.launchers.slurm.refusal import told, unanswered
-from dtrain.launchers.slurm.settings import SlurmSettings
+from dtrain.launchers.slurm.launcher import SlurmLauncher
+from dtrain.launchers.slurm.refusal import problems, told, too_many_cpus, unanswered
 from dtrain.train.config import load
 from dtrain.train.config.run_folder import withdrawn_if_refused
 
@@ -87,13 +86,13 @@ def test_a_refused_array_leaves_nothing(commands: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_words_of_sbatch_lead_to_the_key(said: str, how: dict[str, object], key: str) -> None:
-    text = told(f"sbatch: error: {said}\nsbatch: error: {said}", SlurmSettings(**how))  # type: ignore[arg-type]
+    text = told(f"sbatch: error: {said}\nsbatch: error: {said}", SlurmLauncher(**how))  # type: ignore[arg-type]
     assert f"This comes from {key} (--" in text and "Try" not in text and text.count(said.splitlines()[0]) == 1
     assert "launcher.memory_gib" not in text
 
 
 def test_words_that_name_no_directive_lead_to_all_that_were_given() -> None:
-    text = told("sbatch: error: Requested node configuration is not available", SlurmSettings(gpus_per_node=4))
+    text = told("sbatch: error: Requested node configuration is not available", SlurmLauncher(gpus_per_node=4))
     assert "It does not say which" in text and "launcher.gpus_per_node=4" in text and "launcher.nodes=1" in text
     assert unanswered("sbatch: error: Socket timed out on send/recv operation") and not unanswered("Invalid qos")
 
@@ -118,28 +117,28 @@ def test_a_refusal_puts_back_what_was_there(tmp_path: Path) -> None:
 
 
 def test_more_cpus_than_a_node_has_are_refused_with_those_that_fit() -> None:
-    (problem,) = too_many_cpus(SlurmSettings(nodes=2, workers=4, threads_per_worker=64), {"": [8, 8, 8]})
+    (problem,) = too_many_cpus(SlurmLauncher(nodes=2, workers=4, threads_per_worker=64), {"": [8, 8, 8]})
     assert "launcher.threads_per_worker=64" in problem and "takes 128 CPUs" in problem and "at most 4" in problem
-    (problem,) = too_many_cpus(SlurmSettings(workers=16, partition="gpu"), {"gpu": [8], "": [64]})
+    (problem,) = too_many_cpus(SlurmLauncher(workers=16, partition="gpu"), {"gpu": [8], "": [64]})
     assert "of partition gpu" in problem and "take more launcher.nodes" in problem and "at most" not in problem
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        SlurmSettings(nodes=2, workers=2, threads_per_worker=8),
-        SlurmSettings(nodes=1, workers=1, threads_per_worker=64),  # the third node has them
-        SlurmSettings(threads_per_worker=999, partition="unknown"),
-        SlurmSettings(threads_per_worker=999, sbatch=("overcommit",)),
-        SlurmSettings(nodes=2, workers=2, threads_per_worker=8, groups=("nodes=1 workers=1",) * 2),
+        SlurmLauncher(nodes=2, workers=2, threads_per_worker=8),
+        SlurmLauncher(nodes=1, workers=1, threads_per_worker=64),  # the third node has them
+        SlurmLauncher(threads_per_worker=999, partition="unknown"),
+        SlurmLauncher(threads_per_worker=999, sbatch=("overcommit",)),
+        SlurmLauncher(nodes=2, workers=2, threads_per_worker=8, groups=("nodes=1 workers=1",) * 2),
     ],
 )
-def test_cpus_that_nodes_have_or_that_nobody_knows_are_left_to_slurm(settings: SlurmSettings) -> None:
+def test_cpus_that_nodes_have_or_that_nobody_knows_are_left_to_slurm(settings: SlurmLauncher) -> None:
     assert not list(too_many_cpus(settings, {"": [8, 8, 64]}))
 
 
 def test_the_cpus_of_nodes_are_asked_of_sinfo(commands: Path, tmp_path: Path) -> None:
-    wanted = SlurmSettings(nodes=2, workers=2, threads_per_worker=64)
+    wanted = SlurmLauncher(nodes=2, workers=2, threads_per_worker=64)
     (problem,) = problems(wanted, tmp_path, one_machine=True)
     assert "launcher.threads_per_worker=64" in problem and "have more than 8" in problem
     says(commands / "sinfo", 'case "$*" in *%c) exit 1;; *) echo "main*|2|infinite|up";; esac')

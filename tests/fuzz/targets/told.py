@@ -32,8 +32,8 @@ from dtrain.compress import error_feedback, quantize, topk
 from dtrain.errors import ConfigError
 from dtrain.launchers import background, mpi
 from dtrain.launchers.job import State
-from dtrain.launchers.slurm import client, preflight, refusal
-from dtrain.launchers.slurm.settings import SlurmSettings
+from dtrain.launchers.slurm import client, refusal
+from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.slurm.devcluster import state
 from dtrain.testing.replicas import Replicas
 from dtrain.train.config import files, words
@@ -88,7 +88,7 @@ def file_of_words(folder: Path) -> Case:
 
 def _answering(data: bytes) -> None:
     """From now on all of Slurm's commands say this, as `ask` would hand it on."""
-    for module in (client, preflight):
+    for module in (client, refusal):
         module.__dict__["ask"] = lambda *command, **_: data.decode(errors="replace")
 
 
@@ -108,11 +108,11 @@ def job_states(folder: Path) -> Case:
 
 def partitions(folder: Path) -> Case:
     """What sinfo says, and what is made of it before a job is submitted."""
-    settings = SlurmSettings(nodes=2, workers=4, threads_per_worker=8, partition="main")
+    settings = SlurmLauncher(nodes=2, workers=4, threads_per_worker=8, partition="main")
 
     def read(data: bytes) -> object:
         _answering(data)
-        return preflight.problems(settings, folder, one_machine=True)
+        return refusal.problems(settings, folder, one_machine=True)
 
     def check(found: object, intact: bool) -> None:
         assert isinstance(found, list) and all(isinstance(one, str) for one in found)
@@ -122,7 +122,7 @@ def partitions(folder: Path) -> Case:
 
 def refused(folder: Path) -> Case:
     """What sbatch says when it does not take a job."""
-    settings = SlurmSettings(constraint="a100", sbatch=("--nice=5",))
+    settings = SlurmLauncher(constraint="a100", sbatch=("--nice=5",))
     text = b"sbatch: error: Batch job submission failed: Invalid feature specification\n"
 
     def read(data: bytes) -> object:
