@@ -22,8 +22,8 @@ from torch.nn import functional
 from dtrain.comm.adapters.module import ModulePieces
 from dtrain.comm.channel import Channel
 from dtrain.comm.layout import Segment
-from dtrain.comm.runtime.attached import Attached, Sync
-from dtrain.comm.runtime.forward_only import ForwardOnly
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.shared_seed.byte_codec import decode, encode
 from dtrain.comm.shared_seed.directions import Noise, Walk, single
 from dtrain.comm.transports.threads import Meeting
@@ -183,7 +183,7 @@ def rounds(sync: Sync, *, lr: float, seed: int, clients: int = 5, skewed: bool =
 
 
 def _one_step(attached: Attached, model: nn.Module, x: Tensor, y: Tensor) -> None:
-    if isinstance(attached, ForwardOnly):
+    if attached.method.samples:
         attached.estimate(lambda: functional.cross_entropy(model(x), y))
     else:
         functional.cross_entropy(model(x), y).backward()

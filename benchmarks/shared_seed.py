@@ -26,7 +26,7 @@ from benchmarks.page import Check, Report, at_least, at_most, table
 from dtrain import fedkseed, ferret, local_sgd
 from dtrain.comm.layout import Segment
 from dtrain.comm.methods.fedkseed import Sampling
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.shared_seed.directions import Step, Walk, walk_on
 from dtrain.comm.shared_seed.philox import Address, SharedRandom

@@ -127,7 +127,7 @@ class _Training:
     def settle(self) -> None:
         """Leave nothing under way."""
         if self.attached is not None:
-            self.attached.settle()
+            self.attached.method.settle()
 
     def payload(self) -> int:
         """Bytes so far. Theirs counts the numbers that it all-reduces; of each a ring sends 2 (n - 1) / n."""

@@ -26,8 +26,9 @@ from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import SelfTransport
 
 if TYPE_CHECKING:
-    from dtrain.comm.runtime.attached import Attached, Sync
+    from dtrain.comm.runtime.attached import Attached
     from dtrain.comm.runtime.membership.members import Members
+    from dtrain.comm.runtime.method import Sync
 
 
 _MISSING = cast("Sync", None)  # so that a call without it is answered in words
@@ -97,21 +98,17 @@ def attach(
 def _attached_to_members(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, sync: Sync, members: Members, seed: int
 ) -> Attached:
-    from dtrain.comm.methods.local_update import LocalUpdate
-    from dtrain.comm.methods.one_byte import OneByte
-    from dtrain.comm.runtime.membership.elastic import AttachedElastic
-    from dtrain.comm.runtime.membership.joining import AttachedElasticOneByte
     from dtrain.comm.runtime.membership.members import Members
 
     def bind(pieces: Pieces) -> Attached:
-        if isinstance(sync, LocalUpdate):
-            return AttachedElastic(sync, pieces, seed, members)
-        if isinstance(sync, OneByte):
-            return AttachedElasticOneByte(sync, pieces, seed, members)
-        raise TypeError(
-            "replicas can come and go between the rounds of a local update, such as diloco(...), and between the steps "
-            f"of one_byte(...); this is {sync}"
-        )
+        elastic = getattr(sync, "bind_members", None)
+        if elastic is None:
+            raise TypeError(
+                "replicas can come and go between the rounds of a local update, such as diloco(...), and between the "
+                f"steps of one_byte(...); this is {sync}"
+            )
+        attached: Attached = elastic(pieces, seed, members)
+        return attached
 
     if not isinstance(members, Members):
         raise TypeError(f'members is {members!r}; give Members("host:port", replicas=...)')
@@ -129,8 +126,8 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
             require_silent(pieces.optimizer)
             pieces.trained.listening = Listening(pieces.optimizer, _replica(pieces.channel))
             pieces.trained.watch_outside()
-            attached.stepped_elsewhere = frozenset(pieces.trained.outside)
-            attached.require_still = pieces.trained.require_still
+            attached.context.stepped_elsewhere = frozenset(pieces.trained.outside)
+            attached.context.require_still = pieces.trained.require_still
         pieces.trained.warn_of_outside()
         return attached
     except BaseException:  # what is refused leaves the model and the optimizer as they were

@@ -183,7 +183,7 @@ class EF21(Feedback):
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         if self.eta != 1:
-            known = state.known(fqn, "momentum")
+            known = state.find(fqn, "momentum") is not None
             last = state.get(fqn, "momentum", value)
             value = (1 - self.eta) * last + self.eta * value if known else value.clone()
             state.stage(fqn, "momentum", value)

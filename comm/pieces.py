@@ -32,9 +32,11 @@ class Exchange(Protocol):
 class Repeated(Exchange, Protocol):
     """An exchange that a step may have several times for one parameter, one for each backward pass."""
 
-    adds: bool
-    """True: it takes the gradient of each backward pass alone, and its results are summed. False: an engine that
-    accumulates gradients itself may give it the sum so far, and its result replaces that."""
+    @property
+    def adds(self) -> bool:
+        """True: it takes the gradient of each backward pass alone, and its results are summed. False: an engine that
+        accumulates gradients itself may give it the sum so far, and its result replaces that.
+        """
 
     def stood_in(self) -> None:
         """This rank, whose data have ended, has given zeros in place of a backward pass (``model.join()``)."""
@@ -44,8 +46,9 @@ class Repeated(Exchange, Protocol):
 class Private(Exchange, Protocol):
     """An exchange that may send nothing."""
 
-    private: bool
-    """Whether it sends nothing, so that a plain module, which has nobody to send to, can serve it, too."""
+    @property
+    def private(self) -> bool:
+        """Whether it sends nothing, so that a plain module, which has nobody to send to, can serve it, too."""
 
 
 class Pieces(Protocol):

@@ -48,10 +48,6 @@ class State:
         found = self.find(fqn, name)
         return found if found is not None else working(torch.zeros_like(like))
 
-    def known(self, fqn: str, name: str) -> bool:
-        """Whether there is a tensor of this name."""
-        return self.find(fqn, name) is not None
-
     def proceed(self, fqns: Collection[str]) -> None:
         """Begin a further exchange of ``fqns`` in this step, which goes on from what the last one has staged."""
         for fqn in fqns:
@@ -81,6 +77,14 @@ class State:
 
     def staged(self, fqn: str, name: str) -> Tensor:
         return self.staging[fqn][name]
+
+    def put(self, fqn: str, name: str, value: Tensor) -> None:
+        """Store ``value`` at once, beside whatever is staged: what is stored already, in other memory or put together,
+        and what has arrived. Raises ``KeyError`` for a name without a declared kind.
+        """
+        if name not in self.kinds:
+            raise KeyError(f"state {name!r} was not declared; declared are {sorted(self.kinds)}")
+        self.tensors.setdefault(fqn, {})[name] = value
 
     def drop(self, fqn: str, name: str) -> None:
         """Forget a tensor that is of no more use, committed or staged."""

@@ -39,7 +39,7 @@ while sync.steps < steps:  # a newcomer begins where the others are
         print(f"step {step}: machine {members.id}, one of {members.place.size}, loss {loss:.3f}")
 
 print(f"{sync.report()}\nmachine {members.id} ends with the weights {sync.digest():016x}")
-if sync.came_by != "weights":  # else its log begins with weights that it copied
+if members.came_by != "weights":  # else its log begins with weights that it copied
     weights, _, replayed = replay(read(f"{folder}/machine-{members.id}.log"), first)
     assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())
     print(f"its log of {replayed} steps makes them again")

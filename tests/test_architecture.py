@@ -275,9 +275,15 @@ def test_constructors_are_within_their_budget() -> None:
     assert {where: count for where, count in taken.items() if count > CONSTRUCTOR_PARAMETERS} == {}
 
 
+def _is_property(method: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator) == "property" for decorator in method.decorator_list)
+
+
 def test_classes_are_within_their_budget() -> None:
     public = {
-        where: sum(isinstance(m, ast.FunctionDef) and not m.name.startswith("_") for m in owner.body)
+        where: sum(
+            isinstance(m, ast.FunctionDef) and not m.name.startswith("_") and not _is_property(m) for m in owner.body
+        )
         for where, owner in _classes()
     }
     assert {where: count for where, count in public.items() if count > PUBLIC_METHODS} == {}
@@ -292,21 +298,15 @@ WIDER = {
 }  # fmt: skip
 """Modules that import more of ours, and how many at most. This and what follows gets shorter, never longer."""
 DEEPER: set[str] = {
-    "AttachedFedKSeed", "AttachedFerret", "AttachedOneByte", "_AttachedOneBitAdam", "AttachedDirected", "Noted",
-    "AttachedElastic", "AttachedElasticOneByte", "AttachedOffloaded", "AttachedSharded",
+    "Noted",
 }  # fmt: skip
 """Classes whose parent inherits, too."""
 ASKED: set[str] = {
-    "comm/attach.py LocalUpdate", "comm/attach.py OneByte", "comm/attach.py Members",
-    "comm/attach.py TorchTransport", "comm/runtime/attached.py Settled",
-    "comm/runtime/membership/elastic.py Settled", "dtrain/bench/hooks.py EveryStep", "dtrain/bench/worker.py HookRow",
-    "dtrain/train/trainer.py ForwardOnly",
+    "comm/attach.py Members", "comm/attach.py TorchTransport",
+    "dtrain/bench/hooks.py EveryStep", "dtrain/bench/worker.py HookRow",
 }  # fmt: skip
 """Where somebody asks whether a value is of a concrete class of another module."""
-IN_CIRCLES: set[str] = {
-    "dtrain.comm.methods.local_update", "dtrain.comm.runtime.loop", "dtrain.comm.runtime.measuring",
-    "dtrain.comm.runtime.outer_store.offloaded", "dtrain.comm.runtime.outer_store.sharded",
-}  # fmt: skip
+IN_CIRCLES: set[str] = set()
 """Modules that import each other, within functions too."""
 
 

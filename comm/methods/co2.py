@@ -25,7 +25,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from dtrain.comm.kernels import kernel
-from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
+from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.comm.outer_optimizers import (
     PLAIN,
     Momentum,
@@ -39,6 +39,7 @@ from dtrain.comm.outer_optimizers import (
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.knobs import Knob
+from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS
 from dtrain.comm.state import Kind, State
 
 Gap: TypeAlias = Callable[[Tensor, Tensor, Round], Tensor]
@@ -77,7 +78,8 @@ class Penalized:
         return self.gap is gap_aware
 
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
-        then = state.get(fqn, "then", anchor) if state.known(fqn, "then") else anchor
+        then = state.find(fqn, "then")
+        then = anchor if then is None else then
         state.stage(fqn, "then", anchor)
         return self.outer.step(fqn, anchor, delta / self.gap(anchor, then, now), state, now)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
 from dtrain.comm.collectives.exchange import Route, exchange, require_mean_for_low_rank, require_summable
@@ -24,12 +25,15 @@ from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.lossless import require_zstandard
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import Flow
-from dtrain.comm.pieces import Pieces
+from dtrain.comm.pieces import Pieces, Repeated
 from dtrain.comm.plans.plan import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.runtime.attached import Attached
-from dtrain.comm.runtime.consistency import ABSENT, Held, Tie, kept_by, numbers_of, require_guard
+from dtrain.comm.runtime.consistency import Held, Tie, kept_by, numbers_of, require_guard
+from dtrain.comm.runtime.context import Context, description
+from dtrain.comm.runtime.gradient_steps import GradientSteps
+from dtrain.comm.runtime.guard import Guard, parameters_held, state_held
 from dtrain.comm.seeds import Key
-from dtrain.comm.state import Kind, State
+from dtrain.comm.state import Kind
 
 VERIFY_STEPS = 100
 
@@ -46,42 +50,61 @@ class EveryStep:
     tie: Tie = "stop"
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
-        return AttachedEveryStep(self, pieces, seed)
+        context = context_of("every_step", self, pieces, seed)
+        return Attached(context, ExchangedGradients(self, context))
 
 
-class AttachedEveryStep(Attached):
-    """An `EveryStep` at work. ``more``: what a method built on it keeps besides."""
+def context_of(
+    name: str, spec: EveryStep, pieces: Pieces, seed: int, more: Mapping[str, Kind] = MappingProxyType({})
+) -> Context:
+    """Begin alike, with a method called ``name`` that exchanges as ``spec`` says and keeps ``more`` besides."""
+    context = Context(
+        pieces, seed, description(name, spec.plan, spec), plan=spec.plan, kinds={**kinds_of(spec.plan), **more},
+        parameters_kind="replicated",
+    )  # fmt: skip
+    context.begin(f"{spec}")
+    return context
 
-    parameters_kind: Kind = "replicated"
 
-    def __init__(
-        self, spec: EveryStep, pieces: Pieces, seed: int, more: Mapping[str, Kind] = MappingProxyType({})
-    ) -> None:
-        super().__init__(pieces, State({**kinds_of(spec.plan), **more}), spec.plan, seed, spec)
-        self.spec = spec
+class ExchangedGradients(GradientSteps):
+    """An `EveryStep` at work.
+
+    ``around``: what is exchanged in place of the gradients, see `Around`; by default they themselves.
+    """
+
+    def __init__(self, spec: EveryStep, context: Context, around: Around | None = None) -> None:
+        super().__init__(context)
+        self.spec, self._around = spec, around
         self._all_finite = True
-        self._handed = self._standing_in = False
+        self._handed = False
         self._exchanges: dict[str, int] = {}  # of each parameter in this step
         self._passes = 1  # backward passes of the last step that were exchanged
-        pieces.set_gradient_exchange(_Handed(self, adds=bool(self.state.kinds)))
+        means = "parameters, optimizer state"
+        self._guard = Guard(context, spec.tie, means, self._held, words=lambda: numbers_of(context.pieces.optimizer))
 
-    def step(self) -> bool:
-        self._require_live("step()")
-        self.finish()
-        if not self._handed and self.pieces.segments:
+    @property
+    def exchange(self) -> Repeated:
+        return _Exchanged(self, adds=bool(self.context.state.kinds))
+
+    def prepare(self) -> bool:
+        if not self._handed and self.context.pieces.segments:
             raise RuntimeError(
                 "no gradient was exchanged since the last sync.step(): call backward() before it, the last one of a "
                 "step outside of no_sync() (FSDP2: with set_requires_gradient_sync(True))"
             )
         self._passes = max(self._exchanges.values(), default=1)
         self._begin_step()
-        return super().step()
+        return super().prepare()
+
+    def exchanged(self) -> bool:
+        ok, self._all_finite = self._all_finite, True
+        return ok
 
     def weigh(self, tokens: int) -> None:
         """Raises ``RuntimeError``: gradients are combined while backward goes on, before anybody knows the tokens."""
         raise RuntimeError(
-            f"{type(self).__name__} counts all replicas alike; multiply each replica's loss by its tokens over the "
-            "replicas' mean, or take a local update such as diloco(...), which has weigh(tokens)"
+            f"{self.context.description.partition(':')[0]} counts all replicas alike; multiply each replica's loss by "
+            "its tokens over the replicas' mean, or take a local update such as diloco(...), which has weigh(tokens)"
         )
 
     def stood_in(self) -> None:
@@ -89,83 +112,86 @@ class AttachedEveryStep(Attached):
         if max(self._exchanges.values(), default=0) < self._passes:
             return
         self._begin_step()
-        if self._agree(self._gradients_ok()):
-            self.state.commit()
+        context = self.context
+        if context.agree(self.exchanged()):
+            context.state.commit()
         else:
-            self.state.rollback()
-            self.skipped += 1
-        self.steps += 1
-        self._standing_in = True
-        try:
-            self._after_step()
-        finally:
-            self._standing_in = False
+            context.state.rollback()
+            context.skipped += 1
+        context.steps += 1
+        self._end_step(absent=True)
 
-    def _saves_alike(self) -> int:
-        return ABSENT if self._standing_in else super()._saves_alike()
+    def after_step(self) -> None:
+        self._end_step(absent=False)
+
+    def verify(self) -> bool:
+        return self._guard.verify()
 
     def _begin_step(self) -> None:
         self._handed, self._exchanges = False, {}
 
-    def _exchange(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+    def _end_step(self, *, absent: bool) -> None:
+        self.context.review()
+        if self.spec.verify_every and self.context.steps % self.spec.verify_every == 0:
+            self._guard.verify(absent=absent)
+
+    def exchanging(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        """One backward pass's gradients, or a group of them, to the mean of all replicas'; see `Exchange`."""
         again = max((self._exchanges.get(fqn, 0) for fqn in gradients), default=0)
         self._exchanges |= dict.fromkeys(gradients, again + 1)
         if again:
-            self.state.proceed(gradients)
-        key = Key(self.seed, self.steps, self.pieces.place.rank, again=again)
-        combined = yield from self._combine(gradients, key, present)
+            self.context.state.proceed(gradients)
+        key = self.context.key(again)
+        around = self._around
+        flow = self.combining if around is None else around
+        combined = yield from flow(gradients, key, present)
         self._handed = self._handed or combined.present is True
         self._all_finite = self._all_finite and combined.finite
         return combined
 
-    def _combine(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]:
-        spec, place = self.spec, self.pieces.place
-        self._measure(gradients, key)
+    def combining(self, values: Named, key: Key, present: bool | None) -> Flow[Combined]:
+        """The mean of all replicas' ``values``, compressed and fed back as the spec says."""
+        spec, context = self.spec, self.context
+        context.measure(values, key)
         return (
             yield from exchange(
-                gradients,
-                self.plan,
+                values,
+                context.plan,
                 spec.rule,
-                place,
+                context.place,
                 key,
-                self.state,
-                matrices=self.matrices,
+                context.state,
+                matrices=context.matrices,
                 route=spec.route,
                 lossless=spec.lossless,
                 present=present,
             )
         )
 
-    def _gradients_ok(self) -> bool:
-        ok, self._all_finite = self._all_finite, True
-        return ok
+    def _held(self) -> Held:
+        yield from parameters_held(self.context)
+        yield from kept_by(self.context.pieces.optimizer)
+        yield from state_held(self.context)
 
-    def _after_step(self) -> None:
-        self._review()
-        if self.spec.verify_every and self.steps % self.spec.verify_every == 0:
-            self.verify()
 
-    def _held_alike(self) -> Held:
-        yield from self._parameters_alike()
-        yield from kept_by(self.pieces.optimizer)
-        yield from super()._held_alike()
+class Around(Protocol):
+    """What a method built on `EveryStep` exchanges in place of the gradients, and makes of what comes back."""
 
-    def _alike_in_words(self) -> str:
-        return numbers_of(self.pieces.optimizer)
+    def __call__(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]: ...
 
 
 @dataclass(frozen=True)
-class _Handed:
-    """What the pieces are handed of a sync; see `Repeated`."""
+class _Exchanged:
+    """What the pieces are handed of a method; see `Repeated`."""
 
-    sync: AttachedEveryStep
+    method: ExchangedGradients
     adds: bool
 
     def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
-        return self.sync._exchange(gradients, present)
+        return self.method.exchanging(gradients, present)
 
     def stood_in(self) -> None:
-        self.sync.stood_in()
+        self.method.stood_in()
 
 
 def every_step(

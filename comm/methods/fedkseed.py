@@ -16,7 +16,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -24,16 +24,19 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.layout import Named
-from dtrain.comm.methods.local_update import VERIFY_ROUNDS
 from dtrain.comm.ops import AllGather, Flow, Payload
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
+from dtrain.comm.plans.plan import as_plan
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Held, Tie, require_guard
-from dtrain.comm.runtime.forward_only import ForwardOnly, require_plain_sgd
-from dtrain.comm.shared_seed.directions import At, Noise, Walk, move, single
+from dtrain.comm.runtime.context import Context, description
+from dtrain.comm.runtime.forward_only import ForwardSteps, require_plain_sgd
+from dtrain.comm.runtime.guard import Guard, parameters_held, state_held
+from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS
+from dtrain.comm.runtime.method import Method
+from dtrain.comm.shared_seed.directions import Noise, Walk, move, single
 from dtrain.comm.shared_seed.philox import Address
-from dtrain.comm.state import Kind
 
 Sampling: TypeAlias = Literal["uniform", "pro"]
 LARGEST = 1000.0
@@ -57,7 +60,13 @@ class FedKSeed:
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         self.require_inner(pieces.optimizer)
-        return AttachedFedKSeed(self, pieces, seed)
+        plan = as_plan(None)
+        context = Context(
+            pieces, seed, description("fedkseed", plan, self), plan=plan, kinds={"first": "replicated"},
+            parameters_kind="per_worker",
+        )  # fmt: skip
+        context.begin(f"{(self, context.rate)}")
+        return Attached(context, FedKSeedRounds(self, context))
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ``ValueError`` for an inner optimizer that does not go with it."""
@@ -70,86 +79,100 @@ class FedKSeed:
             )
 
 
-class AttachedFedKSeed(ForwardOnly):
-    """A `FedKSeed` at work. Within a round each replica goes its own way."""
+class FedKSeedRounds(Method):
+    """A `FedKSeed` at work. Within a round each replica goes its own way.
 
-    parameters_kind: Kind = "per_worker"
-    counters = (*ForwardOnly.counters, "rounds", "tokens")
-    _alike_means = "first weights, sums along directions; after a round the weights"
-    _from_the_beginning = ("first",)
+    ``sums``: the number along each direction, of all rounds. ``open``: direction and number of this round's steps.
+    """
 
-    def __init__(self, spec: FedKSeed, pieces: Pieces, seed: int) -> None:
-        walk = Walk(seed % 2**64, noise=spec.noise)
-        self.rate = float(pieces.optimizer.param_groups[0]["lr"])
-        super().__init__((spec, self.rate), pieces, seed, walk, spec.eps, {"first": "replicated"})
-        self.spec, self.tie = spec, spec.tie
+    samples = 1
+    counters = ("unusable", "rounds", "tokens")
+    always = ("first",)
+
+    def __init__(self, spec: FedKSeed, context: Context) -> None:
+        self.spec, self.context, self.rate = spec, context, context.rate
+        self.walk = Walk(context.seed % 2**64, noise=spec.noise)
+        self.forward = ForwardSteps(context, self.walk, spec.eps, lambda sample: (0, 0, self.chosen()))
+        means = "first weights, sums along directions; after a round the weights"
+        self._guard = Guard(context, spec.tie, means, self._held, words=lambda: f"{self.sums}")
         self.rounds = self.tokens = 0
         self.sums = [0.0] * spec.directions  # A
         self.seen = [(0.0, 1)] * spec.directions  # for "pro": sum of amounts, and how many; one of 0 to begin with
-        self.own: list[tuple[int, float]] = []  # of this round
+        self.open: list[tuple[int, float]] = []
         self._borders: list[float] = []  # of the odds, added up; they change with the round
         self._drawn = -1, 0  # the direction of a step
-        for fqn, value in pieces.read().items():
-            self.state.stage(fqn, "first", value)
-        self.state.commit()
+        for fqn, value in context.pieces.read().items():
+            context.state.stage(fqn, "first", value)
+        context.state.commit()
 
     def weigh(self, tokens: int) -> None:
         """Say, before `step`, how many tokens this replica's step was made from; without it a step counts as one."""
         self.tokens += tokens - 1
 
-    def step(self) -> bool:
-        """Go along what was tried; at the end of a round gather, and make the weights anew. False if not usable."""
-        self._require_live("step()")
-        if self._rate() != self.rate:
+    def estimate(self, loss: Callable[[], Tensor]) -> float:
+        return self.forward.estimate(loss)
+
+    def prepare(self) -> bool:
+        """Whether what was tried can be gone along; each replica for itself."""
+        if self.context.rate != self.rate:
             raise RuntimeError(
-                f"the learning rate was {self.rate!r} and is {self._rate()!r}; fedkseed makes the weights from sums "
-                "over all steps, so it has one (optim.schedule=constant optim.warmup_steps=0)"
+                f"the learning rate was {self.rate!r} and is {self.context.rate!r}; fedkseed makes the weights from "
+                "sums over all steps, so it has one (optim.schedule=constant optim.warmup_steps=0)"
             )
-        (number,), chosen = self._taken(), self._chosen()
+        (number,), chosen = self.forward.taken(), self.chosen()
         usable = math.isfinite(single(self.rate * number))
-        self.own.append((chosen, single(number) if usable else 0.0))
-        if usable:
-            values = self.pieces.read()
-            move(values, self.pieces.segments, self.walk, [((0, 0, chosen), single(-self.rate * number))])
-            self.pieces.write(values)
+        self.open.append((chosen, single(number) if usable else 0.0))
+        self._along = single(-self.rate * number) if usable else 0.0
+        return usable
+
+    def advance(self) -> None:
+        pieces, values = self.context.pieces, self.context.pieces.read()
+        move(values, pieces.segments, self.walk, [((0, 0, self.chosen()), self._along)])
+        pieces.write(values)
+        self.forward.stepped()
+
+    def skip(self) -> None:
+        self.forward.stepped()
+
+    def after_step(self) -> None:
+        """At the end of a round gather, and make the weights anew."""
         self.tokens += 1
-        self._count(usable)
-        if len(self.own) == self.spec.every_steps:
+        if len(self.open) == self.spec.every_steps:
             self._end_round()
             if self.spec.verify_every and self.rounds % self.spec.verify_every == 0:
                 self.verify()
-        return usable
+
+    def verify(self) -> bool:
+        return self._guard.verify()
 
     def close_round(self) -> bool:
-        self._require_live("close_round()")
-        open_round = bool(self.own)
+        open_round = bool(self.open)
         if open_round:
             self._end_round()
         return open_round
 
-    def _held_alike(self) -> Held:
-        yield from super()._held_alike()
-        if self.rounds and not self.own:
-            yield from self._parameters_alike()
+    def _held(self) -> Held:
+        yield from state_held(self.context)
+        if self.rounds and not self.open:
+            yield from parameters_held(self.context)
 
-    def _alike_in_words(self) -> str:
-        return f"{self.sums}"
-
-    def _to_evaluate(self) -> dict[str, Tensor] | None:
-        return dict(self._made()) if self.own else None
+    def to_evaluate(self) -> dict[str, Tensor] | None:
+        return dict(self._made()) if self.open else None
 
     def integers(self) -> dict[str, int]:
-        own = {"rate": bits_of(self.rate)}
-        own |= {f"sum.{s}": bits_of(number) for s, number in enumerate(self.sums) if number}
+        kept = {"unusable": self.forward.unusable, "rounds": self.rounds, "tokens": self.tokens}
+        kept["rate"] = bits_of(self.rate)
+        kept |= {f"sum.{s}": bits_of(number) for s, number in enumerate(self.sums) if number}
         for s, (amount, times) in enumerate(self.seen):
             if times > 1:
-                own |= {f"seen.{s}": bits_of(amount), f"times.{s}": times}
-        for place, (s, number) in enumerate(self.own):
-            own |= {f"own.{place}": s, f"own.{place}.number": bits_of(number)}
-        return {**super().integers(), **own}
+                kept |= {f"seen.{s}": bits_of(amount), f"times.{s}": times}
+        for place, (s, number) in enumerate(self.open):
+            kept |= {f"own.{place}": s, f"own.{place}.number": bits_of(number)}
+        return kept
 
     def load_integers(self, integers: Mapping[str, int]) -> None:
-        super().load_integers(integers)
+        self.forward.unusable, self.rounds = integers["unusable"], integers["rounds"]
+        self.tokens = integers["tokens"]
         self._borders, self._drawn = [], (-1, 0)
         if number_of(integers["rate"]) != self.rate:
             raise ValueError(
@@ -159,20 +182,17 @@ class AttachedFedKSeed(ForwardOnly):
         everything = range(self.spec.directions)
         self.sums = [number_of(integers.get(f"sum.{s}", 0)) for s in everything]
         self.seen = [(number_of(integers.get(f"seen.{s}", 0)), integers.get(f"times.{s}", 1)) for s in everything]
-        self.own = [
+        self.open = [
             (integers[f"own.{place}"], number_of(integers[f"own.{place}.number"]))
             for place in itertools.takewhile(lambda place: f"own.{place}" in integers, itertools.count())
         ]
 
-    def _at(self, sample: int) -> At:
-        return 0, 0, self._chosen()
-
-    def _chosen(self) -> int:
+    def chosen(self) -> int:
         """The direction that this replica tries in this step."""
         step, chosen = self._drawn
-        if step != self.steps:
-            chosen = self._draw(self.walk.random.uniform(Address("seed", self.steps, self.pieces.place.rank)))
-            self._drawn = self.steps, chosen
+        if step != self.context.steps:
+            chosen = self._draw(self.walk.random.uniform(Address("seed", self.context.steps, self.context.place.rank)))
+            self._drawn = self.context.steps, chosen
         return chosen
 
     def _draw(self, number: float) -> int:
@@ -183,35 +203,35 @@ class AttachedFedKSeed(ForwardOnly):
         return min(bisect.bisect_right(self._borders, number * self._borders[-1]), self.spec.directions - 1)
 
     def _end_round(self) -> None:
-        missing = self.spec.every_steps - len(self.own)
-        seeds, numbers = zip(*self.own, *[(0, 0.0)] * missing, strict=True)
+        missing = self.spec.every_steps - len(self.open)
+        seeds, numbers = zip(*self.open, *[(0, 0.0)] * missing, strict=True)
         mine = (
             torch.tensor(seeds, dtype=torch.int32),
             torch.tensor(numbers, dtype=torch.float32),
             torch.tensor([float(self.tokens)]),
         )
-        all_seeds, all_numbers, tokens = self.pieces.channel.run(_gathered(mine), "round")
+        all_seeds, all_numbers, tokens = self.context.pieces.channel.run(_gathered(mine), "round")
         total = float(tokens.double().sum())
-        for worker in range(self.pieces.place.size):
+        for worker in range(self.context.place.size):
             share = float(tokens[worker]) / total
             for s, number in zip(all_seeds[worker].tolist(), all_numbers[worker].tolist(), strict=True):
                 self.sums[s] += share * number
                 if number:
                     amount, times = self.seen[s]
                     self.seen[s] = amount + min(abs(number), LARGEST), times + 1
-        self.pieces.write(self._made())
-        self.own, self.tokens, self._borders = [], 0, []
+        self.context.pieces.write(self._made())
+        self.open, self.tokens, self._borders = [], 0, []
         self.rounds += 1
 
     def _made(self) -> Named:
         """The weights that all replicas agree on."""
-        values = {fqn: self.state.tensors[fqn]["first"].clone() for fqn in self.pieces.segments}
+        values = {fqn: self.context.state.tensors[fqn]["first"].clone() for fqn in self.context.pieces.segments}
         moves = (((0, 0, s), single(-self.rate * number)) for s, number in enumerate(self.sums))
-        move(values, self.pieces.segments, self.walk, moves)
+        move(values, self.context.pieces.segments, self.walk, moves)
         return values
 
-    def _rate(self) -> float:
-        return float(self.pieces.optimizer.param_groups[0]["lr"])
+    def report(self) -> str:
+        return self.forward.report()
 
 
 def fedkseed(

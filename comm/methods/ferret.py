@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,16 +29,22 @@ from torch import Tensor
 from dtrain.comm.collectives.two_phase import Combined, all_finite
 from dtrain.comm.compressors.projection import shrinkage
 from dtrain.comm.layout import Named
-from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
+from dtrain.comm.methods.local_update import local_update
 from dtrain.comm.ops import AllGather, Flow, Place
-from dtrain.comm.outer_optimizers import OuterOptimizer, sgd
-from dtrain.comm.pieces import Pieces
-from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.outer_optimizers import OuterOptimizer, Round, sgd
 from dtrain.comm.runtime.consistency import Tie
-from dtrain.comm.runtime.loop import AttachedLocalUpdate
-from dtrain.comm.runtime.parts import Flight, Part
+from dtrain.comm.runtime.local_updates import at_work
+from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, LoopSpec
 from dtrain.comm.shared_seed.directions import single
 from dtrain.comm.shared_seed.philox import Address, SharedRandom
+
+if TYPE_CHECKING:
+    from dtrain.comm.pieces import Pieces
+    from dtrain.comm.runtime.attached import Attached
+    from dtrain.comm.runtime.context import Context
+    from dtrain.comm.runtime.loop import Parts
+    from dtrain.comm.runtime.membership.members import Members
+    from dtrain.comm.runtime.rounds import Fragment, Reduction
 
 Shrink: TypeAlias = Literal["least_error", "none"]
 LEAST, MOST = 1, 255
@@ -47,7 +53,7 @@ LARGEST = 127
 
 
 @dataclass(frozen=True)
-class Ferret(LocalUpdate):
+class Ferret(LoopSpec):
     """See `ferret`."""
 
     directions: int = 8192
@@ -55,34 +61,45 @@ class Ferret(LocalUpdate):
     shrink: Shrink = "least_error"
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
-        return AttachedFerret(self, pieces, seed)
+        budget = self.budget(pieces)
 
+        def project(context: Context, parts: Parts) -> None:
+            parts.reduce = Projections(self, context, budget)
 
-class AttachedFerret(AttachedLocalUpdate):
-    """A `Ferret` at work."""
+        return at_work(self, pieces, seed, name="ferret", settings=("directions", "block", "shrink"), change=project)
 
-    spec: Ferret
-    settings = (*AttachedLocalUpdate.settings, "directions", "block", "shrink")
+    def bind_members(self, pieces: Pieces, seed: int, members: Members) -> Attached:
+        raise ValueError(
+            "replicas cannot come and go with ferret: the directions of a round belong to a replica's number; take "
+            "diloco(...)"
+        )
 
-    def __init__(self, spec: Ferret, pieces: Pieces, seed: int) -> None:
+    def budget(self, pieces: Pieces) -> int:
+        """How many directions this rank has for what it holds. Raises ``ValueError`` for too few."""
         held = sum(segment.numel for segment in pieces.segments.values())
         total = sum(math.prod(shape) for shape in pieces.shapes.values())
-        blocks = -(-held // spec.block)
-        self.budget = min(max(spec.directions * held // max(1, total), 0), blocks * MOST)
-        if self.budget < blocks * LEAST:
+        blocks = -(-held // self.block)
+        budget = min(max(self.directions * held // max(1, total), 0), blocks * MOST)
+        if budget < blocks * LEAST:
             raise ValueError(
-                f"directions={spec.directions} leave {self.budget} for the {blocks} blocks of {spec.block} elements "
+                f"directions={self.directions} leave {budget} for the {blocks} blocks of {self.block} elements "
                 f"that this rank holds; give at least {-(-blocks * LEAST * total // max(1, held))}, or larger blocks"
             )
-        super().__init__(spec, pieces, seed)
+        return budget
 
-    def _launched(self, part: Part, flight: Flight) -> Flight:
-        shard = self.pieces.channel.places["shard"]
-        drawn = Drawn(SharedRandom(self.seed % 2**64), flight.captured, f"shard {shard.rank} of {shard.size}")
-        spec, weight = self.spec, 1.0 if flight.weight is None else flight.weight
-        flow = projected(flight.sent or {}, drawn, self.pieces.place, spec.block, self.budget, spec.shrink, weight)
-        flight.handles = [self.channel.start(flow, self._label(part))]
-        return flight
+
+class Projections:
+    """A `Reducer`: a few numbers of each delta, along directions drawn anew in each round."""
+
+    def __init__(self, spec: Ferret, context: Context, budget: int) -> None:
+        self._spec, self._context, self._budget = spec, context, budget
+
+    def __call__(self, reduction: Reduction, fragment: Fragment, now: Round) -> list[Flow[Combined]]:
+        context, spec, shard = self._context, self._spec, self._context.pieces.channel.places["shard"]
+        drawn = Drawn(SharedRandom(context.seed % 2**64), reduction.captured, f"shard {shard.rank} of {shard.size}")
+        weight = 1.0 if reduction.weight is None else reduction.weight
+        values = reduction.sent or {}
+        return [projected(values, drawn, context.place, spec.block, self._budget, spec.shrink, weight)]
 
 
 @dataclass(frozen=True)

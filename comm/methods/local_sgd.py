@@ -7,11 +7,12 @@ Communication: one round every H steps. Bytes: of one parameter exchange per rou
 from __future__ import annotations
 
 from dtrain.comm.collectives.exchange import Route
-from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, OuterState, local_update
+from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.comm.outer_optimizers import sgd
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.knobs import Knob
+from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, OuterState
 
 
 def local_sgd(

@@ -26,74 +26,32 @@ what arrived.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
 from dtrain.comm.collectives.exchange import Route, require_mean_for_low_rank, require_summable
 from dtrain.comm.outer_optimizers import Looking, OuterOptimizer
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.plans.plan import Compress, Plan, as_plan, kinds_of, warn_of_loss
+from dtrain.comm.plans.plan import Compress, as_plan, warn_of_loss
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Tie, require_guard
 from dtrain.comm.runtime.fragments import WHOLE, Fragments
-from dtrain.comm.runtime.knobs import LEAST_STEPS, Auto, Knob, Knobs
-from dtrain.comm.state import Kind
-
-VERIFY_ROUNDS = 10
-
-Delay: TypeAlias = Literal["none", "stale", "eager"]
-OuterState: TypeAlias = Literal["replicated", "sharded", "offloaded"]
+from dtrain.comm.runtime.knobs import LEAST_STEPS, Auto, Knob
+from dtrain.comm.runtime.local_updates import among_members, at_work
+from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, Delay, LoopSpec, OuterState
+from dtrain.comm.runtime.membership.members import Members
 
 
 @dataclass(frozen=True)
-class LocalUpdate:
+class LocalUpdate(LoopSpec):
     """A method of the family. Made by `local_sgd`, `diloco`, ..., or `local_update` for what has no name."""
 
-    every_steps: int
-    outer: OuterOptimizer
-    plan: Plan
-    rule: Aggregator
-    fragments: Fragments = WHOLE
-    overlap_steps: int = 0
-    mix: float = 0.0
-    delay: Delay = "none"
-    warmup_steps: int = 0
-    verify_every: int = VERIFY_ROUNDS
-    outer_state: OuterState = "replicated"
-    auto: Auto | None = None
-    route: Route = "two_phase"
-    tie: Tie = "stop"
-
     def bind(self, pieces: Pieces, seed: int) -> Attached:
-        from dtrain.comm.runtime.loop import AttachedLocalUpdate
-        from dtrain.comm.runtime.outer_store.offloaded import AttachedOffloaded
-        from dtrain.comm.runtime.outer_store.sharded import AttachedSharded
+        return at_work(self, pieces, seed)
 
-        at_work = {"replicated": AttachedLocalUpdate, "sharded": AttachedSharded, "offloaded": AttachedOffloaded}
-        return at_work[self.outer_state](self, pieces, seed)
-
-    @property
-    def kinds(self) -> dict[str, Kind]:
-        outer: dict[str, Kind] = {"anchor": "replicated", **self.outer.kinds}
-        if self.delay == "eager":
-            outer = {**dict.fromkeys(outer, "per_worker"), "own_delta": "per_worker"}
-        if self.overlaps:
-            outer["arrived"] = "replicated"
-        return {**outer, **kinds_of(self.plan)}
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether anything is, or may be, under way beside the inner steps."""
-        return self.overlap_steps > 0 or (self.auto is not None and self.auto.overlap_steps)
-
-    @property
-    def knobs(self) -> Knobs:
-        return Knobs(self.every_steps, self.overlap_steps, self.mix, self.fragments)
-
-    @property
-    def weighs(self) -> bool:
-        """Whether replicas count by their tokens; not where all have to know what each of them counted."""
-        return self.delay != "eager" and "replicated" not in kinds_of(self.plan).values()
+    def bind_members(self, pieces: Pieces, seed: int, members: Members) -> Attached:
+        """Raises ``ValueError`` for what keeps replicas together between their rounds."""
+        return among_members(self, pieces, seed, members)
 
 
 def local_update(

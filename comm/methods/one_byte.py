@@ -13,23 +13,32 @@ Communication: one all-gather a step. Bytes: ``samples`` of each machine. Keeps:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dtrain.comm.ops import AllGather, Flow
-from dtrain.comm.pieces import Pieces
+from dtrain.comm.plans.plan import as_plan
+from dtrain.comm.runtime.agreement import agreement_digest, gathered
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import ReplicasDiffer, groups_of, require_guard
-from dtrain.comm.runtime.forward_only import ForwardOnly, require_plain_sgd
+from dtrain.comm.runtime.context import Context, description
+from dtrain.comm.runtime.forward_only import ForwardSteps, require_plain_sgd
+from dtrain.comm.runtime.membership.elastic import Elastic
+from dtrain.comm.runtime.membership.elastic_machines import ElasticMachines
+from dtrain.comm.runtime.membership.machines import Gathered, TakingPart
+from dtrain.comm.runtime.method import Method
 from dtrain.comm.shared_seed.byte_codec import encode
 from dtrain.comm.shared_seed.digest import signed
 from dtrain.comm.shared_seed.directions import At, Noise, Rule, Seeds, Step, Walk, walk_on
 from dtrain.comm.shared_seed.update_log import Header, Record, UpdateLog
-from dtrain.comm.state import Kind
+
+if TYPE_CHECKING:
+    from dtrain.comm.pieces import Pieces
+    from dtrain.comm.runtime.membership.members import Members
 
 
 @dataclass(frozen=True)
@@ -47,59 +56,77 @@ class OneByte:
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         self.require_inner(pieces.optimizer)
-        return AttachedOneByte(self, pieces, seed)
+        context = self._context("one_byte", pieces, seed, None)
+        context.begin(f"{self}")
+        return Attached(context, OneByteSteps(self, context, Machines(self, context)))
+
+    def bind_members(self, pieces: Pieces, seed: int, members: Members) -> Attached:
+        """Raises ``ValueError`` without a log, from which machines that come catch up."""
+        self.require_inner(pieces.optimizer)
+        if not self.log:
+            raise ValueError("machines that come need the log of those that are there; give one_byte(log=FOLDER)")
+        membership = Elastic(pieces, members)
+        context = self._context("one_byte, elastic", pieces, seed, membership)
+        model = agreement_digest(context.description, "", pieces).hex()
+        context.begin("", f"{str(self).partition(', log=')[0]}, seed={seed} ({model})")
+        machines = ElasticMachines(self.walk(seed), self.log, context, membership)
+        method = OneByteSteps(self, context, machines)
+        machines.begin()
+        return Attached(context, method)
+
+    def walk(self, seed: int) -> Walk:
+        """The directions of a run."""
+        return Walk(seed % 2**64, self.samples, self.noise, self.seeds, self.rule, self.trimmed)
+
+    def _context(self, name: str, pieces: Pieces, seed: int, membership: Elastic | None) -> Context:
+        plan = as_plan(None)
+        told = description(name, plan, self)
+        return Context(pieces, seed, told, plan=plan, kinds={}, parameters_kind="replicated", membership=membership)
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ``ValueError`` for an inner optimizer that does not go with it."""
         require_plain_sgd(optimizer, "one_byte")
 
 
-class AttachedOneByte(ForwardOnly):
-    """A `OneByte` at work."""
+class OneByteSteps(Method):
+    """A `OneByte` at work. ``machines``: who takes part, and what each writes down."""
 
-    parameters_kind: Kind = "replicated"
+    counters = ("unusable",)
 
-    def __init__(self, spec: OneByte, pieces: Pieces, seed: int) -> None:
-        walk = Walk(seed % 2**64, spec.samples, spec.noise, spec.seeds, spec.rule, spec.trimmed)
-        super().__init__(spec, pieces, seed, walk, spec.eps, {})
-        self.spec = spec
-        self.log = self._opened() if spec.log else None
+    def __init__(self, spec: OneByte, context: Context, machines: TakingPart) -> None:
+        self.spec, self.context, self.machines = spec, context, machines
+        self.walk = spec.walk(context.seed)
+        self.forward = ForwardSteps(context, self.walk, spec.eps, self._at)
+        self.samples = self.walk.samples
+        self._step: Step | None = None  # the one under way; None if others had made it already
 
-    def step(self) -> bool:
-        """Gather everybody's bytes, log them, and step. False where nobody had anything usable."""
-        everybody = self.pieces.channel.run(gathered(self._mine()), "bytes")
-        return self._take(self._step_of(everybody, 0, tuple(range(self.pieces.place.size))))
+    def estimate(self, loss: Callable[[], Tensor]) -> float:
+        return self.forward.estimate(loss)
 
-    def detach(self) -> None:
-        if self.log is not None:
-            self.log.close()
-        super().detach()
+    def prepare(self) -> bool:
+        """Gather everybody's bytes. False where nobody had anything usable."""
+        codes = torch.tensor([encode(number) for number in self.forward.taken()], dtype=torch.uint8)
+        gathered = self.machines.exchange(codes)
+        self._step = None if gathered is None else self._step_of(gathered)
+        return self._step is None or any(code & 0x7F for code in self._step.codes)
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        super().load_integers(integers)
-        start = self.digest() if self.spec.log else 0
-        if self.log is not None:
-            self.log.go_on(self.steps, start)
+    def advance(self) -> None:
+        """Make the step, and write it down."""
+        if self._step is not None:
+            pieces, values = self.context.pieces, self.context.pieces.read()
+            walk_on(values, pieces.segments, self.walk, self._step)
+            self.machines.keep(Record(self._step, self.context.digest(values) if self.spec.log else 0))
+            pieces.write(values)
+        self.forward.stepped()
 
-    def _mine(self) -> Tensor:
-        """What was found since the last step, [samples] bytes."""
-        return torch.tensor([encode(number) for number in self._taken()], dtype=torch.uint8)
+    def skip(self) -> None:
+        """As `advance`: a step of nothing is one, too, and has its weight decay."""
+        self.advance()
 
-    def _step_of(self, everybody: Tensor, epoch: int, workers: tuple[int, ...]) -> Step:
-        group = self.pieces.optimizer.param_groups[0]
-        rate, decay = float(group["lr"]), float(group["weight_decay"])
-        return Step(self.steps, epoch, workers, rate, decay, bytes(everybody.flatten().tolist()))
-
-    def _take(self, step: Step) -> bool:
-        """Log it, then go it."""
-        values = self.pieces.read()
-        walk_on(values, self.pieces.segments, self.walk, step)
-        self._keep(Record(step, self._digest(values) if self.spec.log else 0))
-        self.pieces.write(values)
-        ok = self._count(any(code & 0x7F for code in step.codes))
-        if self.spec.verify_every and self.steps % self.spec.verify_every == 0:
+    def after_step(self) -> None:
+        every = self.spec.verify_every
+        if self._step is not None and every and self.context.steps % every == 0:
             self.verify()
-        return ok
 
     def verify(self) -> bool:
         """Compare the digests of all machines; True: they are equal. Every rank must call it.
@@ -107,31 +134,79 @@ class AttachedOneByte(ForwardOnly):
         Raises `ReplicasDiffer` if they are not: somebody had another learning rate, or computes something else. Nothing
         is repaired: each machine's log says what its weights were.
         """
-        digests = self.pieces.channel.run(gathered(torch.tensor([signed(self.digest())])), "verify").flatten().tolist()
-        most, *others = groups_of(digests)
+        digest = torch.tensor([signed(self.context.digest())])
+        digests = self.machines.gathered(digest, "verify")
+        if digests is None:
+            return True  # a machine was lost; the next step finds a new epoch
+        most, *others = groups_of(digests.flatten().tolist())
         if others:
-            rate = self.pieces.optimizer.param_groups[0]["lr"]
+            rate = self.context.pieces.optimizer.param_groups[0]["lr"]
             differ = sorted(rank for group in others for rank in group)
             unknown = " (which are right cannot be known)" if len(most) == len(others[0]) else ""
             raise ReplicasDiffer(
-                f"after step {self.steps - 1} machines {differ} have other weights than {most}{unknown}: have all the "
-                f"same learning rate (here {rate!r}) and decay at each step? If so, look at their memory and processors"
+                f"after step {self.context.steps - 1} machines {differ} have other weights than {most}{unknown}: have "
+                f"all the same learning rate (here {rate!r}) and decay at each step? If so, look at their memory and "
+                "processors"
             )
         return True
 
-    def _keep(self, record: Record) -> None:
+    def integers(self) -> dict[str, int]:
+        return {"unusable": self.forward.unusable}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        self.forward.unusable = integers["unusable"]
+        self.machines.go_on(self.context.digest() if self.spec.log else 0)
+
+    def report(self) -> str:
+        return self.forward.report()
+
+    def detach(self) -> None:
+        self.machines.detach()
+
+    def _step_of(self, gathered: Gathered) -> Step:
+        group = self.context.pieces.optimizer.param_groups[0]
+        rate, decay = float(group["lr"]), float(group["weight_decay"])
+        codes = bytes(gathered.codes.flatten().tolist())
+        return Step(self.context.steps, gathered.epoch, gathered.workers, rate, decay, codes)
+
+    def _at(self, sample: int) -> At:
+        return self.context.steps, self.machines.number, sample
+
+
+class Machines:
+    """The replicas that there are, from beginning to end; each writes a log of its own, if any is asked for."""
+
+    def __init__(self, spec: OneByte, context: Context) -> None:
+        self._context = context
+        self.log: UpdateLog | None = None
+        if spec.log:
+            digest = context.digest()
+            if not context.pieces.channel.places["shard"].rank:  # a replica's log is for the first of its ranks
+                path = Path(spec.log) / f"replica-{self.number}.log"
+                self.log = UpdateLog(path, Header(spec.walk(context.seed), dict(context.pieces.shapes), digest))
+
+    @property
+    def number(self) -> int:
+        return self._context.place.rank
+
+    def exchange(self, codes: Tensor) -> Gathered | None:
+        everybody = self._context.pieces.channel.run(gathered(codes), "bytes")
+        return Gathered(everybody, 0, tuple(range(self._context.place.size)))
+
+    def gathered(self, value: Tensor, label: str) -> Tensor | None:
+        return self._context.pieces.channel.run(gathered(value), label)
+
+    def keep(self, record: Record) -> None:
         if self.log is not None:
             self.log.append(record)
 
-    def _opened(self) -> UpdateLog | None:
-        """This replica's log, for the first of its ranks."""
-        header = Header(self.walk, dict(self.pieces.shapes), self.digest())
-        if self.pieces.channel.places["shard"].rank:
-            return None
-        return UpdateLog(Path(self.spec.log) / f"replica-{self.pieces.place.rank}.log", header)
+    def go_on(self, digest: int) -> None:
+        if self.log is not None:
+            self.log.go_on(self._context.steps, digest)
 
-    def _at(self, sample: int) -> At:
-        return self.steps, self.pieces.place.rank, sample
+    def detach(self) -> None:
+        if self.log is not None:
+            self.log.close()
 
 
 def one_byte(
@@ -167,9 +242,3 @@ def one_byte(
     Walk(0, samples, noise, seeds, rule, trimmed)  # refuses what makes no sense
     require_guard(verify_every, "stop", "steps")
     return OneByte(eps, samples, noise, seeds, rule, trimmed, log, verify_every)
-
-
-def gathered(mine: Tensor) -> Flow[Tensor]:
-    """``mine`` of everybody, [world, ...]."""
-    (everybody,) = yield AllGather((mine,))
-    return everybody

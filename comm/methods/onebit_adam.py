@@ -19,6 +19,7 @@ Keeps: m and v, equal on all replicas, and what the feedback keeps.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,13 +29,16 @@ from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.sign import sign
 from dtrain.comm.feedback import error_feedback
 from dtrain.comm.layout import Named, is_keepable, working
-from dtrain.comm.methods.every_step import VERIFY_STEPS, AttachedEveryStep, EveryStep, every_step
+from dtrain.comm.methods.every_step import VERIFY_STEPS, EveryStep, ExchangedGradients, context_of, every_step
 from dtrain.comm.ops import Flow
-from dtrain.comm.pieces import Pieces
+from dtrain.comm.pieces import Exchange, Pieces, Repeated
 from dtrain.comm.plans.plan import Compress, after
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Tie
+from dtrain.comm.runtime.context import Context
+from dtrain.comm.runtime.method import Method
 from dtrain.comm.seeds import Key
+from dtrain.comm.state import Kind
 
 READ = ("lr", "betas", "eps", "weight_decay")
 
@@ -58,85 +62,125 @@ class OneBitAdam:
         decoupled = "AdamW" in type(inner).__name__ or groups[0].get("decoupled_weight_decay", False)
         if groups[0]["weight_decay"] and not decoupled:
             raise ValueError("onebit_adam knows decoupled weight decay only; use AdamW, or weight_decay=0")
-        return _AttachedOneBitAdam(self, pieces, seed)
+        moments: dict[str, Kind] = {"adam_m": "replicated", "adam_v": "replicated"}
+        context = context_of("onebit_adam", self.exchange, pieces, seed, moments)
+        return Attached(context, _FrozenAdam(self, context))
 
 
-class _AttachedOneBitAdam(AttachedEveryStep):
-    def __init__(self, spec: OneBitAdam, pieces: Pieces, seed: int) -> None:
-        super().__init__(spec.exchange, pieces, seed, {"adam_m": "replicated", "adam_v": "replicated"})
-        self.warmup_steps = spec.warmup_steps
+class _FrozenAdam(Method):
+    """A `OneBitAdam` at work: the exchange of gradients in the warm-up, afterwards that of momenta."""
+
+    def __init__(self, spec: OneBitAdam, context: Context) -> None:
+        self.context, self.warmup_steps = context, spec.warmup_steps
+        self._gradients = ExchangedGradients(spec.exchange, context, self._combining)
 
     @property
     def frozen(self) -> bool:
         """Whether the warm-up is over."""
-        return self.steps >= self.warmup_steps
+        return self.context.steps >= self.warmup_steps
 
-    def _combine(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]:
-        if not self.frozen:
-            mean = yield from super()._combine(gradients, key, present)
-            # The square of more would leave no finite variance to be frozen.
-            return replace(mean, finite=mean.finite and is_keepable(*mean.values.values()))
-        b1 = self._group["betas"][0]
-        last = {fqn: self.state.get(fqn, "adam_m", gradient) for fqn, gradient in gradients.items()}
-        momenta = {
-            fqn: (last[fqn] if self.state.begun(fqn, "adam_m") else b1 * last[fqn]) + (1 - b1) * working(gradient)
-            for fqn, gradient in gradients.items()
-        }
-        combined = yield from super()._combine(momenta, key, present)
-        for fqn, momentum in combined.values.items():
-            self.state.stage(fqn, "adam_m", momentum.clone())
-        new = {fqn: m - last[fqn] if key.again else m for fqn, m in combined.values.items()}  # it is added up
-        return replace(combined, values={fqn: m.to(gradients[fqn].dtype) for fqn, m in new.items()})
+    @property
+    def exchange(self) -> Exchange:
+        return _Joined(self._gradients.exchange, self._require_variance)
 
-    def stood_in(self) -> None:
-        if not self.frozen:
-            raise RuntimeError(
-                f"this rank has ended (model.join()) in step {self.steps}, within the {self.warmup_steps} steps of "
-                "1-bit Adam's warm-up: its Adam is not stepped any more, so its variance would be frozen at other "
-                "values; give all ranks that many batches, or end the warm-up earlier"
-            )
-        super().stood_in()
+    def prepare(self) -> bool:
+        return self._gradients.prepare()
 
-    def _advance(self) -> None:
+    def skip(self) -> None:
+        self._gradients.skip()
+
+    def weigh(self, tokens: int) -> None:
+        self._gradients.weigh(tokens)
+
+    def verify(self) -> bool:
+        return self._gradients.verify()
+
+    def advance(self) -> None:
         if not self.frozen:
-            super()._advance()
+            self._gradients.advance()
             return
-        group, unused = self._group, set(self.pieces.unused())
+        pieces, state, group = self.context.pieces, self.context.state, self._group
+        unused = set(pieces.unused())
         b1, b2 = group["betas"]
         largest = max(1.0, (1 - b1) / math.sqrt(1 - b2))
         moved = {}
-        for fqn, now in self.pieces.read().items():
-            m, v = self.state.get(fqn, "adam_m", now), self.state.get(fqn, "adam_v", now)
+        for fqn, now in pieces.read().items():
+            m, v = state.get(fqn, "adam_m", now), state.get(fqn, "adam_v", now)
             along = torch.where(v > 0, m / (v.sqrt() + group["eps"]), 0.0).clamp_(-largest, largest)
             step = along + group["weight_decay"] * now
             moved[fqn] = now if fqn in unused else now - float(group["lr"]) * step
-        self.pieces.skip()
-        self.pieces.write(moved)
+        pieces.skip()
+        pieces.write(moved)
 
-    def _after_step(self) -> None:
-        super()._after_step()
-        if self.steps == self.warmup_steps:
+    def after_step(self) -> None:
+        self._gradients.after_step()
+        if self.context.steps == self.warmup_steps:
             self._freeze()
+
+    def _combining(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]:
+        if not self.frozen:
+            mean = yield from self._gradients.combining(gradients, key, present)
+            # The square of more would leave no finite variance to be frozen.
+            return replace(mean, finite=mean.finite and is_keepable(*mean.values.values()))
+        b1, state = self._group["betas"][0], self.context.state
+        last = {fqn: state.get(fqn, "adam_m", gradient) for fqn, gradient in gradients.items()}
+        momenta = {
+            fqn: (last[fqn] if state.begun(fqn, "adam_m") else b1 * last[fqn]) + (1 - b1) * working(gradient)
+            for fqn, gradient in gradients.items()
+        }
+        combined = yield from self._gradients.combining(momenta, key, present)
+        for fqn, momentum in combined.values.items():
+            state.stage(fqn, "adam_m", momentum.clone())
+        new = {fqn: m - last[fqn] if key.again else m for fqn, m in combined.values.items()}  # it is added up
+        return replace(combined, values={fqn: m.to(gradients[fqn].dtype) for fqn, m in new.items()})
+
+    def _require_variance(self) -> None:
+        """Raise ``RuntimeError`` for a rank that ends in the warm-up."""
+        if not self.frozen:
+            raise RuntimeError(
+                f"this rank has ended (model.join()) in step {self.context.steps}, within the {self.warmup_steps} "
+                "steps of 1-bit Adam's warm-up: its Adam is not stepped any more, so its variance would be frozen at "
+                "other values; give all ranks that many batches, or end the warm-up earlier"
+            )
 
     def _freeze(self) -> None:
         """Take over Adam's moments, bias corrections included."""
         b1, b2 = self._group["betas"]
-        kept = self.pieces.optimizer_state()
+        kept = self.context.pieces.optimizer_state()
         moments = kept.get("exp_avg", {})
-        if without := self.pieces.segments.keys() - moments.keys():
+        if without := self.context.pieces.segments.keys() - moments.keys():
             raise RuntimeError(
-                f"the inner optimizer has no variance of {', '.join(sorted(without)[:3])} after {self.steps} steps of "
-                "warm-up; onebit_adam needs every parameter in use, and at least one step that was not skipped"
+                f"the inner optimizer has no variance of {', '.join(sorted(without)[:3])} after {self.context.steps} "
+                "steps of warm-up; onebit_adam needs every parameter in use, and at least one step that was not skipped"
             )
         for fqn, m in moments.items():
-            made = float(kept["step"][fqn]) if "step" in kept else float(self.steps)
-            self.state.stage(fqn, "adam_m", working(m) / (1 - b1**made))
-            self.state.stage(fqn, "adam_v", working(kept["exp_avg_sq"][fqn]) / (1 - b2**made))
-        self.state.commit()
+            made = float(kept["step"][fqn]) if "step" in kept else float(self.context.steps)
+            self.context.state.stage(fqn, "adam_m", working(m) / (1 - b1**made))
+            self.context.state.stage(fqn, "adam_v", working(kept["exp_avg_sq"][fqn]) / (1 - b2**made))
+        self.context.state.commit()
 
     @property
     def _group(self) -> dict[str, Any]:
-        return self.pieces.optimizer.param_groups[0]
+        return self.context.pieces.optimizer.param_groups[0]
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """An exchange, and what must hold where a rank has ended (``model.join()``); see `Repeated`."""
+
+    exchange: Repeated
+    require: Callable[[], None]
+
+    @property
+    def adds(self) -> bool:
+        return self.exchange.adds
+
+    def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        return self.exchange(gradients, present)
+
+    def stood_in(self) -> None:
+        self.require()
+        self.exchange.stood_in()
 
 
 def onebit_adam(

@@ -7,11 +7,12 @@ Communication: in the warm-up all gradients in fp32 at every step, then one roun
 
 from __future__ import annotations
 
-from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
+from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.comm.outer_optimizers import sgd
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.knobs import Knob
+from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS
 
 
 def post_local_sgd(

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,17 +32,24 @@ from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.layout import Named
-from dtrain.comm.methods.local_update import VERIFY_ROUNDS, LocalUpdate, local_update
+from dtrain.comm.methods.local_update import local_update
 from dtrain.comm.ops import Flow
 from dtrain.comm.outer_optimizers import sgd
-from dtrain.comm.pieces import Exchange, Pieces
 from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.plans.plan import WEAK, Compress, Plan, as_plan, with_feedback
-from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Tie
-from dtrain.comm.runtime.loop import AttachedLocalUpdate
-from dtrain.comm.runtime.parts import Part
+from dtrain.comm.runtime.local_updates import at_work
+from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, LoopSpec
+from dtrain.comm.runtime.step_source import OwnGradients
 from dtrain.comm.state import Kind, State
+
+if TYPE_CHECKING:
+    from dtrain.comm.pieces import Exchange, Pieces
+    from dtrain.comm.runtime.attached import Attached
+    from dtrain.comm.runtime.context import Context
+    from dtrain.comm.runtime.loop import Parts
+    from dtrain.comm.runtime.membership.members import Members
+    from dtrain.comm.runtime.rounds import Fragment
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ def noted(compression: Compression) -> Compression:
 
 
 @dataclass(frozen=True)
-class Directed(LocalUpdate):
+class Directed(LoopSpec):
     """See `fedavg_m` and `scaffold_m`. ``control``: whether there are control variates."""
 
     beta: float = 1.0
@@ -74,7 +82,16 @@ class Directed(LocalUpdate):
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         self.require_inner(pieces.optimizer)
-        return AttachedDirected(self, pieces, seed)
+        return at_work(self, pieces, seed, name="scaffold_m", settings=("beta", "control"), change=self._direct)
+
+    def bind_members(self, pieces: Pieces, seed: int, members: Members) -> Attached:
+        raise ValueError(
+            f"replicas cannot come and go with {'scaffold_m' if self.control else 'fedavg_m'}: every replica takes "
+            "part in each round, whose mean direction the next one's steps go along; take diloco(...)"
+        )
+
+    def _direct(self, context: Context, parts: Parts) -> None:
+        parts.source = DirectedGradients(self, context)
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ``ValueError`` for an inner optimizer that does not go with it."""
@@ -98,87 +115,83 @@ class Directed(LocalUpdate):
         return False  # c is the mean of all c_i only where all count alike
 
 
-class AttachedDirected(AttachedLocalUpdate):
-    """A `Directed` at work. ``moved``: the sum of the learning rates of this round's steps."""
+class DirectedGradients(OwnGradients):
+    """The steps of a `Directed`. ``moved``: the sum of the learning rates of this round's steps."""
 
-    settings = (*AttachedLocalUpdate.settings, "beta", "control")
-    spec: Directed
-
-    def __init__(self, spec: Directed, pieces: Pieces, seed: int) -> None:
-        super().__init__(spec, pieces, seed)
+    def __init__(self, spec: Directed, context: Context) -> None:
+        self._spec, self._context = spec, context
         self.moved = 0.0
-        self._own: dict[str, Tensor] = {}
+        self._deltas: dict[str, Tensor] = {}
         self._met: set[str] = set()  # parameters whose gradients this step has directed
 
-    def _on_gradients(self) -> Exchange:
+    @property
+    def exchange(self) -> Exchange:
         return _Directing(self)
 
-    def _gradients_ok(self) -> bool:
+    def exchanged(self) -> bool:
         self._met = set()
-        return super()._gradients_ok()
+        return True
 
-    def integers(self) -> dict[str, int]:
-        return {**super().integers(), "moved": bits_of(self.moved)}
+    def stepped(self) -> None:
+        self.moved += self._context.rate  # of a step that this replica skips, too: all must divide by the same
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        super().load_integers(integers)
-        self.moved = number_of(integers["moved"])
+    def captured(self, values: Named) -> None:
+        self._deltas = dict(values)
 
-    def _directed(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
-        """What the optimizer is given in place of this replica's own gradients; nothing is sent."""
-        yield from ()
-        beta, state, found = self.spec.beta, self.state, {}
-        for fqn, gradient in gradients.items():
-            own = gradient
-            if fqn in self._met:  # of a further backward pass: the step has its direction already
-                found[fqn] = beta * own
-                continue
-            self._met.add(fqn)
-            if self.spec.control:
-                own = gradient + (state.get(fqn, "control", gradient) - state.get(fqn, "own_control", gradient))
-            found[fqn] = own if beta == 1 else beta * own + (1 - beta) * state.get(fqn, "direction", gradient)
-        return Combined(found, finite=True, present=None)
-
-    def _after_step(self) -> None:
-        self.moved += self._rate  # of a step that this replica skips, too: all must divide by the same
-        super()._after_step()
-
-    def _capture(self, part: Part) -> dict[str, Tensor]:
-        self._own = super()._capture(part)
-        return self._own
-
-    def _apply(self, part: Part, values: Named | None, mix: float) -> None:
-        beta, state = self.spec.beta, self.state
-        for fqn, mean in (values or {}).items() if self.moved else ():  # without a step nobody has learned anything
-            direction, last = mean / self.moved, state.get(fqn, "direction", mean)
-            if self.spec.control:
-                control, own = state.get(fqn, "control", mean), state.get(fqn, "own_control", mean)
-                told = (self._put_in(fqn) / self.moved - (1 - beta) * last) / beta
-                state.stage(fqn, "own_control", told + own - control)
+    def applying(self, fragment: Fragment, mean: Named | None) -> None:
+        beta, state = self._spec.beta, self._context.state
+        for fqn, delta in (mean or {}).items() if self.moved else ():  # without a step nobody has learned anything
+            direction, last = delta / self.moved, state.get(fqn, "direction", delta)
+            if self._spec.control:
+                control, own_control = state.get(fqn, "control", delta), state.get(fqn, "own_control", delta)
+                gradient = (self._put_in(fqn) / self.moved - (1 - beta) * last) / beta
+                state.stage(fqn, "own_control", gradient + own_control - control)
                 state.stage(fqn, "control", (direction - (1 - beta) * last) / beta)
             state.stage(fqn, "direction", direction)
-        super()._apply(part, values, mix)
-        self.moved, self._own = 0.0, {}
+        self.moved, self._deltas = 0.0, {}
+
+    def integers(self) -> dict[str, int]:
+        return {"moved": bits_of(self.moved)}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        self.moved = number_of(integers["moved"])
+
+    def directed(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        """What the optimizer is given in place of this replica's own gradients; nothing is sent."""
+        yield from ()
+        beta, state, directed = self._spec.beta, self._context.state, {}
+        for fqn, gradient in gradients.items():
+            corrected = gradient
+            if fqn in self._met:  # of a further backward pass: the step has its direction already
+                directed[fqn] = beta * corrected
+                continue
+            self._met.add(fqn)
+            if self._spec.control:
+                corrected = gradient + (state.get(fqn, "control", gradient) - state.get(fqn, "own_control", gradient))
+            direction = state.get(fqn, "direction", gradient)
+            directed[fqn] = corrected if beta == 1 else beta * corrected + (1 - beta) * direction
+        return Combined(directed, finite=True, present=None)
 
     def _put_in(self, fqn: str) -> Tensor:
         """What this replica has put into the round's mean."""
-        kept = self.plan.of(fqn, self.steps).feedback.kinds
+        context = self._context
+        kept = context.plan.of(fqn, context.steps).feedback.kinds
         name = next((name for name in ("told", "estimate") if name in kept), "")
-        told = self.state.find(fqn, name)
-        self.state.drop(fqn, "told")
-        return self._own[fqn] if told is None else told  # without: what is sent in full
+        sent = context.state.find(fqn, name)
+        context.state.drop(fqn, "told")
+        return self._deltas[fqn] if sent is None else sent  # without: what is sent in full
 
 
 @dataclass(frozen=True)
 class _Directing:
     """What the pieces are handed: see `Repeated` and `Private`."""
 
-    sync: AttachedDirected
+    source: DirectedGradients
     adds: bool = True
     private: bool = True
 
     def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
-        return self.sync._directed(gradients, present)
+        return self.source.directed(gradients, present)
 
     def stood_in(self) -> None:
         """Nothing: it sends nothing."""
@@ -192,7 +205,7 @@ def fedavg_m(
     compress: Compress = None,
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
-) -> LocalUpdate:
+) -> Directed:
     """FedAvg-M: each local step goes along the last round's mean direction, too.
 
     Args:
@@ -220,7 +233,7 @@ def scaffold_m(
     compress: Compress = None,
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
-) -> LocalUpdate:
+) -> Directed:
     """SCAFFOLD-M: local steps that are corrected by how this replica's gradients differ from all replicas'.
 
     Args: those of `fedavg_m`; with ``beta=1`` it is SCAFFOLD.
@@ -248,13 +261,13 @@ def _require_stable(plan: Plan) -> None:
             )
 
 
-def _loop(every_steps: int, lr: float, plan: Plan, verify_every: int, tie: Tie) -> LocalUpdate:
+def _loop(every_steps: int, lr: float, plan: Plan, verify_every: int, tie: Tie) -> LoopSpec:
     if not isinstance(every_steps, int):
         raise ValueError(f"every_steps is {every_steps!r}; give a whole number of steps")
     return local_update(every_steps=every_steps, outer=sgd(lr=lr), compress=plan, verify_every=verify_every, tie=tie)
 
 
-def _directed(made: LocalUpdate, beta: float, *, control: bool) -> LocalUpdate:
+def _directed(made: LoopSpec, beta: float, *, control: bool) -> Directed:
     if not 0 < beta <= 1:
         raise ValueError(f"beta is {beta!r}; what a replica's own gradient counts lies in (0, 1]")
     fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}

@@ -28,8 +28,10 @@ from dtrain.comm.methods.every_step import VERIFY_STEPS
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import PARAMETER, Held, Tie, require_guard
+from dtrain.comm.runtime.context import Context, description
+from dtrain.comm.runtime.gradient_steps import GradientSteps
+from dtrain.comm.runtime.guard import Guard, parameters_held
 from dtrain.comm.seeds import Key
-from dtrain.comm.state import Kind, State
 
 
 @dataclass(frozen=True)
@@ -42,66 +44,78 @@ class Sparta:
     tie: Tie = "stop"
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
-        return AttachedSparta(self, pieces, seed)
+        settings = ("density", "every_steps")
+        plain = as_compression(None)
+        context = Context(
+            pieces, seed, description("sparta", plain, self, settings), plan=plain, kinds={},
+            parameters_kind="per_worker",
+        )  # fmt: skip
+        context.begin(f"{self}")
+        return Attached(context, AveragedCoordinates(self, context))
 
 
-class AttachedSparta(Attached):
-    """SPARTA at work on one rank."""
+class AveragedCoordinates(GradientSteps):
+    """A `Sparta` at work on one rank. ``left_out``: averages to which this replica gave nothing finite."""
 
-    parameters_kind: Kind = "per_worker"
-    counters = (*Attached.counters, "left_out")
-    settings = ("density", "every_steps")
-    _alike_means = "coordinates that were just averaged"
+    counters = ("left_out",)
 
-    def __init__(self, spec: Sparta, pieces: Pieces, seed: int) -> None:
-        super().__init__(pieces, State({}), as_compression(None), seed, spec)
+    def __init__(self, spec: Sparta, context: Context) -> None:
+        super().__init__(context)
         self.spec = spec
         self.left_out = 0
         self._averaged: dict[str, Tensor] = {}  # what the last exchange has made equal: coordinates
-        pieces.set_gradient_exchange(None)
-
-    def _gradients_ok(self) -> bool:
-        return True
+        self._guard = Guard(
+            context, spec.tie, "coordinates that were just averaged", self._held, replace=self._take_over
+        )
 
     def close_round(self) -> bool:
         """Average all parameters. It is for the end of training, and may be repeated."""
         self._average(1.0, 0)
         return True
 
-    def _after_step(self) -> None:
+    def verify(self) -> bool:
+        return self._guard.verify()
+
+    def after_step(self) -> None:
         self._averaged = {}
-        if self.steps % self.spec.every_steps == 0:
-            number = self.steps // self.spec.every_steps
+        if self.context.steps % self.spec.every_steps == 0:
+            number = self.context.steps // self.spec.every_steps
             self._average(self.spec.density, number - 1)
             if self.spec.verify_every and number % self.spec.verify_every == 0:
                 self.verify()
 
+    def integers(self) -> dict[str, int]:
+        return {"left_out": self.left_out}
+
+    def load_integers(self, integers: Mapping[str, int]) -> None:
+        self.left_out = integers["left_out"]
+
     def _average(self, density: float, number: int) -> None:
-        key, place = Key(self.seed, self.steps, self.pieces.place.rank), self.pieces.place
-        now = self.pieces.read()
+        context, place = self.context, self.context.place
+        key, now = context.key(), context.pieces.read()
         turns = {fqn: turn(value, density, number, replace(key, fqn=fqn)) for fqn, value in now.items()}
         chosen = {fqn: value[turns[fqn]] for fqn, value in now.items()}
-        finite = self._agree(all_finite(chosen))
+        finite = context.agree(all_finite(chosen))
         if not finite:
             self.left_out += 1
             chosen = {fqn: torch.zeros_like(value) for fqn, value in chosen.items()}
         plain = as_compression(None)
-        flow = two_phase(chosen, plain, rank_order_mean, place, key, self.state, weight=float(finite))
-        combined = self.pieces.channel.run(flow, "coordinates")
-        if self._agree(combined.finite):
-            self.pieces.write(_replaced(now, turns, combined.values))
+        flow = two_phase(chosen, plain, rank_order_mean, place, key, context.state, weight=float(finite))
+        combined = context.pieces.channel.run(flow, "coordinates")
+        if context.agree(combined.finite):
+            context.pieces.write(_replaced(now, turns, combined.values))
             self._averaged = turns
 
-    def _held_alike(self) -> Held:
-        for name, value in self._parameters_alike():
+    def _held(self) -> Held:
+        for name, value in parameters_held(self.context):
             fqn = name.removeprefix(PARAMETER)
             if fqn in self._averaged:
                 yield f"coordinates of {fqn}", value[self._averaged[fqn]]
 
     def _take_over(self, values: Mapping[str, Tensor]) -> None:
-        now = self.pieces.read()
+        now = self.context.pieces.read()
         right = {fqn: values.get(f"coordinates of {fqn}", now[fqn][at]) for fqn, at in self._averaged.items()}
-        self.pieces.write({**now, **_replaced({fqn: now[fqn] for fqn in right}, self._averaged, right)})
+        self.context.pieces.write({**now, **_replaced({fqn: now[fqn] for fqn in right}, self._averaged, right)})
 
 
 def turn(value: Tensor, density: float, number: int, key: Key) -> Tensor:

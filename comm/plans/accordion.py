@@ -50,6 +50,8 @@ class Accordion:
 class ChoosingAccordion:
     """Accordion at work on one rank."""
 
+    settled = False
+
     def __init__(self, spec: Accordion, fqns: Sequence[str]) -> None:
         self.spec, self.fqns = spec, list(fqns)
         self.compressions = spec.compressions

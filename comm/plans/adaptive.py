@@ -19,7 +19,9 @@ from dtrain.comm.seeds import Key
 
 
 class Choosing(Plan, Protocol):
-    """An adaptive plan at work on one rank."""
+    """An adaptive plan at work on one rank. ``settled``: it never changes: there is nothing to measure and to review."""
+
+    settled: bool
 
     @property
     def changes(self) -> int:
@@ -54,6 +56,8 @@ class Adaptive(Plan, Protocol):
 
 class Settled:
     """A static plan behind the adaptive interface."""
+
+    settled = True
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

@@ -86,7 +86,8 @@ class _EF21W(Feedback):
 
     def fresh(self, fqn: str, value: Tensor, state: State) -> Tensor:
         """How far the gradient has moved; zeros in the first step."""
-        return value - state.get(fqn, "last_gradient", value) if state.known(fqn, "last_gradient") else 0 * value
+        last = state.find(fqn, "last_gradient")
+        return 0 * value if last is None else value - last
 
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         self.ef21.retain(fqn, value, corrected, sent, state)
@@ -123,6 +124,8 @@ class EF21W:
 
 class ChoosingEF21W:
     """EF21-W at work on one rank: this worker's smoothness, then its scale."""
+
+    settled = False
 
     def __init__(self, spec: EF21W) -> None:
         self.spec = spec

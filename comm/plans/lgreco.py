@@ -62,6 +62,8 @@ class LGreCo:
 class ChoosingLGreCo:
     """L-GreCo at work on one rank: the present choice, and what the next one will be made from."""
 
+    settled = False
+
     def __init__(self, spec: LGreCo, fqns: Sequence[str]) -> None:
         self.spec, self.fqns = spec, list(fqns)
         self.compressions = spec.options

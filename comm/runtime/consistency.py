@@ -6,14 +6,11 @@ without a word, until the loss shows it. The largest group that agrees is right,
 has. Where two groups are as large, as always with two replicas, nobody can know which is right.
 Communication: 16 bytes of each replica. Where they differ also a hash of each tensor, and a broadcast of those that
 differ.
-
-And what tells that replicas drift apart where nothing is wrong: norms of their deltas, and the cosine between them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
@@ -22,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dtrain.comm.layout import Named
 from dtrain.comm.ops import AllGather, Broadcast, Flow, Place
 from dtrain.comm.runtime.saved import EACH_SAVES
 
@@ -217,36 +213,3 @@ def groups_of(rows: Sequence[Hashable], absent: Sequence[int] = ()) -> list[list
         if rank not in absent:
             found.setdefault(row, []).append(rank)
     return sorted(found.values(), key=lambda ranks: (-len(ranks), ranks[0]))
-
-
-def differences(anchor: Named, now: Named) -> tuple[dict[str, Tensor], Tensor]:
-    """``anchor - now``, and the sum of its squares, 0-dim. NaN or infinite where any of it is, or it is too large.
-
-    >>> differences({"w": torch.ones(2)}, {"w": torch.zeros(2)})
-    ({'w': tensor([1., 1.])}, tensor(2.))
-    """
-    deltas, squares = {}, []
-    for fqn, x in now.items():
-        deltas[fqn] = delta = anchor[fqn] - x
-        squares.append(torch.dot(delta, delta))  # here, where it is in the caches
-    return deltas, torch.stack(squares).sum() if squares else torch.zeros(())
-
-
-def products(own: Named, mean: Named) -> Tensor:
-    """Of the mean deltas with themselves, and with a replica's own: [2], of this rank's pieces.
-
-    >>> products({"w": torch.ones(2)}, {"w": torch.tensor([1.0, -1.0])})
-    tensor([2., 0.])
-    """
-    rows = [torch.stack([torch.dot(value, value), torch.dot(own[fqn], value)]) for fqn, value in mean.items()]
-    return torch.stack(rows).sum(0) if rows else torch.zeros(2)
-
-
-def gauges(sums: Tensor) -> dict[str, float]:
-    """How far this replica had drifted from the anchor, and how well replicas agree.
-
-    ``sums`` [3]: over all pieces, the square of the replica's `differences`, then their `products`.
-    """
-    drift, moved, product = sums.tolist()
-    cosine = product / math.sqrt(drift * moved) if drift * moved > 0 else 0.0
-    return {"drift": math.sqrt(drift), "mean_delta": math.sqrt(moved), "delta_cosine": cosine}

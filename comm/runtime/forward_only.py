@@ -1,4 +1,4 @@
-"""What syncs have in common that never see a gradient: a direction is tried, and how the loss changes along it is all.
+"""Steps of methods that never see a gradient: a direction is tried, and how the loss changes along it is all.
 
     l+- = loss(parameters +- eps z);   g = (l+ - l-) / (2 eps)                SPSA, Spall, IEEE TAC 37 (1992)
 
@@ -10,37 +10,34 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dtrain.comm.layout import Named
-from dtrain.comm.pieces import Pieces
-from dtrain.comm.plans.plan import as_plan
-from dtrain.comm.runtime.attached import MANY_SKIPPED, Attached
-from dtrain.comm.shared_seed.digest import partial, unsigned
+from dtrain.comm.runtime.context import Context
 from dtrain.comm.shared_seed.directions import At, Walk, both_ways
 from dtrain.comm.shared_seed.philox import Address
-from dtrain.comm.state import Kind, State
+
+MANY_UNUSABLE = 10
+"""Losses in a row that were not finite, after which it is said."""
 
 
-class ForwardOnly(Attached):
-    """A sync that is stepped from losses. `estimate` stands where ``backward()`` was."""
+class ForwardSteps:
+    """Directions that are tried in place of backward passes.
 
-    counters = (*Attached.counters, "unusable")
+    Args:
+        walk: which directions there are; ``walk.samples`` of them are tried in each step.
+        eps: how far.
+        at: the direction that is tried as this step's number ``sample``.
+    """
 
-    def __init__(
-        self, spec: object, pieces: Pieces, seed: int, walk: Walk, eps: float, kinds: Mapping[str, Kind]
-    ) -> None:
-        super().__init__(pieces, State(kinds), as_plan(None), seed, spec)
-        self.walk, self.eps = walk, eps
-        self.unusable = 0
-        self._numbers: list[float] = []  # found since the last step
+    def __init__(self, context: Context, walk: Walk, eps: float, at: Callable[[int], At]) -> None:
+        self._context, self.walk, self._eps, self._at = context, walk, eps, at
+        self.unusable = 0  # losses that were not finite
+        self.numbers: list[float] = []  # slopes along this step's directions
         self._checked = False
         self._unusable_in_a_row = 0
-        pieces.set_gradient_exchange(None)
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
         """Try the next direction on ``loss()``, which runs the model forward on this rank's batch; the mean loss.
@@ -51,69 +48,54 @@ class ForwardOnly(Attached):
 
         Raises ``RuntimeError`` if it does not, and for more samples than there are.
         """
-        sample = len(self._numbers)
+        sample, pieces = len(self.numbers), self._context.pieces
         if sample == self.walk.samples:
             raise RuntimeError(f"all {sample} directions of this step were tried; call step() before the next one")
-        self.pieces.finish()
-        base = self.pieces.read()
+        pieces.finish()
+        base = pieces.read()
         try:
             if not self._checked:
                 self._require_repeatable(loss)
                 self._checked = True
-            found = []
-            for values in both_ways(base, self.pieces.segments, self.walk, self._at(sample), self.eps):
-                self.pieces.write(values)
-                found.append(self._loss(loss))
+            losses = []
+            for values in both_ways(base, pieces.segments, self.walk, self._at(sample), self._eps):
+                pieces.write(values)
+                losses.append(self._loss(loss))
         finally:
-            self.pieces.write(base)
-        number = (found[0] - found[1]) / (2 * self.eps)
+            pieces.write(base)
+        number = (losses[0] - losses[1]) / (2 * self._eps)
         self._unusable_in_a_row = 0 if math.isfinite(number) else self._unusable_in_a_row + 1
         self.unusable += not math.isfinite(number)
-        if self._unusable_in_a_row == MANY_SKIPPED:
+        if self._unusable_in_a_row == MANY_UNUSABLE:
             warnings.warn(
-                f"{MANY_SKIPPED} losses in a row were not finite here, at step {self.steps} the last ({found}): this "
-                "machine says nothing; look at its data, or lower the learning rate",
-                RuntimeWarning, stacklevel=2,
+                f"{MANY_UNUSABLE} losses in a row were not finite here, at step {self._context.steps} the last "
+                f"({losses}): this machine says nothing; look at its data, or lower the learning rate",
+                RuntimeWarning, stacklevel=3,
             )  # fmt: skip
-        self._numbers.append(number)
-        return (found[0] + found[1]) / 2
+        self.numbers.append(number)
+        return (losses[0] + losses[1]) / 2
 
-    def report(self) -> str:
-        return super().report() + (f", {self.unusable} losses not finite" if self.unusable else "")
-
-    def digest(self) -> int:
-        """Of every element of the parameters, the same for every sharding. Every rank must call it."""
-        return self._digest(self.pieces.read())
-
-    @abstractmethod
-    def _at(self, sample: int) -> At:
-        """The direction that is tried as this step's number ``sample``."""
-
-    def _taken(self) -> list[float]:
-        """What was found since the last step, which is then forgotten."""
-        if len(self._numbers) != self.walk.samples:
+    def taken(self) -> list[float]:
+        """The slopes of this step, which are then forgotten."""
+        if len(self.numbers) != self.walk.samples:
             raise RuntimeError(
-                f"{len(self._numbers)} of {self.walk.samples} directions were tried since the last step; call "
+                f"{len(self.numbers)} of {self.walk.samples} directions were tried since the last step; call "
                 "estimate(...) for each"
             )
-        numbers, self._numbers = self._numbers, []
+        numbers, self.numbers = self.numbers, []
         return numbers
 
-    def _count(self, ok: bool) -> bool:
-        """A step has ended; ``ok``: the parameters have moved."""
-        self.pieces.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers of torch ask for it
-        self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
-        self.skipped += not ok
-        self.steps += 1
-        return ok
+    def stepped(self) -> None:
+        """A step was made from what was tried."""
+        self._context.pieces.optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
 
-    def _digest(self, values: Named) -> int:
-        return unsigned(self._over_shards(partial(values, self.pieces.segments), "digest"))
+    def report(self) -> str:
+        return f", {self.unusable} losses not finite" if self.unusable else ""
 
     def _loss(self, loss: Callable[[], Tensor]) -> float:
         """The mean over this replica's ranks; random numbers that it draws are the same each time, others each step."""
-        worker, sample = self.pieces.channel.places["shard"].rank, len(self._numbers)
-        at = Address("forward", self.steps, self.pieces.place.rank, sample)
+        worker, sample = self._context.pieces.channel.places["shard"].rank, len(self.numbers)
+        at = Address("forward", self._context.steps, self._context.place.rank, sample)
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices), torch.no_grad():
             seed = at.stream(str(worker)) >> 1
@@ -126,7 +108,7 @@ class ForwardOnly(Attached):
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"estimate(loss) calls loss() for the mean loss, a tensor of one element; it gave {given}")
         value = value.detach().double().reshape(1)
-        return float(self._over_shards(value, "loss")) / self.pieces.channel.places["shard"].size
+        return float(self._context.over_shards(value, "loss")) / self._context.pieces.channel.places["shard"].size
 
     def _require_repeatable(self, loss: Callable[[], Tensor]) -> None:
         watch = torch.nn.modules.module.register_module_forward_hook(_refuse_statistics)
@@ -140,12 +122,6 @@ class ForwardOnly(Attached):
                 f"the loss is {once!r}, and with the same parameters {again!r}: take the batch before estimate(...), "
                 "and put layers that change in forward (BatchNorm) into eval()"
             )
-
-    def _gradients_ok(self) -> bool:
-        return True
-
-    def _after_step(self) -> None:
-        pass
 
 
 def _refuse_statistics(module: torch.nn.Module, inputs: object, output: object) -> None:

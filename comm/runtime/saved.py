@@ -205,7 +205,7 @@ def holdings(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
 
 def require_same_sync(entries: Mapping[str, object], told: str, place: str | None) -> None:
     """Raise ``ValueError`` for the state of another method or, where that counts, of another rank than ``place``."""
-    saved = entries.get("sync")
+    saved = renamed(entries.get("sync"))
     if saved not in (None, told):
         raise ValueError(
             f"this state was saved with {unlike(str(saved), told)}, and this is {unlike(told, str(saved))}; attach "
@@ -218,10 +218,39 @@ def require_same_sync(entries: Mapping[str, object], told: str, place: str | Non
         )
 
 
-def unlike(one: str, other: str) -> str:
-    """The settings of ``one``, as `Attached.told` has them, that ``other`` does not have.
+EARLIER = {
+    "AttachedEveryStep": "every_step",
+    "_AttachedOneBitAdam": "onebit_adam",
+    "AttachedSparta": "sparta",
+    "AttachedLocalUpdate": "local_update",
+    "AttachedSharded": "local_update, sharded",
+    "AttachedOffloaded": "local_update, offloaded",
+    "AttachedElastic": "local_update, elastic",
+    "AttachedDirected": "scaffold_m",
+    "AttachedFerret": "ferret",
+    "AttachedOneByte": "one_byte",
+    "AttachedElasticOneByte": "one_byte, elastic",
+    "AttachedFedKSeed": "fedkseed",
+}
+"""What methods were called in states that were saved before they had names of their own."""
 
-    >>> unlike("Attached: fp32; every_steps=5; mix=0.0", "Attached: fp32; every_steps=6; mix=0.0")
+
+def renamed(sync: object) -> object:
+    """The description of a sync in a state, as it is today.
+
+    >>> renamed("AttachedSharded: fp32; every_steps=5")
+    'local_update, sharded: fp32; every_steps=5'
+    """
+    if not isinstance(sync, str):
+        return sync
+    name, colon, rest = sync.partition(":")
+    return EARLIER.get(name, name) + colon + rest
+
+
+def unlike(one: str, other: str) -> str:
+    """The settings of ``one``, as `context.description` has them, that ``other`` does not have.
+
+    >>> unlike("diloco: fp32; every_steps=5; mix=0.0", "diloco: fp32; every_steps=6; mix=0.0")
     'every_steps=5'
     """
     others = other.split("; ")

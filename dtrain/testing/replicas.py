@@ -25,7 +25,8 @@ from dtrain.comm.channel import Channel
 from dtrain.comm.layout import Named, Segment, copied, is_finite
 from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Exchange
-from dtrain.comm.runtime.attached import Attached, Sync
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.transports.threads import Meeting
 from dtrain.comm.transports.transport import SelfTransport
 

@@ -25,7 +25,7 @@ PARAMETERS, OPTIMIZER, SYNC = "parameters", "optimizer.", "sync."
 
 def capture(attached: Attached, model: nn.Module) -> RankState:
     """This rank's state, after a whole step. Tensors are copies or are not written to before the next step."""
-    attached.settle()
+    attached.method.settle()
     pieces = attached.pieces
     live = _kind(PARAMETERS, attached.parameters_kind)
     sections: dict[str, dict[str, Tensor]] = {PARAMETERS: pieces.read()}

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.norms import RunningStatistics, gathers
-from dtrain.comm.runtime.attached import Attached, Sync
-from dtrain.comm.runtime.forward_only import ForwardOnly
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.method import Sync
 from dtrain.errors import (
     CheckpointError,
     ConfigError,
@@ -288,8 +288,8 @@ class _Run:
             self.statistics.keep()
             with self.account.computing():
                 loss: float | Tensor  # a tensor is not looked at before all is under way
-                if isinstance(self.attached, ForwardOnly):
-                    loss = self._tried(self.attached, batches)
+                if self.attached.method.samples:
+                    loss = self._tried(batches)
                 else:
                     loss = self.engine.forward_backward(batches)
                     self.attached.finish()
@@ -304,7 +304,7 @@ class _Run:
         self.account.tokens += settings.batch_size * self.tokens_per_example
         return Report(self._asked(), float(loss), len(indices) * self.tokens_per_example)
 
-    def _tried(self, sync: ForwardOnly, batches: Sequence[Batch]) -> float:
+    def _tried(self, batches: Sequence[Batch]) -> float:
         """Every direction of this step on these batches, forward only; the mean loss of this replica."""
         examples = [len(next(iter(batch.values()))) for batch in batches]
 
@@ -312,12 +312,14 @@ class _Run:
             parts = [self.engine.evaluate(batch) * count for batch, count in zip(batches, examples, strict=True)]
             return torch.stack(parts).sum() / sum(examples)
 
-        return sum(sync.estimate(loss) for _ in range(sync.walk.samples)) / sync.walk.samples
+        samples = self.attached.method.samples
+        return sum(self.attached.estimate(loss) for _ in range(samples)) / samples
 
     def _tell_decisions(self) -> None:
         """What the sync has decided goes into the metrics; a new plan into rank 0's log and the run folder."""
-        told, self.attached.decisions = self.attached.decisions, []
-        for text in told:
+        decisions = self.attached.decisions
+        while decisions:
+            text = decisions.pop(0)
             self._log({"step": self.attached.steps, "decision": text})
         if self.attached.plan.changes != self.plan_changes:
             self.plan_changes = self.attached.plan.changes

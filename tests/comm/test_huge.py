@@ -15,7 +15,7 @@ from dtrain.comm.methods.fedhyper import fedhyper
 from dtrain.comm.methods.local_update import local_update
 from dtrain.comm.ops import Place
 from dtrain.comm.outer_optimizers import adam, nesterov
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 from dtrain.comm.transports.simulate import simulate
@@ -120,14 +120,14 @@ def test_rounds_go_on_after_a_replica_has_gone_far_astray(name: str, size: float
     replicas.train(4)
     replicas.pieces[1].values["w"][5] = size
     replicas.train(2)
-    before = [attached.rounds for attached in replicas.attached]  # type: ignore[attr-defined]
+    before = [attached.method.rounds for attached in replicas.attached]  # type: ignore[attr-defined]
     replicas.train(30)
     for rank, attached in enumerate(replicas.attached):
-        assert attached.rounds > before[rank]  # type: ignore[attr-defined]
+        assert attached.method.rounds > before[rank]  # type: ignore[attr-defined]
         for tensors in attached.state.tensors.values():
             assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
         assert float(replicas.live(rank)["w"].abs().max()) < 100
-    scalars = [part.scalar for attached in replicas.attached for part in attached.parts]  # type: ignore[attr-defined]
+    scalars = [one.scalar for attached in replicas.attached for one in attached.method.cadence.fragments]  # type: ignore[attr-defined]
     assert all(-1 <= scalar <= 5 for scalar in scalars)
 
 

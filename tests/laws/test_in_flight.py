@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrain.comm.runtime.attached import Sync
-from dtrain.comm.runtime.loop import AttachedLocalUpdate
+from dtrain.comm.runtime.loop import LocalUpdateLoop
+from dtrain.comm.runtime.method import Sync
 from dtrain.testing import WorkerPool
 from dtrain.train.checkpoint.folders import step_name
 from dtrain.train.config import compose, instantiate
@@ -114,7 +114,8 @@ def merged_then_stepped(engine_name: str, precision: str) -> bool:
     config.sync.update({"every_steps": 4, "overlap_steps": 1, "compress": None})
     sync: Sync = instantiate(config.sync, "sync")  # type: ignore[assignment]
     attached = sync.bind(engine.pieces, 0)
-    assert isinstance(attached, AttachedLocalUpdate)
+    assert isinstance(attached.method, LocalUpdateLoop)
+    fqns = attached.method.cadence.fragments[0].fqns
 
     # DeepSpeed's bf16 casts the model, not its inputs.
     dtype = torch.bfloat16 if precision == "bf16" and engine_name.startswith("zero") else torch.float32
@@ -127,12 +128,12 @@ def merged_then_stepped(engine_name: str, precision: str) -> bool:
 
     for _ in range(5):  # the first fragment is captured after step 4, and merged after step 5
         step()
-    merged = engine.pieces.read(attached.parts[0].fqns)
+    merged = engine.pieces.read(fqns)
     anchor = {fqn: attached.state.tensors[fqn]["anchor"] for fqn in merged}
     same = all(torch.equal(value, anchor[fqn]) for fqn, value in merged.items())
     engine.set_learning_rate(0.0)
     step()
-    after = engine.pieces.read(attached.parts[0].fqns)
+    after = engine.pieces.read(fqns)
     kept = all(torch.equal(value, after[fqn]) for fqn, value in merged.items())
     attached.detach()
     mesh.control.close()

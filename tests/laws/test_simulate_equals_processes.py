@@ -19,7 +19,7 @@ from dtrain.comm.layout import Segment, matrices
 from dtrain.comm.methods.every_step import EveryStep
 from dtrain.comm.ops import Place
 from dtrain.comm.plans.plan import kinds_of
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 from dtrain.comm.transports.simulate import simulate
@@ -120,7 +120,7 @@ def in_threads(name: str) -> list[Tensor]:
             F.mse_loss(replicas[rank].module(x), y).backward()
             assert attached.step()
             seen.append(flat(dict(replicas[rank].module.named_parameters())))
-        attached.settle()
+        attached.method.settle()
         return torch.stack(seen)
 
     with ThreadPoolExecutor(WORLD) as threads:

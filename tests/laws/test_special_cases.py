@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.errors import TooManySkippedSteps
 from dtrain.testing import WorkerPool
 from dtrain.train.config import Config, compose, instantiate

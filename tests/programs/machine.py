@@ -24,8 +24,8 @@ from torch._C._distributed_c10d import HashStore
 
 from dtrain import Members, attach, one_byte
 from dtrain.bench import wire
-from dtrain.comm.methods.one_byte import AttachedOneByte
-from dtrain.comm.runtime.membership.joining import AttachedElasticOneByte
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.membership.elastic_machines import ElasticMachines
 from dtrain.comm.shared_seed.replay import replay
 from dtrain.comm.shared_seed.update_log import Record
 from dtrain.comm.shared_seed.update_log import read as read_log
@@ -107,7 +107,7 @@ def main(asked: Asked) -> None:
     if asked.weights:
         model.load_state_dict(torch.load(asked.weights))
     if asked.slow_seconds:  # stands in for a machine that makes directions slowly, or in no time
-        AttachedElasticOneByte._direction_seconds = lambda self: asked.slow_seconds  # type: ignore[method-assign]
+        ElasticMachines._direction_seconds = lambda self: asked.slow_seconds  # type: ignore[method-assign]
     members = None
     if asked.address:
         members = Members(
@@ -117,13 +117,12 @@ def main(asked: Asked) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=TEXT_LR if asked.transformer else LR)
     spec = one_byte(samples=asked.samples, log=asked.out, verify_every=asked.verify_every)
     sync = attach(model, optimizer, spec, seed=5, members=members)
-    assert isinstance(sync, AttachedOneByte)
     began, before, started = sync.steps, wire.sent(), time.perf_counter()
     losses, digests = _trained(sync, model, asked, members)
     seconds = time.perf_counter() - started
     moved = wire.busiest(before, wire.sent())[1]
     log = f"machine-{members.id}.log" if members is not None else f"replica-{dist.get_rank()}.log"
-    came_by = sync.came_by if isinstance(sync, AttachedElasticOneByte) else ""
+    came_by = members.came_by if members is not None else ""
     payload = sync.meter.sent_as("bytes")
     machine = Machine(log, began, came_by, losses, sync.digest(), payload, moved, seconds, digests)
     sync.detach()
@@ -140,7 +139,7 @@ def main(asked: Asked) -> None:
 
 
 def _trained(
-    sync: AttachedOneByte, model: nn.Module, asked: Asked, members: Members | None
+    sync: Attached, model: nn.Module, asked: Asked, members: Members | None
 ) -> tuple[list[float], dict[str, int]]:
     """Losses by step, and digests."""
     out, losses, digests = Path(asked.out), [], {}

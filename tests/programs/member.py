@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import Members, attach, diloco, streaming_diloco
-from dtrain.comm.runtime.attached import Attached, Sync
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.method import Sync
 from dtrain.compress import error_feedback, quantize
 from dtrain.train.data.text import ByteText
 from tests.programs.hosts import PATIENCE_SECONDS, submit

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain import attach, diloco, every_step
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.compressor import Compressor
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.transports.meter import Meter
 from dtrain.compress import error_feedback, quantize
 

@@ -143,6 +143,9 @@ class Members:
     Raises ``ValueError`` for what is no address and where there is no secret, and ``ConnectionError`` if no store
     answers within a minute, or one with another secret; it says after five seconds that it waits. When replicas come or
     go, each says so through ``logging``.
+
+    ``came_by``: how a machine of `one_byte` that came later got its weights: "log" or "weights"; else "".
+    ``left_out_steps``: inner steps that this replica did not make, since the others had waited for ``grace_seconds``.
     """
 
     def __init__(
@@ -161,11 +164,13 @@ class Members:
         self.groups: list[GlooTransport] = []
         self.epoch: Epoch | None = None
         self.id = NOBODY
+        self.came_by = ""
+        self.left_out_steps = 0
         self._secret = read_secret(secret_file)
         self._store = self._connected()
         self._pulse: _Pulse | None = None
 
-    # ---- what a schedule asks ----------------------------------------------------------------------------------------
+    # ---- what a method asks ----------------------------------------------------------------------------------------
 
     def join(self, shard: Place, tell: Callable[[int], int]) -> None:
         """Get an id. ``shard``: this rank among those of its replica, which all do so; ``tell`` gives them its first

@@ -10,98 +10,91 @@ Streaming DiLoCo's authors (arXiv:2501.18512) count on it: what will be needed w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from dtrain.comm.layout import Named
-from dtrain.comm.methods.local_update import LocalUpdate
-from dtrain.comm.pieces import Pieces
+from dtrain.comm.outer_optimizers import OuterOptimizer, Round
 from dtrain.comm.runtime.consistency import Held
-from dtrain.comm.runtime.loop import AttachedLocalUpdate
-from dtrain.comm.runtime.parts import Part
+from dtrain.comm.runtime.context import Context
+from dtrain.comm.runtime.outer_store.store import Learned, ReplicatedStore
+from dtrain.comm.runtime.rounds import Fragment
+from dtrain.comm.state import State
 
 
-class AttachedOffloaded(AttachedLocalUpdate):
-    """A `LocalUpdate` whose outer state is offloaded, at work on one rank."""
+class OffloadedStore:
+    """A replicated store whose tensors lie in host memory while nobody needs them."""
 
-    def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
-        self._names = {"anchor", *spec.outer.kinds}
+    whole = True
+
+    def __init__(self, context: Context, outer: OuterOptimizer) -> None:
+        self._state = context.state
+        self._replicated = ReplicatedStore(context, outer)
+        self._names = {"anchor", *outer.kinds}
         self._host: dict[tuple[str, str], Tensor] = {}
         self._ahead: dict[tuple[str, str], Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
-        super().__init__(spec, pieces, seed)
 
-    def _held_alike(self) -> Held:
+    def anchor(self, fqns: Iterable[str]) -> dict[str, Tensor]:
+        """On the device, for as long as the caller keeps it."""
+        anchors = self._replicated.anchor(fqns)
+        copies = self._copies(anchors, ["anchor"])
+        self._wait_for(copies.values())
+        return {fqn: copies.get((fqn, "anchor"), anchor) for fqn, anchor in anchors.items()}
+
+    def set_anchor(self, values: Named) -> None:
+        self._replicated.set_anchor(values)
+        self.rest()
+
+    def learned(self, fqns: Collection[str]) -> Learned:
+        self._fetch(fqns)
+        return self._replicated.learned(fqns)
+
+    def branch(self) -> State:
+        return self._replicated.branch()
+
+    def apply(self, fragment: Fragment, values: Named, now: Round) -> dict[str, Tensor] | None:
+        self._fetch(fragment.fqns)
+        return self._replicated.apply(fragment, values, now)
+
+    def held(self, fresh: Collection[str], *, together: bool) -> Held:
         """Where it lies: what is on the host need not come to the device to be compared."""
         if self._stream is not None:
             self._stream.synchronize()
-        yield from super()._held_alike()
+        yield from self._replicated.held(fresh, together=together)
 
-    def _take_over(self, values: Mapping[str, Tensor]) -> None:
-        super()._take_over(values)
-        self._stow()  # and what was copied ahead goes
+    def ahead(self, fqns: Iterable[str]) -> None:
+        self._ahead |= self._copies(fqns)
 
-    def close_round(self) -> bool:
-        closed = super().close_round()
-        self._stow()
-        return closed
+    def rest(self) -> None:
+        """Bring all of it back to the host."""
+        self._ahead = {}
+        for fqn, named in self._state.tensors.items():
+            for name in self._names & named.keys():
+                if named[name] is not self._host.get((fqn, name)):
+                    self._host[fqn, name] = self._stowed(named[name], self._host.get((fqn, name)))
+                    self._state.put(fqn, name, self._host[fqn, name])
 
     def settle(self) -> None:
-        super().settle()
-        self._stow()
+        self.rest()
         if self._stream is not None:
             self._stream.synchronize()  # whoever reads host memory next does not know of streams
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        super().load_integers(integers)
-        self._stow()
-
-    def _after_step(self) -> None:
-        super()._after_step()
-        self._stow()
-        due = [self.parts[number] for number in self._due(ahead=1)]
-        for part in (*due, *self._landing(ahead=1)):
-            self._ahead |= self._copies(part.fqns)
-
-    def _capture(self, part: Part) -> dict[str, Tensor]:
-        self._fetch(part.fqns)
-        return super()._capture(part)
-
-    def _apply(self, part: Part, values: Named | None, mix: float) -> None:
-        self._fetch(part.fqns)
-        super()._apply(part, values, mix)
-
-    def _anchor(self, fqns: Iterable[str]) -> dict[str, Tensor]:
-        """On the device, for as long as the caller keeps it."""
-        found = super()._anchor(fqns)
-        copies = self._copies(found, ["anchor"])
-        self._wait_for(copies.values())
-        return {fqn: copies.get((fqn, "anchor"), anchor) for fqn, anchor in found.items()}
-
-    def _anchor_at(self, values: Named) -> None:
-        super()._anchor_at(values)
-        self._stow()
+    def loaded(self) -> None:
+        self.rest()
 
     # ---- between the two memories ------------------------------------------------------------------------------------
 
     def _fetch(self, fqns: Iterable[str]) -> None:
-        """Have the outer state of ``fqns`` on the device until `_stow`."""
+        """Have the outer state of ``fqns`` on the device until `rest`."""
         copies = self._copies(fqns)
         for (fqn, name), copy in copies.items():
-            self.state.tensors[fqn][name] = copy
+            self._state.put(fqn, name, copy)
             self._ahead.pop((fqn, name), None)
         self._wait_for(copies.values())
-
-    def _stow(self) -> None:
-        """Bring all of it back to the host."""
-        self._ahead = {}
-        for fqn, named in self.state.tensors.items():
-            for name in self._names & named.keys():
-                if named[name] is not self._host.get((fqn, name)):
-                    named[name] = self._host[fqn, name] = self._stowed(named[name], self._host.get((fqn, name)))
 
     def _stowed(self, tensor: Tensor, host: Tensor | None) -> Tensor:
         """``tensor`` in host memory, in ``host`` if there is such a place already."""
@@ -120,7 +113,7 @@ class AttachedOffloaded(AttachedLocalUpdate):
         copies = {}
         with self._beside():
             for fqn in fqns:
-                named = self.state.tensors.get(fqn, {})
+                named = self._state.tensors.get(fqn, {})
                 for name in named.keys() & self._names.intersection(names or self._names):
                     key = (fqn, name)
                     if named[name] is self._host.get(key):

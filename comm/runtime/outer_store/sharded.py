@@ -11,99 +11,102 @@ anchor is, and nobody has all of it. Evaluation and checkpoints gather the ancho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import among
 from dtrain.comm.collectives.two_phase import Combined, Votes, all_finite, vote
-from dtrain.comm.layout import Named, chunk_width, from_rows, is_keepable, to_rows
-from dtrain.comm.methods.local_update import LocalUpdate
+from dtrain.comm.layout import Named, chunk_width, from_rows, to_rows
 from dtrain.comm.ops import AllGather, AllToAll, Flow, Place
 from dtrain.comm.outer_optimizers import Round
-from dtrain.comm.pieces import Pieces
 from dtrain.comm.runtime.consistency import PARAMETER, Held
-from dtrain.comm.runtime.loop import AttachedLocalUpdate
-from dtrain.comm.runtime.parts import Flight, Part
+from dtrain.comm.runtime.context import Context
+from dtrain.comm.runtime.guard import parameters_held, state_held
+from dtrain.comm.runtime.loop_spec import LoopSpec
+from dtrain.comm.runtime.outer_store.store import Learned
+from dtrain.comm.runtime.rounds import Fragment, Reduction
 from dtrain.comm.state import State
 
 
-class AttachedSharded(AttachedLocalUpdate):
-    """A `LocalUpdate` whose outer state is sharded, at work on one rank. ``owned``: this replica's chunks."""
+class ShardedStore:
+    """Each replica keeps its chunks: ``owned``."""
 
-    def __init__(self, spec: LocalUpdate, pieces: Pieces, seed: int) -> None:
+    whole = False
+
+    def __init__(self, context: Context, spec: LoopSpec) -> None:
+        self._context, self._spec = context, spec
         self.owned = State({"anchor": "partitioned", **dict.fromkeys(spec.outer.kinds, "partitioned")})
-        super().__init__(spec, pieces, seed)
 
-    def settle(self) -> None:
-        """Gather what a checkpoint needs into ``state``; it is dropped again before the next round."""
-        super().settle()
-        for name in self.owned.kinds:
-            for fqn, whole in self._gathered(name, self.pieces.segments).items():
-                self.state.tensors.setdefault(fqn, {})[name] = whole
+    def anchor(self, fqns: Iterable[str]) -> dict[str, Tensor]:
+        """Collective over the replicas."""
+        wanted = set(fqns)
+        return self._gathered("anchor", [fqn for fqn in self._context.pieces.segments if fqn in wanted])
 
-    def _held_alike(self) -> Held:
+    def set_anchor(self, values: Named) -> None:
+        for fqn, value in values.items():
+            self.owned.stage(fqn, "anchor", self._chunk(value).clone())
+        self.owned.commit()
+
+    def learned(self, fqns: Collection[str]) -> Learned:
+        """The parameters themselves: only the owner of a chunk knows its anchor."""
+        self._release()
+        return Learned(self._context.pieces.read(fqns))
+
+    def branch(self) -> State:
+        return self.owned.branch()
+
+    def reduced(self, reduction: Reduction, fragment: Fragment, now: Round) -> list[Flow[Combined]]:
+        """A `Reducer`: the outer step is part of the round."""
+        weight = 1.0 if reduction.weight is None else reduction.weight
+        return [sharded_round(reduction.sent or {}, self._spec, self._context.place, reduction.branch, now, weight)]
+
+    def apply(self, fragment: Fragment, values: Named, now: Round) -> dict[str, Tensor] | None:
+        return dict(values)  # the next anchors, which their owners have kept already
+
+    def held(self, fresh: Collection[str], *, together: bool) -> Held:
         """Of what each replica keeps for itself nothing; but right after a round all hold the anchor."""
-        fresh = {fqn for part in self.parts if part.captured == self.steps and not self.spec.mix for fqn in part.fqns}
-        if self._together:
-            yield from super()._held_alike()
+        if together:
+            yield from state_held(self._context)
             return
-        for name, value in self._parameters_alike():
+        for name, value in parameters_held(self._context):
             if name.removeprefix(PARAMETER) in fresh:
                 yield name, value
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        super().load_integers(integers)
-        for fqn, named in self.state.tensors.items():
+    def ahead(self, fqns: Iterable[str]) -> None:
+        """Chunks stay where they are."""
+
+    def rest(self) -> None:
+        """Chunks stay where they are."""
+
+    def settle(self) -> None:
+        """Gather what a checkpoint needs into the context's state; it is dropped again before the next round."""
+        for name in self.owned.kinds:
+            for fqn, whole in self._gathered(name, self._context.pieces.segments).items():
+                self._context.state.put(fqn, name, whole)
+
+    def loaded(self) -> None:
+        for fqn, named in self._context.state.tensors.items():
             for name in self.owned.kinds.keys() & named.keys():
                 self.owned.stage(fqn, name, self._chunk(named[name]))
         self.owned.commit()
         self._release()
 
-    def _capture(self, part: Part) -> dict[str, Tensor]:
-        self._release()
-        now = self.pieces.read(part.fqns)
-        finite = self._agree(is_keepable(*now.values()))
-        weight = float(self.tokens - part.tokens) if finite else 0.0
-        if not finite:
-            self.left_out += 1
-            now = {fqn: torch.zeros_like(value) for fqn, value in now.items()}
-        part.sets_out(self.steps, self.tokens, self._rate)
-        branch = self.owned.branch()
-        flow = sharded_round(now, self.spec, self.pieces.place, branch, self._round_of(part), weight)
-        part.flights.append(Flight(self.steps, branch, [self.channel.start(flow, "round")]))
-        return now
-
-    def _apply(self, part: Part, values: Named | None, mix: float) -> None:
-        """``values``: the next anchors, which their owners have kept already."""
-        self.rounds += values is not None
-        self._merge(part, mix, values)
-
-    def _anchor(self, fqns: Iterable[str]) -> dict[str, Tensor]:
-        """Collective over the replicas."""
-        wanted = set(fqns)
-        return self._gathered("anchor", [fqn for fqn in self.pieces.segments if fqn in wanted])
-
-    def _anchor_at(self, values: Named) -> None:
-        for fqn, value in values.items():
-            self.owned.stage(fqn, "anchor", self._chunk(value).clone())
-        self.owned.commit()
-
     def _chunk(self, value: Tensor) -> Tensor:
-        place = self.pieces.place
-        return value[own_part(value.numel(), place)]
+        return value[own_part(value.numel(), self._context.place)]
 
     def _release(self) -> None:
-        for fqn in self.state.tensors:
+        for fqn in self._context.state.tensors:
             for name in self.owned.kinds:
-                self.state.drop(fqn, name)
+                self._context.state.drop(fqn, name)
 
     def _gathered(self, name: str, fqns: Iterable[str]) -> dict[str, Tensor]:
+        pieces = self._context.pieces
         chunks = {fqn: self.owned.tensors.get(fqn, {}).get(name) for fqn in fqns}
         known = {fqn: chunk for fqn, chunk in chunks.items() if chunk is not None}
-        numels = {fqn: self.pieces.segments[fqn].numel for fqn in known}
-        return self.pieces.channel.run(gather(known, numels, self.pieces.place), "anchor")
+        numels = {fqn: pieces.segments[fqn].numel for fqn in known}
+        return pieces.channel.run(gather(known, numels, pieces.place), "anchor")
 
 
 def own_part(numel: int, place: Place) -> slice:
@@ -113,7 +116,7 @@ def own_part(numel: int, place: Place) -> slice:
 
 
 def sharded_round(
-    values: Named, spec: LocalUpdate, place: Place, state: State, now: Round, weight: float
+    values: Named, spec: LoopSpec, place: Place, state: State, now: Round, weight: float
 ) -> Flow[Combined]:
     """One round on flat fp32 parameters ``values``: returns the next anchors, whole; stages this replica's chunks."""
     finite, device = all_finite(values), next((value.device for value in values.values()), torch.device("cpu"))

@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, diloco, every_step, local_sgd, streaming_diloco
-from dtrain.comm.runtime.attached import Attached, Sync
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.method import Sync
 from dtrain.compress import ef21, error_feedback, powersgd, quantize, topk
 from dtrain.testing import WorkerPool
 
@@ -83,7 +84,7 @@ class Run:
         return torch.cat([value for _, value in sorted(self.sync.pieces.read().items())])
 
     def residuals(self) -> list[Tensor]:
-        self.sync.settle()
+        self.sync.method.settle()
         return [t for _, named in sorted(self.sync.state.tensors.items()) for _, t in sorted(named.items())]
 
 

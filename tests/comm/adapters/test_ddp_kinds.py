@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dtrain import attach, diloco, every_step, post_local_sgd
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.compress import error_feedback, topk
 from dtrain.testing import WorkerPool
 from tests.comm.adapters.test_attach import backward, flat, small

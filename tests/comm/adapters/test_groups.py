@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain import attach, co2, diloco, every_step, local_sgd, streaming_diloco
 from dtrain.comm.channel import Channel
 from dtrain.comm.ops import AllToAll, Flow, Shift
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.transports.groups import timeout_of
 from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.compress import error_feedback, quantize

@@ -93,13 +93,13 @@ def rounds_by_a_native_all_reduce() -> list[tuple[Tensor, Tensor, bool]]:
         for step in range(4):
             for model, each in zip(models, attached, strict=True):
                 backward(model, dist.get_rank(), step)
-                each.weigh(3 + 4 * dist.get_rank())  # type: ignore[attr-defined]
+                each.weigh(3 + 4 * dist.get_rank())
                 if step == 3 and dist.get_rank() == 1:
                     each.finish()
                     with torch.no_grad():
                         next(iter(model.parameters()))[0, 0] = float("inf")
                 each.step()
-        assert [each.left_out for each in attached] == 2 * [int(dist.get_rank() == 1)]  # type: ignore[attr-defined]
+        assert [each.method.left_out for each in attached] == 2 * [int(dist.get_rank() == 1)]  # type: ignore[attr-defined]
         found.append((flat(models[0]), flat(models[1]), attached[1].verify()))
     return found
 

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, diloco, every_step
-from dtrain.comm.runtime.attached import Attached, Sync
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.method import Sync
 from dtrain.testing import WorkerPool
 
 pytestmark = pytest.mark.processes

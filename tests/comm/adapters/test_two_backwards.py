@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain import attach, dgc, every_step, onebit_adam
 from dtrain.comm.compressors.projection import projection
 from dtrain.comm.feedback import econtrol
-from dtrain.comm.runtime.attached import Attached, Sync
+from dtrain.comm.runtime.attached import Attached
+from dtrain.comm.runtime.method import Sync
 from dtrain.compress import ef21, error_feedback, powersgd, quantize, randk, sign, topk
 from dtrain.testing import WorkerPool
 

@@ -18,7 +18,7 @@ from dtrain.comm.attach import pieces_of
 from dtrain.comm.collectives.two_phase import two_phase
 from dtrain.comm.feedback import as_compression
 from dtrain.comm.ops import Place
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 from dtrain.comm.transports.simulate import simulate

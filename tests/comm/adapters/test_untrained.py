@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain import attach, diloco, every_step
 from dtrain.comm.adapters.untrained import equalized
 from dtrain.comm.ops import Place
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.transports.simulate import simulate
 from dtrain.testing import WorkerPool
 

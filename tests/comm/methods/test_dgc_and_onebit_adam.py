@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain import attach, dgc, onebit_adam
 from dtrain.comm.compressors.sparse import TopK
 from dtrain.comm.plans.plan import Compress
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.state import State
 from dtrain.compress import error_feedback, powersgd, quantize, topk
 from dtrain.testing import WorkerPool

@@ -72,4 +72,4 @@ def test_something_that_is_no_compressor(compress: object) -> None:
 def test_it_says_why_replicas_cannot_weigh() -> None:
     attached = Replicas(every_step(), 2).attached[0]
     with pytest.raises(RuntimeError, match=r"counts all replicas alike; multiply each replica's loss by its tokens"):
-        attached.weigh(3)  # type: ignore[attr-defined]
+        attached.weigh(3)

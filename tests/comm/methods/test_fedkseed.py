@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtrain import fedkseed
 from dtrain.comm.layout import Segment
-from dtrain.comm.methods.fedkseed import AttachedFedKSeed, FedKSeed, odds
+from dtrain.comm.methods.fedkseed import FedKSeed, FedKSeedRounds, odds
 from dtrain.testing.replicas import Parameters, Replicas, equal
 from tests.comm.zoo import draw
 
@@ -27,13 +27,13 @@ class Trying(Replicas):
 
     spoiled: tuple[int, int] = (-1, -1)
 
-    def of(self, rank: int) -> AttachedFedKSeed:
-        attached = self.attached[rank]
-        assert isinstance(attached, AttachedFedKSeed)
-        return attached
+    def of(self, rank: int) -> FedKSeedRounds:
+        method = self.attached[rank].method
+        assert isinstance(method, FedKSeedRounds)
+        return method
 
     def _train(self, rank: int, steps: int) -> None:
-        values, sync = self.pieces[rank].values, self.of(rank)
+        values, sync = self.pieces[rank].values, self.attached[rank]
         for _ in range(steps):
             factor = math.nan if self.spoiled == (rank, sync.steps) else 1.0
             sync.estimate(lambda: factor * bowl(values, rank, sync.steps))  # noqa: B023, called at once
@@ -77,12 +77,12 @@ def test_one_machine_that_always_has_a_new_direction_is_mezo() -> None:
     sync, values = replicas.of(0), {fqn: value.clone() for fqn, value in replicas.start.items()}
     for step in range(5):
         segments = [Segment(fqn, 0, value.numel()) for fqn, value in values.items()]
-        along = dict(zip(values, sync.walk.directions([(0, 0, sync._chosen())], segments), strict=True))
+        along = dict(zip(values, sync.walk.directions([(0, 0, sync.chosen())], segments), strict=True))
         ways = [{fqn: value + sign * 5e-4 * along[fqn] for fqn, value in values.items()} for sign in (1, -1)]
         number = float(bowl(ways[0], 0, step) - bowl(ways[1], 0, step)) / 1e-3
         values = {fqn: value - 0.01 * number * along[fqn] for fqn, value in values.items()}
-        sync.estimate(lambda: bowl(replicas.pieces[0].values, 0, sync.steps))
-        sync.step()
+        replicas.attached[0].estimate(lambda: bowl(replicas.pieces[0].values, 0, sync.context.steps))
+        replicas.attached[0].step()
     for fqn, value in replicas.live(0).items():
         torch.testing.assert_close(value, values[fqn], rtol=1e-4, atol=1e-4)
 
@@ -91,7 +91,7 @@ def test_the_sum_is_where_the_steps_led() -> None:
     replicas = Trying(fedkseed(every_steps=20, directions=50), 1, lr=0.01)
     replicas.train(19)
     gone = replicas.live(0)
-    with replicas.of(0).evaluation():
+    with replicas.attached[0].evaluation():
         assert equal(replicas.live(0), replicas.start)  # of the last round
     assert equal(replicas.live(0), gone)
     replicas.all(lambda rank: replicas.attached[rank].close_round())
@@ -115,15 +115,15 @@ def test_it_comes_back_to_the_bit(stop: int) -> None:
     whole.train(6)
     again.train(6)
     assert all(equal(again.live(rank), whole.live(rank)) for rank in range(3))
-    assert again.of(1).integers() == whole.of(1).integers()
+    assert again.attached[1].integers() == whole.attached[1].integers()
 
 
 def test_a_loss_that_is_no_number_is_no_step() -> None:
     replicas = Trying(SMALL, 2, lr=0.01)
     replicas.spoiled = (1, 2)
     replicas.train(4)
-    assert [replicas.of(rank).unusable for rank in (0, 1)] == [0, 1]
-    assert [replicas.of(rank).skipped for rank in (0, 1)] == [0, 1]
+    assert [replicas.of(rank).forward.unusable for rank in (0, 1)] == [0, 1]
+    assert [replicas.attached[rank].skipped for rank in (0, 1)] == [0, 1]
     assert equal(replicas.live(0), replicas.live(1))
 
 
@@ -132,8 +132,8 @@ def test_pro_draws_more_often_along_what_changes_the_loss() -> None:
     sync = replicas.of(0)
     sync.seen = [(100.0 if s == 7 else 1.0, 2) for s in range(10)]
     drawn = []
-    for sync.steps in range(2000):
-        drawn.append(sync._chosen())
+    for sync.context.steps in range(2000):
+        drawn.append(sync.chosen())
     assert drawn.count(7) / 2000 == pytest.approx(math.e / (math.e + 9), abs=0.03)
     assert odds([1.0, 1.0]) == [1.0, 1.0]
 
@@ -141,14 +141,14 @@ def test_pro_draws_more_often_along_what_changes_the_loss() -> None:
 def test_another_learning_rate_is_refused() -> None:
     replicas = Trying(SMALL, 1, lr=0.01)
     replicas.train(2)
-    state = replicas.of(0).state_dict()
+    state = replicas.attached[0].state_dict()
     replicas.pieces[0].optimizer.param_groups[0]["lr"] = 0.02
     with pytest.raises(RuntimeError, match=r"learning rate was 0\.01 and is 0\.02"):
         replicas.train(1)
     other = Trying(SMALL, 1, lr=0.02)
     other.pieces[0].write(replicas.live(0))
     with pytest.raises(ValueError, match=r"go on with it instead of 0\.02"):
-        other.of(0).load_state_dict(state)
+        other.attached[0].load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ from dtrain import (
 )
 from dtrain.comm.layout import messages
 from dtrain.comm.methods.co2 import gap_aware
-from dtrain.comm.methods.local_update import LocalUpdate, OuterState
+from dtrain.comm.methods.local_update import LocalUpdate
 from dtrain.comm.outer_optimizers import Round
 from dtrain.comm.runtime import loop as rounds
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.loop_spec import OuterState
+from dtrain.comm.runtime.method import Sync
 from dtrain.compress import cast, error_feedback, quantize
 from dtrain.outer import adam, fedhyper, nesterov, sgd
 from dtrain.plans import lgreco
@@ -229,7 +230,7 @@ def test_what_is_declared_replicated_is_equal_to_the_bit_at_every_step(name: str
     replicas = Replicas(spec, 3)
     for _ in range(14):
         replicas.train(1)
-        replicas.all(lambda rank: replicas.attached[rank].settle())
+        replicas.all(lambda rank: replicas.attached[rank].method.settle())
         for kept, kind in spec.kinds.items():
             if kind == "replicated":
                 assert all(equal(replicas.kept(rank, kept), replicas.kept(0, kept)) for rank in (1, 2))
@@ -364,7 +365,7 @@ def test_a_round_that_failed_on_its_way_is_resumed_as_failed() -> None:
     again = replicas.resumed()
     for one in (replicas, again):
         one.train(4)
-    assert replicas.attached[0].failed_rounds >= 1  # type: ignore[attr-defined]
+    assert replicas.attached[0].method.failed_rounds >= 1  # type: ignore[attr-defined]
     assert all(equal(again.live(rank), replicas.live(rank)) for rank in range(2))
     assert again.attached[0].integers() == replicas.attached[0].integers()
 
@@ -381,11 +382,11 @@ def test_in_the_warm_up_the_anchor_is_what_the_replicas_hold(state: OuterState) 
             return replicas.live(rank)
 
     assert all(equal(one, live) for one in replicas.all(shown))
-    replicas.all(lambda rank: replicas.attached[rank].settle())
+    replicas.all(lambda rank: replicas.attached[rank].method.settle())
     assert equal(replicas.anchor, live)
     replicas.train(1)
     assert replicas.all(lambda rank: replicas.attached[rank].close_round()) == [False, False]
-    replicas.all(lambda rank: replicas.attached[rank].settle())
+    replicas.all(lambda rank: replicas.attached[rank].method.settle())
     assert equal(replicas.anchor, replicas.live(0)) and not equal(replicas.live(0), live)
 
 
@@ -396,7 +397,7 @@ def test_at_the_end_nothing_that_was_learned_is_left_behind(name: str, steps: in
     replicas = Replicas(METHODS[name], 2)
     replicas.train(steps)
     replicas.all(lambda rank: replicas.attached[rank].close_round())
-    assert all(not part.flights for part in replicas.attached[0].parts)  # type: ignore[attr-defined]
+    assert all(not fragment.reductions for fragment in replicas.attached[0].method.cadence.fragments)  # type: ignore[attr-defined]
     if METHODS[name].delay != "eager":
         assert equal(replicas.kept(1, "anchor"), replicas.anchor)
     assert all(equal(replicas.live(rank), replicas.kept(rank, "anchor")) for rank in range(2))
@@ -410,7 +411,8 @@ def test_messages_move_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     whole.train(9)
     monkeypatch.setattr(rounds, "messages", partial(messages, elements=1))
     cut.train(9)
-    assert max(len(flight.handles) for part in cut.attached[0].parts for flight in part.flights) > 1  # type: ignore[attr-defined]
+    fragments = cut.attached[0].method.cadence.fragments  # type: ignore[attr-defined]
+    assert max(len(reduction.handles) for fragment in fragments for reduction in fragment.reductions) > 1
     again = cut.resumed()
     for one in (whole, cut, again):
         one.train(5)
@@ -421,8 +423,8 @@ def test_a_fragment_travels_while_nobody_waits_for_it() -> None:
     replicas = Replicas(STREAMING, 3)
     replicas.train(6)
     for attached in replicas.attached:
-        (flight,) = attached.parts[0].flights  # type: ignore[attr-defined]
-        assert all(handle._done.wait(30) for handle in flight.handles)
+        (reduction,) = attached.method.cadence.fragments[0].reductions  # type: ignore[attr-defined]
+        assert all(handle._done.wait(30) for handle in reduction.handles)
 
 
 def test_what_was_under_way_at_the_end_counts() -> None:
@@ -560,7 +562,7 @@ def test_fedhypers_rate_follows_the_cosine_of_two_rounds() -> None:
         if len(deltas) > 1:
             cosine = torch.cosine_similarity(deltas[-1], deltas[-2], dim=0)
             expected = min(4.0, max(-0.8, expected + 0.5 * float(cosine)))
-        assert replicas.attached[1].parts[0].scalar == pytest.approx(expected, abs=1e-4)  # type: ignore[attr-defined]
+        assert replicas.attached[1].method.cadence.fragments[0].scalar == pytest.approx(expected, abs=1e-4)  # type: ignore[attr-defined]
         for fqn, delta in replicas.kept(0, "last_delta").items():
             moved = anchors[-2][fqn] - anchors[-1][fqn]
             torch.testing.assert_close(moved, (1 + expected) * delta, rtol=1e-3, atol=1e-5)

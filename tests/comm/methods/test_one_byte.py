@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dtrain import attach, one_byte
 from dtrain.comm.layout import Segment
-from dtrain.comm.methods.one_byte import AttachedOneByte
+from dtrain.comm.methods.one_byte import OneByteSteps
+from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.shared_seed.byte_codec import decode, encode
 from dtrain.comm.shared_seed.directions import walk_on
 from dtrain.comm.shared_seed.update_log import read
@@ -40,11 +41,16 @@ def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
     return loss
 
 
-def attached_to(model: nn.Module, lr: float = 0.02, decay: float = 0.0, **chosen: Any) -> AttachedOneByte:
+def attached_to(model: nn.Module, lr: float = 0.02, decay: float = 0.0, **chosen: Any) -> Attached:
     sync = one_byte(**chosen)
     found = attach(model, torch.optim.SGD(model.parameters(), lr=lr, weight_decay=decay), sync, seed=11)
-    assert isinstance(found, AttachedOneByte)
+    assert isinstance(found.method, OneByteSteps)
     return found
+
+
+def _of(sync: Attached) -> OneByteSteps:
+    assert isinstance(sync.method, OneByteSteps)
+    return sync.method
 
 
 def trained(folder: str, chosen: dict[str, Any]) -> tuple[float, float, list[int], list[Tensor], int]:
@@ -55,7 +61,7 @@ def trained(folder: str, chosen: dict[str, Any]) -> tuple[float, float, list[int
     before = sync.meter.sent_bytes
     for step in range(STEPS):
         loss = partial(loss_of, model, rank, step)
-        losses.append(sum(sync.estimate(loss) for _ in range(sync.spec.samples)))
+        losses.append(sum(sync.estimate(loss) for _ in range(sync.method.samples)))
         assert sync.step()
         digests.append(sync.digest())
     sent = sync.meter.sent_bytes - before
@@ -100,8 +106,12 @@ def on_a_line(eps: float) -> tuple[float, float, bool]:
     slope = torch.randn(40, generator=torch.Generator().manual_seed(dist.get_rank()))
     before = model.weight.detach().clone()
     sync.estimate(lambda: (model.weight.double() * slope).sum())
-    (along,) = sync.walk.directions([(0, dist.get_rank(), 0)], [Segment("weight", 0, 40)])
-    return decode(encode(sync._numbers[0])), float(along.double() @ slope.double()), torch.equal(model.weight, before)
+    (along,) = _of(sync).walk.directions([(0, dist.get_rank(), 0)], [Segment("weight", 0, 40)])
+    return (
+        decode(encode(_of(sync).forward.numbers[0])),
+        float(along.double() @ slope.double()),
+        torch.equal(model.weight, before),
+    )
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-1])
@@ -125,7 +135,7 @@ def with_a_nan() -> tuple[list[bool], list[int], int, list[int]]:
         sync.estimate(partial(spoiled, model, rank, step, bad))
         ok.append(sync.step())
         digests.append(sync.digest())
-    return ok, digests, sync.unusable, [sync.skipped, sync.skipped_in_a_row]
+    return ok, digests, _of(sync).forward.unusable, [sync.skipped, sync.skipped_in_a_row]
 
 
 def test_a_loss_that_is_no_number_is_no_step_of_that_machine(pool: WorkerPool) -> None:
@@ -148,7 +158,7 @@ def misused(case: str) -> str:
     seen = iter(range(100))
     try:
         sync = attach(model, optimizer, one_byte())
-        assert isinstance(sync, AttachedOneByte)
+        assert isinstance(sync.method, OneByteSteps)
         if case == "step first":
             sync.step()
         if case == "BatchNorm":

@@ -10,6 +10,7 @@ from dtrain import fedavg_m, local_sgd, scaffold_m
 from dtrain.comm.layout import Named
 from dtrain.comm.methods.local_update import LocalUpdate
 from dtrain.comm.plans.plan import Compress
+from dtrain.comm.runtime.method import Sync
 from dtrain.compress import ef21, error_feedback, quantize, topk
 from dtrain.plans import by_layer
 from dtrain.testing.replicas import Replicas, equal, quadratic
@@ -80,10 +81,11 @@ def bowls(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
 )
 def test_where_data_differ_it_comes_to_the_optimum_and_local_sgd_beside_it(compress: object) -> None:
     far = {}
-    for name, spec in {
+    specs: dict[str, Sync] = {
         "scaffold": scaffold_m(every_steps=10, compress=compress),  # type: ignore[arg-type]
         "local": local_sgd(every_steps=10),
-    }.items():
+    }
+    for name, spec in specs.items():
         replicas = Replicas(spec, WORLD, gradient=bowls, lr=0.05)
         replicas.train(400)
         curvature = [1 + 2 * rank for rank in range(WORLD)]

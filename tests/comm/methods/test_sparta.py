@@ -75,7 +75,7 @@ def test_a_replica_that_diverged_is_left_out() -> None:
     replicas.train(2)
     replicas.pieces[2].values["layers.1.weight"] += math.nan
     replicas.train(1)
-    assert [attached.left_out for attached in replicas.attached] == [0, 0, 1]  # type: ignore[attr-defined]
+    assert [attached.method.left_out for attached in replicas.attached] == [0, 0, 1]  # type: ignore[attr-defined]
     assert equal(replicas.live(2), replicas.live(0)) and bool(replicas.live(0)["layers.1.weight"].isfinite().all())
 
 

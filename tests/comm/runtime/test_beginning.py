@@ -10,7 +10,7 @@ import torch
 from dtrain import co2, diloco, every_step, slowmo, streaming_diloco
 from dtrain.comm import layout
 from dtrain.comm.ops import Op, payload_bytes
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.transports.threads import Seat
 from dtrain.comm.transports.transport import CompletedWork
 from dtrain.testing.replicas import Replicas, equal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from dtrain import co2, diloco, local_sgd, local_update, streaming_diloco
 from dtrain.comm.methods.local_update import LocalUpdate
+from dtrain.comm.runtime.autotune import Choosing
 from dtrain.comm.runtime.fragments import Fragments
 from dtrain.comm.runtime.knobs import LEAST_STEPS, MOST_STEPS, Auto, Knobs, Measured, choose, fitted
-from dtrain.comm.runtime.loop import AttachedLocalUpdate
-from dtrain.comm.runtime.measuring import Choosing
+from dtrain.comm.runtime.loop import LocalUpdateLoop
+from dtrain.comm.runtime.loop_spec import LoopSpec
 from dtrain.compress import error_feedback, quantize
 from dtrain.outer import sgd
 from dtrain.testing.replicas import Replicas, equal
@@ -83,11 +85,11 @@ START = {f"blocks.{number}.weight": draw(number, 50) for number in range(4)}
 EF4 = error_feedback(quantize(bits=4, block=16))
 
 
-def chosen(replicas: Replicas) -> list[LocalUpdate]:
-    found = []
+def chosen(replicas: Replicas) -> list[LoopSpec]:
+    found: list[LoopSpec] = []
     for attached in replicas.attached:
-        assert isinstance(attached, AttachedLocalUpdate)
-        found.append(attached.spec)
+        assert isinstance(attached.method, LocalUpdateLoop)
+        found.append(replace(attached.method.spec, **vars(attached.method.cadence.knobs)))
     return found
 
 

@@ -180,8 +180,8 @@ def test_a_replica_that_diverged_is_left_out_and_goes_on_from_the_anchor(
     kept = replicas.kept(1, "residual")
     replicas.train(1)  # its gradient is not finite either: that step is not made
     without.train(1)
-    assert [attached.left_out for attached in replicas.attached] == [0, 1, 0]  # type: ignore[attr-defined]
-    assert [attached.failed_rounds for attached in replicas.attached] == [0, 0, 0]  # type: ignore[attr-defined]
+    assert [attached.method.left_out for attached in replicas.attached] == [0, 1, 0]  # type: ignore[attr-defined]
+    assert [attached.method.failed_rounds for attached in replicas.attached] == [0, 0, 0]  # type: ignore[attr-defined]
     for rank in range(3):
         assert equal(replicas.live(rank), replicas.anchor)
         assert equal(replicas.kept(rank, "anchor"), replicas.anchor)
@@ -213,14 +213,14 @@ def test_a_round_of_which_nobody_is_left_moves_no_anchor() -> None:
         pieces.values["layers.1.weight"] += math.nan
     replicas.train(1)
     assert equal(replicas.anchor, before) and equal(replicas.live(1), before)
-    assert [attached.failed_rounds for attached in replicas.attached] == [1, 1]  # type: ignore[attr-defined]
+    assert [attached.method.failed_rounds for attached in replicas.attached] == [1, 1]  # type: ignore[attr-defined]
 
 
 def test_replicas_count_by_their_tokens() -> None:
     replicas, apart = Replicas(local_sgd(every_steps=2), 2), Replicas(local_sgd(every_steps=100), 2)
     apart.train(2)
     replicas.train(1)
-    replicas.attached[0].weigh(5)  # type: ignore[attr-defined]
+    replicas.attached[0].weigh(5)
     replicas.train(1)  # rank 0: 1 + 5, rank 1: 2
     for fqn, anchor in replicas.anchor.items():
         mean = (6 * apart.live(0)[fqn] + 2 * apart.live(1)[fqn]) / 8

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from dtrain import diloco, local_update, streaming_diloco
-from dtrain.comm.methods.local_update import LocalUpdate, OuterState
+from dtrain.comm.methods.local_update import LocalUpdate
 from dtrain.comm.runtime.fragments import fragments
-from dtrain.comm.runtime.outer_store.offloaded import AttachedOffloaded
+from dtrain.comm.runtime.loop_spec import OuterState
+from dtrain.comm.runtime.outer_store.offloaded import OffloadedStore
 from dtrain.compress import error_feedback, quantize
 from dtrain.outer import adam, fedhyper, nesterov, sgd
 from dtrain.testing.replicas import Replicas, equal
@@ -71,14 +72,15 @@ def test_between_rounds_all_of_it_lies_in_host_memory(name: str) -> None:
     for _ in range(9):
         replicas.train(1)
         attached = replicas.attached[0]
-        assert isinstance(attached, AttachedOffloaded)
+        store = attached.method.store  # type: ignore[attr-defined]
+        assert isinstance(store, OffloadedStore)
         kept = [
             tensor
             for named in attached.state.tensors.values()
             for name, tensor in named.items()
-            if name in ("anchor", *attached.spec.outer.kinds)
+            if name in ("anchor", *attached.method.spec.outer.kinds)  # type: ignore[attr-defined]
         ]
-        assert {tensor.data_ptr() for tensor in kept} == {host.data_ptr() for host in attached._host.values()}
+        assert {tensor.data_ptr() for tensor in kept} == {host.data_ptr() for host in store._host.values()}
         places = places or {tensor.data_ptr() for tensor in kept}
         assert places <= {tensor.data_ptr() for tensor in kept}  # the same pages, all the time
 
@@ -87,12 +89,13 @@ def test_a_step_ahead_the_fragment_that_will_be_needed_is_fetched() -> None:
     spec = streaming_diloco(every_steps=4, layers_per_fragment=1, overlap_steps=1, outer_state="offloaded")
     replicas = Replicas(spec, 2)
     attached = replicas.attached[0]
-    assert isinstance(attached, AttachedOffloaded)
+    store = attached.method.store  # type: ignore[attr-defined]
+    assert isinstance(store, OffloadedStore)
     seen = []
     for _ in range(9):
         replicas.train(1)
-        seen.append(sorted({fqn for fqn, _ in attached._ahead}))
-    everything = sorted(fqn for part in attached.parts for fqn in part.fqns)
+        seen.append(sorted({fqn for fqn, _ in store._ahead}))
+    everything = sorted(fqn for fragment in attached.method.cadence.fragments for fqn in fragment.fqns)  # type: ignore[attr-defined]
     assert any(not fetched for fetched in seen) and any(fetched for fetched in seen)
     assert all(fetched != everything for fetched in seen)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dtrain import diloco, every_step, fedavg_m, local_sgd, one_byte, post_local_sgd, streaming_diloco
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.runtime.saved import Entries
 from dtrain.compress import ef21, error_feedback, powersgd, quantize, topk
 from dtrain.outer import nesterov
@@ -283,7 +283,7 @@ def test_a_framework_that_writes_the_main_process_only_is_found_out_at_once(name
     replicas = trained(SPECS[name])
     with pytest.warns(RuntimeWarning, match="the state of step 7 was thrown away unread"):
         saves(replicas)
-    replicas.attached[0]._require_saved()
+    replicas.attached[0]._saved.require_read()
     call = {"diloco": "close_round", "ef21": "state_dict", "sharded": "detach"}.get(name, "step")
     with pytest.raises(RuntimeError, match="gave at step 7 was thrown away unread") as error:
         getattr(replicas.attached[1], call)()
@@ -301,7 +301,7 @@ def test_whoever_looks_into_it_has_it() -> None:
     for look in looks.values():
         look(states(replicas)[0])
         gc.collect()
-        replicas.attached[0]._require_saved()
+        replicas.attached[0]._saved.require_read()
     with pytest.warns(RuntimeWarning, match="thrown away unread"):
         states(replicas)
     with pytest.raises(RuntimeError, match="was thrown away"):

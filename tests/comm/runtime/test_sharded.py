@@ -9,9 +9,10 @@ from collections.abc import Callable
 import pytest
 
 from dtrain import diloco, local_sgd, local_update, slowmo
-from dtrain.comm.methods.local_update import LocalUpdate, OuterState
+from dtrain.comm.methods.local_update import LocalUpdate
 from dtrain.comm.runtime.fragments import fragments
-from dtrain.comm.runtime.outer_store.sharded import AttachedSharded
+from dtrain.comm.runtime.loop_spec import OuterState
+from dtrain.comm.runtime.outer_store.sharded import ShardedStore
 from dtrain.compress import quantize
 from dtrain.outer import adam, nesterov, sgd
 from dtrain.testing.replicas import Replicas, equal
@@ -33,7 +34,7 @@ def pair(name: str, world: int) -> tuple[Replicas, Replicas]:
 
 
 def anchors(replicas: Replicas, rank: int) -> dict[str, object]:
-    replicas.all(lambda each: replicas.attached[each].settle())
+    replicas.all(lambda each: replicas.attached[each].method.settle())
     return replicas.kept(rank, "anchor")  # type: ignore[return-value]
 
 
@@ -52,12 +53,12 @@ def test_weights_and_a_replica_that_diverged() -> None:
     whole, sharded = pair("diloco", 3)
     for replicas in (whole, sharded):
         replicas.train(1)
-        replicas.attached[0].weigh(7)  # type: ignore[attr-defined]
+        replicas.attached[0].weigh(7)
         replicas.train(3)
         replicas.pieces[1].values["layers.2.weight"][3] = math.nan
         replicas.train(5)
     assert all(equal(whole.live(rank), sharded.live(rank)) for rank in range(3))
-    assert [attached.left_out for attached in sharded.attached] == [0, 1, 0]  # type: ignore[attr-defined]
+    assert [attached.method.left_out for attached in sharded.attached] == [0, 1, 0]  # type: ignore[attr-defined]
 
 
 def test_each_replica_keeps_its_part_and_they_send_no_more() -> None:
@@ -65,8 +66,9 @@ def test_each_replica_keeps_its_part_and_they_send_no_more() -> None:
     for replicas in (whole, sharded):
         replicas.train(7)
     for attached in sharded.attached:
-        assert isinstance(attached, AttachedSharded)
-        kept = sum(t.numel() for named in attached.owned.tensors.values() for t in named.values())
+        store = attached.method.store  # type: ignore[attr-defined]
+        assert isinstance(store, ShardedStore)
+        kept = sum(t.numel() for named in store.owned.tensors.values() for t in named.values())
         assert kept <= 2 * (1 + 3 + 21) and not any(attached.state.tensors.values())
     sent = [replicas.pieces[0].channel.meter.sent_as("round") for replicas in (whole, sharded)]
     assert sent[1] <= sent[0]

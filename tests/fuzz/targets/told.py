@@ -21,13 +21,14 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, diloco, every_step
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.loop import LocalUpdateLoop
 from dtrain.comm.runtime.membership import secret, store_server
-from dtrain.comm.runtime.membership.among import Unfit
-from dtrain.comm.runtime.membership.elastic import AttachedElastic
+from dtrain.comm.runtime.membership.elastic import Unfit
+from dtrain.comm.runtime.membership.elastic_rounds import ElasticRounds
 from dtrain.comm.runtime.membership.members import Epoch, Members, serve
 from dtrain.comm.runtime.membership.sealed_messages import MAC, Mistrust, Sealed, _seal
 from dtrain.comm.runtime.membership.store_server import StoreServer
+from dtrain.comm.runtime.method import Sync
 from dtrain.compress import error_feedback, quantize, topk
 from dtrain.errors import ConfigError
 from dtrain.launchers import background, mpi
@@ -296,7 +297,10 @@ def handed_over(folder: Path) -> Case:
         model, torch.optim.SGD(model.parameters(), lr=0.1), diloco(every_steps=2),
         members=Members(f"127.0.0.1:{store.port}", replicas=1),
     )  # fmt: skip
-    assert isinstance(sync, AttachedElastic)
+    loop = sync.method
+    assert isinstance(loop, LocalUpdateLoop)
+    rounds = loop.meeting
+    assert isinstance(rounds, ElasticRounds)
     gc.disable()  # the store lives as long as this process
 
     def kept() -> list[object]:
@@ -304,15 +308,15 @@ def handed_over(folder: Path) -> Case:
             (fqn, name, tensor.tolist()) for fqn, named in sync.state.tensors.items() for name, tensor in named.items()
         ]
 
-    intact = sync._packed().numpy().tobytes()
-    sync._unpack(sync._packed(), 0)
-    expected = [*kept(), sync.position, sync.integers()]
+    intact = rounds.packed(loop).numpy().tobytes()
+    rounds.unpack(loop, rounds.packed(loop), 0)
+    expected = [*kept(), rounds.membership.position, sync.integers()]
 
     def read(data: bytes) -> object:
         try:
-            sync._unpack(torch.frombuffer(bytearray(data or b"x"), dtype=torch.uint8), 0)
+            rounds.unpack(loop, torch.frombuffer(bytearray(data or b"x"), dtype=torch.uint8), 0)
         finally:
-            assert [*kept(), sync.position, sync.integers()] == expected, "something else was loaded"
+            assert [*kept(), rounds.membership.position, sync.integers()] == expected, "something else was loaded"
         return None
 
     return Case(intact, read, (Unfit,), lambda found, intact: None)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dtrain.comm.runtime.attached import Sync
+from dtrain.comm.runtime.method import Sync
 from dtrain.errors import ConfigError
 from dtrain.train.config import Config, EngineConfig, compose, differences, instantiate, load, to_yaml, validate
 from dtrain.train.config.composition import OPEN, dotted_keys, folder

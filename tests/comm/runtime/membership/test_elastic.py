@@ -28,8 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import Members, attach, co2, diloco, every_step
 from dtrain.comm.methods.local_update import LocalUpdate
-from dtrain.comm.runtime.membership.among import Unfit
-from dtrain.comm.runtime.membership.elastic import CHECKSUM, AttachedElastic, _require_elastic
+from dtrain.comm.runtime.local_updates import require_elastic
+from dtrain.comm.runtime.loop import LocalUpdateLoop
+from dtrain.comm.runtime.membership.elastic import Unfit
+from dtrain.comm.runtime.membership.elastic_rounds import CHECKSUM, ElasticRounds
 from dtrain.comm.runtime.membership.members import NOBODY, Epoch, propose, serve
 from dtrain.comm.runtime.membership.secret import read_secret
 from dtrain.comm.runtime.membership.store_client import GuardedStore, Line
@@ -217,8 +219,11 @@ def test_a_state_that_cannot_be_the_donors_is_refused_whole(change: str) -> None
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         members = Members(f"127.0.0.1:{store.port}", replicas=1)
         sync = attach(model, optimizer, diloco(every_steps=2), members=members)
-        assert isinstance(sync, AttachedElastic)
-        content = torch.load(io.BytesIO(sync._packed()[:-CHECKSUM].numpy().tobytes()), weights_only=True)
+        loop = sync.method
+        assert isinstance(loop, LocalUpdateLoop)
+        rounds = loop.meeting
+        assert isinstance(rounds, ElasticRounds)
+        content = torch.load(io.BytesIO(rounds.packed(loop)[:-CHECKSUM].numpy().tobytes()), weights_only=True)
         named = next(iter(content["tensors"].values()))
         changed: dict[str, Callable[[], object]] = {
             "nothing": lambda: content.update(position=3),
@@ -237,16 +242,16 @@ def test_a_state_that_cannot_be_the_donors_is_refused_whole(change: str) -> None
         packed = torch.frombuffer(bytearray(made), dtype=torch.uint8)
         before = {fqn: tensor.clone() for fqn, tensor in sync.pieces.read().items()}
         if change == "nothing":
-            sync._unpack(packed, 3)
-            assert sync.position == 3
+            rounds.unpack(loop, packed, 3)
+            assert rounds.membership.position == 3
         else:
             with pytest.raises(Unfit, match="no state of this run"):
-                sync._unpack(packed, None)
-            assert sync.steps == 0 and sync.position == 0
+                rounds.unpack(loop, packed, None)
+            assert sync.steps == 0 and rounds.membership.position == 0
         with pytest.raises(Unfit):
-            sync._unpack(packed[:50], None)
+            rounds.unpack(loop, packed[:50], None)
         with pytest.raises(Unfit):
-            sync._unpack(packed, 4)
+            rounds.unpack(loop, packed, 4)
         assert all(torch.equal(tensor, before[fqn]) for fqn, tensor in sync.pieces.read().items())
         sync.detach()
     finally:
@@ -293,7 +298,7 @@ def test_an_epoch_has_who_is_alive_and_ready_and_a_donor_who_is_as_far_as_any(
 )
 def test_what_keeps_replicas_together_is_refused(spec: LocalUpdate, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        _require_elastic(spec)
+        require_elastic(spec)
 
 
 def test_a_sync_of_every_step_is_refused_before_anybody_is_waited_for() -> None:

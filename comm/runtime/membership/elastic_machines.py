@@ -19,13 +19,14 @@ from torch import Tensor
 
 from dtrain.comm.channel import Channel
 from dtrain.comm.layout import Named
-from dtrain.comm.methods.one_byte import AttachedOneByte, OneByte, gathered
 from dtrain.comm.ops import Broadcast, Flow
-from dtrain.comm.pieces import Pieces
-from dtrain.comm.runtime.membership.among import AmongMembers, Unfit
-from dtrain.comm.runtime.membership.members import NOBODY, Members
+from dtrain.comm.runtime.agreement import gathered
+from dtrain.comm.runtime.context import Context
+from dtrain.comm.runtime.membership.elastic import Elastic, Unfit
+from dtrain.comm.runtime.membership.machines import Gathered
+from dtrain.comm.runtime.membership.members import NOBODY
 from dtrain.comm.shared_seed.digest import signed
-from dtrain.comm.shared_seed.directions import At, move, walk_on
+from dtrain.comm.shared_seed.directions import Walk, move, walk_on
 from dtrain.comm.shared_seed.update_log import Header, LogError, Record, UpdateLog, from_bytes, to_bytes
 from dtrain.comm.transports.gloo import is_loss
 
@@ -36,118 +37,103 @@ ASK_EVERY = 10
 """Steps between two looks for newcomers: a look takes some round trips to the store."""
 
 
-class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
-    """A `OneByte` among members, at work on one rank. Made by ``attach(..., members=...)``.
+class ElasticMachines:
+    """This machine among members, for `dtrain.comm.methods.one_byte`.
 
-    ``came_by``: how a newcomer got here: "log", "weights", or "" for one that was there from the beginning.
+    The membership's ``position`` is the step that this machine is at.
     """
 
-    def __init__(self, spec: OneByte, pieces: Pieces, seed: int, members: Members) -> None:
-        if not spec.log:
-            raise ValueError("machines that come need the log of those that are there; give one_byte(log=FOLDER)")
-        self.came_by, self.steps = "", NOBODY
+    def __init__(self, walk: Walk, folder: str, context: Context, membership: Elastic) -> None:
+        self.walk, self._folder, self._context, self._membership = walk, folder, context, membership
         self.records: list[Record] = []  # since this machine came
-        self._join(pieces, members)
-        super().__init__(spec, pieces, seed)
-        self._asked, self._first_step, self._first = 0, 0, self.digest()
-        if self.newcomer:
-            self.steps = NOBODY
-            if not self._agree(self._handed_on()):
-                self._regroup()
+        self._asked, self._first_step, self._first = 0, 0, self._context.digest()
+        self.log = None if membership.newcomer else self._log_of(self._first)
 
-    def step(self) -> bool:
-        """As `AttachedOneByte.step`, with whoever is there. Newcomers are let in before it."""
-        mine, before = self._mine(), self.steps
-        if self.steps % ASK_EVERY == 0 and self._asked != self.steps:
-            self._asked = self.steps
-            if not self._agree(not self.members.called(self.steps)):
+    def begin(self) -> None:
+        """Before the first step: a newcomer catches up with the others."""
+        if not self._membership.newcomer:
+            self._membership.position = 0
+            return
+        self._context.steps = self._membership.position = NOBODY
+        if not self._membership.agree(self._handed_on()):
+            self._regroup()
+
+    @property
+    def number(self) -> int:
+        return self._membership.members.id
+
+    def exchange(self, codes: Tensor) -> Gathered | None:
+        """With whoever is there. Newcomers are let in before it."""
+        context, membership, before = self._context, self._membership, self._context.steps
+        membership.position = before
+        if before % ASK_EVERY == 0 and self._asked != before:
+            self._asked = before
+            if not membership.agree(not membership.members.called(before)):
                 self._regroup()
-        while self.steps == before:
-            everybody = self._exchanged(mine)
-            if self._agree(everybody is not None):
-                assert everybody is not None and self.members.epoch is not None
-                epoch = self.members.epoch
-                return self._take(self._step_of(everybody, epoch.number, tuple(sorted(epoch.slots))))
+        while context.steps == before:
+            everybody = self.gathered(codes, "bytes")
+            if membership.agree(everybody is not None):
+                assert everybody is not None and membership.members.epoch is not None
+                epoch = membership.members.epoch
+                return Gathered(everybody, epoch.number, tuple(sorted(epoch.slots)))
             self._regroup()  # which may bring what the others have done in this step
-        return True
+        context.steps -= 1  # the step is counted by whoever asked for it
+        return None
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
-    def _begin(self, spec: str) -> None:
-        self._require_same_run(f"{spec.partition(', log=')[0]}, seed={self.seed} ({self._agreement('').hex()})")
-        if not self.newcomer:
-            super()._begin("")
-
-    def _opened(self) -> UpdateLog | None:
-        return None if self.newcomer else self._log_of(self.digest())
-
-    def _log_of(self, first: int) -> UpdateLog | None:
-        if self.pieces.channel.places["shard"].rank:
-            return None
-        path = Path(self.spec.log) / f"machine-{self.members.id}.log"
-        if self.records:  # of what came before weights were copied
-            path = path.with_stem(f"{path.stem}-{self._first_step}")
-        return UpdateLog(path, Header(self.walk, dict(self.pieces.shapes), first))
-
-    def _position(self) -> int:
-        return self.steps
-
-    def _at(self, sample: int) -> At:
-        return self.steps, self.members.id, sample
-
-    def _keep(self, record: Record) -> None:
-        super()._keep(record)
-        self.records.append(record)
-
-    def verify(self) -> bool:
+    def gathered(self, value: Tensor, label: str) -> Tensor | None:
         try:
-            return super().verify()
+            return self._context.pieces.channel.run(gathered(value), label)
         except RuntimeError as error:
             if not is_loss(error):
                 raise
-            return True  # the next step finds a new epoch
+            return None
+
+    def keep(self, record: Record) -> None:
+        if self.log is not None:
+            self.log.append(record)
+        self.records.append(record)
+
+    def go_on(self, digest: int) -> None:
+        if self.log is not None:
+            self.log.go_on(self._context.steps, digest)
+
+    def detach(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    def _log_of(self, first: int) -> UpdateLog | None:
+        if self._context.pieces.channel.places["shard"].rank:
+            return None
+        path = Path(self._folder) / f"machine-{self.number}.log"
+        if self.records:  # of what came before weights were copied
+            path = path.with_stem(f"{path.stem}-{self._first_step}")
+        return UpdateLog(path, Header(self.walk, dict(self._context.pieces.shapes), first))
 
     # ---- where machines wait for each other --------------------------------------------------------------------------
 
-    def _exchanged(self, mine: Tensor) -> Tensor | None:
-        """Everybody's bytes; None if a machine was lost meanwhile."""
-        try:
-            return self.pieces.channel.run(gathered(mine), "bytes")
-        except RuntimeError as error:
-            if not is_loss(error):
-                raise
-            return None
-
     def _regroup(self) -> None:
         """Into the next epoch; who is behind, or comes, catches up."""
-        entered = False
-        while not entered:
-            self._break_off()
-            entered = self._agree(self._entered() and self._handed_on())
+        self._membership.regroup(self._handed_on)
 
     def _handed_on(self) -> bool:
         """Bring those who are behind to where the donor is; False if one of them was lost."""
-        epoch, me = self.members.epoch, self.members.id
+        members = self._membership.members
+        epoch, me = members.epoch, members.id
         if epoch is None or not epoch.behind or me not in (epoch.donor, *epoch.behind):
             return True
-        together = sorted([epoch.donor, *epoch.behind])
-        try:
-            with self.members.between(together) as transport:
-                channel = Channel({"replicate": transport}, self.meter)
+        together, donor = sorted([epoch.donor, *epoch.behind]), epoch.donor
+
+        def hand_over() -> None:
+            with members.between(together) as transport:
+                channel = Channel({"replicate": transport}, self._context.meter)
                 try:
-                    source = together.index(epoch.donor)
-                    (self._hand_on if me == epoch.donor else self._catch_up)(channel, source)
+                    (self._hand_on if me == donor else self._catch_up)(channel, together.index(donor))
                 finally:
                     channel.close()
-        except (Unfit, LogError) as error:
-            self._refuse(error)
+
+        if not self._membership.survived(hand_over, (Unfit, LogError)):
             return False
-        except RuntimeError as error:
-            if not is_loss(error):
-                raise
-            return False
-        self.refused = 0
-        self._asked = self.steps
+        self._asked = self._context.steps
         return True
 
     def _hand_on(self, channel: Channel, source: int) -> None:
@@ -155,20 +141,20 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
         known = {record.digest: record.step.number + 1 for record in self.records} | {self._first: self._first_step}
         digests = channel.run(gathered(torch.tensor([signed(self._last)])), "hand-over").flatten().tolist()
         places = [known.get(digest % 2**64, NOBODY) for digest in digests]
-        start = min((place for place in places if place != NOBODY), default=self.steps)
+        start = min((place for place in places if place != NOBODY), default=self._context.steps)
         tail = to_bytes(record for record in self.records if record.step.number >= start)
-        about = torch.tensor([self.steps, len(tail), *places])
+        about = torch.tensor([self._context.steps, len(tail), *places])
         channel.run(_from(source, about), "hand-over")
         channel.run(_from(source, torch.zeros(PROBE, dtype=torch.uint8)), "hand-over")
         copying = channel.run(gathered(torch.zeros(1, dtype=torch.int64)), "hand-over")
         channel.run(_from(source, torch.frombuffer(bytearray(tail or b"-"), dtype=torch.uint8)), "hand-over")
         if copying.any():
-            channel.run(_from(source, *self.pieces.read().values()), "hand-over")
+            channel.run(_from(source, *self._context.pieces.read().values()), "hand-over")
 
     def _catch_up(self, channel: Channel, source: int) -> None:
         """The part of one that is behind: along the log, or with the donor's weights."""
-        place, values = channel.places["replicate"], self.pieces.read()
-        channel.run(gathered(torch.tensor([signed(self.digest())])), "hand-over")
+        place, values = channel.places["replicate"], self._context.pieces.read()
+        channel.run(gathered(torch.tensor([signed(self._context.digest())])), "hand-over")
         (about,) = channel.run(_from(source, torch.zeros(2 + place.size, dtype=torch.int64)), "hand-over")
         there, tail_bytes, *places = about.tolist()
         self._require_possible(there, tail_bytes, places)
@@ -176,9 +162,9 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
         started = time.perf_counter()
         channel.run(_from(source, torch.zeros(PROBE, dtype=torch.uint8)), "hand-over")
         copying = (time.perf_counter() - started) / PROBE * 4 * sum(value.numel() for value in values.values())
-        walking = (there - here) * self.walk.samples * self.members.place.size * self._direction_seconds()
-        came_now = self.newcomer and not self.came_by
-        by_log = self._agree(here != NOBODY and (not came_now or walking < copying))  # others lack a step at most
+        walking = (there - here) * self.walk.samples * self._membership.members.place.size * self._direction_seconds()
+        came_now = self._membership.newcomer and not self._membership.members.came_by
+        by_log = self._membership.agree(here != NOBODY and (not came_now or walking < copying))  # others lack a step
         copies = channel.run(gathered(torch.tensor([int(not by_log)])), "hand-over")
         (tail,) = channel.run(_from(source, torch.zeros(max(1, tail_bytes), dtype=torch.uint8)), "hand-over")
         copied = channel.run(_from(source, *values.values()), "hand-over") if copies.any() else ()
@@ -189,18 +175,18 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
             records = from_bytes(tail.numpy().tobytes()[:tail_bytes], range(start, there))
             self._walk_along(values, [record for record in records if record.step.number >= here])
         else:
-            self.pieces.write(dict(zip(values, copied, strict=True)))
+            self._context.pieces.write(dict(zip(values, copied, strict=True)))
             self._begin_at(there)
-        self.steps = there
+        self._context.steps = self._membership.position = there
         if came_now:
-            self.came_by = "log" if by_log else "weights"
+            self._membership.members.came_by = "log" if by_log else "weights"
 
     def _require_possible(self, there: int, tail_bytes: int, places: list[int]) -> None:
         """Raise `Unfit` for what the donor cannot say of itself."""
-        epoch = self.members.epoch
+        epoch = self._membership.members.epoch
         assert epoch is not None
-        stands = self.members.stands(epoch.donor)
-        most = max(0, there) * (RECORD_BYTES + (2 + self.walk.samples) * self.members.arrivals)
+        stands = self._membership.members.stands(epoch.donor)
+        most = max(0, there) * (RECORD_BYTES + (2 + self.walk.samples) * self._membership.members.arrivals)
         if there < 0 or stands not in (None, there) or not 0 <= tail_bytes <= most:
             raise Unfit(f"it says that it is at step {there} (the store: {stands}), with {tail_bytes} bytes of its log")
         if not all(NOBODY <= place <= there for place in places):
@@ -210,19 +196,19 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
 
     def _walk_along(self, values: Named, records: list[Record]) -> None:
         for record in records:
-            walk_on(values, self.pieces.segments, self.walk, record.step)
-            found = self._digest(values)
-            if found != record.digest:
+            walk_on(values, self._context.pieces.segments, self.walk, record.step)
+            digest = self._context.digest(values)
+            if digest != record.digest:
                 raise RuntimeError(
                     f"after step {record.step.number} of the log that was received the weights have the digest "
-                    f"{found:016x} here, and {record.digest:016x} where they come from; look at memory and processors"
+                    f"{digest:016x} here, and {record.digest:016x} where they come from; look at memory and processors"
                 )
-            self._keep(record)
-        self.pieces.write(values)
+            self.keep(record)
+        self._context.pieces.write(values)
 
     def _begin_at(self, step: int) -> None:
         """This machine's log begins with the weights that it has now."""
-        self._first_step, self._first = step, self.digest()
+        self._first_step, self._first = step, self._context.digest()
         if self.log is not None:
             self.log.close()
         self.log, self.records = self._log_of(self._first), []
@@ -234,9 +220,9 @@ class AttachedElasticOneByte(AmongMembers, AttachedOneByte):
 
     def _direction_seconds(self) -> float:
         """How long it takes to go along one direction here."""
-        values = self.pieces.read()
+        values = self._context.pieces.read()
         started = time.perf_counter()
-        move(values, self.pieces.segments, self.walk, [((0, 0, 0), 1.0)])
+        move(values, self._context.pieces.segments, self.walk, [((0, 0, 0), 1.0)])
         return time.perf_counter() - started
 
 

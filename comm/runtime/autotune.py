@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dtrain.comm.collectives.exchange import exchange
 from dtrain.comm.layout import Matrix, Named
-from dtrain.comm.methods.local_update import LocalUpdate
 from dtrain.comm.ops import AllGather, Flow
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.plan import Plan
 from dtrain.comm.runtime.knobs import LEAST_STEPS, Knobs, Measured, choose, fitted, median_step
+from dtrain.comm.runtime.loop_spec import LoopSpec
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 
@@ -29,7 +29,7 @@ TRIAL = 1 << 20
 class Choosing:
     """What has to be chosen on one rank, until it is."""
 
-    def __init__(self, spec: LocalUpdate, pieces: Pieces) -> None:
+    def __init__(self, spec: LoopSpec, pieces: Pieces) -> None:
         assert spec.auto is not None
         self.spec, self.auto, self.pieces = spec, spec.auto, pieces
         self._ended: list[float] = []

@@ -1,0 +1,69 @@
+"""What ranks ask each other around the method's own exchanges: whether all were given the same, and small sums."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.channel import Channel
+from dtrain.comm.layout import in_messages
+from dtrain.comm.ops import AllGather, AllReduce, Axis, Broadcast, Flow
+from dtrain.comm.pieces import Pieces
+
+
+def agreement_digest(description: str, spec: str, pieces: Pieces) -> bytes:
+    """A digest of what all peers must be given alike: the method, its settings, and the pieces of the model."""
+    segments = sorted((fqn, *vars(segment).values()) for fqn, segment in pieces.segments.items())
+    text = f"{description}\n{without_addresses(spec)}\n{segments}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def require_agreement(description: str, spec: str, pieces: Pieces) -> None:
+    """Raise ``ValueError`` unless all peers were given the same method and model. Every rank must call it."""
+    digest = torch.tensor(list(agreement_digest(description, spec, pieces)), dtype=torch.uint8)
+    digests = pieces.channel.run(gathered(digest), "agreement")
+    differing = [rank for rank, other in enumerate(digests) if not torch.equal(other, digest)]
+    if differing:
+        raise ValueError(
+            f"replicas {differing} were given another sync or another model than this one, which has {description} and "
+            f"{len(pieces.segments)} parameters; give all ranks the same"
+        )
+
+
+def begin_alike(pieces: Pieces) -> None:
+    """Give every replica the parameters of replica 0. Every rank must call it."""
+    for names in in_messages(pieces.shapes):  # one after the other: large models have no room for a second one
+        values = pieces.read(names, copy=False)
+        pieces.write(pieces.channel.run(_broadcast(values), "set-up"), names)
+
+
+def sum_over_shards(channel: Channel, values: Tensor, label: str) -> Tensor:
+    """The sum of ``values`` over the ranks of one replica, on the CPU. Every rank must call it."""
+    # At once where there is nobody to ask: the way to a channel's thread and back takes milliseconds under load.
+    alone = channel.places["shard"].size == 1
+    return values.cpu() if alone else channel.run(_sum_over_shards(values.cpu()), label)
+
+
+def without_addresses(text: str) -> str:
+    """So that a function or an object of somebody else is called the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def gathered(value: Tensor, axis: Axis = "replicate") -> Flow[Tensor]:
+    """``value`` of every rank along ``axis``, [world, ...]."""
+    (values,) = yield AllGather((value,), axis)
+    return values
+
+
+def _sum_over_shards(values: Tensor) -> Flow[Tensor]:
+    (total,) = yield AllReduce((values,), "sum", axis="shard")
+    return total
+
+
+def _broadcast(values: Mapping[str, Tensor]) -> Flow[dict[str, Tensor]]:
+    reply = yield Broadcast(tuple(values.values()), source=0)
+    return dict(zip(values, reply, strict=True))

@@ -1,0 +1,144 @@
+"""What a method works with on one rank: pieces of the model, state, plan, counters, and the votes of its replica."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.layout import Named, matrices
+from dtrain.comm.ops import Place
+from dtrain.comm.pieces import Pieces
+from dtrain.comm.plans.adaptive import begun
+from dtrain.comm.plans.plan import Plan, unmatched
+from dtrain.comm.runtime.agreement import sum_over_shards, without_addresses
+from dtrain.comm.runtime.membership.membership import Fixed, Membership
+from dtrain.comm.seeds import Key
+from dtrain.comm.shared_seed.digest import partial, unsigned
+from dtrain.comm.state import Kind, State
+
+
+def description(name: str, plan: Plan, spec: object, settings: tuple[str, ...] = ()) -> str:
+    """What a state belongs to: the method, its compressors, and ``settings``, fields of ``spec``."""
+    method = f"{name}: {'; '.join(map(str, plan.compressions))}"
+    return without_addresses("; ".join([method, *(f"{field}={getattr(spec, field)}" for field in settings)]))
+
+
+class Context:
+    """One rank's part in a run. `Attached` and the method that it holds share it.
+
+    Args:
+        description: of the method, see `description`.
+        kinds: of the state's names.
+        parameters_kind: whether the live parameters and the inner optimizer's state are equal on all replicas.
+        membership: who is on the replicate axis; by default the peers of ``pieces``.
+    """
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        seed: int,
+        description: str,
+        *,
+        plan: Plan,
+        kinds: Mapping[str, Kind],
+        parameters_kind: Kind,
+        membership: Membership | None = None,
+    ) -> None:
+        self.pieces, self.seed, self.description = pieces, seed, description
+        self.state, self.parameters_kind = State(kinds), parameters_kind
+        self.membership: Membership = Fixed(pieces) if membership is None else membership
+        self.plan = begun(plan, list(pieces.shapes))
+        self.matrices = matrices(pieces.segments, pieces.shapes)
+        self.meter = pieces.channel.meter  # what this rank has sent, and how long it stood waiting
+        self.steps = self.skipped = self.skipped_in_a_row = self.repairs = 0
+        self.saves = 0  # how often this rank was asked for its state
+        self.gauges: dict[str, float] = {}
+        self.decisions: list[str] = []  # for people, who take them out
+        self.stepped_elsewhere: frozenset[str] = frozenset()
+        """Parameters that the optimizer of ``pieces`` does not step, though they are trained."""
+        self.require_still: Callable[[], None] = lambda: None
+        """Raises ``RuntimeError`` if somebody has moved the parameters since the last step."""
+        self._warn_of_rules(plan)
+        self._warn_of_ranks()
+
+    def begin(self, spec: str, identity: str = "") -> None:
+        """Begin alike on all replicas; see `Membership.begin`."""
+        self.membership.begin(self.description, spec, identity)
+
+    @property
+    def place(self) -> Place:
+        """This rank on the replicate axis, now."""
+        return self.pieces.place
+
+    @property
+    def rate(self) -> float:
+        """The inner optimizer's learning rate, of its first group."""
+        return float(self.pieces.optimizer.param_groups[0]["lr"])
+
+    @property
+    def each_its_own(self) -> bool:
+        """Whether a rank keeps what no other rank has."""
+        kinds = set(self.state.kinds.values())
+        shards = self.pieces.channel.places["shard"].size
+        return self.parameters_kind == "per_worker" or "per_worker" in kinds or (shards > 1 and bool(kinds))
+
+    def key(self, again: int = 0) -> Key:
+        """Of what this rank draws in this step."""
+        return Key(self.seed, self.steps, self.place.rank, again=again)
+
+    def agree(self, ok: bool) -> bool:
+        """Whether ``ok`` holds on every rank of this replica. Every rank must call it."""
+        return not bool(self.over_shards(torch.tensor([0.0 if ok else 1.0]), "agree"))
+
+    def over_shards(self, values: Tensor, label: str) -> Tensor:
+        """The sum over the ranks of this replica. Every rank must call it."""
+        return sum_over_shards(self.membership.votes, values, label)
+
+    def digest(self, values: Named | None = None) -> int:
+        """Of every element of the parameters, or of ``values``; the same for every sharding. All ranks must call it."""
+        values = self.pieces.read() if values is None else values
+        return unsigned(self.over_shards(partial(values, self.pieces.segments), "digest"))
+
+    def measure(self, values: Mapping[str, Tensor], key: Key) -> None:
+        """Let the plan see what is about to be compressed, if it is due."""
+        if not self.plan.due():
+            return
+        for fqn, value in values.items():
+            feedback, drawn = self.plan.of(fqn, key.step).feedback, replace(key, fqn=fqn, phase="plan")
+            fresh = feedback.fresh(fqn, value, self.state.look())  # nothing of this is committed
+            meant = feedback.correct(fqn, value, self.state.look())
+            self.plan.measure(fqn, fresh, meant, self.matrices[fqn], self.place.size, drawn)
+
+    def review(self) -> None:
+        """Let the plan decide what to use from now on. Every rank must call it, once for each exchange."""
+        if not self.plan.settled:
+            before = self.plan.changes
+            self.pieces.channel.run(self.plan.review(), "plan")
+            if self.plan.changes != before:
+                self.decisions.append(self.plan.table().partition("\n")[0])
+
+    def _warn_of_rules(self, plan: Plan) -> None:
+        for pattern in unmatched(plan, self.pieces.shapes):
+            warnings.warn(
+                f"by_layer: {pattern!r} matches no parameter; names are like {', '.join(list(self.pieces.shapes)[:3])}",
+                RuntimeWarning, stacklevel=4,
+            )  # fmt: skip
+
+    def _warn_of_ranks(self) -> None:
+        """Say it if low rank was asked for and no matrix is sent so: adapters have a low rank themselves."""
+        low = {}
+        for fqn, matrix in self.matrices.items():
+            compressor = self.plan.of(fqn, 0).two_rounds
+            if compressor is not None and matrix.rows > 1 and matrix.columns > 1:
+                low[fqn] = compressor
+        if low and not any(compressor.pays(self.matrices[fqn]) for fqn, compressor in low.items()):
+            fqn, compressor = next(iter(low.items()))
+            warnings.warn(
+                f"powersgd: rank {compressor.rank} makes none of {len(low)} matrices smaller by min_rate; all of them, "
+                f"such as {fqn} of {self.pieces.shapes[fqn]}, are sent in fp32. Give a lower rank, or quantize(bits=8)",
+                RuntimeWarning, stacklevel=4,
+            )  # fmt: skip

@@ -1,0 +1,31 @@
+"""The step of methods that are stepped from gradients, as `Method.prepare` and its kin need it."""
+
+from __future__ import annotations
+
+from dtrain.comm.runtime.context import Context
+from dtrain.comm.runtime.method import Method
+
+
+class GradientSteps(Method):
+    """What methods have in common whose steps are those of the inner optimizer."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def exchanged(self) -> bool:
+        """Whether the exchange of this step's gradients succeeded; the same on all peers. Called once a step."""
+        return True
+
+    def prepare(self) -> bool:
+        context = self.context
+        ok = context.agree(self.exchanged() and context.pieces.gradients_finite())
+        if ok:
+            for fqn in context.pieces.unused():
+                context.state.unstage(fqn)  # what feedback sent for it was not applied
+        return ok
+
+    def advance(self) -> None:
+        self.context.pieces.step()
+
+    def skip(self) -> None:
+        self.context.pieces.skip()

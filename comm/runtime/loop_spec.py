@@ -1,0 +1,63 @@
+"""What a loop of local updates is to do: the row of the table that a method fills in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from dtrain.comm.aggregators.mean import Aggregator
+from dtrain.comm.collectives.exchange import Route
+from dtrain.comm.outer_optimizers import OuterOptimizer
+from dtrain.comm.plans.plan import Plan, kinds_of
+from dtrain.comm.runtime.consistency import Tie
+from dtrain.comm.runtime.fragments import WHOLE, Fragments
+from dtrain.comm.runtime.knobs import Auto, Knobs
+from dtrain.comm.state import Kind
+
+VERIFY_ROUNDS = 10
+
+Delay: TypeAlias = Literal["none", "stale", "eager"]
+OuterState: TypeAlias = Literal["replicated", "sharded", "offloaded"]
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """What a loop of local updates is to do; see `dtrain.comm.methods.local_update.local_update`."""
+
+    every_steps: int
+    outer: OuterOptimizer
+    plan: Plan
+    rule: Aggregator
+    fragments: Fragments = WHOLE
+    overlap_steps: int = 0
+    mix: float = 0.0
+    delay: Delay = "none"
+    warmup_steps: int = 0
+    verify_every: int = VERIFY_ROUNDS
+    outer_state: OuterState = "replicated"
+    auto: Auto | None = None
+    route: Route = "two_phase"
+    tie: Tie = "stop"
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        outer: dict[str, Kind] = {"anchor": "replicated", **self.outer.kinds}
+        if self.delay == "eager":
+            outer = {**dict.fromkeys(outer, "per_worker"), "own_delta": "per_worker"}
+        if self.overlaps:
+            outer["arrived"] = "replicated"
+        return {**outer, **kinds_of(self.plan)}
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether anything is, or may be, under way beside the inner steps."""
+        return self.overlap_steps > 0 or (self.auto is not None and self.auto.overlap_steps)
+
+    @property
+    def knobs(self) -> Knobs:
+        return Knobs(self.every_steps, self.overlap_steps, self.mix, self.fragments)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether replicas count by their tokens; not where all have to know what each of them counted."""
+        return self.delay != "eager" and "replicated" not in kinds_of(self.plan).values()

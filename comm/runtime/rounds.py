@@ -1,0 +1,103 @@
+"""A fragment of a local update at work: when its last round began, and what of it is being reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dtrain.comm.channel import Handle
+from dtrain.comm.collectives.two_phase import Combined
+from dtrain.comm.feedback import Compression
+from dtrain.comm.plans.adaptive import bits_of, number_of
+from dtrain.comm.state import State
+
+NEVER = -1
+RATES = ("rate", "rate_steps", "round_rate", "last_rate")
+"""What a checkpoint calls `Fragment.rates`."""
+
+
+@dataclass
+class Reduction:
+    """What one replica has learned of a fragment, on its way to all.
+
+    ``captured``: the step at which it was taken. ``branch``: what feedback will keep. ``handles``: of its messages;
+    none once they have arrived, with ``values`` unless the exchange failed. ``sent``: this replica's deltas, None after
+    a resume; ``weight``: what they count. ``products``: the square of the deltas, then the products of each message,
+    see `gauges`.
+    """
+
+    captured: int
+    branch: State
+    handles: list[Handle[Combined]]
+    values: dict[str, Tensor] | None = None
+    sent: dict[str, Tensor] | None = None
+    weight: float | None = None
+    products: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A plan as it was when a fragment was captured."""
+
+    chosen: Mapping[str, Compression]
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        return tuple(self.chosen.values())
+
+    def of(self, fqn: str, step: int) -> Compression:
+        return self.chosen[fqn]
+
+
+@dataclass
+class Fragment:
+    """One fragment's rounds. ``captured``, ``tokens``: the step, and the tokens seen, when its last round began.
+
+    ``scalar``: what a `Looking` outer optimizer chose for it. ``rates``: the mean inner learning rate of the round that
+    goes on, its number of steps, and that mean of the round before and of one before that, if it was not 0.
+    """
+
+    number: int
+    fqns: list[str]
+    captured: int = 0
+    tokens: int = 0
+    scalar: float = 0.0
+    rates: tuple[float, int, float, float] = (0.0, 0, 0.0, 0.0)
+    reductions: list[Reduction] = field(default_factory=list)
+
+    def stepped(self, rate: float) -> None:
+        """An inner step was made with learning rate ``rate``."""
+        mean, steps, last, before = self.rates
+        mean += (rate - mean) / (steps + 1)  # a constant rate stays so to the bit
+        self.rates = (mean, steps + 1, last, before)
+
+    def begin_round(self, step: int, tokens: int, rate: float) -> None:
+        """A round begins; ``rate``: that of now, which is the last one's where it had no step."""
+        self.captured, self.tokens = step, tokens
+        mean, steps, last, before = self.rates
+        self.rates = (0.0, 0, mean if steps else rate, last or before)
+
+    def integers(self) -> dict[str, int]:
+        """What a checkpoint keeps of it."""
+        reduction = self.reductions[0] if self.reductions else None
+        kept = {"captured": self.captured, "tokens": self.tokens, "scalar": bits_of(self.scalar)}
+        kept |= {name: bits_of(float(number)) for name, number in zip(RATES, self.rates, strict=True)}
+        kept["flight"] = reduction.captured if reduction else NEVER
+        kept["arrived"] = int(reduction is not None and reduction.values is not None)
+        return {f"part.{self.number}.{name}": value for name, value in kept.items()}
+
+    def load_integers(self, integers: Mapping[str, int], state: State, held: Collection[str]) -> None:
+        """Undo `integers`. ``state`` has what has arrived; ``held``: parameters of which this rank holds a piece."""
+        prefix = f"part.{self.number}."
+        kept = {name: integers[prefix + name] for name in ("captured", "tokens", "scalar", "flight", "arrived")}
+        self.captured, self.tokens, self.scalar = kept["captured"], kept["tokens"], number_of(kept["scalar"])
+        # Checkpoints of earlier revisions have none.
+        mean, made, last, before = (number_of(integers.get(prefix + name, 0)) for name in RATES)
+        self.rates = (mean, int(made), last, before)
+        self.reductions, values = [], None
+        if kept["arrived"]:
+            values = {fqn: state.tensors[fqn]["arrived"] for fqn in self.fqns if fqn in held}
+        if kept["flight"] != NEVER:
+            self.reductions = [Reduction(kept["flight"], state.branch(), [], values)]

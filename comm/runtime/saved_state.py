@@ -1,0 +1,193 @@
+"""One rank's state, given to be saved and taken back: see `dtrain.comm.runtime.saved` for what it looks like."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+import weakref
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dtrain.comm.runtime.context import Context
+from dtrain.comm.runtime.method import Method
+from dtrain.comm.runtime.saved import (
+    EACH_SAVES,
+    NOTHING_LOADED,
+    Entries,
+    RankedState,
+    entries_for,
+    holdings,
+    integers_of,
+    place_name,
+    require_same_sync,
+    tensors_of,
+)
+from dtrain.comm.state import Tensors
+
+REFUSED = -1
+"""What a rank tells the others in place of the step of its state, if it cannot go on with that."""
+
+COUNTERS = ("steps", "skipped", "skipped_in_a_row")
+"""Of the context, kept for every method."""
+
+
+class SavedState:
+    """Gives and takes a rank's state."""
+
+    def __init__(self, context: Context, method: Method) -> None:
+        self._context, self._method = context, method
+        self._given: weakref.ref[Entries] | None = None
+        self._lost_at: int | None = None
+
+    def given(self, live: Mapping[str, Tensor] | None) -> RankedState:
+        """`Attached.state_dict`. ``live``: the parameters that go on being trained, while others are shown."""
+        self.require_read()
+        self._method.settle()
+        self._context.saves += 1
+        context = self._context
+        tensors = {fqn: dict(named) for fqn, named in context.state.tensors.items()}
+        entries: dict[str, object] = {
+            "tensors": tensors, "holds": holdings(tensors), "integers": self.integers(),
+            "parameters": _digest(context.pieces.read(copy=False)), "place": self._place(), "sync": context.description,
+            "optimizer": self._optimizer_states(),
+        }  # fmt: skip
+        if live is not None:
+            entries["live"] = dict(live)
+        own, step, me = Entries(entries), self._context.steps, weakref.ref(self)
+        self._given = weakref.ref(own)
+
+        def unread() -> None:
+            saved = me()
+            if saved is not None:
+                saved._lost_at = step
+                warnings.warn(f"the state of step {step} was thrown away unread", RuntimeWarning, stacklevel=2)
+
+        return RankedState(self._name(), own, unread if self._context.each_its_own else None)
+
+    def load(self, state: Mapping[str, object]) -> None:
+        """`Attached.load_state_dict`."""
+        refusal: Exception | None = None
+        tensors: Tensors = {}
+        integers = {"steps": REFUSED}
+        try:
+            entries, tensors, integers = self._taken_apart(state)
+        except (TypeError, ValueError) as error:
+            refusal = error
+        replicas, shards = self._context.membership.told_by_all(integers["steps"])
+        if refusal is not None:
+            raise refusal
+        if REFUSED in (*replicas, *shards):
+            other = [rank for rank, step in enumerate(replicas) if step == REFUSED]
+            raise ValueError(
+                f"replicas {other or 'of another shard'} refused the states that they were to load, and say why; load "
+                "one and the same checkpoint on all ranks"
+            )
+        if len({*replicas, *shards}) > 1:
+            raise ValueError(
+                f"the states that are loaded are of different steps: {replicas} on the replicas, {shards} on the ranks "
+                "of this one; load one and the same checkpoint on all ranks"
+            )
+        before = self._context.state.tensors, self.integers()
+        try:
+            self._context.state.load(self._brought_here(tensors))
+            self._load_integers(integers)
+        except (KeyError, ValueError) as error:
+            self._context.state.tensors = before[0]
+            self._load_integers(before[1])
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"this state was saved with another sync: {error.args[0]} is missing") from error
+        if isinstance(live := entries.get("live"), Mapping):
+            self._context.pieces.write(live)
+
+    def _taken_apart(self, state: object) -> tuple[Mapping[str, object], Tensors, dict[str, int]]:
+        """This rank's entries, and their tensors and integers, if it can go on with them."""
+        given = self._given() if self._given is not None else None
+        if given is not None and isinstance(state, Mapping) and any(value is given for value in state.values()):
+            raise ValueError(NOTHING_LOADED)
+        entries = entries_for(state, self._name(), whichever=not self._context.each_its_own)
+        require_same_sync(entries, self._context.description, self._place() if self._context.each_its_own else None)
+        tensors = tensors_of(entries, self._context.state.kinds, self._context.pieces.segments, self._method.always)
+        integers = integers_of(entries, (*COUNTERS, *self._method.counters))
+        self._require_parameters(entries)
+        self._require_optimizer(entries)
+        return entries, tensors, integers
+
+    def _require_parameters(self, entries: Mapping[str, object]) -> None:
+        saved = entries.get("parameters")
+        if saved is None:
+            return
+        now = _digest(self._context.pieces.read(copy=False))
+        others = str(entries.get("place")).partition(", ")[2] not in self._place()  # another shard: other parameters
+        live = entries.get("live")
+        if saved != now and not others and not (isinstance(live, Mapping) and _digest(live) == now):
+            raise ValueError(
+                "the model does not hold the parameters that this rank had when this state was taken; on every rank: "
+                "attach, then load the model's and the optimizer's states, then the sync's, each from this rank's own "
+                "files (in a round of a local update the replicas differ)"
+            )
+
+    def _require_optimizer(self, entries: Mapping[str, object]) -> None:
+        """Raise ``ValueError`` if the optimizer has lost all of the state that it had when this was taken."""
+        saved = entries.get("optimizer")
+        if isinstance(saved, int) and saved > 0 and not self._optimizer_states():
+            raise ValueError(
+                f"the optimizer has no state, and had that of {saved} parameters when this was taken: load the "
+                "optimizer's state first, then the sync's; if it is to begin anew, leave out the entry 'optimizer': "
+                'load_state_dict(state | {"optimizer": None})'
+            )
+
+    def _optimizer_states(self) -> int:
+        """Of how many parameters the optimizer keeps something."""
+        kept = self._context.pieces.optimizer.state.values()
+        return sum(any(isinstance(value, Tensor) for value in one.values()) for one in kept)
+
+    def _brought_here(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """On the device of the parameter that each belongs to."""
+        devices = {fqn: value.device for fqn, value in self._context.pieces.read(copy=False).items()}
+        found: dict[str, dict[str, Tensor]] = {}
+        for fqn, named in tensors.items():
+            found[fqn] = {name: tensor.to(devices.get(fqn, tensor.device)) for name, tensor in named.items()}
+        return found
+
+    def require_read(self) -> None:
+        """Raise ``RuntimeError`` if a state that this rank gave was thrown away by whoever had asked for it."""
+        if self._lost_at is not None:
+            step, self._lost_at = self._lost_at, None
+            raise RuntimeError(
+                f"the state that {self._place()} gave at step {step} was thrown away unread, so what it keeps is not "
+                "in that checkpoint: a framework asked all ranks and wrote what the main process got (as "
+                f"register_for_checkpointing of accelerate, or save of lightning.fabric). {EACH_SAVES}"
+            )
+
+    def integers(self) -> dict[str, int]:
+        """The counters that a checkpoint keeps."""
+        context = self._context
+        counted = {name: int(getattr(context, name)) for name in COUNTERS}
+        return {**counted, **self._method.integers(), **context.plan.integers()}
+
+    def _load_integers(self, integers: Mapping[str, int]) -> None:
+        context = self._context
+        for name in COUNTERS:
+            setattr(context, name, integers[name])
+        context.plan.load_integers({name: integers[name] for name in context.plan.integers()})
+        self._method.load_integers(integers)
+
+    def _name(self) -> str:
+        """Of this rank's entries in a state."""
+        places = self._context.pieces.channel.places
+        return place_name(places["replicate"], places["shard"])
+
+    def _place(self) -> str:
+        replicas, shards = (self._context.pieces.channel.places[axis] for axis in ("replicate", "shard"))
+        return f"replica {replicas.rank} of {replicas.size}, shard {shards.rank} of {shards.size}"
+
+
+def _digest(values: Mapping[str, Tensor]) -> str:
+    """Of every element, whatever the order of the names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for fqn in sorted(values):
+        digest.update(fqn.encode())
+        digest.update(values[fqn].contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
