@@ -19,7 +19,7 @@ from dtrain.comm.seeds import Key
 
 
 class Choosing(Plan, Protocol):
-    """An adaptive plan at work on one rank. ``settled``: it never changes: there is nothing to measure and to review."""
+    """An adaptive plan at work on one rank. ``settled``: it never changes; nothing to measure or review."""
 
     settled: bool
 
