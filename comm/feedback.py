@@ -1,6 +1,6 @@
 """Feedback: what a compressor leaves out of one step is sent in later ones.
 
-With g the worker's value, C the compressor, c the mean of what the workers sent, per worker, fp32, keyed by FQN:
+With g a replica's value, C the compressor, c the mean of what the replicas sent; state is fp32, keyed by FQN:
 
     EF14       p = g + e;            send C(p);  e = p - C(p);                   result c           arXiv:1901.09847
     EF21       d = v - h;            send C(d);  h += C(d);          H += c;     result H           arXiv:2106.05203

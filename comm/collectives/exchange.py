@@ -132,7 +132,7 @@ def require_summable(plan: Plan, rule: Aggregator, route: Route, *, weighted: bo
 
 
 def consolidate(state: State, place: Place, key: Key) -> Flow[None]:
-    """Replace what each worker keeps for itself by the mean over the workers."""
+    """Replace what each replica keeps for itself by the mean over the replicas."""
     names = {name for name, kind in state.kinds.items() if kind == "per_worker"}
     kept = {f"{name} of {f}": t for f, named in state.tensors.items() for name, t in named.items() if name in names}
     means = yield from two_phase(kept, as_compression(None), rank_order_mean, place, key, state)

@@ -1,14 +1,14 @@
-"""EF21-W (Richtarik, Gasanov and Burlachenko, ICLR 2024): EF21 that gives more room to workers with rougher losses.
+"""EF21-W (Richtarik, Gasanov and Burlachenko, ICLR 2024): EF21 with larger scales where losses are rougher.
 
     s_i = L_i / mean_j L_j;    send C_i(d) = s_i C(d / s_i)   in EF21's place of   C(d)
 
-L_i: the smoothness of replica i's loss, here the sum over the warm-up of |g_i(t+1) - g_i(t)|: all workers make the same
-steps, so their lengths cancel. After the warm-up s_i never changes. The second phase of the two-phase route, whose
+L_i: the smoothness of replica i's loss, here the sum over the warm-up of |g_i(t+1) - g_i(t)|: all replicas make the
+same steps, so their lengths cancel. After the warm-up s_i never changes. The second phase of the two-phase route, whose
 input is a mean, is not scaled. Where C is homogeneous (top-k, sign, ...) C_i is C, and all this is EF21: the paper's
 gain is then one of theory, a larger step size that is safe.
 Communication: in the warm-up one gather over the shards in each exchange, at its end one over the replicas; then 4 more
 bytes in each encoded row. Keeps: what EF21 keeps, in the warm-up the last gradient too, and two numbers. On another
-mesh all workers go on with the scale of replica 0.
+mesh all replicas go on with the scale of replica 0.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class EF21W:
 
 
 class ChoosingEF21W:
-    """EF21-W at work on one rank: this worker's smoothness, then its scale."""
+    """EF21-W at work on one rank: this replica's smoothness, then its scale."""
 
     settled = False
 
@@ -181,11 +181,11 @@ class ChoosingEF21W:
 
 
 def ef21w(compressor: Compressor, *, warmup_steps: int = 100) -> EF21W:
-    """EF21 with a weight for each worker, from how fast its gradients change, measured in the warm-up.
+    """EF21 with a scale for each replica, from how fast its gradients change, measured in the warm-up.
 
     Args:
         compressor: a contraction. Where it is homogeneous, the result is that of ``ef21(compressor, eta=1)``.
-        warmup_steps: exchanges in which it measures; all workers weigh the same meanwhile.
+        warmup_steps: exchanges in which it measures; all scales are 1 meanwhile.
 
     >>> from dtrain.compress import topk
     >>> from dtrain.plans import ef21w
