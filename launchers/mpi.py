@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
+import math
 import os
 import random
 import re
@@ -170,21 +172,28 @@ def nodes_of_slurm(environment: Mapping[str, str] = os.environ) -> tuple[str, ..
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    found = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\](.*)", pattern)
-    if found is None:
-        yield pattern
-        return
-    head, ranges, tail = found.groups()
+    """The names that ``gpu[08-10]x[1,2]`` stands for. Raises ``ValueError`` for none, and for more than MOST_NODES."""
+    pieces = re.findall(r"[^\[\]]+|\[[^\[\]]*\]", pattern)
+    if "".join(pieces) != pattern:
+        raise ValueError(pattern)
+    choices = [_numbers(piece[1:-1]) if piece.startswith("[") else [piece] for piece in pieces]
+    if math.prod(map(len, choices)) > MOST_NODES:  # before any is made
+        raise ValueError(pattern)
+    return map("".join, itertools.product(*choices))
+
+
+def _numbers(ranges: str) -> list[str]:
+    """``08-10,12`` one by one."""
+    numbers: list[str] = []
     for part in ranges.split(","):
-        numbers = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
-        if numbers is None:
+        bounds = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        if bounds is None:
             raise ValueError(part)
-        first, last = numbers[1], numbers[2] or numbers[1]
-        if int(last) - int(first) >= MOST_NODES:
+        first, last = bounds[1], bounds[2] or bounds[1]
+        if int(last) - int(first) + len(numbers) >= MOST_NODES:
             raise ValueError(part)
-        for number in range(int(first), int(last) + 1):
-            for rest in _expanded(tail):
-                yield f"{head}{number:0{len(first)}d}{rest}"
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return numbers
 
 
 def placed(ranks: Ranks, nodes: Sequence[str]) -> list[tuple[str, int]]:

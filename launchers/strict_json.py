@@ -1,4 +1,4 @@
-"""JSON in files, read as what it should be or not at all. Python's own reader takes more: NaN, any number of digits.
+"""JSON in files, read as what it should be or not at all. Python takes more: NaN, 1e999, any number of digits.
 
     read, parse       the object of a file or a text, exactly; anything else is a ValueError that says in what
     integer, number   one of its values, of the type that is asked for
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import stat
@@ -221,11 +222,17 @@ def _clean(value: object) -> object:
 
 def _loads(text: str | bytes) -> object:
     """Raises ValueError for what is no JSON, though Python's reader takes it, and RecursionError."""
-    return json.loads(text, parse_constant=_refuse, parse_int=_bounded)
+    return json.loads(text, parse_constant=_refuse, parse_int=_bounded, parse_float=_finite)
 
 
 def _refuse(word: str) -> float:
     raise ValueError(f"{word} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits[:20]} is no number of 64 bits")
+    return value
 
 
 def _bounded(digits: str) -> int:

@@ -24,7 +24,7 @@ from dtrain.launchers import job_list as registry
 from dtrain.launchers.failure import read_error, read_log_end
 from dtrain.launchers.job import Facts
 from dtrain.launchers.records import Beat, RankRecord, keep_attempt
-from dtrain.launchers.strict_json import Damaged, json_of, shaped
+from dtrain.launchers.strict_json import Damaged, json_of, parse, shaped
 
 RECORD = RankRecord(
     0, "n0", 0, 100, 5.0, 9.0, 1, None, "ValueError", "ValueError: no", 'File "a.py", line 1, in f', "x"
@@ -133,6 +133,13 @@ def test_no_record_is_a_traceback(files: dict[str, bytes], tmp_path_factory: pyt
         folder / "ranks", 1, log=folder / "logs/none.log", log_start=0
     )
     keep_attempt(folder)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-2120e999", "NaN", "1" + "0" * 30])
+def test_a_number_that_none_can_hold_is_no_json(number: str) -> None:
+    assert json_of(f'{{"count": {number}}}') is None
+    with pytest.raises(ValueError, match="is no"):
+        parse(f'{{"count": {number}}}')
 
 
 def test_what_was_left_out_is_said(tmp_path: Path) -> None:

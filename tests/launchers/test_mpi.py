@@ -130,6 +130,11 @@ def test_the_nodes_of_an_allocation(text: str, nodes: tuple[str, ...]) -> None:
     assert nodes_of_slurm({"SLURM_JOB_NODELIST": text}) == nodes
 
 
+def test_a_list_of_too_many_nodes_is_refused_before_it_is_made() -> None:
+    with pytest.raises(ValueError, match="is no list of nodes"):
+        nodes_of_slurm({"SLURM_JOB_NODELIST": "x" + "[1-999]" * 40})
+
+
 @pytest.mark.parametrize(
     ("ranks", "nodes", "expected"),
     [

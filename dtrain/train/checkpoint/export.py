@@ -91,7 +91,7 @@ def export(path: Path, out: Path) -> str:
         "step": str(manifest.step),
         tensors.PARAMETERS_DIGEST: parameters_digest,
         tensors.DIGEST: tensors.tensors_digest(values),
-        "meta": json.dumps(manifest.meta),
+        tensors.META: json.dumps(manifest.meta),
     }
     tensors.save(partial, values, metadata)
     partial.rename(out)

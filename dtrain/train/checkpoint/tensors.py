@@ -18,6 +18,8 @@ from dtrain.errors import CheckpointError
 
 DIGEST = "tensors_digest"
 PARAMETERS_DIGEST = "parameters_digest"
+META = "meta"
+"""Entries of the metadata of what dtrain exports."""
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -35,6 +35,8 @@ def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[st
     found, metadata = tensors.load(file)
     own = {name: tensor for name, tensor in found.items() if parameters is None or name in parameters}
     told = metadata.get(tensors.PARAMETERS_DIGEST)
+    if tensors.META in metadata and not told and tensors.DIGEST not in metadata:
+        raise CheckpointError(f"{file} is an export of dtrain without its digest: it is damaged, so take another copy")
     # Exports of earlier versions have no other digest, and it says nothing of buffers.
     if told and tensors.DIGEST not in metadata and told != digest(own):
         raise CheckpointError(

@@ -108,6 +108,15 @@ def test_no_flipped_bit_of_an_export_gets_into_a_model(older: bool, save: Callab
     assert refused > 100
 
 
+def test_an_export_whose_digests_are_unreadable_is_damaged(save: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "export" / "model.safetensors"
+    export(save(1), file)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"tensors_digest", b"tensors?digest").replace(b"parameters_d", b"parameters?d"))
+    with pytest.raises(CheckpointError, match="an export of dtrain without its digest"):
+        weights_of(tmp_path)
+
+
 def test_no_flipped_bit_of_a_checkpoint_gets_into_a_model(save: Callable[..., Path]) -> None:
     path = save(1)
     good = full_parameters(path)
