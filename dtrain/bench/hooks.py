@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -231,9 +231,7 @@ class _Ours(_OnDDP):
 def _spec(name: str) -> EveryStep:
     choice, _, route = name.partition(":")
     chosen = compose(["sync=dense", f"compress@sync.compress={choice}"]).sync
-    spec = instantiate({**chosen, **({"route": route} if route else {})}, "sync")
-    assert isinstance(spec, EveryStep)
-    return spec
+    return cast(EveryStep, instantiate({**chosen, **({"route": route} if route else {})}, "sync"))  # which dense is
 
 
 def _clocked(flow: Flow[R], clock: Clock) -> Flow[R]:

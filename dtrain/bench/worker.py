@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -50,18 +50,10 @@ def main(what: str, path: Path) -> None:
     if rank == 0:
         (path.parent / "environment.json").write_text(json.dumps(record(), indent=1) + "\n")
         print(hook_rows.HEAD if what == "hooks" else table.HEAD, flush=True)
-    shown: list[Row] = []
-    for name, size in _cases(what, settings):
-        row = _hook(bench, settings, name, size, channel, device) if what == "hooks" else bench.measure(name, size)
-        shown.append(row)
+    for row, line in _measured(what, bench, settings, channel, device):
         if rank == 0:
             append(path.parent / "rows.jsonl", row)
-            told = (
-                hook_rows.line(row, [one for one in shown if isinstance(one, HookRow)])
-                if isinstance(row, HookRow)
-                else table.line(row)
-            )
-            print(told, flush=True)
+            print(line, flush=True)
     channel.close()
     if settings.transport == "mpi":
         from dtrain.comm.transports.mpi import finalize
@@ -70,9 +62,18 @@ def main(what: str, path: Path) -> None:
     dist.destroy_process_group()
 
 
-def of_hooks(rows: Sequence[Row]) -> list[HookRow]:
-    """Those among ``rows``."""
-    return [row for row in rows if isinstance(row, HookRow)]
+def _measured(
+    what: str, bench: Bench, settings: Settings, channel: Channel, device: torch.device
+) -> Iterator[tuple[Row, str]]:
+    """Each row as soon as it is measured, and the line that shows it."""
+    hooks: list[HookRow] = []
+    for name, size in _cases(what, settings):
+        if what == "hooks":
+            hooks.append(_hook(bench, settings, name, size, channel, device))
+            yield hooks[-1], hook_rows.line(hooks[-1], hooks)
+        else:
+            row = bench.measure(name, size)
+            yield row, table.line(row)
 
 
 def _cases(what: str, settings: Settings) -> Iterator[tuple[str, int]]:
