@@ -101,14 +101,7 @@ def _attached_to_members(
     from dtrain.comm.runtime.membership.members import Members
 
     def bind(pieces: Pieces) -> Attached:
-        elastic = getattr(sync, "bind_members", None)
-        if elastic is None:
-            raise TypeError(
-                "replicas can come and go between the rounds of a local update, such as diloco(...), and between the "
-                f"steps of one_byte(...); this is {sync}"
-            )
-        attached: Attached = elastic(pieces, seed, members)
-        return attached
+        return sync.bind_members(pieces, seed, members)
 
     if not isinstance(members, Members):
         raise TypeError(f'members is {members!r}; give Members("host:port", replicas=...)')

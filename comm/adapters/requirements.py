@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.adapters.wrappers import named_parameters
+from dtrain.comm.runtime.method import Sync
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -36,8 +37,12 @@ def is_plain(model: nn.Module) -> bool:
 
 def require_call(optimizer: object, sync: object) -> None:
     """Raise ``TypeError`` unless ``attach(model, optimizer, sync)`` was called with these in this order."""
-    if callable(getattr(sync, "bind", None)):
+    if isinstance(sync, Sync):
         return
+    if callable(getattr(sync, "bind", None)) and not isinstance(sync, type):
+        raise TypeError(
+            f"sync is {sync!r}, which has bind() and not all of a sync; derive it from {Sync.__module__}.Sync"
+        )
     if callable(getattr(optimizer, "bind", None)):
         swapped = " (the two stand in each other's place)" if hasattr(sync, "param_groups") else ""
         raise TypeError(

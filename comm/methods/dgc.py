@@ -23,6 +23,7 @@ from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.plan import Plan, after
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Tie
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.state import Kind, State
 
 STAGES = 5
@@ -53,7 +54,7 @@ class MomentumCorrection(Feedback):
 
 
 @dataclass(frozen=True)
-class Dgc:
+class Dgc(Sync):
     """See `dgc`."""
 
     exchange: EveryStep

@@ -17,29 +17,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
 from dtrain.comm.collectives.exchange import Route, exchange, require_mean_for_low_rank, require_summable
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.lossless import require_zstandard
 from dtrain.comm.layout import Named
-from dtrain.comm.ops import Flow
-from dtrain.comm.pieces import Pieces, Repeated
 from dtrain.comm.plans.plan import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Held, Tie, kept_by, numbers_of, require_guard
 from dtrain.comm.runtime.context import Context, description
 from dtrain.comm.runtime.gradient_steps import GradientSteps
 from dtrain.comm.runtime.guard import Guard, parameters_held, state_held
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind
+
+if TYPE_CHECKING:
+    from dtrain.comm.ops import Flow
+    from dtrain.comm.pieces import Pieces, Repeated
 
 VERIFY_STEPS = 100
 
 
 @dataclass(frozen=True)
-class EveryStep:
+class EveryStep(Sync):
     """See `every_step`."""
 
     plan: Plan

@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from dtrain.comm.runtime.context import Context, description
 from dtrain.comm.runtime.forward_only import ForwardSteps, require_plain_sgd
 from dtrain.comm.runtime.guard import Guard, parameters_held, state_held
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS
-from dtrain.comm.runtime.method import Method
+from dtrain.comm.runtime.method import Method, Sync
 from dtrain.comm.shared_seed.directions import Noise, Walk, move, single
 from dtrain.comm.shared_seed.philox import Address
 
@@ -44,7 +44,7 @@ LARGEST = 1000.0
 
 
 @dataclass(frozen=True)
-class FedKSeed:
+class FedKSeed(Sync):
     """See `fedkseed`."""
 
     every_steps: int
@@ -55,8 +55,7 @@ class FedKSeed:
     verify_every: int = VERIFY_ROUNDS
     tie: Tie = "stop"
 
-    constant_rate = True
-    """What the trainer refuses a schedule of the learning rate for."""
+    constant_rate: ClassVar[bool] = True
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         self.require_inner(pieces.optimizer)

@@ -35,6 +35,7 @@ from dtrain.comm.outer_optimizers import OuterOptimizer, Round, sgd
 from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.local_updates import at_work
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, LoopSpec
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.shared_seed.directions import single
 from dtrain.comm.shared_seed.philox import Address, SharedRandom
 
@@ -53,7 +54,7 @@ LARGEST = 127
 
 
 @dataclass(frozen=True)
-class Ferret(LoopSpec):
+class Ferret(LoopSpec, Sync):
     """See `ferret`."""
 
     directions: int = 8192

@@ -40,10 +40,11 @@ from dtrain.comm.runtime.knobs import LEAST_STEPS, Auto, Knob
 from dtrain.comm.runtime.local_updates import among_members, at_work
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, Delay, LoopSpec, OuterState
 from dtrain.comm.runtime.membership.members import Members
+from dtrain.comm.runtime.method import Sync
 
 
 @dataclass(frozen=True)
-class LocalUpdate(LoopSpec):
+class LocalUpdate(LoopSpec, Sync):
     """A method of the family. Made by `local_sgd`, `diloco`, ..., or `local_update` for what has no name."""
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:

@@ -30,7 +30,7 @@ from dtrain.comm.runtime.forward_only import ForwardSteps, require_plain_sgd
 from dtrain.comm.runtime.membership.elastic import Elastic
 from dtrain.comm.runtime.membership.elastic_machines import ElasticMachines
 from dtrain.comm.runtime.membership.machines import Gathered, TakingPart
-from dtrain.comm.runtime.method import Method
+from dtrain.comm.runtime.method import Method, Sync
 from dtrain.comm.shared_seed.byte_codec import encode
 from dtrain.comm.shared_seed.digest import signed
 from dtrain.comm.shared_seed.directions import At, Noise, Rule, Seeds, Step, Walk, walk_on
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OneByte:
+class OneByte(Sync):
     """See `one_byte`."""
 
     eps: float

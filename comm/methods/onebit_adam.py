@@ -36,7 +36,7 @@ from dtrain.comm.plans.plan import Compress, after
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.context import Context
-from dtrain.comm.runtime.method import Method
+from dtrain.comm.runtime.method import Method, Sync
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind
 
@@ -44,7 +44,7 @@ READ = ("lr", "betas", "eps", "weight_decay")
 
 
 @dataclass(frozen=True)
-class OneBitAdam:
+class OneBitAdam(Sync):
     """See `onebit_adam`."""
 
     warmup_steps: int

@@ -40,6 +40,7 @@ from dtrain.comm.plans.plan import WEAK, Compress, Plan, as_plan, with_feedback
 from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.local_updates import at_work
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, LoopSpec
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.runtime.step_source import OwnGradients
 from dtrain.comm.state import Kind, State
 
@@ -74,7 +75,7 @@ def noted(compression: Compression) -> Compression:
 
 
 @dataclass(frozen=True)
-class Directed(LoopSpec):
+class Directed(LoopSpec, Sync):
     """See `fedavg_m` and `scaffold_m`. ``control``: whether there are control variates."""
 
     beta: float = 1.0

@@ -31,11 +31,12 @@ from dtrain.comm.runtime.consistency import PARAMETER, Held, Tie, require_guard
 from dtrain.comm.runtime.context import Context, description
 from dtrain.comm.runtime.gradient_steps import GradientSteps
 from dtrain.comm.runtime.guard import Guard, parameters_held
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.seeds import Key
 
 
 @dataclass(frozen=True)
-class Sparta:
+class Sparta(Sync):
     """See `sparta`."""
 
     density: float

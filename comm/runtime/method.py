@@ -7,8 +7,9 @@ the same few questions whatever it is: can this step be made, make it, what happ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from dtrain.comm.pieces import Exchange, Pieces
@@ -18,25 +19,34 @@ if TYPE_CHECKING:
     from dtrain.comm.runtime.membership.members import Members
 
 
+@runtime_checkable
 class Sync(Protocol):
     """A method: when, what, how small, how combined. Made by functions such as `every_step` and `diloco`.
 
-    A spec may say more of itself: ``require_inner(optimizer)`` raises ``ValueError`` for an inner optimizer that does
-    not go with it, ``constant_rate`` is true where the learning rate may not change, and one that has
-    ``bind_members(pieces, seed, members)`` can be put to work among replicas that come and go.
+    Derive a method of your own from it: a frozen dataclass with ``bind``, and what else of this is not as here.
     """
+
+    constant_rate: ClassVar[bool] = False
+    """Whether the learning rate must stay as it is from the first step to the last."""
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         """This method at work on one rank's pieces. Every rank must call it; it may communicate."""
-
-
-class Elastic(Sync, Protocol):
-    """A method among replicas that come and go."""
+        raise NotImplementedError
 
     def bind_members(self, pieces: Pieces, seed: int, members: Members) -> Attached:
-        """This method at work on one rank's pieces, among ``members``. Raises ``ValueError`` for settings that keep
+        """This method at work on one rank's pieces, among replicas that come and go.
+
+        Raises ``TypeError`` for a method that has nothing to wait for them, ``ValueError`` for settings that keep
         replicas together.
         """
+        raise TypeError(
+            "replicas can come and go between the rounds of a local update, such as diloco(...), and between the steps "
+            f"of one_byte(...); this is {self}"
+        )
+
+    def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        return None
 
 
 class Method(Protocol):

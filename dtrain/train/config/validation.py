@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.train import engine_registry
@@ -15,6 +15,9 @@ from dtrain.train.config.data_contract import check_data
 from dtrain.train.config.model_factory import build_model
 from dtrain.train.config.schema import PRECISIONS, SCHEDULES, TRANSPORTS, Config
 from dtrain.train.config.targets import closest, hint, instantiate
+
+if TYPE_CHECKING:
+    from dtrain.comm.runtime.method import Sync
 
 AT_LEAST_ONE = (
     "mesh.replicate", "mesh.shard", "train.steps", "train.batch_size", "train.keep_checkpoints",
@@ -147,15 +150,17 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield f"run.dir={config.run.dir}: {existing} cannot be written to; choose another run.dir"
 
 
-def _sync(config: Config) -> object:
+def _sync(config: Config) -> Sync:
+    from dtrain.comm.runtime.method import Sync
+
     sync = instantiate(config.sync, "sync")
-    if not callable(getattr(sync, "bind", None)):
+    if not isinstance(sync, Sync):
         target = config.sync["_target_"]
         raise ConfigError(f"sync: {target} makes a {type(sync).__name__}, no sync: take dtrain.every_step, for example")
     return sync
 
 
-def _optimizer(config: Config, sync: object) -> None:
+def _optimizer(config: Config, sync: Sync) -> None:
     """Its own checks, and those of the sync, on a parameter of one element."""
     import torch
 
@@ -164,10 +169,10 @@ def _optimizer(config: Config, sync: object) -> None:
         target = config.optim.inner["_target_"]
         raise ConfigError(f"optim.inner: {target} makes a {type(optimizer).__name__}, no torch.optim.Optimizer")
     try:
-        getattr(sync, "require_inner", lambda _: None)(optimizer)
+        sync.require_inner(optimizer)
     except ValueError as error:
         raise ConfigError(f"sync and optim.inner do not go together: {error}") from error
-    if getattr(sync, "constant_rate", False) and (config.optim.schedule != "constant" or config.optim.warmup_steps):
+    if sync.constant_rate and (config.optim.schedule != "constant" or config.optim.warmup_steps):
         raise ConfigError(
             f"sync: {type(sync).__name__} needs one learning rate from the first step to the last, and the schedule is "
             f"{config.optim.schedule} with {config.optim.warmup_steps} steps of warm-up; set optim.schedule=constant "
