@@ -1,7 +1,7 @@
-"""`attach`: put a sync to work on a model that somebody else built.
+"""`attach`: put a method to work on a model of any engine, or of none.
 
-The model may be in DDP, sharded by FSDP2, in a DeepSpeed engine, or, for local updates, in nothing at all. What differs
-between them is in one file each; everything behind it sees `dtrain.comm.pieces.Pieces` only.
+The model may be in DDP, sharded by FSDP2, in a DeepSpeed engine, or, for local updates, a plain module. What differs
+between them is in one file each (`adapters`); methods see `dtrain.comm.pieces.Pieces` only.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def attach(
     seed: int = 0,
     members: Members | None = None,
 ) -> Attached:
-    """Let ``sync`` carry what crosses the replicate axis of ``model``. Call on every rank that trains, before the first
-    backward.
+    """Attach ``sync`` to ``model``: it does all communication between replicas. Call on every rank that trains, before
+    the first backward.
 
     Call ``attached.step()`` where ``optimizer.step()`` and ``zero_grad()`` were called. The replicas' parameters are
     made equal first (replica 0's), trained and frozen ones, and buffers. Gradient clipping stays between ``backward``
@@ -64,9 +64,9 @@ def attach(
             default process group is then this replica's own; the sync is a local update.
 
     Raises ``TypeError`` for another kind of model, for a sync that a plain module cannot serve, and for complex
-    parameters; ``ValueError`` for a group that is
-    missing or does not contain this rank, an optimizer of another model, embeddings with sparse gradients, and ranks
-    that do not agree about ``sync`` or the model; and what adapters raise for configurations that they cannot serve.
+    parameters; ``ValueError`` for a group that is missing or does not contain this rank, an optimizer of another model,
+    embeddings with sparse gradients, and ranks that do not agree about ``sync`` or the model; and what adapters raise
+    for configurations that they cannot serve.
     """
     require_call(optimizer, sync)
     model, optimizer = unwrapped_model(model), unwrapped_optimizer(optimizer)
@@ -98,12 +98,10 @@ def attach(
 def _attached_to_members(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, sync: Sync, members: Members, seed: int
 ) -> Attached:
-    from dtrain.comm.runtime.membership.members import Members
-
     def bind(pieces: Pieces) -> Attached:
         return sync.bind_members(pieces, seed, members)
 
-    if not isinstance(members, Members):
+    if isinstance(members, type) or not hasattr(members, "transport"):
         raise TypeError(f'members is {members!r}; give Members("host:port", replicas=...)')
     world = list(range(dist.get_world_size()))
     shard = TorchTransport.between(world) if len(world) > 1 else SelfTransport()
@@ -131,12 +129,12 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
 
 def _replica(channel: Channel) -> list[int]:
     """The ranks that hold this replica together."""
-    within = channel.transports["shard"]
-    return dist.get_process_group_ranks(within.group) if isinstance(within, TorchTransport) else [dist.get_rank()]
+    group = getattr(channel.transports["shard"], "group", None)
+    return [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
 
 
 class Adapter(Pieces, Protocol):
-    """Pieces of a model that somebody else built, and what of it is trained."""
+    """Pieces of a model, and what of it is trained."""
 
     trained: Trained
 

@@ -23,14 +23,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.cast import cast
-from dtrain.comm.feedback import Compression, NoFeedback
+from dtrain.comm.feedback import Compression, Feedback
 from dtrain.comm.layout import Named
 from dtrain.comm.methods.local_update import local_update
 from dtrain.comm.ops import Flow
@@ -54,18 +54,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Noted(NoFeedback):
-    """No feedback, but what this worker has put into the mean is noted: ``told``, whose mean over all is the result."""
+class Noted(Feedback):
+    """No feedback, but what this replica has put into the mean is kept as ``told``: the mean of all is the result."""
+
+    feeds_back: ClassVar[bool] = False
 
     @property
     def kinds(self) -> dict[str, Kind]:
         return {"told": "per_worker"}
 
+    def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
+        return value
+
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
         state.stage(fqn, "told", sent.clone())
 
-    def retain_owned(self, fqn: str, error: Tensor, start: int, world: float, state: State) -> None:
-        state.staged(fqn, "told")[start : start + error.numel()] -= world * error
+    def retain_owned(self, fqn: str, error: Tensor, start: int, divisor: float, state: State) -> None:
+        state.staged(fqn, "told")[start : start + error.numel()] -= divisor * error
 
 
 def noted(compression: Compression) -> Compression:

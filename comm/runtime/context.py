@@ -72,7 +72,7 @@ class Context:
     @property
     def place(self) -> Place:
         """This rank on the replicate axis, now."""
-        return self.pieces.place
+        return self.pieces.channel.places["replicate"]
 
     @property
     def rate(self) -> float:
@@ -105,13 +105,13 @@ class Context:
 
     def measure(self, values: Mapping[str, Tensor], key: Key) -> None:
         """Let the plan see what is about to be compressed, if it is due."""
-        if not self.plan.due():
+        if self.plan.settled or not self.plan.due():
             return
         for fqn, value in values.items():
             feedback, drawn = self.plan.of(fqn, key.step).feedback, replace(key, fqn=fqn, phase="plan")
             fresh = feedback.fresh(fqn, value, self.state.look())  # nothing of this is committed
-            meant = feedback.correct(fqn, value, self.state.look())
-            self.plan.measure(fqn, fresh, meant, self.matrices[fqn], self.place.size, drawn)
+            corrected = feedback.correct(fqn, value, self.state.look())
+            self.plan.measure(fqn, fresh, corrected, self.matrices[fqn], self.place.size, drawn)
 
     def review(self) -> None:
         """Let the plan decide what to use from now on. Every rank must call it, once for each exchange."""
