@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.comm.adapters.communicating_optimizers import Listening, require_silent
 from dtrain.comm.adapters.grid import own_groups
 from dtrain.comm.adapters.requirements import is_plain, require_call, require_servable
-from dtrain.comm.adapters.silence import Listening, require_silent
-from dtrain.comm.adapters.trained import Trained
-from dtrain.comm.adapters.untrained import equalized
+from dtrain.comm.adapters.trained_parameters import Trained
+from dtrain.comm.adapters.untrained_tensors import equalized
 from dtrain.comm.adapters.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.channel import Channel
 from dtrain.comm.pieces import Pieces

@@ -1,4 +1,4 @@
-"""What a sync remembers from step to step: ``{fqn: {name: tensor}}``, and the next values, staged.
+"""What a method keeps from step to step: ``{fqn: {name: tensor}}``, and the next values, staged.
 
 A step is a transaction. Flows stage their next state while the old one stays as it is; at the end of the step all
 ranks agree to `commit` it everywhere or to `rollback` it everywhere. The price is a second copy of what is staged.
@@ -19,7 +19,7 @@ from dtrain.comm.layout import is_finite, working
 
 Kind: TypeAlias = Literal["replicated", "per_worker", "partitioned", "opaque"]
 """``replicated``: bitwise equal on all peers. ``per_worker``: each its own. ``partitioned``: one owner per element.
-``opaque``: of any shape, equal on all peers, and good for one way of cutting the model only; can be begun anew.
+``opaque``: of any shape, equal on all peers, and valid for one way of sharding the model only; may be dropped.
 """
 
 Tensors: TypeAlias = dict[str, dict[str, Tensor]]
@@ -39,14 +39,14 @@ class State:
         self.staging: Tensors = {}  # by the present exchange; to be read
 
     def find(self, fqn: str, name: str) -> Tensor | None:
-        """What the last exchange has left: in this step, else the committed tensor. Not to be written to."""
-        found = self._earlier.get(fqn, {}).get(name)
-        return found if found is not None else self.tensors.get(fqn, {}).get(name)
+        """The tensor that an earlier exchange of this step staged, else the committed one. Not to be written to."""
+        earlier = self._earlier.get(fqn, {}).get(name)
+        return earlier if earlier is not None else self.tensors.get(fqn, {}).get(name)
 
     def get(self, fqn: str, name: str, like: Tensor) -> Tensor:
         """`find`; zeros like ``like``, in fp32 or fp64, if there is none yet. Not to be written to."""
-        found = self.find(fqn, name)
-        return found if found is not None else working(torch.zeros_like(like))
+        tensor = self.find(fqn, name)
+        return tensor if tensor is not None else working(torch.zeros_like(like))
 
     def proceed(self, fqns: Collection[str]) -> None:
         """Begin a further exchange of ``fqns`` in this step, which goes on from what the last one has staged."""
@@ -58,13 +58,13 @@ class State:
         return name in self._earlier.get(fqn, {})
 
     def branch(self) -> State:
-        """For what is under way beside the steps: it reads what is committed here, and commits for itself."""
+        """For an exchange that overlaps with steps: it reads what is committed here, and stages and commits alone."""
         branch = State(self.kinds)
         branch.tensors = self.tensors
         return branch
 
     def look(self) -> State:
-        """One that reads what is read here, for what is staged and never committed."""
+        """A state that reads the same tensors, for what is staged and never committed."""
         look = self.branch()
         look._earlier = self._earlier
         return look
@@ -79,8 +79,9 @@ class State:
         return self.staging[fqn][name]
 
     def put(self, fqn: str, name: str, value: Tensor) -> None:
-        """Store ``value`` at once, beside whatever is staged: what is stored already, in other memory or put together,
-        and what has arrived. Raises ``KeyError`` for a name without a declared kind.
+        """Store ``value`` at once, past stage and commit: the stored values in other memory, or a result that arrived.
+
+        Raises ``KeyError`` for a name without a declared kind.
         """
         if name not in self.kinds:
             raise KeyError(f"state {name!r} was not declared; declared are {sorted(self.kinds)}")

@@ -1,9 +1,9 @@
 """Adapts FSDP2 (`fully_shard` on a one-dimensional shard mesh): gradients are exchanged unit by unit.
 
 FSDP2 reduce-scatters a unit's gradients over the shard axis and then calls the unit's all-reduce hook with this rank's
-flat part, before it becomes ``p.grad``. The hook starts the exchange with the peers (`units`). Where nothing follows
-that would copy (same dtype, no gradient there yet), ``p.grad`` is a view of the hook's buffer, so the exchange may fill
-it later, while backward goes on; otherwise it is added.
+flat gradient, before it becomes ``p.grad``. The hook starts the exchange with the peers (`fsdp_units`). Where nothing
+follows that would copy (same dtype, no gradient there yet), ``p.grad`` is a view of the hook's buffer, so the exchange
+may fill it later, while backward goes on; otherwise the result is added.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dtrain.comm.adapters.fsdp_units import Passes, units_of
 from dtrain.comm.adapters.optimizer import StepGuard, elementwise_state, load_elementwise_state
-from dtrain.comm.adapters.trained import Trained
-from dtrain.comm.adapters.units import Passes, units_of
+from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.channel import Channel
 from dtrain.comm.layout import Named, Segment, copied, is_finite, working
 from dtrain.comm.ops import Place

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dtrain.comm.adapters.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
 from dtrain.comm.adapters.requirements import sparse_modules
-from dtrain.comm.adapters.trained import Trained
+from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.channel import Channel
 from dtrain.comm.layout import Named, Segment, copied, even_slice, from_rows, is_finite, working
 from dtrain.comm.ops import AllGather, Flow, Place

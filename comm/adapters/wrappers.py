@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.comm.adapters.silence import require_silent
+from dtrain.comm.adapters.communicating_optimizers import require_silent
 
 IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 """Submodules that torch adds to a name: those of ``torch.compile`` and ``checkpoint_wrapper``."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.adapters.optimizer import StepGuard, is_scalar, require_elementwise
-from dtrain.comm.adapters.trained import Trained
+from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.adapters.wrappers import named_parameters
 from dtrain.comm.channel import Channel
 from dtrain.comm.layout import Named, Segment, copied, is_finite

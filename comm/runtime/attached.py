@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from torch import Tensor
 
+from dtrain.comm.batch_norm import Norm, pooled, recalibrated
 from dtrain.comm.collectives.exchange import consolidate
 from dtrain.comm.kernels import compile_what_is_due
-from dtrain.comm.norms import Norm, pooled, recalibrated
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Choosing
 from dtrain.comm.plans.plan import kinds_of

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from dtrain.comm.norms import RunningStatistics, gathers
+from dtrain.comm.batch_norm import RunningStatistics, gathers
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.method import Sync
 from dtrain.errors import (

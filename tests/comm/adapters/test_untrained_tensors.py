@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, diloco, every_step
-from dtrain.comm.adapters.untrained import equalized
+from dtrain.comm.adapters.untrained_tensors import equalized
 from dtrain.comm.ops import Place
 from dtrain.comm.runtime.method import Sync
 from dtrain.comm.transports.simulate import simulate

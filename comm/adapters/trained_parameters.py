@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dtrain.comm.adapters.silence import Listening
+from dtrain.comm.adapters.communicating_optimizers import Listening
 from dtrain.comm.adapters.wrappers import named_parameters
 
 WAY_OUT = (
