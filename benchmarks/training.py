@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from benchmarks.harness import Run, Session, as_figures, say
 from benchmarks.page import Check, Report, at_least, at_most, table
 from dtrain.report.figures import in_bytes, in_time
+from dtrain.train import engine_registry
 
-ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+ENGINES = engine_registry.names()
 SYNCS = ("dense", "int8_ef", "diloco")
 TWO_BY_TWO = ("mesh.replicate=2", "mesh.shard=2", "launcher.workers=4")
 FIFTEEN_STEPS, QUALITY_STEPS = 60, 300

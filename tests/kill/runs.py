@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.train import engine_registry
 from tests.kill.harness import Attempts, Rank, digest, training_rank, until_ended
 from tests.kill.members_job import REPLICAS, member_rank
 
-ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+ENGINES = engine_registry.names()
 STEPS = 60
 MEMBERS = "members"
 ROUNDS = ("sync.every_steps=6",)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.testing import WorkerPool
+from dtrain.train import engine_registry
 from dtrain.train.config import compose
 from dtrain.train.trainer import Outcome, train
 
-ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+ENGINES = engine_registry.names()
 SYNCS = ("dense", "int8_ef", "diloco")
 FIFTEEN = [(engine, sync) for engine in ENGINES for sync in SYNCS]
 
