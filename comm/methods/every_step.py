@@ -3,8 +3,8 @@
     g_i  ->  (compress)  ->  peers  ->  combine  ->  the gradient that every replica steps with
 
 Communication: for each group of gradients that the backward pass finishes, one `two_phase` flow, or one native
-all-reduce; overlapped with the rest of the backward pass where the engine hands gradients over piece by piece.
-Bytes: `routes.two_phase_bytes` of each group; every ``verify_every`` steps 16 more, see `guard`. Keeps: what the
+all-reduce; overlapped with the rest of the backward pass where the engine has gradients piece by piece.
+Bytes: `two_phase_bytes` of each group; every ``verify_every`` steps 16 more, see `guard`. Keeps: what the
 feedback keeps.
 
 A step of several backward passes has an exchange for each that is not in ``no_sync()``: feedback holds over all of them

@@ -18,7 +18,7 @@ and exported. The inner optimizer's state stays where it is: neither averaged no
 not finite is left out of the mean and goes back to the anchor. Before the first round there may be `warmup_steps` of
 data parallelism. Methods fill in this loop, each in its own file.
 Communication: for each fragment and round `two_phase` flows, or native all-reduces, of some 4 million elements each,
-behind the inner steps if there is an overlap. Bytes: `routes.two_phase_bytes` of them, weighted. Keeps: the anchor, the
+behind the inner steps if there is an overlap. Bytes: `two_phase_bytes` of them, weighted. Keeps: the anchor, the
 outer optimizer's state and the feedback's; while a fragment is under way, what feedback will keep, and at a checkpoint
 what arrived.
 """
