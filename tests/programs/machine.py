@@ -32,7 +32,7 @@ from dtrain.comm.shared_seed.update_log import read as read_log
 from dtrain.comm.transports.json_gather import told_by_all
 from dtrain.train.data.text import ByteText
 from tests.programs.hosts import PATIENCE_SECONDS, submit
-from tests.programs.progress import at, note, wait_for
+from tests.programs.progress import at, note, wait_for, write_whole
 from tests.programs.tasks import network, squared_error, text_batch, total, transformer
 
 MODULE = "tests.programs.machine"
@@ -128,12 +128,12 @@ def main(asked: Asked) -> None:
     sync.detach()
     if asked.address:
         torch.save(model.state_dict(), out / f"{asked.name}.pt")
-        (out / f"{asked.name}.json").write_text(json.dumps(dataclasses.asdict(machine)))
+        write_whole(out / f"{asked.name}.json", json.dumps(dataclasses.asdict(machine)))
     else:
         everybody = told_by_all(dataclasses.asdict(machine))
         if dist.get_rank() == 0:
             for number, content in enumerate(everybody):
-                (out / f"machine {number}.json").write_text(json.dumps(content))
+                write_whole(out / f"machine {number}.json", json.dumps(content))
         dist.barrier()
     dist.destroy_process_group()
 

@@ -34,7 +34,7 @@ from dtrain.comm.runtime.method import Sync
 from dtrain.compress import error_feedback, quantize
 from dtrain.train.data.text import ByteText
 from tests.programs.hosts import PATIENCE_SECONDS, submit
-from tests.programs.progress import at, note, wait_for
+from tests.programs.progress import at, note, wait_for, write_whole
 from tests.programs.tasks import network, squared_error, stacked, text_batch, transformer
 
 MODULE = "tests.programs.member"
@@ -184,7 +184,7 @@ def main(
     if asked.rank == 0:
         parameters = [value.tolist() for value in values] if text is None else []
         trained = Trained(first_step, last, rows, digest, parameters)
-        (out / f"{asked.name}.json").write_text(json.dumps(dataclasses.asdict(trained)))
+        write_whole(out / f"{asked.name}.json", json.dumps(dataclasses.asdict(trained)))
     sync.detach()
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""How far a program in another process has come, by a file that it writes; and waiting for it."""
+"""How far a program in another process has come, by files that it writes; and waiting for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from pathlib import Path
 def note(folder: Path, name: str, step: int) -> None:
     """This process is at ``step``."""
     (folder / f"{name}.progress").write_text(f"{os.getpid()} {step}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """For those who wait for the file: it is there with all of its text."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def at(folder: Path, name: str) -> tuple[int, int]:
