@@ -98,7 +98,9 @@ def test_a_tail_is_a_piece_of_a_log(tmp_path: Path) -> None:
         from_bytes(to_bytes(records)[:30] + b"?" + to_bytes(records)[31:], range(len(records)))
 
 
-@pytest.mark.parametrize(("sync", "said"), [(one_byte(), r"one_byte\(log=FOLDER\)"), (ferret(), "Ferret's own way")])
+@pytest.mark.parametrize(
+    ("sync", "said"), [(one_byte(), r"one_byte\(log=FOLDER\)"), (ferret(), "directions of a round belong")]
+)
 def test_what_cannot_come_and_go(sync: object, said: str) -> None:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     store, model = serve(0, "127.0.0.1"), built(Asked(""))
