@@ -264,11 +264,11 @@ class MpiLauncher(Allocation, Keys):
 
     def render(self, program: Sequence[str], *, folder: Path, name: str = "job", replicas: int = 1) -> str:
         """The mpirun line."""
-        found, nodes = _found(self.mpirun), mpi.nodes_of_slurm()
-        ranks = mpi.complete(found, self._ranks(self.variables()), nodes=nodes)
+        mpirun, nodes = _found(self.mpirun), mpi.nodes_of_slurm()
+        ranks = mpi.complete(mpirun, self._ranks(self.variables()), nodes=nodes)
         command = rank.command(command_of(program, folder, python=self.python), folder, self.python)
         here = mpi.names_of_this_host()
-        return shlex.join(mpi.line(found, command, ranks, nodes=nodes, root=os.geteuid() == 0, here=here)) + "\n"
+        return shlex.join(mpi.line(mpirun, command, ranks, nodes=nodes, root=os.geteuid() == 0, here=here)) + "\n"
 
     def start(self, program: Program, *, folder: Path, name: str = "job", replicas: int = 1) -> Job:
         """Start the background process; see `dtrain.launchers.launcher.Launcher`."""
@@ -276,13 +276,13 @@ class MpiLauncher(Allocation, Keys):
 
     def run(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> bool:
         """Run the ranks, again after a failure, in the background process; whether they were asked to stop."""
-        found = _found(self.mpirun)
+        mpirun = _found(self.mpirun)
         for attempt in range(self.max_restarts + 1):
             os.environ[ATTEMPT] = str(attempt)
             keep_attempt(folder)
             print(f"{time.strftime('%F %T')} dtrain: attempt {attempt + 1}", flush=True)  # into batch.log
             ended = mpi.run(
-                found, command, self._ranks(environment), log=folder / "logs" / "batch.log",
+                mpirun, command, self._ranks(environment), log=folder / "logs" / "batch.log",
                 grace_seconds=self.grace_seconds,
             )  # fmt: skip
             if ended.signal or RankRecord.verdict(folder, self.workers) != FAILED:
@@ -334,10 +334,10 @@ class _Stored:
 def stored(launcher: str, path: Path) -> tuple[BackgroundLauncher, tuple[str, ...]]:
     """What `start` wrote: the launcher, and the program. Raises ``Damaged`` for anything else."""
     with trusted.opened(path) as file:
-        found = shaped(_Stored, json_of(file.read().decode(errors="replace")))
-    if not found.program:
+        content = shaped(_Stored, json_of(file.read().decode(errors="replace")))
+    if not content.program:
         raise Damaged("it has no program")
-    return cast(BackgroundLauncher, shaped(registry.launcher_class(launcher), found.settings)), found.program
+    return cast(BackgroundLauncher, shaped(registry.launcher_class(launcher), content.settings)), content.program
 
 
 if __name__ == "__main__":

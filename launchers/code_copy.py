@@ -127,9 +127,9 @@ class _Copying:
 
     def _tracked_in(self, path: Path, tracked: frozenset[str] | None) -> frozenset[str] | None:
         """What is tracked below a folder, which may be a repository of its own: a submodule."""
-        own = _tracked(path) if (path / ".git").exists() else None
-        name = path.relative_to(self.root)
-        return tracked if own is None else frozenset(str(name / below) for below in own)
+        names = _tracked(path) if (path / ".git").exists() else None
+        place = path.relative_to(self.root)
+        return tracked if names is None else frozenset(str(place / name) for name in names)
 
     def _pointed_to(self, link: Path) -> str:
         """Where a link's copy leads: as it says, unless that is nothing that is copied too."""

@@ -153,9 +153,9 @@ def tasks_on_nodes(text: str) -> list[int]:
     [4, 4, 3]
     """
     counts: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found is None:
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", word)
+        if match is None:
             raise ValueError(f"{text!r} is no list of tasks per node such as 4(x2),3")
-        counts += [int(found[1])] * int(found[2] or 1)
+        counts += [int(match[1])] * int(match[2] or 1)
     return counts

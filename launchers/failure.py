@@ -114,8 +114,8 @@ def signal_name(number: int) -> str:
 
 def read_error(path: Path) -> tuple[str, str] | None:
     """(message, traceback) of a file written by torch's ``@record``; None if there is none or it is torn."""
-    found = json_in(path)
-    message = found.get("message") if isinstance(found, dict) else None
+    content = json_in(path)
+    message = content.get("message") if isinstance(content, dict) else None
     if isinstance(message, str):
         return message, ""
     more = message.get("extraInfo") if isinstance(message, dict) else None
@@ -133,10 +133,10 @@ def _is_time(value: object) -> bool:
 
 def read_probe(path: Path) -> tuple[str, str] | None:
     """(message, traceback) of a file written by `dtrain.launchers.probe`; None if there is none or it is torn."""
-    found = json_in(path)
-    if not isinstance(found, dict) or not ("message" in found and "traceback" in found):
+    content = json_in(path)
+    if not isinstance(content, dict) or not ("message" in content and "traceback" in content):
         return None
-    return str(found["message"]), str(found["traceback"])
+    return str(content["message"]), str(content["traceback"])
 
 
 def read_log_end(path: Path, start: int) -> tuple[str, str]:

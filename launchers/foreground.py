@@ -7,20 +7,21 @@ of an older version or of a copy, is still a run: its lock and its summary say h
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtrain.launchers import job_list, registry
+from dtrain.launchers import job_list, probe, registry
 from dtrain.launchers.exit_codes import CHECKPOINTED, ENDINGS, INTERRUPTED
 from dtrain.launchers.job import Facts, Job, State
-from dtrain.launchers.lock import LOCK
-from dtrain.launchers.records import RankRecord, write_end
+from dtrain.launchers.lock import HELD, LOCK
+from dtrain.launchers.records import RankRecord, rank_files, write_end
 from dtrain.launchers.strict_json import json_in, tail
 
-__all__ = ["ForegroundJob", "began", "ended"]
+__all__ = ["ForegroundJob", "began", "ended", "variables"]
 
 REASONS = {**ENDINGS, CHECKPOINTED: "cancelled", INTERRUPTED: "cancelled"}
 
@@ -28,6 +29,7 @@ REASONS = {**ENDINGS, CHECKPOINTED: "cancelled", INTERRUPTED: "cancelled"}
 def began(folder: Path, program: Sequence[str], workers: int) -> None:
     """Write down that this command runs the job of ``folder``, whose lock it holds."""
     (folder / "end.json").unlink(missing_ok=True)
+    shutil.rmtree(rank_files(folder), ignore_errors=True)  # another job's
     facts = Facts(
         id=str(os.getpid()), launcher=registry.FOREGROUND, name=folder.name, folder=str(folder), program=tuple(program),
         workers=workers, submitted=time.time(),
@@ -38,6 +40,11 @@ def began(folder: Path, program: Sequence[str], workers: int) -> None:
     except OSError as error:
         where = f"{error.filename or job_list.folder()}: {error.strerror}"
         print(f"dtrain: warning: `dtrain jobs` knows this run by its folder alone ({where})", file=sys.stderr)
+
+
+def variables(folder: Path, hang_seconds: float) -> dict[str, str]:
+    """For the environment of its ranks: that the folder's lock is held for them, and what their probe needs."""
+    return {HELD: str(folder), probe.FOLDER: str(rank_files(folder)), probe.HANG_SECONDS: f"{hang_seconds:g}"}
 
 
 def ended(folder: Path, code: int, cause: str) -> None:

@@ -78,10 +78,10 @@ class Facts:
     def read(cls, folder: Path) -> Facts:
         """Raises ``FileNotFoundError`` where no job was submitted, and ``Damaged`` as `of`."""
         path = folder / "job.json"
-        found = json_in(path)
-        if found is None and not path.exists():
+        content = json_in(path)
+        if content is None and not path.exists():
             raise FileNotFoundError(f"there is no {path}")
-        facts = cls.of(found)
+        facts = cls.of(content)
         # What the file says of its place is no more than what it says: another folder's processes are none of its own.
         try:
             same = os.path.samefile(facts.folder, folder)
@@ -90,16 +90,16 @@ class Facts:
         return facts if same else dataclasses.replace(facts, folder=str(folder.absolute()))
 
     @classmethod
-    def of(cls, found: object) -> Facts:
+    def of(cls, content: object) -> Facts:
         """From what `write` has written, by this version or an older one.
 
         Raises:
             Damaged: it is something else (a ``ValueError``).
         """
-        facts = shaped(cls, found)
+        facts = shaped(cls, content)
         if not re.fullmatch(r"[0-9]{1,18}(_[0-9]{1,9})?", facts.id):
             raise Damaged(f"its id is {facts.id[:40]!r}")
-        if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(facts.folder).parts):
+        if any(len(os.fsencode(name)) > LONGEST_NAME for name in Path(facts.folder).parts):
             raise Damaged(f"its folder is {facts.folder[:40]!r}...")
         return facts
 
@@ -145,11 +145,11 @@ class Job(abc.ABC):
 
     def end(self) -> dict[str, object] | None:
         """How it ended: ``code`` (see `dtrain.errors`) and ``reason``; None while it goes on."""
-        found = json_in(self.folder / "end.json")
-        if not isinstance(found, dict) or str(found.get("job", self.id)) != self.id.partition("_")[0]:
+        content = json_in(self.folder / "end.json")
+        if not isinstance(content, dict) or str(content.get("job", self.id)) != self.id.partition("_")[0]:
             return None
-        whole = type(found.get("code")) is int and isinstance(found.get("reason"), str)
-        return cast("dict[str, object]", found) if whole else None
+        whole = type(content.get("code")) is int and isinstance(content.get("reason"), str)
+        return cast("dict[str, object]", content) if whole else None
 
     def state(self) -> State:
         """The state now."""
@@ -194,11 +194,11 @@ class Job(abc.ABC):
         if self.wait(seconds) != "finished":
             raise JobFailed(self.why())
         trusted.require_own(self.folder)
-        found = []
+        results = []
         for rank in range(self.facts.workers):
             with trusted.opened(self.folder / "results" / f"rank-{rank}.pkl") as file:
-                found.append(pickle.load(file))
-        return found
+                results.append(pickle.load(file))
+        return results
 
     def why(self) -> str:
         """Why it ended as it did, or what it is waiting for: the root cause first."""

@@ -62,16 +62,16 @@ def add(facts: Facts) -> None:
 
 def every() -> list[Job]:
     """All jobs whose folders are still there, newest first: those of other clusters, too, and those replaced."""
-    found = [facts for path in folder().glob("*") if (facts := _record(path)) is not None]
-    found = [facts for facts in found if os.path.isfile(Path(facts.folder) / "job.json")]
-    return [registry.open_job(facts) for facts in sorted(found, key=lambda facts: -facts.submitted)]
+    known = [facts for path in folder().glob("*") if (facts := _record(path)) is not None]
+    known = [facts for facts in known if os.path.isfile(Path(facts.folder) / "job.json")]
+    return [registry.open_job(facts) for facts in sorted(known, key=lambda facts: -facts.submitted)]
 
 
 def _record(path: Path) -> Facts | None:
     try:
-        found = json_in(path)
-        if found is not None:
-            return Facts.of(found)
+        content = json_in(path)
+        if content is not None:
+            return Facts.of(content)
         facts = Facts.read(Path(tail(path, 4096).strip()))  # version 0.1 wrote the folder alone
     except (OSError, ValueError):
         return None
@@ -112,11 +112,11 @@ def job_of(path: Path) -> Job | None:
 
 def find(name: str) -> Job:
     """The job with this id or name, or of this folder. Raises ``LookupError`` as `resolve`, and for a job array."""
-    found = resolve(name)
-    if len(found) > 1:
-        ids = ", ".join(job.id for job in found)
+    matching = resolve(name)
+    if len(matching) > 1:
+        ids = ", ".join(job.id for job in matching)
         raise LookupError(f"{name} is a job array: say which of its elements ({ids})")
-    return found[0]
+    return matching[0]
 
 
 def resolve(name: str) -> list[Job]:
@@ -134,9 +134,9 @@ def resolve(name: str) -> list[Job]:
             return sorted(runs, key=lambda job: job.facts.submitted)
     called = [job for job in known if name in (job.id, job.facts.name, job.id.partition("_")[0])]
     here = [job for job in called if job.is_here()]
-    own = [job for job in here if replaced_by(job) is None]
-    if own:
-        return _meant(name, own)
+    current = [job for job in here if replaced_by(job) is None]
+    if current:
+        return _meant(name, current)
     for job in here:
         now = replaced_by(job)
         if now is not None:
@@ -176,10 +176,10 @@ def _in_folder(path: Path) -> Job:
         raise LookupError(f"{path / 'job.json'} is damaged ({error}): nobody can say what it was") from error
 
 
-def _meant(name: str, found: Sequence[Job]) -> list[Job]:
+def _meant(name: str, matching: Sequence[Job]) -> list[Job]:
     """Of several jobs with one number or name the one that is meant, where that is sure."""
     units: dict[tuple[str, ...], list[Job]] = {}
-    for job in found:  # newest first; the elements of an array are one
+    for job in matching:  # newest first; the elements of an array are one
         number, array, _ = job.id.partition("_")
         units.setdefault(
             ("array", number) if array and name != job.id else ("job", job.id, job.facts.folder), []

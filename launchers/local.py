@@ -222,26 +222,26 @@ class _Run:
         self.record("ended because another rank had failed")
 
     def record(self, why_cut: str) -> None:
-        found = [self._failure(rank, why_cut) for rank, process in self.processes.items() if process.returncode]
-        self.failures = sorted(found, key=lambda failure: (failure.consequence, failure.time, failure.rank))
+        failures = [self._failure(rank, why_cut) for rank, process in self.processes.items() if process.returncode]
+        self.failures = sorted(failures, key=lambda failure: (failure.consequence, failure.time, failure.rank))
 
     def _failure(self, rank: int, why_cut: str) -> Failure:
         code = self.processes[rank].returncode
         name = signal_name(-code) if code < 0 else None
-        told = read_error(self.error_file(rank))
+        report = read_error(self.error_file(rank))
         # An unreadable error file makes the agent itself fail, with an error that hides this one.
-        if not told:
+        if not report:
             self.error_file(rank).unlink(missing_ok=True)
-        ended = self.error_file(rank).stat().st_mtime if told else self.ended_at[rank]
+        ended = self.error_file(rank).stat().st_mtime if report else self.ended_at[rank]
         probe = self.probe_file(rank)
-        if not told and probe and (told := read_probe(probe)):
+        if not report and probe and (report := read_probe(probe)):
             ended = probe.stat().st_mtime
-        message, trace = told or read_log_end(self.log(rank), self.log_starts[rank])
-        if rank in self.cut_short and not told:
+        message, trace = report or read_log_end(self.log(rank), self.log_starts[rank])
+        if rank in self.cut_short and not report:
             message = why_cut
-        elif name and not told:
+        elif name and not report:
             message = f"killed by {name}" + (" (out of memory? see dmesg)" if name == "SIGKILL" else "")
-        consequence = (rank in self.cut_short and not told) or bool(CONSEQUENCE.search(message))
+        consequence = (rank in self.cut_short and not report) or bool(CONSEQUENCE.search(message))
         where = self.log(rank)
         return Failure(
             rank, None if name else code, name, message, trace, socket.gethostname(), where, ended, consequence
@@ -290,7 +290,7 @@ def _agent(argv: Sequence[str], run: _Run, stop: FirstSignal) -> LocalElasticAge
             return collected
 
     # The agent substitutes "${local_rank}" in arguments, so a dollar sign must be doubled to arrive as one.
-    shell = [part.replace("$", "$$") for part in ("-c", INTO_LOG, "worker", *argv)]
+    shell = [word.replace("$", "$$") for word in ("-c", INTO_LOG, "worker", *argv)]
     spec = WorkerSpec(
         role="worker",
         local_world_size=run.workers,

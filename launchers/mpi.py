@@ -118,12 +118,12 @@ def find_mpirun(name: str = "mpirun") -> Mpirun:
             "own), or name it: launcher.mpirun=/path/to/mpirun"
         )
     try:
-        told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoMpirun(
             f"{path} --version failed: {error}; name another one: launcher.mpirun=/path/to/mpirun"
         ) from error
-    return identify(path, told.stdout + told.stderr)
+    return identify(path, done.stdout + done.stderr)
 
 
 def _installed() -> str:
@@ -133,17 +133,17 @@ def _installed() -> str:
     return f"`make setup` installed some: {' or '.join(there)}. " if there else ""
 
 
-def identify(path: str, told: str) -> Mpirun:
-    """Whose mpirun it is that says ``told`` when it is asked for its version.
+def identify(path: str, answer: str) -> Mpirun:
+    """Whose mpirun it is that says ``answer`` when it is asked for its version.
 
     >>> identify("/usr/bin/mpirun", "mpirun (Open MPI) 4.1.4")
     Mpirun(path='/usr/bin/mpirun', kind='openmpi', version='4.1.4')
     """
-    if found := re.search(r"\(Open MPI\) (\S+)", told):
-        return Mpirun(path, "openmpi", found[1])
-    if found := re.search(r"HYDRA[\s\S]*?Version:\s+(\S+)|Intel\(R\) MPI Library.*?Version (\S+)", told):
-        return Mpirun(path, "mpich", found[1] or found[2])
-    words = " ".join(told.split())[:200] or "nothing"
+    if match := re.search(r"\(Open MPI\) (\S+)", answer):
+        return Mpirun(path, "openmpi", match[1])
+    if match := re.search(r"HYDRA[\s\S]*?Version:\s+(\S+)|Intel\(R\) MPI Library.*?Version (\S+)", answer):
+        return Mpirun(path, "mpich", match[1] or match[2])
+    words = " ".join(answer.split())[:200] or "nothing"
     raise NoMpirun(f"{path} is neither Open MPI's nor MPICH's; asked for its version it says: {words}")
 
 
@@ -158,8 +158,8 @@ def nodes_of_slurm(environment: Mapping[str, str] = os.environ) -> tuple[str, ..
     text = environment.get("SLURM_JOB_NODELIST", "")
     names: list[str] = []
     try:
-        for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
-            for name in _expanded(part):
+        for pattern in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+            for name in _expanded(pattern):
                 if len(names) == MOST_NODES or not re.fullmatch(r"[\w.-]+", name):
                     raise ValueError(name)
                 names.append(name)
@@ -373,12 +373,12 @@ def _sweep(mark: str) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    needle, found = f"{MARK}={mark}".encode(), []
+    needle, pids = f"{MARK}={mark}".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
             if needle in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
+                pids.append(int(path.parent.name))
+    return pids
 
 
 def carried(variables: Mapping[str, str] = os.environ) -> dict[signal.Signals, signal.Signals]:

@@ -202,7 +202,7 @@ def _told(entry: dict[str, Any]) -> dict[str, object]:
     """One collective as a person reads it, and as ranks can be compared by."""
     name = str(entry.get("profiling_name", "")).partition(":")[2] or str(entry.get("profiling_name", "a collective"))
     number = entry.get("p2p_seq_id") if entry.get("is_p2p") else entry.get("collective_seq_id")
-    group = " ".join(str(part) for part in entry.get("process_group", []) if part != "undefined")
+    group = " ".join(str(word) for word in entry.get("process_group", []) if word != "undefined")
     sizes = " ".join("x".join(map(str, size)) or "1" for size in entry.get("input_sizes", []))
     dtypes = " ".join(sorted(set(entry.get("input_dtypes", []))))
     entered = entry.get("time_created_ns", 0) / 1e9
@@ -215,8 +215,9 @@ def _entered(entries: list[dict[str, Any]]) -> dict[str, int]:
     last: dict[str, int] = {}
     for entry in entries:
         if not entry.get("is_p2p"):
-            told = _told(entry)
-            last[str(told["group"])] = max(last.get(str(told["group"]), 0), int(entry.get("collective_seq_id", 0)))
+            collective = _told(entry)
+            group = str(collective["group"])
+            last[group] = max(last.get(group, 0), int(entry.get("collective_seq_id", 0)))
     return last
 
 

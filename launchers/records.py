@@ -73,9 +73,9 @@ def write_end(folder: Path, code: int, reason: str, *, job: str, cause: str | No
 def damaged(folder: Path) -> list[str]:
     """Which of a job's records say nothing, as they are torn or not what they should be."""
     ranks = rank_files(folder)
-    found = [path.name for path in ranks.glob("rank-*.json") if RankRecord.read(path) is None]
-    found += [path.name for path in ranks.glob("rank-*.beat") if Beat.read(path) is None]
-    return sorted(f"ranks/{name}" for name in found)
+    names = [path.name for path in ranks.glob("rank-*.json") if RankRecord.read(path) is None]
+    names += [path.name for path in ranks.glob("rank-*.beat") if Beat.read(path) is None]
+    return sorted(f"ranks/{name}" for name in names)
 
 
 def _keep(path: Path) -> None:
@@ -123,12 +123,12 @@ class RankRecord:
         """Write down how it ended: ``code`` as subprocess reports it, -N for signal N."""
         kind, message, trace, ended = "", "", "", time.time()
         try:
-            told = shaped(_Error, json_in(folder / f"rank-{self.rank}.error"))
+            error = shaped(_Error, json_in(folder / f"rank-{self.rank}.error"))
         except Damaged:
-            told = None
-        if told is not None:
-            kind, message, trace = told.kind, told.message, told.traceback
-            ended = told.time  # when it failed, not when it had been cleared away
+            error = None
+        if error is not None:
+            kind, message, trace = error.kind, error.message, error.traceback
+            ended = error.time  # when it failed, not when it had been cleared away
         elif code not in ENDED_WELL:
             message, trace = read_log_end(log, log_start)
             if code < 0:
@@ -142,8 +142,8 @@ class RankRecord:
     @classmethod
     def all(cls, folder: Path) -> list[RankRecord]:
         """Every rank's record of the last attempt, in rank order."""
-        found = [cls.read(path) for path in rank_files(folder).glob("rank-*.json")]
-        return sorted((record for record in found if record is not None), key=lambda record: record.rank)
+        records = [cls.read(path) for path in rank_files(folder).glob("rank-*.json")]
+        return sorted((record for record in records if record is not None), key=lambda record: record.rank)
 
     @classmethod
     def read(cls, path: Path) -> RankRecord | None:
@@ -159,14 +159,14 @@ class RankRecord:
         for path in rank_files(folder).glob("attempt-*.jsonl"):
             number = number_in(path.name, "attempt-{}.jsonl")
             if number is not None:
-                found = [record for line in lines_in(path) if (record := cls._of(line)) is not None]
-                attempts[number] = sorted(found, key=lambda record: record.rank)
+                records = [record for line in lines_in(path) if (record := cls._of(line)) is not None]
+                attempts[number] = sorted(records, key=lambda record: record.rank)
         return dict(sorted(attempts.items()))
 
     @classmethod
-    def _of(cls, found: object) -> RankRecord | None:
+    def _of(cls, content: object) -> RankRecord | None:
         try:
-            return shaped(cls, found)
+            return shaped(cls, content)
         except Damaged:
             return None
 
@@ -204,19 +204,19 @@ class Beat:
     @classmethod
     def all(cls, folder: Path) -> list[Beat]:
         """Every rank's last heartbeat, in rank order."""
-        found = [cls.read(path) for path in rank_files(folder).glob("rank-*.beat")]
-        return sorted((beat for beat in found if beat is not None), key=lambda beat: beat.rank)
+        beats = [cls.read(path) for path in rank_files(folder).glob("rank-*.beat")]
+        return sorted((beat for beat in beats if beat is not None), key=lambda beat: beat.rank)
 
     @classmethod
     def read(cls, path: Path) -> Beat | None:
         """The heartbeat in a file; None if it is torn or damaged."""
-        rank, found = number_in(path.name, "rank-{}.beat"), json_in(path)
-        if rank is None or not isinstance(found, dict):
+        rank, content = number_in(path.name, "rank-{}.beat"), json_in(path)
+        if rank is None or not isinstance(content, dict):
             return None
         try:
-            waiting = found.get("waiting")
-            told = shaped(_Waiting, waiting) if waiting is not None else _Waiting()
-            return shaped(cls, found, rank=rank, what=told.what, group=told.group, number=told.number)
+            waiting = content.get("waiting")
+            awaited = shaped(_Waiting, waiting) if waiting is not None else _Waiting()
+            return shaped(cls, content, rank=rank, what=awaited.what, group=awaited.group, number=awaited.number)
         except Damaged:
             return None
 

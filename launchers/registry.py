@@ -84,19 +84,19 @@ class Key:
 
 def keys() -> dict[str, Key]:
     """The keys of all launchers, those that all take first. Raises ``TypeError`` where two disagree about one."""
-    found: dict[str, Key] = {}
+    known_keys: dict[str, Key] = {}
     for name in names():
         launcher = cast(Any, launcher_class(name))
         hints = get_type_hints(launcher)
         for field in dataclasses.fields(launcher):
-            known = found.get(field.name)
+            known = known_keys.get(field.name)
             if known is not None and known.type != hints[field.name]:
                 raise TypeError(f"launcher {name} has {field.name} as {hints[field.name]}, others as {known.type}")
             if known is None:
-                found[field.name] = Key(hints[field.name], field.default, (name,))
+                known_keys[field.name] = Key(hints[field.name], field.default, (name,))
             else:
-                found[field.name] = dataclasses.replace(known, launchers=(*known.launchers, name))
-    return found
+                known_keys[field.name] = dataclasses.replace(known, launchers=(*known.launchers, name))
+    return known_keys
 
 
 def made(values: Mapping[str, object], *, strict: bool = True) -> Launcher:
@@ -110,16 +110,16 @@ def made(values: Mapping[str, object], *, strict: bool = True) -> Launcher:
     """
     name = str(values.get("name", ""))
     launcher, known = launcher_class(name), keys()
-    own = {field.name for field in dataclasses.fields(cast(Any, launcher))}
+    taken = {field.name for field in dataclasses.fields(cast(Any, launcher))}
     unused = [
         f"launcher.{key}={_shown(value)} means nothing to launcher={name}: leave it out, or take launcher="
         f"{' or '.join(sorted(known[key].launchers))}"
         for key, value in values.items()
-        if key not in own and _value(value) != known[key].default
+        if key not in taken and _value(value) != known[key].default
     ]
     if unused and strict:
         raise UnusedKeys("\n".join(unused))
-    return launcher(**{key: _value(value) for key, value in values.items() if key in own})
+    return launcher(**{key: _value(value) for key, value in values.items() if key in taken})
 
 
 def _loaded(target: object) -> object:

@@ -77,8 +77,8 @@ def _where(name: str) -> str:
     >>> _where("127.0.1.1") == EVERYWHERE  # what Debian writes into /etc/hosts, of this machine alone
     True
     """
-    found = [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-    address = min(found, key=lambda address: ":" in address)  # IPv4, as torch's clients try all of them
+    addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+    address = min(addresses, key=lambda address: ":" in address)  # IPv4, as torch's clients try all of them
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         return EVERYWHERE
     try:

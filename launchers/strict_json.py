@@ -139,11 +139,11 @@ def number_in(name: str, form: str) -> int | None:
     (3, None)
     """
     before, _, after = form.partition("{}")
-    found = re.fullmatch(rf"{re.escape(before)}([0-9]{{1,9}}){re.escape(after)}", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(rf"{re.escape(before)}([0-9]{{1,9}}){re.escape(after)}", name)
+    return int(match[1]) if match else None
 
 
-def shaped(cls: type[_T], found: object, **given: object) -> _T:
+def shaped(cls: type[_T], record: object, **given: object) -> _T:
     """The dataclass of this JSON object: ``given``, and its fields by their types. Unknown keys are left out.
 
     Types are text, numbers, truth values, None, a choice of text, ``object`` for anything, tuples and lists of one of
@@ -152,15 +152,15 @@ def shaped(cls: type[_T], found: object, **given: object) -> _T:
     Raises:
         Damaged: it is no object, or a field is missing or of another type.
     """
-    if not isinstance(found, Mapping):
+    if not isinstance(record, Mapping):
         raise Damaged("it is no JSON object")
     hints = _hints(cast(Any, cls))
     values = dict(given)
     for entry in dataclasses.fields(cast(Any, cls)):
         if entry.name in values:
             continue
-        if entry.name in found:
-            values[entry.name] = _as(hints[entry.name], found[entry.name], entry.name)
+        if entry.name in record:
+            values[entry.name] = _as(hints[entry.name], record[entry.name], entry.name)
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise Damaged(f"it has no {entry.name}")
     return cls(**values)
@@ -195,9 +195,9 @@ def _as(hint: Any, value: object, name: str) -> object:
         if type(value) is hint:
             return value
     elif origin in (tuple, list) and isinstance(value, list):
-        return origin(_as(arguments[0], each, name) for each in value)
+        return origin(_as(arguments[0], element, name) for element in value)
     elif origin in (dict, Mapping) and isinstance(value, dict):
-        return {key: _as(arguments[1], each, name) for key, each in value.items()}
+        return {key: _as(arguments[1], element, name) for key, element in value.items()}
     raise Damaged(f"its {name} is {str(value)[:40]!r}")
 
 
@@ -216,8 +216,8 @@ def _clean(value: object) -> object:
     if isinstance(value, str):
         return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
     if isinstance(value, dict):
-        return {cast(str, _clean(key)): _clean(each) for key, each in value.items()}
-    return [_clean(each) for each in value] if isinstance(value, list) else value
+        return {cast(str, _clean(key)): _clean(element) for key, element in value.items()}
+    return [_clean(element) for element in value] if isinstance(value, list) else value
 
 
 def _loads(text: str | bytes) -> object:

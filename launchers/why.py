@@ -43,8 +43,8 @@ def why(folder: Path, *, state: str, end: Mapping[str, object] | None, waits_for
         waits = f" ({waits_for})" if waits_for else ""
         if not last:
             return f"the job is pending; nothing has failed{waits and '; it waits for ' + waits_for}"
-        told = {**earlier, last: records} if records else earlier
-        return "\n".join([*_ends(told, last=last), f"the job waits in the queue{waits}"])
+        attempts = {**earlier, last: records} if records else earlier
+        return "\n".join([*_ends(attempts, last=last), f"the job waits in the queue{waits}"])
     lines: list[str] = []
     failures = _failures(records)
     if state == "running" and not failures:
@@ -236,8 +236,8 @@ def _all_inside(
 
 
 def _place(beat: Beat) -> list[str]:
-    ours = [part for part in beat.stack if "<frozen runpy>" not in part and "launchers/probe.py" not in part]
-    return [f"    {line}" for part in ours[-6:] for line in part.splitlines()]
+    ours = [frame for frame in beat.stack if "<frozen runpy>" not in frame and "launchers/probe.py" not in frame]
+    return [f"    {line}" for frame in ours[-6:] for line in frame.splitlines()]
 
 
 def _said_by_the_starter(log: Path) -> list[str]:
@@ -245,18 +245,18 @@ def _said_by_the_starter(log: Path) -> list[str]:
     said = [line.strip() for line in _last_attempt(log) if line.strip() and " dtrain: " not in line]
     said = [line for line in said if line.strip("-=*# ")]  # frames around a message
     errors = [line for line in dict.fromkeys(said) if ERROR.search(line)]
-    found = errors or list(dict.fromkeys(said))[-6:]
+    lines = errors or list(dict.fromkeys(said))[-6:]
     return (
-        ["no rank has started; the last words of what starts them:", *(f"  {line}" for line in found[:12])]
-        if found
+        ["no rank has started; the last words of what starts them:", *(f"  {line}" for line in lines[:12])]
+        if lines
         else []
     )
 
 
 def _said_by_the_scheduler(log: Path) -> list[str]:
     """Its last words, where it had any."""
-    found = [match.group(0) for line in _last_attempt(log) if (match := SCHEDULER.search(line))]
-    return [f"  {line}" for line in dict.fromkeys(found)][-6:]
+    words = [match.group(0) for line in _last_attempt(log) if (match := SCHEDULER.search(line))]
+    return [f"  {line}" for line in dict.fromkeys(words)][-6:]
 
 
 def _last_attempt(log: Path) -> list[str]:

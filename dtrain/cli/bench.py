@@ -144,12 +144,12 @@ def _baseline(path: Path | None, kind: type[Row]) -> Sequence[Row]:
     if path is None:
         return []
     try:
-        found = rows.read_as(path / "rows.jsonl" if path.is_dir() else path, kind)
+        older = rows.read_as(path / "rows.jsonl" if path.is_dir() else path, kind)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--baseline: {error}") from error
-    if not found:
+    if not older:
         raise ConfigError(f"--baseline {path} has no rows; give the rows.jsonl of a sweep, or its folder")
-    return found
+    return older
 
 
 def _completed(settings: Settings, launcher: Launcher) -> Settings:

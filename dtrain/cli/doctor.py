@@ -68,12 +68,12 @@ def _doctor(chosen: argparse.Namespace) -> int:
     reports = read(folder)
     if not reports:
         raise DtrainError(f"no node has reported anything:\n{job.why()}")
-    found = verdict.findings(reports, launcher.workers)
+    findings = verdict.findings(reports, launcher.workers)
     if chosen.json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=1))
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
-        print(verdict.render(found, reports))
-    return int(any(finding.level == "problem" for finding in found))
+        print(verdict.render(findings, reports))
+    return int(any(finding.level == "problem" for finding in findings))
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ def read(folder: Path) -> list[Report]:
 
     out = []
     for path in (folder / "doctor").glob("rank-*.json"):
-        rank, told = number_in(path.name, "rank-{}.json"), json_in(path)
-        if rank is None or not isinstance(told, dict):
+        rank, content = number_in(path.name, "rank-{}.json"), json_in(path)
+        if rank is None or not isinstance(content, dict):
             continue  # a rank without a report is a finding
         try:
-            whole = shaped(_Told, told)
+            whole = shaped(_Told, content)
             findings = tuple(shaped(Finding, finding) for finding in whole.findings)
             exchanges = tuple(shaped(Exchange, one) for one in whole.exchanges)
         except Damaged:

@@ -135,9 +135,9 @@ def _places(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if os.path.isdir(path):
         return [path]
-    found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if os.path.isdir(each)]
-    if found:
-        return found
+    places = [Path(place) for place in sorted(glob.glob(str(path), recursive=True)) if os.path.isdir(place)]
+    if places:
+        return places
     folders = [job.folder for job in registry.resolve(name)]
     sweep = next((parent for parent in folders[0].parents if (parent / FILE).is_file()), None)
     return folders if sweep is None else [sweep]
@@ -147,8 +147,8 @@ def _runs_below(place: Path) -> list[Path]:
     """The run in a folder, or else the runs in the folders below it."""
     if (place / "config.yaml").is_file():
         return [place]
-    found = sorted(path.parent for depth in ("*", "*/*", "*/*/*") for path in place.glob(f"{depth}/config.yaml"))
-    return [folder for folder in found if not any(parent in found for parent in folder.parents)]
+    runs = sorted(path.parent for depth in ("*", "*/*", "*/*/*") for path in place.glob(f"{depth}/config.yaml"))
+    return [folder for folder in runs if not any(parent in runs for parent in folder.parents)]
 
 
 def _state(job: Job) -> str:

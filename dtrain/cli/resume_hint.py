@@ -89,8 +89,8 @@ def last_checkpoint(config: Config) -> int | None:
     """The step of the last checkpoint of the run's own, by its name; None if there is none."""
     from dtrain.train.checkpoint.folders import step_folders, step_of
 
-    found = step_folders(Path(config.run.dir) / "checkpoints")
-    return step_of(found[-1]) if found else None
+    steps = step_folders(Path(config.run.dir) / "checkpoints")
+    return step_of(steps[-1]) if steps else None
 
 
 def _key(word: str) -> str:
@@ -102,8 +102,8 @@ def _program() -> list[str]:
     called = sys.argv[0]
     if Path(called).name != "dtrain":
         return [sys.executable, "-m", "dtrain"]
-    found = shutil.which("dtrain")
-    return ["dtrain" if found and os.path.realpath(found) == os.path.realpath(called) else called]
+    on_path = shutil.which("dtrain")
+    return ["dtrain" if on_path and os.path.realpath(on_path) == os.path.realpath(called) else called]
 
 
 def _short(path: str) -> str:

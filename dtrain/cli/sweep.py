@@ -54,9 +54,9 @@ def combinations(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """
     from dtrain.train.config.composition import alternatives
 
-    found = alternatives(words)
-    fixed = [values[0] for values in found if len(values) == 1]
-    swept = [values for values in found if len(values) > 1]
+    values_of_words = alternatives(words)
+    fixed = [values[0] for values in values_of_words if len(values) == 1]
+    swept = [values for values in values_of_words if len(values) > 1]
     if not swept:
         raise ConfigError(
             "train -m needs a key with several values on the command line, as in train.seed=1,2,3 (those of a file are "
@@ -83,8 +83,8 @@ def sweep(words: Sequence[str], train: Train, *, dry_run: bool) -> int:
     configs = [run_folder.absolute(compose(command)) for command in commands]
     enter_launcher(configs[0].launcher, sys.argv[1:], dry_run=dry_run)
     descriptions = [validate(config) for config in configs]
-    if not (dry_run or named) and (own := run_folder.made(base)) != base:
-        return sweep([*words, written("run.dir", str(own))], train, dry_run=False)  # another began in the same second
+    if not (dry_run or named) and (unused := run_folder.made(base)) != base:
+        return sweep([*words, written("run.dir", str(unused))], train, dry_run=False)  # another began at once
     everything = list({run.folder: run for run in (*stored, *runs)}.values())
     if configs[0].launcher.arrays:
         return _array(base, runs, everything, configs, descriptions, dry_run=dry_run)
@@ -200,11 +200,11 @@ def _stored(base: Path) -> list[Run]:
     """
     from dtrain.launchers.strict_json import json_in
 
-    found = json_in(base / FILE)
-    if found is None and not (base / FILE).exists():
+    content = json_in(base / FILE)
+    if content is None and not (base / FILE).exists():
         raise ConfigError(f"{base} holds no sweep; name the folder that `dtrain train -m` printed")
     runs = []
-    for entry in found if isinstance(found, list) else [None]:
+    for entry in content if isinstance(content, list) else [None]:
         values, folder = (entry.get("values"), entry.get("folder")) if isinstance(entry, dict) else (None, None)
         name = Path(folder).name if isinstance(folder, str) else ""
         if not isinstance(values, str) or name in ("", ".."):

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.cli import add_config_dir, add_verb, words_of
-from dtrain.cli.ctrl_c import STOPPING, Stopping, goes_on_from, interruption
-from dtrain.cli.follow import exit_code, watched
+from dtrain.cli.foreground import command_of_worker, follow_run, run_here
 from dtrain.cli.login_host import enter_launcher
-from dtrain.cli.resume_hint import STOP_AFTER, command, last_checkpoint, nothing_left
+from dtrain.cli.resume_hint import nothing_left
 from dtrain.cli.submit import goes_on, refusals, warn, worker
-from dtrain.errors import DtrainError
 from dtrain.extras import OF_TRAINING, require
-from dtrain.launchers.exit_codes import BAD_CONFIG, CHECKPOINTED, FAILED, INTERRUPTED
-from dtrain.launchers.job import command_of
 
 if TYPE_CHECKING:
     from dtrain.cli import Verbs
-    from dtrain.launchers.failure import Ending
-    from dtrain.launchers.job import Job
     from dtrain.train.config import Config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -112,7 +104,7 @@ def train(words: Sequence[str], *, dry_run: bool = False) -> int:
         return _submit(config, description, words)
     with run_folder.locked(Path(config.run.dir)):
         run_folder.write(config, description)
-        return _launch(config, words, goes_on_from=folder)
+        return run_here(config, words, goes_on_from=folder)
 
 
 def _dry_run(config: Config, start: str) -> int:
@@ -122,7 +114,8 @@ def _dry_run(config: Config, start: str) -> int:
 
     launcher, here = config.launcher, Path(config.run.dir)
     if launcher.here:
-        print(f"{to_yaml(config)}# {start}\n# {launcher.workers} workers, each: {shlex.join(_worker(config))}")
+        command = shlex.join(command_of_worker(config))
+        print(f"{to_yaml(config)}# {start}\n# {launcher.workers} workers, each: {command}")
         return 0
     with refusals():
         text = launcher.render(worker(here), folder=here, name=here.name, replicas=config.mesh.replicate)
@@ -139,129 +132,3 @@ def _submit(config: Config, description: Mapping[str, object], words: Sequence[s
         run_folder.write(config, description)
         job = launcher.start(worker(here), folder=here, name=here.name, replicas=config.mesh.replicate)
     return 0 if goes_on(job, launcher, f"run {here}") else follow_run(config, job, words)
-
-
-def follow_run(config: Config, job: Job, words: Sequence[str]) -> int:
-    """Show the progress of a job until it has ended, then its summary or what went wrong.
-
-    Ctrl-C, or SIGTERM, leaves a job that a scheduler keeps as it is and ends any other.
-    """
-    from dtrain.launchers.failure import Ending
-    from dtrain.report.progress import Progress
-
-    def stopping() -> None:
-        print(f"job {job.id}: {STOPPING}; Ctrl-C again leaves it to end by itself", flush=True)
-
-    progress = Progress(Path(config.run.dir) / "metrics.jsonl", steps=config.train.steps)
-    ended = watched(job, lambda: None, stopping, display=progress)
-    if not ended and job.scheduled:
-        return INTERRUPTED
-    if not ended:
-        return finish(config, Ending("signalled", signal.SIGINT, 0, ()), words)
-    if job.state() != "finished":
-        return exit_code(job)
-    return finish(config, Ending("finished", None, 0, ()), words)
-
-
-def _worker(config: Config) -> list[str]:
-    """The command of each rank on this machine."""
-    return list(command_of(worker(config.run.dir), Path(config.run.dir), python=config.launcher.python))
-
-
-def _launch(config: Config, words: Sequence[str], *, goes_on_from: Path | None) -> int:
-    from dtrain.launchers import foreground, probe
-    from dtrain.launchers.failure import Failure, root_cause
-    from dtrain.launchers.local import launch
-    from dtrain.launchers.lock import HELD
-    from dtrain.launchers.records import rank_files
-    from dtrain.report.progress import Progress, say
-    from dtrain.train.signals import overheard
-
-    here = Path(config.run.dir)
-    start = f"goes on from {goes_on_from}" if goes_on_from else "starts"
-    mesh = f"{config.mesh.replicate} replicas x {config.mesh.shard} shards, {config.engine.name}"
-    say(f"run {config.run.dir} {start}: {config.launcher.workers} workers, {mesh}")
-    shutil.rmtree(rank_files(here), ignore_errors=True)  # another job's
-    foreground.began(here, _worker(config), config.launcher.workers)
-    with Progress(here / "metrics.jsonl", steps=config.train.steps) as progress:
-
-        def tell(cause: Failure, restart: int) -> None:
-            count = f"restart {restart} of at most {config.launcher.max_restarts}"
-            progress.say(f"rank {cause.rank} failed: {cause.message} (log: {cause.log})")
-            progress.say(f"{count}, from the last checkpoint")
-
-        ours = {
-            HELD: str(here), probe.FOLDER: str(rank_files(here)),
-            probe.HANG_SECONDS: f"{config.launcher.hang_seconds:g}",
-        }  # fmt: skip
-        with overheard(Stopping(config, words, progress)):
-            ending = launch(
-                _worker(config),
-                workers=config.launcher.workers,
-                log_folder=here / "logs",
-                max_restarts=config.launcher.max_restarts,
-                grace_seconds=config.launcher.grace_seconds,
-                threads_per_worker=config.launcher.threads_per_worker,
-                environment={**config.launcher.variables(), **ours},
-                on_restart=tell,
-            )
-    try:
-        code = finish(config, ending, words)
-    except DtrainError as error:
-        foreground.ended(here, error.exit_code, str(error))
-        raise
-    foreground.ended(here, code, root_cause(ending) if ending.failures else "")
-    return code
-
-
-def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
-    """Say how the run ended, and the exit code for it. ``words``: the overrides that ``config`` was made of.
-
-    Workers cannot tell by their own exit code (any but 0 means restart to the elastic agent), so rank 0 leaves
-    outcome.json.
-    """
-    from dtrain.launchers.failure import root_cause, signal_name
-    from dtrain.report import summary
-    from dtrain.report.progress import say
-    from dtrain.train.config import run_folder
-
-    here = Path(config.run.dir)
-    outcome = run_folder.outcome(here)
-    interrupted = ending.kind == "signalled" and ending.signal == signal.SIGINT
-    if outcome is None and interrupted:
-        if any(not (failure.consequence or interruption(failure)) for failure in ending.failures):
-            print(f"dtrain: error: {root_cause(ending)}", file=sys.stderr)
-        say(f"SIGINT: ended before it could checkpoint; {goes_on_from(config, words)}")
-        return INTERRUPTED
-    if outcome is None or ending.kind == "failed":
-        if ending.failures:
-            print(f"dtrain: error: {root_cause(ending)}", file=sys.stderr)
-        else:
-            name = signal.Signals(ending.signal).name if ending.signal else "an unknown cause"
-            print(f"dtrain: error: the run ended by {name} before it had a checkpoint", file=sys.stderr)
-        codes = {failure.exit_code for failure in ending.failures[:1]}
-        return BAD_CONFIG if codes == {BAD_CONFIG} else FAILED
-    if outcome.get("reason") == "signal":
-        number = outcome.get("signal")
-        name = signal_name(number) if isinstance(number, int) else "a signal"
-        step, last = outcome.get("step"), last_checkpoint(config)
-        done = f"checkpointed at step {step}; the same command goes on"
-        if outcome.get("withheld"):
-            there = f"step {last}, its last checkpoint," if last else "the start"
-            done = (
-                f"left at step {step} without a checkpoint, as its last steps were skipped for gradients that are not "
-                f"finite; the same command goes on from {there} and would meet them again"
-            )
-        say(f"{name}: {done}:\n  {command(words, config)}")
-        return INTERRUPTED if interrupted or number == signal.SIGINT else CHECKPOINTED
-    if outcome.get("reason") == "stopped":
-        say(
-            f"stopped at step {outcome.get('step')} as asked; it goes on with a larger {STOP_AFTER}, or without it:\n"
-            f"  {command(words, config, to_the_end=True)}"
-        )
-    if (here / "summary.json").is_file():
-        try:
-            say(summary.render(summary.read(here / "summary.json")))
-        except (OSError, ValueError) as error:
-            raise DtrainError(f"{error}; the run itself has ended as it should") from error
-    return 0

@@ -89,8 +89,8 @@ class Slurm:
 
     def address_of(self, node: str) -> str:
         """The address that Slurm knows a node by; empty if it does not say."""
-        found = re.search(r" NodeAddr=(\S+)", self._said("scontrol", "show", "node", "--oneliner", node))
-        return found[1] if found else ""
+        match = re.search(r" NodeAddr=(\S+)", self._said("scontrol", "show", "node", "--oneliner", node))
+        return match[1] if match else ""
 
     def seconds_left(self) -> int | None:
         """Until the time limit; None without one, and where Slurm does not say."""
@@ -166,13 +166,13 @@ def seconds_of(text: str) -> int | None:
     >>> seconds_of("1-00:00:10"), seconds_of("30:00"), seconds_of("UNLIMITED")
     (86410, 1800, None)
     """
-    found = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+(?::[0-9]+)*)", text.strip())
-    if found is None:
+    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+(?::[0-9]+)*)", text.strip())
+    if match is None:
         return None
     seconds = 0
-    for part in found[2].split(":"):
-        seconds = 60 * seconds + int(part)
-    return 86400 * int(found[1] or 0) + seconds
+    for number in match[2].split(":"):
+        seconds = 60 * seconds + int(number)
+    return 86400 * int(match[1] or 0) + seconds
 
 
 def _preempted(fields: Mapping[str, str]) -> bool:

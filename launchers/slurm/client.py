@@ -88,9 +88,9 @@ def _word(job_id: str) -> str:
                 raise  # silence is no state
             continue
         if question[0] == "scontrol":
-            found = re.search(r"JobState=(\w+)", answer)
-            if found:
-                return found[1]
+            match = re.search(r"JobState=(\w+)", answer)
+            if match:
+                return match[1]
         elif answer.split():
             return answer.split()[0].rstrip("+")
     return ""
@@ -151,10 +151,10 @@ def since(name: str, configuration: str | None = None) -> float:
 def _configured(scontrol: str, configuration: str | None) -> str:
     """ClusterName as the controller says it; empty if it does not answer."""
     try:
-        found = re.search(r"^ClusterName\s*=\s*(\S+)", ask(scontrol, "show", "config"), re.MULTILINE)
+        match = re.search(r"^ClusterName\s*=\s*(\S+)", ask(scontrol, "show", "config"), re.MULTILINE)
     except SlurmError:
         return ""
-    return found[1] if found else ""
+    return match[1] if match else ""
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ def count_of(text: str) -> int | None:
     >>> count_of(" 12 "), count_of("1.5K"), count_of("n/a")
     (12, None, None)
     """
-    found = re.fullmatch(r"[0-9]{1,9}", text.strip())
-    return int(found[0]) if found else None
+    match = re.fullmatch(r"[0-9]{1,9}", text.strip())
+    return int(match[0]) if match else None
 
 
 def minutes_of(limit: str) -> int | None:
@@ -200,8 +200,8 @@ def minutes_of(limit: str) -> int | None:
     >>> minutes_of("1-02:00:00"), minutes_of("30:00"), minutes_of("infinite")
     (1560, 30, None)
     """
-    found = re.fullmatch(r"(?:([0-9]{1,9})-)?(?:([0-9]{1,2}):)?([0-9]{1,2}):([0-9]{1,2})", limit)
-    if found is None:
+    match = re.fullmatch(r"(?:([0-9]{1,9})-)?(?:([0-9]{1,2}):)?([0-9]{1,2}):([0-9]{1,2})", limit)
+    if match is None:
         return None
-    days, hours, minutes, _ = (int(part or 0) for part in found.groups())
+    days, hours, minutes, _ = (int(number or 0) for number in match.groups())
     return (24 * days + hours) * 60 + minutes

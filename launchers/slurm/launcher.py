@@ -123,9 +123,9 @@ class SlurmLauncher(Allocation, Keys):
     def check(self, folders: Sequence[Path]) -> None:
         """Raise ``ValueError`` for all that Slurm would refuse, or accept and never start."""
         _check_names("", folders)
-        found = problems(self.asked(), folders[0], one_machine=CLUSTER in os.environ)
-        if found:
-            raise ValueError("\n".join(found))
+        objections = problems(self.asked(), folders[0], one_machine=CLUSTER in os.environ)
+        if objections:
+            raise ValueError("\n".join(objections))
 
     def render(self, program: Sequence[str], *, folder: Path, name: str = "job", replicas: int = 1) -> str:
         """The sbatch text of one job."""
@@ -298,8 +298,8 @@ def _sbatch(text: str, folder: Path, settings: SlurmLauncher) -> str:
 
 def unwritable(text: str) -> str:
     """The control character in a text that is to stand in one line of a batch script, in words; empty if none does."""
-    found = next((sign for sign in text if ord(sign) < 32 or ord(sign) == 127), "")
-    return {"": "", "\n": "a line break"}.get(found, f"the control character {found!r}")
+    forbidden = next((sign for sign in text if ord(sign) < 32 or ord(sign) == 127), "")
+    return {"": "", "\n": "a line break"}.get(forbidden, f"the control character {forbidden!r}")
 
 
 _DIRECTIVES = ("partition", "account", "qos", "constraint", "exclude", "reservation", "address", "interface")

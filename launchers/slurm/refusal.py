@@ -32,10 +32,10 @@ def problems(settings: SlurmLauncher, folder: Path, *, one_machine: bool = False
     Raises ``SlurmError`` where Slurm is missing or silent.
     """
     known = partitions()
-    found = [*_partition(settings, known), *([] if one_machine else _folder(folder))]
+    objections = [*_partition(settings, known), *([] if one_machine else _folder(folder))]
     alone = settings.all_workers <= settings.all_nodes and settings.threads_per_worker == 1 and not settings.groups
-    if found or alone:  # every node has one CPU
-        return found
+    if objections or alone:  # every node has one CPU
+        return objections
     return list(too_many_cpus(settings, _cpus_of_nodes()))
 
 
@@ -47,7 +47,7 @@ def _partition(settings: SlurmLauncher, known: list[Partition]) -> Iterator[str]
         if not name and not any(partition.default for partition in known):
             yield f"the cluster has no default partition (there are {names}); set launcher.partition"
             continue
-        missing = [part for part in name.split(",") if name and part not in {partition.name for partition in known}]
+        missing = [one for one in name.split(",") if name and one not in {partition.name for partition in known}]
         if missing:
             shell = os.environ.get("SBATCH_PARTITION") == name
             whence = ", which SBATCH_PARTITION of this shell names" if shell else ""
@@ -60,7 +60,7 @@ def _partition(settings: SlurmLauncher, known: list[Partition]) -> Iterator[str]
             if (partition.name in name.split(",") if name else partition.default)
         ]
         if all(of_each):
-            yield from dict.fromkeys(problem for found in of_each for problem in found)
+            yield from dict.fromkeys(problem for of_one in of_each for problem in of_one)
 
 
 def _of_partition(settings: SlurmLauncher, nodes: int, partition: Partition, names: str) -> Iterator[str]:
@@ -87,19 +87,19 @@ def _cpus_of_nodes() -> dict[str, list[int]]:
         answer = ask("sinfo", "--noheader", "--exact", "--format", "%P|%D|%c")
     except SlurmError:  # the check is a kindness: Slurm has the last word
         return {}
-    found: dict[str, list[int]] = {}
+    cpus_of: dict[str, list[int]] = {}
     unread: set[str] = set()
     for line in answer.splitlines():
         name, _, rest = line.strip().partition("|")
         nodes, _, cpus = rest.partition("|")
-        many, each = count_of(nodes), count_of(cpus)
+        many, count = count_of(nodes), count_of(cpus)
         names = {name.strip().rstrip("*"), *([""] if name.strip().endswith("*") else [])}
-        if many is None or each is None or many > MOST_NODES:
+        if many is None or count is None or many > MOST_NODES:
             unread |= names
             continue
         for known in names:
-            found.setdefault(known, []).extend([each] * many)
-    return {name: cpus for name, cpus in found.items() if name not in unread}
+            cpus_of.setdefault(known, []).extend([count] * many)
+    return {name: cpus for name, cpus in cpus_of.items() if name not in unread}
 
 
 def too_many_cpus(settings: SlurmLauncher, known: Mapping[str, Sequence[int]]) -> Iterator[str]:
@@ -115,7 +115,7 @@ def too_many_cpus(settings: SlurmLauncher, known: Mapping[str, Sequence[int]]) -
     for group in settings.components or (whole,):
         name = group.partition or settings.partition
         # Of several partitions the job takes one: the nodes of that which has the most will do.
-        nodes = max((known.get(part, ()) for part in name.split(",")), key=lambda cpus: max(cpus, default=0))
+        nodes = max((known.get(one, ()) for one in name.split(",")), key=lambda cpus: max(cpus, default=0))
         ranks = -(-group.workers // group.nodes)
         wanted = ranks * settings.threads_per_worker
         if not nodes or sum(cpus >= wanted for cpus in nodes) >= group.nodes:
@@ -153,10 +153,10 @@ def _file_system(path: Path) -> str:
     except OSError:
         return kind
     for line in lines:
-        _, mount, found, *_ = line.split()
+        _, mount, file_system, *_ = line.split()
         mount = mount.replace("\\040", " ")
         if len(mount) >= len(best) and (path == Path(mount) or path.is_relative_to(mount)):
-            best, kind = mount, found
+            best, kind = mount, file_system
     return kind
 
 

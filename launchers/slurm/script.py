@@ -137,7 +137,7 @@ def _array(work: Work, settings: SlurmLauncher) -> str:
 
 
 def _variables(work: Work, settings: SlurmLauncher) -> dict[str, str]:
-    found = {
+    variables = {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(settings.threads_per_worker),
         # Since 22.05 srun no longer takes --cpus-per-task over from sbatch.
@@ -145,10 +145,11 @@ def _variables(work: Work, settings: SlurmLauncher) -> dict[str, str]:
         HANG_SECONDS: f"{settings.hang_seconds:g}",
     }
     if settings.interface:
-        found |= dict.fromkeys(INTERFACES, settings.interface)
+        variables |= dict.fromkeys(INTERFACES, settings.interface)
     if settings.per_node == "torchrun":  # one task for all ranks of a node
-        found["SRUN_CPUS_PER_TASK"] = str(settings.threads_per_worker * (settings.all_workers // settings.all_nodes))
-    return {**found, **work.environment}
+        per_node = settings.all_workers // settings.all_nodes
+        variables["SRUN_CPUS_PER_TASK"] = str(settings.threads_per_worker * per_node)
+    return {**variables, **work.environment}
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def _names(options: Sequence[str], *names: str) -> bool:
 
 def _word(text: str, folder: str) -> str:
     """One word for bash; "{folder}" stands for the job's ``folder``."""
-    return folder.join(shlex.quote(part) if part else "" for part in text.split("{folder}")) or "''"
+    return folder.join(shlex.quote(piece) if piece else "" for piece in text.split("{folder}")) or "''"
 
 
 def _container(work: Work, settings: SlurmLauncher) -> Sequence[str]:

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import dtrain
+from dtrain.cli.foreground import follow_run
 from dtrain.cli.main import main
-from dtrain.cli.train import follow_run
 from dtrain.comm.layout import Segment
 from dtrain.launchers.failure import Ending, Failure
 from dtrain.report.summary import Summary

@@ -77,8 +77,8 @@ def _ranges(config: Config) -> Iterator[str]:
         if name not in names:
             yield f"{key} is {name}{hint(closest(name, names))} (there are {', '.join(names)})"
     for keyword, setting in config.optim.inner.items():
-        for each in setting if isinstance(setting, list | tuple) else [setting]:
-            if isinstance(each, float) and not math.isfinite(each):
+        for element in setting if isinstance(setting, list | tuple) else [setting]:
+            if isinstance(element, float) and not math.isfinite(element):
                 yield f"optim.inner.{keyword} must be finite, but is {setting}"
 
 
@@ -114,23 +114,23 @@ def _launcher(config: Config) -> Iterator[str]:
 
 def warnings(config: Config) -> list[str]:
     """What will run, but most likely not as it was meant."""
-    found, steps = [], config.train.steps
+    unlikely, steps = [], config.train.steps
     per_node = config.launcher.workers // max(1, config.launcher.nodes)
     if config.launcher.nodes > 1 and config.mesh.shard > per_node:
-        found.append(
+        unlikely.append(
             f"a replica of {config.mesh.shard} shards spans several nodes of {per_node} workers, so the engine's own "
             "traffic, which no sync makes smaller, crosses the slow links; mesh.shard is best at most "
             f"{per_node} here"
         )
     warmup, every = config.sync.get("warmup_steps", 0), config.sync.get("every_steps", 0)
     if isinstance(warmup, int) and warmup >= steps:
-        found.append(f"sync.warmup_steps={warmup} is all of train.steps={steps}: the run ends in its warm-up")
+        unlikely.append(f"sync.warmup_steps={warmup} is all of train.steps={steps}: the run ends in its warm-up")
     elif isinstance(every, int) and isinstance(warmup, int) and every > steps - warmup:
-        found.append(
+        unlikely.append(
             f"sync.every_steps={every} is more than the {steps - warmup} steps there are: the replicas train alone and "
             "are combined once, at the end"
         )
-    return found
+    return unlikely
 
 
 def _engine(config: Config) -> Iterator[str]:
