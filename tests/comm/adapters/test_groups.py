@@ -128,7 +128,7 @@ def time_outs() -> set[timedelta]:
     model = DistributedDataParallel(small())
     mesh = build_mesh(1, 1)
     sync = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), streaming_diloco(every_steps=4, overlap_steps=1))
-    channels = [mesh.channel, mesh.control, sync.pieces.channel, sync.channel]  # type: ignore[attr-defined]
+    channels = [mesh.channel, mesh.control, sync.pieces.channel, sync.method.channel]  # type: ignore[attr-defined]
     held = [t for channel in channels for t in channel.transports.values() if isinstance(t, TorchTransport)]
     assert len(held) == 4
     return {timeout_of(group) for group in (mesh.engine_group, *(transport.group for transport in held))}
