@@ -24,7 +24,7 @@ from dtrain.comm.runtime.gauges import gauges, products
 from dtrain.comm.runtime.gradient_steps import GradientSteps
 from dtrain.comm.runtime.guard import Guard, parameters_held, take_over
 from dtrain.comm.runtime.meeting import Meeting, Peers
-from dtrain.comm.runtime.outer_store.store import OuterStore, Reducer, ReplicatedStore
+from dtrain.comm.runtime.outer_store.store import OuterStore, Reducer
 from dtrain.comm.runtime.rounds import Fragment, Pinned, Reduction
 from dtrain.comm.runtime.step_source import OwnGradients
 from dtrain.comm.seeds import Key
@@ -47,11 +47,6 @@ class Parts:
     reduce: Reducer
     source: OwnGradients = field(default_factory=OwnGradients)
     meeting: Meeting = field(default_factory=Peers)
-
-
-def replicated(spec: LoopSpec, context: Context) -> Parts:
-    """The usual ones: all outer parameters on every replica, deltas compressed as the spec says."""
-    return Parts(ReplicatedStore(context, spec.outer), Deltas(spec, context))
 
 
 class Deltas:

@@ -40,6 +40,7 @@ from tests.programs.tasks import network, squared_error, stacked, text_batch, tr
 MODULE = "tests.programs.member"
 SYNCS: dict[str, Callable[[int], Sync]] = {
     "diloco": lambda every: diloco(every_steps=every),
+    "diloco, offloaded": lambda every: diloco(every_steps=every, outer_state="offloaded"),
     "diloco, 8 bits": lambda every: diloco(every_steps=every, compress=quantize(bits=8)),
     "diloco, 4 bits": lambda every: diloco(every_steps=every, compress=error_feedback(quantize(bits=4, block=16))),
     "streaming": lambda every: streaming_diloco(

@@ -46,7 +46,7 @@ BEAT_SECONDS, POLL_SECONDS = 1.0, 0.05
 TELL_SECONDS = 5.0
 """A newcomer that has waited for so long says for what."""
 CONNECT_SECONDS = 60.0
-AXES = 2  # flights travel beside what is waited for
+AXES = 2  # what overlaps inner steps has its own, beside what is waited for
 NOBODY = -1
 MOST_MEMBERS, MOST_STEPS = 1 << 20, 1 << 53
 INTERFACE = "GLOO_SOCKET_IFNAME"

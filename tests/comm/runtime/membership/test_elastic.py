@@ -91,9 +91,12 @@ def among(steps: int, members: dict[int, list[int]]) -> list[list[float]]:
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
-def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sync", ["diloco", "diloco, offloaded"])
+def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_is_lost(
+    sync: str, tmp_path: Path
+) -> None:
     store = serve(0)
-    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", hold_at=23, hold_for=4)
+    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", sync=sync, hold_at=23, hold_for=4)
     names = [dataclasses.replace(common, name=name) for name in ("a", "b")]
     dies = dataclasses.replace(common, name="c", strike="die", strike_at=12)
     late = dataclasses.replace(common, name="late", after="die-c")
