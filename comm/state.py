@@ -24,6 +24,9 @@ Kind: TypeAlias = Literal["replicated", "per_worker", "partitioned", "opaque"]
 
 Tensors: TypeAlias = dict[str, dict[str, Tensor]]
 
+Numbers: TypeAlias = dict[str, int | float]
+"""What is kept from step to step beside tensors, by name: counters, and floats to the bit, which are finite."""
+
 
 class State:
     """Tensors by FQN and name.

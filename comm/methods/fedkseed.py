@@ -26,7 +26,6 @@ from torch import Tensor
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import AllGather, Flow, Payload
 from dtrain.comm.pieces import Pieces
-from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.plans.plan import as_plan
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Held, Tie, require_guard
@@ -37,6 +36,7 @@ from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS
 from dtrain.comm.runtime.method import Method, Sync
 from dtrain.comm.shared_seed.directions import Noise, Walk, move, single
 from dtrain.comm.shared_seed.philox import Address
+from dtrain.comm.state import Numbers
 
 Sampling: TypeAlias = Literal["uniform", "pro"]
 LARGEST = 1000.0
@@ -158,32 +158,32 @@ class FedKSeedRounds(Method):
     def to_evaluate(self) -> dict[str, Tensor] | None:
         return dict(self._made()) if self.open else None
 
-    def integers(self) -> dict[str, int]:
-        kept = {"unusable": self.forward.unusable, "rounds": self.rounds, "tokens": self.tokens}
-        kept["rate"] = bits_of(self.rate)
-        kept |= {f"sum.{s}": bits_of(number) for s, number in enumerate(self.sums) if number}
+    def numbers(self) -> Numbers:
+        kept: Numbers = {"unusable": self.forward.unusable, "rounds": self.rounds, "tokens": self.tokens}
+        kept["rate"] = float(self.rate)
+        kept |= {f"sum.{s}": number for s, number in enumerate(self.sums) if number}
         for s, (amount, times) in enumerate(self.seen):
             if times > 1:
-                kept |= {f"seen.{s}": bits_of(amount), f"times.{s}": times}
+                kept |= {f"seen.{s}": amount, f"times.{s}": times}
         for place, (s, number) in enumerate(self.open):
-            kept |= {f"own.{place}": s, f"own.{place}.number": bits_of(number)}
+            kept |= {f"own.{place}": s, f"own.{place}.number": number}
         return kept
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        self.forward.unusable, self.rounds = integers["unusable"], integers["rounds"]
-        self.tokens = integers["tokens"]
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        self.forward.unusable, self.rounds = int(numbers["unusable"]), int(numbers["rounds"])
+        self.tokens = int(numbers["tokens"])
         self._borders, self._drawn = [], (-1, 0)
-        if number_of(integers["rate"]) != self.rate:
+        if numbers["rate"] != self.rate:
             raise ValueError(
-                f"this run had the learning rate {number_of(integers['rate'])!r}, and its weights are sums along it; "
+                f"this run had the learning rate {numbers['rate']!r}, and its weights are sums along it; "
                 f"go on with it instead of {self.rate!r}"
             )
         everything = range(self.spec.directions)
-        self.sums = [number_of(integers.get(f"sum.{s}", 0)) for s in everything]
-        self.seen = [(number_of(integers.get(f"seen.{s}", 0)), integers.get(f"times.{s}", 1)) for s in everything]
+        self.sums = [float(numbers.get(f"sum.{s}", 0.0)) for s in everything]
+        self.seen = [(float(numbers.get(f"seen.{s}", 0.0)), int(numbers.get(f"times.{s}", 1))) for s in everything]
         self.open = [
-            (integers[f"own.{place}"], number_of(integers[f"own.{place}.number"]))
-            for place in itertools.takewhile(lambda place: f"own.{place}" in integers, itertools.count())
+            (int(numbers[f"own.{place}"]), float(numbers[f"own.{place}.number"]))
+            for place in itertools.takewhile(lambda place: f"own.{place}" in numbers, itertools.count())
         ]
 
     def chosen(self) -> int:

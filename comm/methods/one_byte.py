@@ -35,6 +35,7 @@ from dtrain.comm.shared_seed.byte_codec import encode
 from dtrain.comm.shared_seed.digest import signed
 from dtrain.comm.shared_seed.directions import At, Noise, Rule, Seeds, Step, Walk, walk_on
 from dtrain.comm.shared_seed.update_log import Header, Record, UpdateLog
+from dtrain.comm.state import Numbers
 
 if TYPE_CHECKING:
     from dtrain.comm.pieces import Pieces
@@ -150,11 +151,11 @@ class OneByteSteps(Method):
             )
         return True
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         return {"unusable": self.forward.unusable}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        self.forward.unusable = integers["unusable"]
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        self.forward.unusable = int(numbers["unusable"])
         self.machines.go_on(self.context.digest() if self.spec.log else 0)
 
     def report(self) -> str:

@@ -35,14 +35,13 @@ from dtrain.comm.layout import Named
 from dtrain.comm.methods.local_update import local_update
 from dtrain.comm.ops import Flow
 from dtrain.comm.outer_optimizers import sgd
-from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.plans.plan import WEAK, Compress, Plan, as_plan, with_feedback
 from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.local_updates import at_work
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, LoopSpec
 from dtrain.comm.runtime.method import Sync
 from dtrain.comm.runtime.step_source import OwnGradients
-from dtrain.comm.state import Kind, State
+from dtrain.comm.state import Kind, Numbers, State
 
 if TYPE_CHECKING:
     from dtrain.comm.pieces import Exchange, Pieces
@@ -156,11 +155,11 @@ class DirectedGradients(OwnGradients):
             state.stage(fqn, "direction", direction)
         self.moved, self._deltas = 0.0, {}
 
-    def integers(self) -> dict[str, int]:
-        return {"moved": bits_of(self.moved)}
+    def numbers(self) -> Numbers:
+        return {"moved": self.moved}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        self.moved = number_of(integers["moved"])
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        self.moved = float(numbers["moved"])
 
     def directed(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
         """What the optimizer is given in place of this replica's own gradients; nothing is sent."""

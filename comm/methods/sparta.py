@@ -33,6 +33,7 @@ from dtrain.comm.runtime.gradient_steps import GradientSteps
 from dtrain.comm.runtime.guard import Guard, parameters_held
 from dtrain.comm.runtime.method import Sync
 from dtrain.comm.seeds import Key
+from dtrain.comm.state import Numbers
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ class AveragedCoordinates(GradientSteps):
             if self.spec.verify_every and number % self.spec.verify_every == 0:
                 self.verify()
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         return {"left_out": self.left_out}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        self.left_out = integers["left_out"]
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        self.left_out = int(numbers["left_out"])
 
     def _average(self, density: float, number: int) -> None:
         context, place = self.context, self.context.place

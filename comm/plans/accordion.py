@@ -22,9 +22,10 @@ from torch import Tensor
 from dtrain.comm.feedback import Compression
 from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import AllGather, Axis, Flow
-from dtrain.comm.plans.adaptive import Choosing, begun, bits_of, number_of
+from dtrain.comm.plans.adaptive import Choosing, begun
 from dtrain.comm.plans.plan import Compress, Plan, as_plan
 from dtrain.comm.seeds import Key
+from dtrain.comm.state import Numbers
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,19 @@ class ChoosingAccordion:
         if bool(torch.isfinite(total).all()):  # otherwise the step that was looked at is skipped, too
             self._decide(dict(zip(self.fqns, total.sqrt().tolist(), strict=True)))
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         counters = {"plan.exchanges": self.exchanges, "plan.changes": self.own_changes}
         calm = {f"plan.calm.{fqn}": int(calm) for fqn, calm in self.calm.items()}
-        norms = {f"plan.norm.{fqn}": bits_of(self.norms.get(fqn, -1.0)) for fqn in self.fqns}
+        norms = {f"plan.norm.{fqn}": self.norms.get(fqn, -1.0) for fqn in self.fqns}
         return {**counters, **calm, **norms, **dict(chain.from_iterable(self._inner()))}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        self.exchanges, self.own_changes = integers["plan.exchanges"], integers["plan.changes"]
-        self.calm = {fqn: bool(integers[f"plan.calm.{fqn}"]) for fqn in self.fqns}
-        known = {fqn: number_of(integers[f"plan.norm.{fqn}"]) for fqn in self.fqns}
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        self.exchanges, self.own_changes = int(numbers["plan.exchanges"]), int(numbers["plan.changes"])
+        self.calm = {fqn: bool(numbers[f"plan.calm.{fqn}"]) for fqn in self.fqns}
+        known = {fqn: float(numbers[f"plan.norm.{fqn}"]) for fqn in self.fqns}
         self.norms = {fqn: norm for fqn, norm in known.items() if norm >= 0}
         for number, plan in enumerate(self.plans):
-            plan.load_integers({name: integers[f"plan.{number}.{name}"] for name in plan.integers()})
+            plan.load_numbers({name: numbers[f"plan.{number}.{name}"] for name in plan.numbers()})
 
     def table(self) -> str:
         calm = sum(self.calm.values())
@@ -124,9 +125,9 @@ class ChoosingAccordion:
         self.norms = norms
         self.own_changes += before != self.calm
 
-    def _inner(self) -> Iterator[list[tuple[str, int]]]:
+    def _inner(self) -> Iterator[list[tuple[str, float]]]:
         for number, plan in enumerate(self.plans):
-            yield [(f"plan.{number}.{name}", value) for name, value in plan.integers().items()]
+            yield [(f"plan.{number}.{name}", value) for name, value in plan.numbers().items()]
 
 
 def accordion(critical: Compress, otherwise: Compress, *, every: int = 100, threshold: float = 0.5) -> Accordion:

@@ -6,7 +6,6 @@ reviews it between two steps. It decides from sums over all ranks, so that all d
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +15,7 @@ from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import Flow
 from dtrain.comm.plans.plan import Plan
 from dtrain.comm.seeds import Key
+from dtrain.comm.state import Numbers
 
 
 class Choosing(Plan, Protocol):
@@ -36,11 +36,11 @@ class Choosing(Plan, Protocol):
     def review(self) -> Flow[None]:
         """Called after each exchange; if it was due, all ranks agree on what to use from now on."""
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         """What a checkpoint keeps of it."""
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        """Undo `integers`."""
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Undo `numbers`."""
 
     def table(self) -> str:
         """A report on what is used for each parameter."""
@@ -75,10 +75,10 @@ class Settled:
         return
         yield  # a flow without ops
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         return {}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
         """Nothing to load."""
 
     def table(self) -> str:
@@ -88,13 +88,3 @@ class Settled:
 def begun(plan: Plan, fqns: Sequence[str]) -> Choosing:
     """``plan`` at work on one rank."""
     return plan.begin(fqns) if isinstance(plan, Adaptive) else Settled(plan)
-
-
-def bits_of(number: float) -> int:
-    """A float as the integer of its bits: checkpoints keep integers exactly."""
-    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
-
-
-def number_of(bits: int) -> float:
-    """Undo `bits_of`."""
-    return float(struct.unpack("<d", bits.to_bytes(8, "little", signed=True))[0])

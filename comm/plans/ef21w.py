@@ -23,9 +23,8 @@ from dtrain.comm.compressors.compressor import Compressor, two_rounds
 from dtrain.comm.feedback import EF21, Compression, Feedback, ef21
 from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import AllGather, Flow, Payload
-from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.seeds import Key
-from dtrain.comm.state import Kind, State
+from dtrain.comm.state import Kind, Numbers, State
 
 
 @dataclass(frozen=True)
@@ -165,16 +164,16 @@ class ChoosingEF21W:
         mean = float(smoothnesses.mean())
         self.scale = self.smoothness / mean if self.smoothness > 0 else 1.0
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         return {
             "plan.exchanges": self.exchanges,
-            "plan.smoothness": bits_of(self.smoothness),
-            "plan.scale": bits_of(self.scale),
+            "plan.smoothness": self.smoothness,
+            "plan.scale": self.scale,
         }
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        self.exchanges = integers["plan.exchanges"]
-        self.smoothness, self.scale = number_of(integers["plan.smoothness"]), number_of(integers["plan.scale"])
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        self.exchanges = int(numbers["plan.exchanges"])
+        self.smoothness, self.scale = float(numbers["plan.smoothness"]), float(numbers["plan.scale"])
 
     def table(self) -> str:
         return f"EF21-W: scale of this worker {self.scale:.4g}"

@@ -30,6 +30,7 @@ from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import Matrix, chunk_width, to_rows
 from dtrain.comm.ops import AllGather, Axis, Flow
 from dtrain.comm.seeds import Key
+from dtrain.comm.state import Numbers
 
 GRID = 10_000  # steps into which the budget is divided
 MANY = 256  # layers from which rounding each of them up to a step wastes more than a percent of the budget
@@ -112,13 +113,13 @@ class ChoosingLGreCo:
         self._last = total
         yield from self._compare()
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         counters = {"plan.exchanges": self.exchanges, "plan.changes": self.changes}
         return {**counters, **{f"plan.of.{fqn}": index for fqn, index in self.chosen.items()}}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        self.exchanges, self.changes = integers["plan.exchanges"], integers["plan.changes"]
-        self.chosen = {fqn: integers[f"plan.of.{fqn}"] for fqn in self.fqns}
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        self.exchanges, self.changes = int(numbers["plan.exchanges"]), int(numbers["plan.changes"])
+        self.chosen = {fqn: int(numbers[f"plan.of.{fqn}"]) for fqn in self.fqns}
 
     def table(self) -> str:
         head, lines = f"L-GreCo, change {self.changes}", []

@@ -21,7 +21,7 @@ from dtrain.comm.runtime.method import Method
 from dtrain.comm.runtime.optimizer_mode import mode_kept
 from dtrain.comm.runtime.saved import EACH_SAVES
 from dtrain.comm.runtime.saved_state import SavedState
-from dtrain.comm.state import Kind, State
+from dtrain.comm.state import Kind, Numbers, State
 from dtrain.comm.transports.meter import Meter
 
 MANY_SKIPPED = 10
@@ -198,9 +198,9 @@ class Attached:
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, object]:
-        """This rank's state, by its place: ``{"replica-0-of-2.shard-0-of-1": {"tensors": ..., "integers": ..., ...}}``.
+        """This rank's state, by its place: ``{"replica-0-of-2.shard-0-of-1": {"tensors": ..., "numbers": ..., ...}}``.
 
-        Plain tensors, integers and text; see `dtrain.comm.runtime.saved`. Each rank has its own, and every rank must
+        Plain tensors, numbers and text; see `dtrain.comm.runtime.saved`. Each rank has its own, and every rank must
         call it at the same step and save what it gets. "parameters" is a digest of this rank's parameters, which are
         saved apart; taken within `evaluation`, a state holds also the live ones, and brings them back.
         """
@@ -223,9 +223,9 @@ class Attached:
             f"links, and cannot be pickled or copied; save its state. {EACH_SAVES}"
         )
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         """The counters that a checkpoint keeps."""
-        return self._saved.integers()
+        return self._saved.numbers()
 
     def report(self) -> str:
         """One line for people: what was sent and what it cost."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dtrain.comm.plans.adaptive import bits_of, number_of
 from dtrain.comm.runtime.autotune import Choosing
 from dtrain.comm.runtime.context import Context
 from dtrain.comm.runtime.knobs import Knobs
 from dtrain.comm.runtime.loop_spec import LoopSpec
 from dtrain.comm.runtime.rounds import Fragment
+from dtrain.comm.state import Numbers
 
 
 class Cadence:
@@ -72,28 +72,28 @@ class Cadence:
         """What its bytes are counted as."""
         return "round" if len(self.fragments) == 1 else f"fragment {fragment.number}"
 
-    def integers(self) -> dict[str, int]:
-        kept: dict[str, int] = {}
+    def numbers(self) -> Numbers:
+        kept: Numbers = {}
         if self._spec.auto is not None:
             kept = {
                 "knobs.every_steps": self.knobs.every_steps if self._choosing is None else 0,
                 "knobs.overlap_steps": self.knobs.overlap_steps,
                 "knobs.layers": self.knobs.fragments.layers,
-                "knobs.mix": bits_of(self.knobs.mix),
+                "knobs.mix": float(self.knobs.mix),
             }
         for fragment in self.fragments:
-            kept |= fragment.integers()
+            kept |= fragment.numbers()
         return {"cycles": self.cycles, **kept}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        """Undo `integers`; the context's state was loaded before."""
-        self.cycles = integers["cycles"]
-        if integers.get("knobs.every_steps", 0):
-            cut = replace(self.knobs.fragments, layers=integers["knobs.layers"])
-            mix = number_of(integers["knobs.mix"])
-            self._use(Knobs(integers["knobs.every_steps"], integers["knobs.overlap_steps"], mix, cut))
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Undo `numbers`; the context's state was loaded before."""
+        self.cycles = int(numbers["cycles"])
+        if numbers.get("knobs.every_steps", 0):
+            cut = replace(self.knobs.fragments, layers=int(numbers["knobs.layers"]))
+            every_steps, overlap_steps = int(numbers["knobs.every_steps"]), int(numbers["knobs.overlap_steps"])
+            self._use(Knobs(every_steps, overlap_steps, float(numbers["knobs.mix"]), cut))
         for fragment in self.fragments:
-            fragment.load_integers(integers, self._context.state, self._context.pieces.segments)
+            fragment.load_numbers(numbers, self._context.state, self._context.pieces.segments)
 
     def _use(self, knobs: Knobs) -> None:
         """From now on with these; no round has begun."""

@@ -28,6 +28,7 @@ from dtrain.comm.runtime.outer_store.store import OuterStore, Reducer
 from dtrain.comm.runtime.rounds import Fragment, Pinned, Reduction
 from dtrain.comm.runtime.step_source import OwnGradients
 from dtrain.comm.seeds import Key
+from dtrain.comm.state import Numbers
 
 if TYPE_CHECKING:
     from dtrain.comm.ops import Flow
@@ -362,17 +363,17 @@ class LocalUpdateLoop(GradientSteps):
                     self.context.state.put(fqn, "arrived", value)
         self.store.settle()
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         counted = {name: getattr(self, name) for name in COUNTED}
         repairs = {"repairs": self.context.repairs}
-        return {**counted, **repairs, **self.cadence.integers(), **self.source.integers()}
+        return {**counted, **repairs, **self.cadence.numbers(), **self.source.numbers()}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
         for name in COUNTED:
-            setattr(self, name, integers[name])
-        self.context.repairs = integers["repairs"]
-        self.cadence.load_integers(integers)
-        self.source.load_integers(integers)
+            setattr(self, name, int(numbers[name]))
+        self.context.repairs = int(numbers["repairs"])
+        self.cadence.load_numbers(numbers)
+        self.source.load_numbers(numbers)
         self.store.loaded()
 
     def report(self) -> str:

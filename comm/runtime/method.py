@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.pieces import Exchange, Pieces
+from dtrain.comm.state import Numbers
 
 if TYPE_CHECKING:
     from dtrain.comm.runtime.attached import Attached
@@ -53,7 +54,7 @@ class Method(Protocol):
     """A method at work on one rank, and what one does that has nothing to do for a question.
 
     ``samples``: directions that `estimate` tries in each step; 0 for a method that is stepped from gradients.
-    ``counters``: those of `integers` that count from 0. ``always``: names in the state that are kept of every parameter
+    ``counters``: those of `numbers` that count from 0. ``always``: names in the state that are kept of every parameter
     from the first step on.
     """
 
@@ -114,12 +115,12 @@ class Method(Protocol):
         """Compare what must be equal on all replicas, and make it so; True if it was."""
         raise NotImplementedError
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         """What a checkpoint keeps besides the state's tensors."""
         return {}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
-        """Undo `integers`; the state's tensors were loaded before."""
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Undo `numbers`; the state's tensors were loaded before."""
         return None
 
     def report(self) -> str:

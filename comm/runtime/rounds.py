@@ -10,8 +10,7 @@ from torch import Tensor
 from dtrain.comm.channel import Handle
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.feedback import Compression
-from dtrain.comm.plans.adaptive import bits_of, number_of
-from dtrain.comm.state import State
+from dtrain.comm.state import Numbers, State
 
 NEVER = -1
 RATES = ("rate", "rate_steps", "round_rate", "last_rate")
@@ -79,25 +78,28 @@ class Fragment:
         mean, steps, last, before = self.rates
         self.rates = (0.0, 0, mean if steps else rate, last or before)
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         """What a checkpoint keeps of it."""
         reduction = self.reductions[0] if self.reductions else None
-        kept = {"captured": self.captured, "tokens": self.tokens, "scalar": bits_of(self.scalar)}
-        kept |= {name: bits_of(float(number)) for name, number in zip(RATES, self.rates, strict=True)}
+        kept: Numbers = {"captured": self.captured, "tokens": self.tokens, "scalar": float(self.scalar)}
+        mean, made, last, before = self.rates
+        kept |= zip(RATES, (float(mean), made, float(last), float(before)), strict=True)
         kept["flight"] = reduction.captured if reduction else NEVER
         kept["arrived"] = int(reduction is not None and reduction.values is not None)
         return {f"part.{self.number}.{name}": value for name, value in kept.items()}
 
-    def load_integers(self, integers: Mapping[str, int], state: State, held: Collection[str]) -> None:
-        """Undo `integers`. ``state`` has what has arrived; ``held``: parameters of which this rank holds a piece."""
+    def load_numbers(self, numbers: Mapping[str, float], state: State, held: Collection[str]) -> None:
+        """Undo `numbers`. ``state`` has what has arrived; ``held``: parameters of which this rank holds a piece."""
         prefix = f"part.{self.number}."
-        kept = {name: integers[prefix + name] for name in ("captured", "tokens", "scalar", "flight", "arrived")}
-        self.captured, self.tokens, self.scalar = kept["captured"], kept["tokens"], number_of(kept["scalar"])
+        captured, tokens, flight, arrived = (
+            int(numbers[prefix + name]) for name in ("captured", "tokens", "flight", "arrived")
+        )
+        self.captured, self.tokens, self.scalar = captured, tokens, float(numbers[prefix + "scalar"])
         # Checkpoints of earlier revisions have none.
-        mean, made, last, before = (number_of(integers.get(prefix + name, 0)) for name in RATES)
+        mean, made, last, before = (numbers.get(prefix + name, 0.0) for name in RATES)
         self.rates = (mean, int(made), last, before)
         self.reductions, values = [], None
-        if kept["arrived"]:
+        if arrived:
             values = {fqn: state.tensors[fqn]["arrived"] for fqn in self.fqns if fqn in held}
-        if kept["flight"] != NEVER:
-            self.reductions = [Reduction(kept["flight"], state.branch(), [], values)]
+        if flight != NEVER:
+            self.reductions = [Reduction(flight, state.branch(), [], values)]

@@ -1,6 +1,6 @@
 """What a sync gives to be saved, and what it takes back: each rank's entries under a name that no other rank has.
 
-    {"replica-0-of-2.shard-0-of-1": {"tensors": {fqn: {name: tensor}}, "holds": ..., "integers": {name: int},
+    {"replica-0-of-2.shard-0-of-1": {"tensors": {fqn: {name: tensor}}, "holds": ..., "numbers": {name: number},
                                      "parameters": digest, "place": ..., "sync": ..., "optimizer": int,
                                      "live": {fqn: tensor}}}
 
@@ -16,6 +16,9 @@ A framework that asks every rank for its state, and writes what the main process
 from __future__ import annotations
 
 import copy
+import math
+import re
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from dtrain.comm.layout import Segment
 from dtrain.comm.ops import Place
-from dtrain.comm.state import Kind, Tensors
+from dtrain.comm.state import Kind, Numbers, Tensors
 
 EACH_SAVES = (
     'Every rank saves its own: torch.save(sync.state_dict(), f"sync-{rank}.pt"), or torch.distributed.checkpoint with '
@@ -176,11 +179,11 @@ def entries_for(state: object, place: str, *, whichever: bool) -> Mapping[str, o
     if not (
         isinstance(found, Mapping)
         and isinstance(found.get("tensors"), Mapping)
-        and isinstance(found.get("integers"), Mapping)
+        and isinstance(found.get("numbers", found.get("integers")), Mapping)
     ):
         raise TypeError(
-            "the state of a sync is {place: {'tensors': {fqn: {name: tensor}}, 'integers': {name: int}, ...}}, as its "
-            f"state_dict() gives it; this has the keys {', '.join(map(repr, [*state][:4])) or 'of nothing'}"
+            "the state of a sync is {place: {'tensors': {fqn: {name: tensor}}, 'numbers': {name: number}, ...}}, as "
+            f"its state_dict() gives it; this has the keys {', '.join(map(repr, [*state][:4])) or 'of nothing'}"
         )
     return found
 
@@ -311,15 +314,45 @@ def _require_piece(tensor: Tensor, segment: Segment | None, what: str) -> None:
         )
 
 
-def integers_of(entries: Mapping[str, object], counters: tuple[str, ...]) -> dict[str, int]:
-    """The integers of a state. Raises ``ValueError`` for what is none, and for ``counters`` below 0."""
-    integers = entries["integers"]
-    assert isinstance(integers, Mapping)
-    for name, value in integers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not -LARGEST <= value < LARGEST:
+def numbers_of(entries: Mapping[str, object], counters: tuple[str, ...], own: Mapping[str, float]) -> Numbers:
+    """The numbers of a state. ``own``: those of the sync that is to load it.
+
+    Raises ``ValueError`` for what is none, for anything but an integer where ``own`` has one, and for ``counters``
+    below 0.
+    """
+    numbers = entries["numbers"] if "numbers" in entries else numbers_of_integers(entries["integers"])
+    assert isinstance(numbers, Mapping)
+    for name, value in numbers.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if (whole and not -LARGEST <= value < LARGEST) or (not whole and isinstance(own.get(name), int)):
             raise ValueError(f"{name} of the state to load is {value!r}; it is an integer of 64 bits")
+        if not whole and not (isinstance(value, float) and math.isfinite(value)):
+            raise ValueError(f"{name} of the state to load is {value!r}; it is a finite number")
         if name in counters and value < 0:
             raise ValueError(f"{name} of the state to load is {value}; it counts, from 0")
-    if missing := [name for name in counters if name not in integers]:
+    if missing := [name for name in counters if name not in numbers]:
         raise ValueError(f"this state was saved with another sync: {missing[0]} is missing")
-    return dict(integers)
+    return dict(numbers)
+
+
+BITS = re.compile(
+    r"part\.\d+\.(scalar|rate|rate_steps|round_rate|last_rate)|knobs\.mix|moved|rate|(sum|seen)\.\d+|own\.\d+\.number"
+    r"|(plan\.\d+\.)*plan\.(smoothness|scale|norm\..+)"
+)
+"""Floats that revisions before 24836cf kept as the integers of their bits."""
+
+
+def numbers_of_integers(integers: object) -> object:
+    """The numbers of a state or checkpoint that was written when both knew integers only.
+
+    >>> numbers_of_integers({"steps": 3, "moved": 4607182418800017408})
+    {'steps': 3, 'moved': 1.0}
+    """
+    if not isinstance(integers, Mapping):
+        return integers
+    numbers = dict(integers)
+    for name, value in integers.items():
+        if BITS.fullmatch(str(name)) and isinstance(value, int) and -LARGEST <= value < LARGEST:
+            number = float(struct.unpack("<d", struct.pack("<q", value))[0])
+            numbers[name] = int(number) if name.endswith(".rate_steps") and math.isfinite(number) else number
+    return numbers

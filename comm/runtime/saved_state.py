@@ -18,12 +18,12 @@ from dtrain.comm.runtime.saved import (
     RankedState,
     entries_for,
     holdings,
-    integers_of,
+    numbers_of,
     place_name,
     require_same_sync,
     tensors_of,
 )
-from dtrain.comm.state import Tensors
+from dtrain.comm.state import Numbers, Tensors
 
 REFUSED = -1
 """What a rank tells the others in place of the step of its state, if it cannot go on with that."""
@@ -48,7 +48,7 @@ class SavedState:
         context = self._context
         tensors = {fqn: dict(named) for fqn, named in context.state.tensors.items()}
         entries: dict[str, object] = {
-            "tensors": tensors, "holds": holdings(tensors), "integers": self.integers(),
+            "tensors": tensors, "holds": holdings(tensors), "numbers": self.numbers(),
             "parameters": _digest(context.pieces.read(copy=False)), "place": self._place(), "sync": context.description,
             "optimizer": self._optimizer_states(),
         }  # fmt: skip
@@ -69,12 +69,12 @@ class SavedState:
         """`Attached.load_state_dict`."""
         refusal: Exception | None = None
         tensors: Tensors = {}
-        integers = {"steps": REFUSED}
+        numbers: Numbers = {"steps": REFUSED}
         try:
-            entries, tensors, integers = self._taken_apart(state)
+            entries, tensors, numbers = self._taken_apart(state)
         except (TypeError, ValueError) as error:
             refusal = error
-        replicas, shards = self._context.membership.told_by_all(integers["steps"])
+        replicas, shards = self._context.membership.told_by_all(int(numbers["steps"]))
         if refusal is not None:
             raise refusal
         if REFUSED in (*replicas, *shards):
@@ -88,31 +88,31 @@ class SavedState:
                 f"the states that are loaded are of different steps: {replicas} on the replicas, {shards} on the ranks "
                 "of this one; load one and the same checkpoint on all ranks"
             )
-        before = self._context.state.tensors, self.integers()
+        before = self._context.state.tensors, self.numbers()
         try:
             self._context.state.load(self._brought_here(tensors))
-            self._load_integers(integers)
+            self._load_numbers(numbers)
         except (KeyError, ValueError) as error:
             self._context.state.tensors = before[0]
-            self._load_integers(before[1])
+            self._load_numbers(before[1])
             if isinstance(error, ValueError):
                 raise
             raise ValueError(f"this state was saved with another sync: {error.args[0]} is missing") from error
         if isinstance(live := entries.get("live"), Mapping):
             self._context.pieces.write(live)
 
-    def _taken_apart(self, state: object) -> tuple[Mapping[str, object], Tensors, dict[str, int]]:
-        """This rank's entries, and their tensors and integers, if it can go on with them."""
+    def _taken_apart(self, state: object) -> tuple[Mapping[str, object], Tensors, Numbers]:
+        """This rank's entries, and their tensors and numbers, if it can go on with them."""
         given = self._given() if self._given is not None else None
         if given is not None and isinstance(state, Mapping) and any(value is given for value in state.values()):
             raise ValueError(NOTHING_LOADED)
         entries = entries_for(state, self._name(), whichever=not self._context.each_its_own)
         require_same_sync(entries, self._context.description, self._place() if self._context.each_its_own else None)
         tensors = tensors_of(entries, self._context.state.kinds, self._context.pieces.segments, self._method.always)
-        integers = integers_of(entries, (*COUNTERS, *self._method.counters))
+        numbers = numbers_of(entries, (*COUNTERS, *self._method.counters), self.numbers())
         self._require_parameters(entries)
         self._require_optimizer(entries)
-        return entries, tensors, integers
+        return entries, tensors, numbers
 
     def _require_parameters(self, entries: Mapping[str, object]) -> None:
         saved = entries.get("parameters")
@@ -161,18 +161,18 @@ class SavedState:
                 f"register_for_checkpointing of accelerate, or save of lightning.fabric). {EACH_SAVES}"
             )
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         """The counters that a checkpoint keeps."""
         context = self._context
-        counted = {name: int(getattr(context, name)) for name in COUNTERS}
-        return {**counted, **self._method.integers(), **context.plan.integers()}
+        counted: Numbers = {name: int(getattr(context, name)) for name in COUNTERS}
+        return {**counted, **self._method.numbers(), **context.plan.numbers()}
 
-    def _load_integers(self, integers: Mapping[str, int]) -> None:
+    def _load_numbers(self, numbers: Mapping[str, float]) -> None:
         context = self._context
         for name in COUNTERS:
-            setattr(context, name, integers[name])
-        context.plan.load_integers({name: integers[name] for name in context.plan.integers()})
-        self._method.load_integers(integers)
+            setattr(context, name, int(numbers[name]))
+        context.plan.load_numbers({name: numbers[name] for name in context.plan.numbers()})
+        self._method.load_numbers(numbers)
 
     def _name(self) -> str:
         """Of this rank's entries in a state."""

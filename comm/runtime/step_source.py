@@ -12,7 +12,7 @@ from dtrain.comm.ops import Flow
 from dtrain.comm.pieces import Exchange
 from dtrain.comm.runtime.context import Context
 from dtrain.comm.runtime.rounds import Fragment
-from dtrain.comm.state import State
+from dtrain.comm.state import Numbers, State
 
 
 class OwnGradients:
@@ -36,10 +36,10 @@ class OwnGradients:
     def applying(self, fragment: Fragment, mean: Named | None) -> None:
         """``mean`` is about to be applied; None: the round has failed."""
 
-    def integers(self) -> dict[str, int]:
+    def numbers(self) -> Numbers:
         return {}
 
-    def load_integers(self, integers: Mapping[str, int]) -> None:
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
         """Nothing to load."""
 
 

@@ -2,7 +2,7 @@
 
 parameters, optimizer.NAME   replicated or per worker, as the sync says of the live parameters
 sync.NAME                    as the sync declares for each name
-integers, rng, buffers       the sync's counters; each rank's generators; each replica's buffers
+numbers, rng, buffers        the sync's counters; each rank's generators; each replica's buffers
 opaque, NAME of FQN          what a sync keeps of another shape than the parameter
 """
 
@@ -47,7 +47,7 @@ def capture(attached: Attached, model: nn.Module) -> RankState:
         segments=_with_empty(pieces, dict(pieces.segments)),
         sections=sections,
         kinds=kinds,
-        integers=attached.integers(),
+        numbers=attached.numbers(),
         rng=rng.capture(),
         buffers={name: buffer.detach().cpu() for name, buffer in _buffers(model).items()},
         opaque=opaque,
@@ -86,7 +86,7 @@ def put_back(state: RankState, attached: Attached, model: nn.Module) -> None:
         own.setdefault(fqn, {})[name] = tensor.to(_device(pieces))
     parameters = {fqn: tensor for fqn, tensor in state.sections[PARAMETERS].items() if fqn in pieces.held}
     pieces.restore(parameters, optimizer)
-    attached.load_state_dict({"tensors": own, "integers": state.integers})
+    attached.load_state_dict({"tensors": own, "numbers": state.numbers})
     with torch.no_grad():
         for name, buffer in _buffers(model).items():
             if name in state.buffers:

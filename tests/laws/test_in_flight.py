@@ -61,7 +61,7 @@ def fragments_under_way(folder: Path, steps: int) -> int:
         (manifest,) = (folder / "checkpoints" / step_name(step)).glob("manifest.json")
         text = json.loads(manifest.read_text())
         found += any(
-            value >= 0 for file in text["files"] for name, value in file["integers"].items() if name.endswith(".flight")
+            value >= 0 for file in text["files"] for name, value in file["numbers"].items() if name.endswith(".flight")
         )
     return found
 

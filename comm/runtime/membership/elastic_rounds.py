@@ -144,7 +144,7 @@ class ElasticRounds:
             for fqn, named in state.tensors.items()
         }
         counters = {name: getattr(self._context, name) for name in COUNTERS} | {
-            name: value for name, value in loop.integers().items() if name in loop.counters
+            name: value for name, value in loop.numbers().items() if name in loop.counters
         }
         parts = [(f.captured, f.scalar, [reduction.captured for reduction in f.reductions]) for f in fragments]
         rates = [fragment.rates for fragment in fragments]

@@ -19,11 +19,14 @@ from typing import Any, cast, get_args
 import torch
 
 from dtrain.comm.layout import Segment
+from dtrain.comm.runtime.saved import numbers_of_integers
 from dtrain.errors import CheckpointError, ResumeError
 from dtrain.launchers import strict_json
 from dtrain.train.checkpoint.state import Kind
 
-FORMAT = 1
+FORMAT = 2
+READS = (1, 2)
+"""Format 1 kept floats as the integers of their bits."""
 MANIFEST = "manifest.json"
 
 _CHUNK = 1 << 22
@@ -45,7 +48,7 @@ class RankFile:
     kinds: dict[str, Kind]
     segments: dict[str, Segment]
     sections: dict[str, dict[str, tuple[str, int]]]
-    integers: dict[str, int]
+    numbers: dict[str, int | float]
 
     @property
     def name(self) -> str:
@@ -121,9 +124,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     body = _unseal(path)
-    if body.get("format") != FORMAT:
+    if body.get("format") not in READS:
         raise ResumeError(
-            f"{path} has format {body.get('format')!r}, this dtrain reads format {FORMAT}: use the dtrain that wrote it"
+            f"{path} has format {body.get('format')!r}, this dtrain reads formats {READS[0]} to {FORMAT}: use the "
+            "dtrain that wrote it"
         )
     try:
         mesh = _integers(body["mesh"], 2)
@@ -265,7 +269,7 @@ def _file_to_json(file: RankFile) -> dict[str, object]:
         "kinds": file.kinds,
         "segments": {fqn: [segment.offset, segment.numel] for fqn, segment in file.segments.items()},
         "sections": file.sections,
-        "integers": file.integers,
+        "numbers": file.numbers,
     }
 
 
@@ -284,10 +288,7 @@ def _file_from_json(body: object) -> RankFile:
             section: {name: _entry(entry) for name, entry in strict_json.object_of(body["sections"], section).items()}
             for section in strict_json.object_of(body, "sections")
         },
-        integers={
-            name: strict_json.integer(body["integers"], name, least=-strict_json.WIDEST)
-            for name in strict_json.object_of(body, "integers")
-        },
+        numbers=_numbers(body),
     )
     if wrong := [section for section, kind in file.kinds.items() if kind not in get_args(Kind)]:
         raise ValueError(f"section {wrong[0]!r} is of unknown kind {file.kinds[wrong[0]]!r:.80}")
@@ -307,6 +308,16 @@ def _integers(value: object, count: int | None = None) -> tuple[int, ...]:
     if count is not None and len(value) != count:
         raise ValueError(f"{value!r:.80} has {len(value)} parts, not {count}")
     return tuple(value)
+
+
+def _numbers(body: dict[str, object]) -> dict[str, int | float]:
+    """What a rank's file says of its numbers."""
+    section = "numbers" if "numbers" in body else "integers"
+    numbers = strict_json.object_of(body, section)
+    for name in numbers:
+        if strict_json.number(numbers, name) is None:
+            raise ValueError(f"{name} is no number")
+    return cast(dict[str, int | float], numbers if section == "numbers" else numbers_of_integers(numbers))
 
 
 def _entry(value: object) -> tuple[str, int]:

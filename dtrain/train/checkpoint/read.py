@@ -8,7 +8,7 @@ What comes back exactly, and what by translation:
                                                                 in replica order in fp64; 0-dim, integer and bool
                                                                 ones: replica 0's
     buffers                 exact, replica r's own              the same as per-worker sections, 0-dim ones included
-    integers                exact, replica r's own              replica 0's
+    numbers                 exact, replica r's own              replica 0's
     rng                     exact if the number of shards is    empty: seed anew
                             the same too, else empty
     opaque                  the same                            empty: begun anew
@@ -139,12 +139,12 @@ def load(
         buffers = _buffers(files, own if same_replicas else None, translated)
         rng = _of_this_mesh(files, RNG, place, translated, "seed anew")
         opaque = _of_this_mesh(files, OPAQUE, place, translated, "begun anew")
-    integers = manifest.replica(own)[0].integers
-    for name in integers:
-        if not same_replicas and len({file.integers.get(name) for file in manifest.files}) > 1:
-            translated[f"integers.{name}"] = "replica 0's"
+    numbers = manifest.replica(own)[0].numbers
+    for name in numbers:
+        if not same_replicas and len({file.numbers.get(name) for file in manifest.files}) > 1:
+            translated[f"numbers.{name}"] = "replica 0's"
     kinds: dict[str, Kind] = dict(manifest.kinds)
-    state = RankState(dict(segments), sections, kinds, dict(integers), rng, buffers, opaque)
+    state = RankState(dict(segments), sections, kinds, dict(numbers), rng, buffers, opaque)
     state.translated = translated
     return state
 

@@ -62,7 +62,7 @@ class RankState:
     - ``sections``: section -> fqn -> tensor: flat, [segment.numel], or 0-dim (an optimizer's step count), any dtype.
       A section may leave out parameters. Both "parameters" and what belongs to a method ("sync.residual") are sections.
     - ``kinds``: one `Kind` per section, equal on all ranks.
-    - ``integers``: equal on all ranks of a replica. ``rng``: this rank's own, any shape. ``buffers``: whole tensors,
+    - ``numbers``: equal on all ranks of a replica. ``rng``: this rank's own, any shape. ``buffers``: whole tensors,
       equal on all ranks of a replica (BatchNorm statistics). ``opaque``: this rank's own, any shape, good for this way
       of cutting the model only (the factors of a low-rank method).
     - ``translated``: filled by `load` only: what did not come back exactly, and how it was made instead. Empty after
@@ -74,7 +74,7 @@ class RankState:
     segments: dict[str, Segment]
     sections: dict[str, dict[str, Tensor]]
     kinds: dict[str, Kind]
-    integers: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, int | float] = field(default_factory=dict)
     rng: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     opaque: dict[str, Tensor] = field(default_factory=dict)
@@ -100,9 +100,9 @@ class RankState:
                 )
             for fqn, tensor in tensors.items():
                 _fits(section, fqn, tensor, self.segments)
-        for name, value in self.integers.items():
-            if type(value) is not int:
-                raise CheckpointError(f"integers[{name!r}] is {value!r}, a {type(value).__name__}, not an int")
+        for name, value in self.numbers.items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise CheckpointError(f"numbers[{name!r}] is {value!r}, not a finite number")
 
 
 def _fits(section: str, fqn: str, tensor: Tensor, segments: Mapping[str, Segment]) -> None:

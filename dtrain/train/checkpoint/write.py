@@ -213,7 +213,7 @@ def _write_rank(commit: _Commit, state: RankState) -> None:
         kinds=dict(state.kinds),
         segments=dict(state.segments),
         sections=sections,
-        integers=dict(state.integers),
+        numbers=dict(state.numbers),
     )
     folders.write_text_durably(commit.partial / done_name(rank), encode_done(file))
     commit.on_stage("done")

@@ -63,8 +63,8 @@ def test_with_l_greco_the_calm_layers_get_its_choice_and_all_of_it_comes_back() 
     (first, second) = looked_at(plan, [{"w": 1.0, "v": 1e-3}] * 4)  # errors of v hardly count
     assert first.plans[1].changes == 1 and first.calm == {"w": True, "v": True}
     again = plan.begin(list(LIES))
-    again.load_integers(second.integers())
-    assert again.integers() == first.integers() and again.norms == first.norms
+    again.load_numbers(second.numbers())
+    assert again.numbers() == first.numbers() and again.norms == first.norms
     assert [again.of(fqn, 0) for fqn in LIES] == [first.of(fqn, 0) for fqn in LIES]
 
 

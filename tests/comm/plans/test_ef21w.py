@@ -81,8 +81,8 @@ def test_weights_come_back_bitwise_and_are_frozen() -> None:
     spec = ef21w(topk(0.1), warmup_steps=WARMUP)
     _, plans, _ = descend(spec, WARMUP + 3)
     again = spec.begin(["w"])
-    again.load_integers(plans[2].integers())
-    assert again.integers() == plans[2].integers() and not again.due()
+    again.load_numbers(plans[2].numbers())
+    assert again.numbers() == plans[2].numbers() and not again.due()
     assert again.of("w", 0) == plans[2].of("w", 0)
 
 

@@ -163,7 +163,7 @@ def test_it_comes_back_from_its_integers() -> None:
     spec = lgreco(error_feedback(quantize(bits=4, block=64)))
     plans, _ = train(spec, FIRST)
     again = spec.begin(list(SIZES))
-    again.load_integers(plans[0].integers())
+    again.load_numbers(plans[0].numbers())
     assert again.chosen == plans[0].chosen and again.exchanges == FIRST and again.changes == plans[0].changes
 
 

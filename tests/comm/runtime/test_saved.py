@@ -100,13 +100,13 @@ def test_each_rank_has_a_name_of_its_own_and_plain_contents() -> None:
     kept = [through_a_file(state) for state in states(trained(FEEDBACK))]
     assert [list(state) for state in kept] == [["replica-0-of-2.shard-0-of-1"], ["replica-1-of-2.shard-0-of-1"]]
     (own,) = kept[0].values()
-    assert own["integers"]["steps"] == 7 and own["holds"]["residual of layers.2.weight"] == "float32 [61]"
+    assert own["numbers"]["steps"] == 7 and own["holds"]["residual of layers.2.weight"] == "float32 [61]"
     assert own["tensors"]["layers.2.weight"]["residual"].shape == (61,)
 
 
 def test_what_was_read_before_can_be_read_still() -> None:
     state = states(trained(FEEDBACK, world=1))[0]
-    assert state["integers"]["steps"] == 7 and state.get("place") == "replica 0 of 1, shard 0 of 1"
+    assert state["numbers"]["steps"] == 7 and state.get("place") == "replica 0 of 1, shard 0 of 1"
     assert set(state["tensors"]) == {"layers.0.weight", "layers.1.weight", "layers.2.weight"}
     assert state.get("no such entry") is None
 
@@ -137,13 +137,13 @@ DAMAGES: dict[str, tuple[Callable[[State], object], str]] = {
     "another shape": (set_to("tensors", W, "residual", value=torch.zeros(60)), "residual of layers.2.weight: float"),
     "another dtype": (set_to("tensors", W, "residual", value=torch.zeros(61).half()), "float16 [61]"),
     "no tensor": (set_to("tensors", W, "residual", value=[1.0]), "no tensors by name for 'layers.2.weight'"),
-    "text for a number": (set_to("integers", "steps", value="7"), "steps of the state to load is '7'; it is"),
-    "a fraction": (set_to("integers", "steps", value=7.5), "steps of the state to load is 7.5"),
-    "a truth value": (set_to("integers", "steps", value=True), "steps of the state to load is True"),
-    "no number": (set_to("integers", "skipped", value=None), "skipped of the state to load is None"),
-    "below zero": (set_to("integers", "steps", value=-1), "steps of the state to load is -1; it counts"),
-    "huge": (set_to("integers", "steps", value=10**30), "an integer of 64 bits"),
-    "a counter is missing": (lambda s: s["integers"].pop("steps"), "steps is missing"),
+    "text for a number": (set_to("numbers", "steps", value="7"), "steps of the state to load is '7'; it is"),
+    "a fraction": (set_to("numbers", "steps", value=7.5), "steps of the state to load is 7.5"),
+    "a truth value": (set_to("numbers", "steps", value=True), "steps of the state to load is True"),
+    "no number": (set_to("numbers", "skipped", value=None), "skipped of the state to load is None"),
+    "below zero": (set_to("numbers", "steps", value=-1), "steps of the state to load is -1; it counts"),
+    "huge": (set_to("numbers", "steps", value=10**30), "an integer of 64 bits"),
+    "a counter is missing": (lambda s: s["numbers"].pop("steps"), "steps is missing"),
 }
 
 
@@ -294,7 +294,7 @@ def test_whoever_looks_into_it_has_it() -> None:
     looks: dict[str, Callable[[State], object]] = {
         "file": through_a_file, "copy": copy.deepcopy, "dict": dict, "merged": lambda state: {**state},
         "joined": lambda state: state | {"sync": None}, "joins": lambda state: {"sync": None} | state,
-        "entry": lambda state: state["integers"], "items": lambda state: list(state.items()),
+        "entry": lambda state: state["numbers"], "items": lambda state: list(state.items()),
         "keys": lambda state: list(state), "pickle": pickle.dumps, "get": lambda state: state.get("sync"),
     }  # fmt: skip
     replicas = trained(FEEDBACK, world=1)
@@ -318,10 +318,10 @@ def test_a_sync_at_work_is_not_copied(how: Callable[[object], object]) -> None:
 def test_entries_are_a_value_that_nobody_takes_apart() -> None:
     from collections.abc import Mapping
 
-    own = Entries({"integers": {"steps": 1}})
-    assert not isinstance(own, Mapping) and "integers" in own and dict(own)["integers"] == {"steps": 1}
+    own = Entries({"numbers": {"steps": 1}})
+    assert not isinstance(own, Mapping) and "numbers" in own and dict(own)["numbers"] == {"steps": 1}
     own["sync"] = "x"
-    assert own.pop("sync") == "x" and own.pop("sync") is None and list(own) == ["integers"]
+    assert own.pop("sync") == "x" and own.pop("sync") is None and list(own) == ["numbers"]
     assert isinstance(pickle.loads(pickle.dumps(own)), dict)
 
 

@@ -40,7 +40,7 @@ def saved(folder: Path, step: int = 1, *, replicas: int = 2, shards: int = 2) ->
                 segments=segments,
                 sections={"parameters": values, "sync.residual": {fqn: v / 7 for fqn, v in values.items()}},
                 kinds={"parameters": "replicated", "sync.residual": "per_worker"},
-                integers={"step": step},
+                numbers={"step": step},
                 buffers={"bn.mean": torch.tensor([1.0])},
             )
         )

@@ -43,7 +43,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
                 segments=segments,
                 sections={"parameters": cut(100.0 * step + 0.5 * replica)},
                 kinds={"parameters": "per_worker"},
-                integers={"step": step},
+                numbers={"step": step},
                 buffers={"bn.mean": torch.tensor([1.0 * replica])},
             )
             if anchor:

@@ -158,7 +158,7 @@ def found(folder: Path) -> tuple[int, int]:
     path = newest(folder, set_aside=True)
     assert path is not None
     whole = load(path, place=Placement(0, 1, 0, 1), segments={"w": Segment("w", 0, 8)}, shapes=SHAPES)
-    step, generation = whole.integers["step"], whole.integers["generation"]
+    step, generation = int(whole.numbers["step"]), int(whole.numbers["generation"])
     expected = torch.arange(8.0) + 100 * step + 1000 * generation
     assert whole.sections["parameters"]["w"].equal(expected) and whole.sections["residual"]["w"].equal(-expected)
     return step, generation

@@ -113,7 +113,7 @@ class Values:
                     segments=dict(segments),
                     sections={section: cut(values[replica], segments) for section, values in self.sections.items()},
                     kinds=dict(KINDS),
-                    integers={"step": 12, "skipped": replica},
+                    numbers={"step": 12, "skipped": replica},
                     rng={"torch": torch.tensor([replica, shard, 200], dtype=torch.uint8)},
                     buffers={"bn.mean": torch.full((2, 2), 1.0 + replica), "bn.count": torch.tensor(3 + replica)},
                 )
@@ -175,7 +175,7 @@ def test_any_mesh_and_layout_reads_what_any_other_wrote(
 def _check_exact(state: RankState, values: Values, place: Placement, segments: Cut) -> None:
     for section in KINDS:
         assert same(state.sections[section], cut(values.sections[section][place.replica], segments))
-    assert state.integers == {"step": 12, "skipped": place.replica}
+    assert state.numbers == {"step": 12, "skipped": place.replica}
     assert state.buffers["bn.mean"].equal(torch.full((2, 2), 1.0 + place.replica))
     assert state.buffers["bn.count"].equal(torch.tensor(3 + place.replica))
 
@@ -193,7 +193,7 @@ def _check_translated(state: RankState, values: Values, place: Placement, segmen
             else:
                 assert found.equal(pieces[0])
     assert same(state.sections[STEP], cut(values.sections[STEP][0], segments))
-    assert state.integers == {"step": 12, "skipped": 0}
+    assert state.numbers == {"step": 12, "skipped": 0}
     assert state.buffers["bn.mean"].equal(torch.full((2, 2), sum(1.0 + r for r in range(count)) / count))
     assert state.buffers["bn.count"].equal(torch.tensor(3))
     assert {RESIDUAL, ODD, STEP, "buffers"} <= state.translated.keys()
@@ -285,7 +285,7 @@ def test_special_floats_and_odd_dtypes_survive_bit_by_bit(tmp_path: Path) -> Non
         (lambda state: (state.sections.update({"a|b": {}}), state.kinds.update({"a|b": "per_worker"})), "a|b"),
         (lambda state: state.segments.update(w=Segment("v", 0, 2)), "another name"),
         (lambda state: state.segments.update(w=Segment("w", -1, 2)), "below zero"),
-        (lambda state: state.integers.update(tokens=1.5), "1.5"),
+        (lambda state: state.numbers.update(tokens=float("nan")), "nan"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_with_its_name(
