@@ -132,6 +132,17 @@ def test_a_header_that_is_no_safetensors_is_damage(save: Save) -> None:
         load(path, place=ALONE, segments=WHOLE, shapes=SHAPES)
 
 
+def test_a_checkpoint_of_format_1_is_read_with_its_floats(save: Save) -> None:
+    path = save(1)
+    body = json.loads((path / MANIFEST).read_text())
+    del body["crc32_of_the_rest"]
+    for file in body["files"]:
+        file["integers"] = file.pop("numbers") | {"part.0.scalar": 4609434218613702656, "part.0.captured": -1}
+    (path / MANIFEST).write_text(_seal({**body, "format": 1}))
+    assert read_manifest(path).files[0].numbers == {"step": 1, "part.0.scalar": 1.5, "part.0.captured": -1}
+    verify(path)
+
+
 def test_an_unknown_format_is_refused_and_left_alone(save: Save, tmp_path: Path) -> None:
     save(1)
     path = save(2)
