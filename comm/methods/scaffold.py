@@ -100,14 +100,17 @@ class Directed(LoopSpec, Sync):
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ``ValueError`` for an inner optimizer that does not go with it."""
-        plain = isinstance(optimizer, torch.optim.SGD) and not any(
-            group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
-        )
-        if not plain or len({group["lr"] for group in optimizer.param_groups}) > 1:
+        groups = optimizer.param_groups
+        given = {name: {group.get(name) for group in groups} for name in ("lr", "momentum", "weight_decay")}
+        plain = isinstance(optimizer, torch.optim.SGD) and not any({*given["momentum"], *given["weight_decay"]})
+        if not plain or len(given["lr"]) > 1:
+            values = ", ".join(
+                f"{name}={' and '.join(map(str, some))}" for name, some in given.items() if some != {None}
+            )
             raise ValueError(
                 f"{'scaffold_m' if self.control else 'fedavg_m'} steps by plain SGD, whose gradients it reads off from "
                 "what was moved; take torch.optim.SGD(lr=...) without momentum and weight decay and with one rate, not "
-                f"{type(optimizer).__name__}"
+                f"{type(optimizer).__name__}({values})"
             )
 
     @property
