@@ -8,7 +8,7 @@
 #   make kill      100 runs killed at random and resumed, into docs/evidence/kill_and_resume.md (three quarters of an hour)
 #   make evidence  every timed or long measurement, into docs/evidence/; ARGS=stale lists which pages are out of date,
 #                  ARGS=prose writes the figures of the pages into README.md and docs
-# ARGS goes to the command:      make train ARGS="engine=zero2 sync=int8_ef"      make test ARGS="tests/train/config -x"
+# ARGS goes to the command:      make train ARGS="engine=zero2 sync=every_step compress=int8_ef"      make test ARGS="tests/train/config -x"
 # Two test files run at a time: most tests are processes that wait for each other. A debugger wants ARGS="-n 0 --pdb".
 # PIP_FLAGS goes to pip install: make setup PIP_FLAGS="--extra-index-url URL"     for another build of torch
 

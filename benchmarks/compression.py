@@ -51,8 +51,8 @@ WITHOUT = {
 }
 """Unbiased, or nearly, or of a type that overflows: what feedback cannot help."""
 METHODS = {
-    ("L-GreCo, quantize", "EF14"): ("sync=dense", "compress@sync.compress=lgreco_quantize"),
-    ("L-GreCo, PowerSGD", "EF14"): ("sync=dense", "compress@sync.compress=lgreco_powersgd"),
+    ("L-GreCo, quantize", "EF14"): ("sync=every_step", "compress=lgreco_quantize"),
+    ("L-GreCo, PowerSGD", "EF14"): ("sync=every_step", "compress=lgreco_powersgd"),
     ("1-bit Adam", "EF14"): ("sync=onebit_adam", "sync.warmup_steps=50"),
     ("DGC 1 %, SGD", "its own"): (
         "sync=dgc", "sync.density=0.01", "sync.warmup_steps=50",
@@ -62,9 +62,9 @@ METHODS = {
 ON_ALL_ENGINES = ("int4_ef", "topk_ef21", "topk_econtrol", "sign_ef", "powersgd_ef", "lgreco_powersgd")
 EXACT_ENOUGH = {"int8_ef": "8 bits", "int4_ef": "4 bits"}
 CANDIDATES = {
-    "powersgd16_ef": ("sync=dense", "compress@sync.compress=powersgd16_ef"),
+    "powersgd16_ef": ("sync=every_step", "compress=powersgd16_ef"),
     "local_sgd, every 8 steps, int4_ef": (
-        "sync=local_sgd", "sync.every_steps=8", "compress@sync.compress=int4_ef",
+        "sync=local_sgd", "sync.every_steps=8", "compress=int4_ef",
     ),
 }  # fmt: skip
 """Strong enough for a slow network, and perhaps near enough to dense: see the report "slow"."""
@@ -82,7 +82,7 @@ def compressors(session: Session) -> Report:
     five = {
         (name, engine): session.resumed_cell(
             RESUMED_AT, f"engine={engine}", *TWO_BY_TWO, f"train.steps={STEPS}", *LESS_NOISE[:2],
-            "sync=dense", f"compress@sync.compress={name}",
+            "sync=every_step", f"compress={name}",
         )
         for name in ON_ALL_ENGINES
         for engine in ENGINES
@@ -93,16 +93,14 @@ def compressors(session: Session) -> Report:
 def loss(session: Session) -> Report:
     """What a run of 500 steps loses; for strong compression at the best of three learning rates."""
     chosen = (*FOUR_REPLICAS, f"train.steps={LONG_STEPS}", *LESS_NOISE)
-    dense = (*chosen, "sync=dense")
+    dense = (*chosen, "sync=every_step")
     runs = {"dense": session.cell(*dense)}
     for name in EXACT_ENOUGH:
-        runs[name] = session.cell(*dense, f"compress@sync.compress={name}")
+        runs[name] = session.cell(*dense, f"compress={name}")
     for name, words in CANDIDATES.items():
         runs[name] = session.cell(*chosen, *words)
     swept = {
-        (name, factor): session.cell(
-            *dense, *(() if name == "dense" else (f"compress@sync.compress={name}",)), *_rate(factor)
-        )
+        (name, factor): session.cell(*dense, *(() if name == "dense" else (f"compress={name}",)), *_rate(factor))
         for name in ("dense", *GAPS)
         for factor in FACTORS
     }
@@ -114,10 +112,10 @@ def cells() -> dict[tuple[str, str], tuple[str, ...]]:
     commands: dict[tuple[str, str], tuple[str, ...]] = {("fp32", "none"): ("sync=dense",)}
     for names, feedbacks in ((WITHOUT, ()), (NEARLY_EXACT, ("EF14",)), (BIASED, tuple(FEEDBACKS))):
         for name, compressor in names.items():
-            commands[name, "none"] = ("sync=dense", f"sync.compress={{{compressor}}}")
+            commands[name, "none"] = ("sync=every_step", f"sync.compress={{{compressor}}}")
             for feedback in feedbacks:
                 words = f"{{_target_:{FEEDBACKS[feedback]},compressor:{{{compressor}}}}}"
-                commands[name, feedback] = ("sync=dense", f"sync.compress={words}")
+                commands[name, feedback] = ("sync=every_step", f"sync.compress={words}")
     return {**commands, **METHODS}
 
 

@@ -16,35 +16,35 @@ WARMUP = 250
 SHORT = (f"sync.every_steps={EVERY}", f"sync.warmup_steps={WARMUP}", "sync.outer.lr=0.9", "sync.outer.momentum=0.6")
 METHODS = {
     "data parallelism": ("sync=dense",),
-    "DiLoCo": ("sync=diloco", *SHORT, "compress@sync.compress=none"),
+    "DiLoCo": ("sync=diloco", *SHORT, "compress=none"),
     "Streaming DiLoCo, E3M0": ("sync=streaming_diloco", *SHORT),
 }
 OTHERWISE = {
     "DiLoCo without warm-up, outer 0.7 / 0.9": (
-        "sync=diloco", f"sync.every_steps={EVERY}", "compress@sync.compress=none",
+        "sync=diloco", f"sync.every_steps={EVERY}", "compress=none",
     ),
     "DiLoCo without warm-up, outer 0.7 / 0.5": (
-        "sync=diloco", f"sync.every_steps={EVERY}", "sync.outer.momentum=0.5", "compress@sync.compress=none",
+        "sync=diloco", f"sync.every_steps={EVERY}", "sync.outer.momentum=0.5", "compress=none",
     ),
     "DiLoCo, outer 0.7 / 0.5": (
         "sync=diloco", f"sync.every_steps={EVERY}", f"sync.warmup_steps={WARMUP}", "sync.outer.momentum=0.5",
-        "compress@sync.compress=none",
+        "compress=none",
     ),
     "DiLoCo, outer 0.7 / 0.9, the paper's": (
-        "sync=diloco", f"sync.every_steps={EVERY}", f"sync.warmup_steps={WARMUP}", "compress@sync.compress=none",
+        "sync=diloco", f"sync.every_steps={EVERY}", f"sync.warmup_steps={WARMUP}", "compress=none",
     ),
     "DiLoCo, 8 bits, rounds of 50": (
-        "sync=diloco", "sync.every_steps=50", *SHORT[1:], "compress@sync.compress=int8",
+        "sync=diloco", "sync.every_steps=50", *SHORT[1:], "compress=int8",
     ),
     "Streaming DiLoCo, E3M0, outer 0.4 / 0.9, the paper's": (
         "sync=streaming_diloco", f"sync.every_steps={EVERY}", f"sync.warmup_steps={WARMUP}",
     ),
-    "CO2 without warm-up, 8 bits, rounds of 12": ("sync=co2", "sync.every_steps=12", "compress@sync.compress=int8"),
+    "CO2 without warm-up, 8 bits, rounds of 12": ("sync=co2", "sync.every_steps=12", "compress=int8"),
     "CO2 as well, without its penalty": (
-        "sync=co2", "sync.every_steps=12", "sync.gap=none", "compress@sync.compress=int8",
+        "sync=co2", "sync.every_steps=12", "sync.gap=none", "compress=int8",
     ),
     "CO2 as well, outer lr 0.5": (
-        "sync=co2", "sync.every_steps=12", "sync.lr=0.5", "compress@sync.compress=int8",
+        "sync=co2", "sync.every_steps=12", "sync.lr=0.5", "compress=int8",
     ),
 }  # fmt: skip
 """From the first step on, with other outer steps, or otherwise; one seed."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.harness import Session, say
 from benchmarks.page import Report, at_most, table
 from dtrain.launchers.probe import RING, RING_ENTRIES
+from tests.sync_words import sync_words
 
 ATTACHED, TRAINED = 500, 200
 LOOKS = 5  # rows of a page: at the start, when what is loaded once is loaded, to the end
@@ -103,7 +104,7 @@ def trained(folder: str, text: str, times: int) -> list[Held]:
         if dist.get_rank() == 0:
             run.mkdir()
         dist.barrier()
-        train(compose([f"engine={engine}", f"sync={sync}", f"run.dir={run}", f"data.path={text}", *SMALL]))
+        train(compose([f"engine={engine}", *sync_words(sync), f"run.dir={run}", f"data.path={text}", *SMALL]))
         rows += [held()] * looks(times).count(number)
     return rows
 

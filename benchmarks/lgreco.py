@@ -26,16 +26,16 @@ def _plain(*more: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 SETTINGS = {
     **{
         f"PowerSGD rank {rank}": (
-            ("compress@sync.compress=powersgd_ef", f"sync.compress.compressor.rank={rank}"),
-            ("compress@sync.compress=lgreco_powersgd", f"sync.compress.compress.compressor.rank={rank}"),
+            ("compress=powersgd_ef", f"sync.compress.compressor.rank={rank}"),
+            ("compress=lgreco_powersgd", f"sync.compress.compress.compressor.rank={rank}"),
         )
         for rank in (4, 16, 32)
     },
-    "quantization, 4 bits": (("compress@sync.compress=int4_ef",), ("compress@sync.compress=lgreco_quantize",)),
+    "quantization, 4 bits": (("compress=int4_ef",), ("compress=lgreco_quantize",)),
     "quantization, 5 bits, blocks of 512": (
-        ("compress@sync.compress=int4_ef", "sync.compress.compressor.bits=5", "sync.compress.compressor.block=512"),
+        ("compress=int4_ef", "sync.compress.compressor.bits=5", "sync.compress.compressor.block=512"),
         (
-            "compress@sync.compress=lgreco_quantize", "sync.compress.compress.compressor.bits=5",
+            "compress=lgreco_quantize", "sync.compress.compress.compressor.bits=5",
             "sync.compress.compress.compressor.block=512",
         ),
     ),
@@ -49,7 +49,7 @@ LOOKS_EVERY, ROUNDS = 100, 15
 
 def lgreco(session: Session) -> Report:
     """Uniform settings and L-GreCo around them, on one engine."""
-    chosen = (*FOUR_REPLICAS, f"train.steps={STEPS}", *LESS_NOISE, "sync=dense")
+    chosen = (*FOUR_REPLICAS, f"train.steps={STEPS}", *LESS_NOISE, "sync=every_step")
     pairs = {what: (session.cell(*chosen, *uniform), session.cell(*chosen, *planned))
              for what, (uniform, planned) in SETTINGS.items()}  # fmt: skip
     say("solving, and statistics of the default model")

@@ -102,9 +102,9 @@ class _Training:
             if "/" in choice:
                 method, _, every = choice.partition("/")
                 self.steps = int(every)
-                chosen = compose([f"sync={method}", f"sync.every_steps={every}", f"compress@sync.compress={more}"]).sync
+                chosen = compose([f"sync={method}", f"sync.every_steps={every}", f"compress={more}"]).sync
             else:
-                chosen = compose(["sync=dense", f"compress@sync.compress={choice}"]).sync
+                chosen = compose(["sync=every_step", f"compress={choice}"]).sync
                 chosen = {**chosen, **({"route": more} if more else {})}
             sync = instantiate(chosen, "sync")
             self.attached = attach(self.model, optimizer, sync)  # type: ignore[arg-type]

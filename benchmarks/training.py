@@ -12,6 +12,7 @@ from benchmarks.harness import Run, Session, as_figures, say
 from benchmarks.page import Check, Report, at_least, at_most, table
 from dtrain.report.figures import in_bytes, in_time
 from dtrain.train import engine_registry
+from tests.sync_words import sync_words
 
 ENGINES = engine_registry.names()
 SYNCS = ("dense", "int8_ef", "diloco")
@@ -23,7 +24,7 @@ def fifteen(session: Session) -> Report:
     """Every engine with every sync."""
     steps = f"train.steps={FIFTEEN_STEPS}"
     runs = {
-        (engine, sync): session.train(f"engine={engine}", f"sync={sync}", steps, *TWO_BY_TWO)
+        (engine, sync): session.train(f"engine={engine}", *sync_words(sync), steps, *TWO_BY_TWO)
         for engine in ENGINES
         for sync in SYNCS
     }
@@ -32,7 +33,7 @@ def fifteen(session: Session) -> Report:
 
 def quality(session: Session) -> Report:
     """Validation loss against bytes."""
-    dense, int8_ef, diloco = (session.train(f"sync={sync}", f"train.steps={QUALITY_STEPS}") for sync in SYNCS)
+    dense, int8_ef, diloco = (session.train(*sync_words(sync), f"train.steps={QUALITY_STEPS}") for sync in SYNCS)
     return quality_report(dense, int8_ef, diloco)
 
 

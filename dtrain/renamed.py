@@ -20,3 +20,9 @@ RENAMED: Mapping[str, str] = {
     "dtrain.data.tokens.TokenFile": "dtrain.train.data.tokens.TokenFile",
     "dtrain.models.transformer.Transformer": "dtrain.train.models.transformer.Transformer",
 }
+
+CHOICES: Mapping[str, str] = {
+    f"sync={name}": f"sync=every_step compress={name}"
+    for name in ("bf16", "int4_ef", "int8", "int8_ef", "powersgd_ef", "sign_ef", "topk_ef")
+}
+"""Choices of configurations that were names for two others."""

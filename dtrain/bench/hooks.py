@@ -230,7 +230,7 @@ class _Ours(_OnDDP):
 
 def _spec(name: str) -> EveryStep:
     choice, _, route = name.partition(":")
-    chosen = compose(["sync=dense", f"compress@sync.compress={choice}"]).sync
+    chosen = compose(["sync=every_step", f"compress={choice}"]).sync
     return cast(EveryStep, instantiate({**chosen, **({"route": route} if route else {})}, "sync"))  # which dense is
 
 

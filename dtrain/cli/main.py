@@ -20,7 +20,7 @@ COMMANDS = cast("list[Command]", [train, launch, jobs, doctor, bench, cluster, d
 TOP = """\
 examples:
   dtrain train                                    the default: 4 workers, FSDP2, DiLoCo with int8 deltas
-  dtrain train engine=zero2 sync=int8_ef train.steps=500 run.dir=runs/x
+  dtrain train engine=zero2 sync=every_step compress=int8_ef train.steps=500 run.dir=runs/x
   dtrain train --dry-run sync=local_sgd           print the configuration and the command, start nothing
   dtrain data tokenize source=texts/ out=tokens/
 """

@@ -31,7 +31,7 @@ EPILOG = f"""\
 overrides:
   group=choice  engine={_choices("engine")}  launcher={_choices("launcher")}
                 sync={_choices("sync")}
-                compress@sync.compress={_choices("compress")}
+                compress={_choices("compress")}
                 optim={_choices("optim")}  model={_choices("model")}  data={_choices("data")}
   key=value     mesh.replicate=2 mesh.shard=2 launcher.workers=4 train.steps=300 optim.inner.lr=0.001 data.path=FOLDER
                 text is what stands after the first =, as it is; '~/' is the home folder; lists: 'key=["a=1","b"]'

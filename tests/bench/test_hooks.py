@@ -74,7 +74,7 @@ def test_a_summary_tells_what_is_wrong() -> None:
 def test_what_an_all_reduce_can_carry_is_offered_there() -> None:
     assert {name.removesuffix(AS_ALL_REDUCE) for name in OURS if name.endswith(AS_ALL_REDUCE)} == set(SUMMABLE)
     for name in (name for name in OURS if ":" not in name):
-        spec = {**compose(["sync=dense", f"compress@sync.compress={name}"]).sync, "route": "all_reduce"}
+        spec = {**compose(["sync=every_step", f"compress={name}"]).sync, "route": "all_reduce"}
         if name in SUMMABLE:
             assert isinstance(instantiate(spec, "sync"), EveryStep)
         elif not name.startswith(("lgreco_powersgd", "accordion")):

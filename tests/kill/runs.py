@@ -10,6 +10,7 @@ from pathlib import Path
 from dtrain.train import engine_registry
 from tests.kill.harness import Attempts, Rank, digest, training_rank, until_ended
 from tests.kill.members_job import REPLICAS, member_rank
+from tests.sync_words import sync_words
 
 ENGINES = engine_registry.names()
 STEPS = 60
@@ -73,9 +74,9 @@ def overrides(folder: Path, setting: Setting, text: Path) -> list[str]:
     """The command line of a run of `dtrain train`."""
     more = [f"sync.log={folder}/log"] if setting.sync == "one_byte" else []
     return [
-        f"run.dir={folder}", f"engine={setting.engine}", f"sync={setting.sync}", f"mesh.replicate={setting.replicas}",
-        f"mesh.shard={setting.shards}", f"launcher.workers={setting.world}", f"data.path={text}", *SMALL,
-        *SYNCS[setting.sync], *more,
+        f"run.dir={folder}", f"engine={setting.engine}", *sync_words(setting.sync), *SYNCS[setting.sync], *more,
+        f"mesh.replicate={setting.replicas}", f"mesh.shard={setting.shards}", f"launcher.workers={setting.world}",
+        f"data.path={text}", *SMALL,
     ]  # fmt: skip
 
 

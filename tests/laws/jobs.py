@@ -11,6 +11,7 @@ from dtrain.testing import WorkerPool
 from dtrain.train import engine_registry
 from dtrain.train.config import compose
 from dtrain.train.trainer import Outcome, train
+from tests.sync_words import sync_words
 
 ENGINES = engine_registry.names()
 SYNCS = ("dense", "int8_ef", "diloco")
@@ -59,7 +60,7 @@ def run(
     replicas, shards = mesh
     group = [f"mesh.replicate={replicas}", f"mesh.shard={shards}", f"launcher.workers={replicas * shards}"]
     extra = ["sync.every_steps=10"] if sync in ("diloco", "local_sgd") else []
-    chosen = [f"engine={engine}", f"sync={sync}", f"run.dir={folder}", f"data.path={text}", *group, *SMALL, *extra]
+    chosen = [f"engine={engine}", *sync_words(sync), f"run.dir={folder}", f"data.path={text}", *group, *SMALL, *extra]
     config = compose([*chosen, *overrides])
     folder.mkdir(parents=True, exist_ok=True)
     return Finished(folder, pool.run(train_once, config, world=replicas * shards))

@@ -47,9 +47,9 @@ def test_stop_and_resume_is_never_stopped(
 
 
 COMPRESSED = {
-    "topk_ef21": ["compress@sync.compress=topk_ef21"],
-    "topk_econtrol": ["compress@sync.compress=topk_econtrol"],
-    "lgreco_powersgd": ["compress@sync.compress=lgreco_powersgd"],
+    "topk_ef21": ["compress=topk_ef21"],
+    "topk_econtrol": ["compress=topk_econtrol"],
+    "lgreco_powersgd": ["compress=lgreco_powersgd"],
     "ef21w": [
         "sync.compress={_target_:dtrain.plans.ef21w,compressor:{_target_:dtrain.compress.topk,density:0.05},warmup_steps:12}"
     ],

@@ -84,7 +84,7 @@ def test_another_number_of_replicas_goes_on_with_what_was_under_way(
 def test_a_sharded_outer_state_is_the_replicated_one_to_the_bit(
     pool: WorkerPool, text: Path, tmp_path: Path, engine: str
 ) -> None:
-    chosen = ["compress@sync.compress=none", "sync.every_steps=5", "train.steps=18"]
+    chosen = ["compress=none", "sync.every_steps=5", "train.steps=18"]
     whole = run(pool, tmp_path / "whole", text, engine, "diloco", *chosen)
     sharded = run(pool, tmp_path / "sharded", text, engine, "diloco", *chosen, "sync.outer_state=sharded",
                   "train.stop_after_steps=12")  # fmt: skip

@@ -13,6 +13,7 @@ from dtrain.testing import WorkerPool
 from dtrain.train.config import Config, compose
 from dtrain.train.trainer import train
 from tests.laws.jobs import SMALL
+from tests.sync_words import sync_words
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -38,7 +39,7 @@ def test_many_trainings_in_one_process(pool: WorkerPool, text: Path, tmp_path: P
         for engine, sync in KINDS:
             folder = tmp_path / f"{number}-{engine}-{sync}"
             folder.mkdir()
-            chosen = [f"engine={engine}", f"sync={sync}", f"run.dir={folder}", f"data.path={text}", *SMALL]
+            chosen = [f"engine={engine}", *sync_words(sync), f"run.dir={folder}", f"data.path={text}", *SMALL]
             mesh = ["mesh.replicate=2", "mesh.shard=1", "launcher.workers=2", "train.steps=3"]
             configs.append(compose([*chosen, *mesh]))
     for rows in pool.run(trained_often, configs, world=2):

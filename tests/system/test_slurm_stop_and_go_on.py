@@ -22,7 +22,7 @@ from tests.system.conftest import TINY, attempts, digest, job_of, logs, wait_for
 pytestmark = [pytest.mark.system, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 STEPS, STOP = 160, 25
-RUN = (*TINY, "sync=int8_ef", f"train.steps={STEPS}", "train.checkpoint_every_steps=15")
+RUN = (*TINY, "sync=every_step", "compress=int8_ef", f"train.steps={STEPS}", "train.checkpoint_every_steps=15")
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from dtrain.errors import ConfigError
 from dtrain.launchers import registry
 from dtrain.launchers.launcher import Launcher
-from dtrain.renamed import RENAMED
+from dtrain.renamed import CHOICES, RENAMED
 from dtrain.train.config import targets
 from dtrain.train.config.files import mapping_of, words_of
 from dtrain.train.config.schema import LAUNCHER_DEFAULTS, Config, composable, is_section, types_of
@@ -85,7 +85,7 @@ def compose_named(words: Sequence[str], *, name: str = "") -> tuple[Config, bool
 def _composed(words: Sequence[str]) -> tuple[Config, str]:
     """The configuration, whose ``run.dir`` may be empty, and the choice of its sync."""
     with _hydra(words) as composition:
-        composed, sync = composition.applied(), composition.choice("sync")
+        composed, sync = composition.applied(), composition.sync()
     config = _at_home(_frozen(composed))
     for section in OPEN:
         targets.check(section_of(config, section), section)
@@ -202,6 +202,12 @@ def _store_schema() -> None:
             store.store(group="launcher", name=name, node={**given, **LAUNCHER_DEFAULTS})
 
 
+def _of_the_sync(word: Word) -> Word:
+    """``compress=int8`` is what the sync compresses by."""
+    short = word.key == "compress" and word.package is None and not word.removes
+    return replace(word, package="sync.compress") if short else word
+
+
 def _own_folder(text: str) -> Path | None:
     """The folder that ``@TEXT`` names; None where that is a file."""
     path = Path(os.path.expanduser(text))
@@ -233,9 +239,9 @@ class _Composition:
         self._read: list[Word] = []
         for given in words:
             if not given.startswith("@"):
-                self._read.append(read(given))
+                self._read.append(_of_the_sync(read(given)))
             elif _own_folder(given[1:]) is None:
-                self._read += words_of(os.path.expanduser(given[1:]))
+                self._read += map(_of_the_sync, words_of(os.path.expanduser(given[1:])))
         choices = {at: word for at, word in enumerate(self._read) if self._is_choice(word)}
         self._choices = {at: word for at, word in choices.items() if not self._within_later(at, choices)}
         if sweeps:  # what is swept does not matter to what is asked then: the kinds of keys
@@ -244,9 +250,10 @@ class _Composition:
         chosen = tuple(map(self._chosen, self._choices.values()))
         self._composed, self._known = _run_hydra(chosen, folders, registry.names())
 
-    def choice(self, group: str) -> str:
-        """The name of the choice of a group."""
-        return self._known[group]
+    def sync(self) -> str:
+        """The choice of a sync by its name, with that of a compressor which a word has chosen for it."""
+        compress = [word.text for word in self._choices.values() if word.package == "sync.compress"]
+        return "-".join([self._known["sync"], *compress[-1:]])
 
     def applied(self) -> DictConfig:
         """The configuration with all values, those of ``_target_`` first, as they decide which other keys there are."""
@@ -265,7 +272,7 @@ class _Composition:
         """See `alternatives`."""
         if given.startswith("@"):
             return [given]
-        word = read(given)
+        word = _of_the_sync(read(given))
         if self._is_choice(word):
             return [f"{given.partition('=')[0]}={value}" for value in self._choice_values(word)]
         if word.key == "run.dir":
@@ -297,14 +304,16 @@ class _Composition:
             raise ConfigError(f"{place}there is no group {name}{near} (there are {', '.join(self._groups)})")
         options = self._loader.get_group_options(name)
         if value not in options:
+            if now := CHOICES.get(f"{name}={value}"):
+                raise ConfigError(f"{place}{word.given}: this choice is written {now} now")
+            if word.text.lstrip()[:1] == "{":
+                raise ConfigError(f"{place}{word.given}: a mapping is the key's own value: {word.package}={word.text}")
             if word.text.lstrip()[:1] != "[" and ("," in word.text or "(" in word.text):
                 given = f"{word.key}={word.value}" if word.from_file else word.given
                 every = f"a run for each is started by: dtrain train -m {given}"
                 raise ConfigError(f"{place}{word.given}: a run has one {name}; {every}")
             near = targets.hint(targets.closest(str(value), options))
             raise ConfigError(f"{place}{word.given}: there is no such choice{near} (there are {', '.join(options)})")
-        if name == "compress" and word.package is None:
-            raise ConfigError(f"{word.given} does not say what is compressed: compress@sync.compress={value}")
         # Every group of ours has a choice already: there is nothing to add.
         package = f"@{word.package}" if word.package is not None else ""
         return f"{'' if name in self._ours else '+'}{name}{package}={value}"
@@ -473,6 +482,9 @@ def _run_hydra(
             cause = cause.__cause__
         words = _explained(cause) if isinstance(cause, OmegaConfBaseException) else None
         said, _, _ = " ".join(str(error).split()).partition(" To append to your default list")  # which is hydra's own
+        if "'compress@sync.compress'. No match" in said:
+            sync = next((choice for choice in choices if choice.startswith("sync=")), "the sync")
+            words = f"{sync} sends nothing that a compressor could make smaller; leave compress out"
         raise ConfigError(words or said) from error
 
 

@@ -33,7 +33,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_says_what_words_say() -> None:
     words = [
-        "sync=streaming_diloco", "compress@sync.compress=int8", "engine=ddp", "train.steps=40", "train.batch_size=8",
+        "sync=streaming_diloco", "compress=int8", "engine=ddp", "train.steps=40", "train.batch_size=8",
         "optim.inner.lr=1e-3", "sync.every_steps=5", "launcher.partition=main,debug", 'launcher.environment=["A=1,2"]',
         "launcher.nodes=1", "launcher.name=slurm", "run.dir=runs/a=b",
     ]  # fmt: skip
@@ -53,18 +53,20 @@ def test_later_words_win() -> None:
     assert compose(["@exp.yaml", "engine=zero2"]).engine.name == "zero2"
 
 
-@pytest.mark.parametrize("words", [[], ["sync=dense"], ["model=small", "optim=sgd", "launcher=slurm", "sync=int4_ef"]])
+@pytest.mark.parametrize(
+    "words", [[], ["sync=dense"], ["model=small", "optim=sgd", "launcher=slurm", "sync=every_step", "compress=int4_ef"]]
+)
 def test_the_configuration_of_a_run_is_such_a_file(words: list[str]) -> None:
     config = compose(["run.dir=x", "train.steps=7", *words])
     Path("config.yaml").write_text(to_yaml(config))
     assert compose(["@config.yaml"]) == config
-    again = compose(["@config.yaml", "run.dir=y", "sync=diloco", "compress@sync.compress=int4", "sync.every_steps=3"])
+    again = compose(["@config.yaml", "run.dir=y", "sync=diloco", "compress=int4", "sync.every_steps=3"])
     assert again.run.dir == "y" and again.train.steps == 7
-    assert again.sync == compose(["run.dir=y", "compress@sync.compress=int4", "sync.every_steps=3"]).sync
-    other = compose(["@config.yaml", "compress@sync.compress=sign_ef"]).sync
+    assert again.sync == compose(["run.dir=y", "compress=int4", "sync.every_steps=3"]).sync
+    other = compose(["@config.yaml", "compress=sign_ef"]).sync
     assert other == {
         **config.sync,
-        "compress": compose(["run.dir=x", "compress@sync.compress=sign_ef"]).sync["compress"],
+        "compress": compose(["run.dir=x", "compress=sign_ef"]).sync["compress"],
     }
 
 
