@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtrain.errors import ModelError
 from dtrain.train.engines.contract import described, loss_of
-from dtrain.train.trainer import _may_pass
+from dtrain.train.failure_memory import may_pass
 
 BATCH = {"input": torch.zeros(2, 3, dtype=torch.long), "weight": torch.ones(2)}
 SEEN = "the batch has input: Tensor[2, 3] of int64, weight: Tensor[2] of float32"
@@ -90,4 +90,4 @@ def test_descriptions_end() -> None:
     ],
 )
 def test_only_what_may_be_better_next_time_is_started_again(error: Exception, passes: bool) -> None:
-    assert _may_pass(error) is passes
+    assert may_pass(error) is passes

@@ -1,4 +1,4 @@
-"""What a rank remembers of a failure, so that the attempt after it can tell an accident from what must come again.
+"""Whether a failure must come again: by its kind, and by what a rank remembers of the attempt before.
 
 RUN/logs/failed-rank-K.json    the step and the error of rank K's last failure; gone at the next launch of the run
 """
@@ -10,9 +10,11 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dtrain.errors import DtrainError, FailedAtTheStart, FailedTwice
 from dtrain.launchers import strict_json
+from dtrain.launchers.failure import CONSEQUENCE
 
-__all__ = ["Failed", "forget"]
+__all__ = ["Failed", "final", "forget", "may_pass"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,26 @@ class Failed:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(strict_json.dumps(mine), encoding="utf-8")
         return False
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether it need not happen again. Errors of ours say so by their exit code; disks and links may be back."""
+    of_links = type(error).__module__.startswith("torch.distributed") or CONSEQUENCE.search(str(error)) is not None
+    return isinstance(error, DtrainError | OSError) or of_links
+
+
+def final(error: Exception, *, step: int, rank: int, folder: Path) -> DtrainError | None:
+    """What to raise instead, so that nobody starts the run again; None if a restart may help, as far as is known.
+
+    ``step``: how many were done, 0 where the run did not even begin.
+    """
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    what = f"{type(error).__name__}: {error}{notes}"
+    if not step:
+        return FailedAtTheStart(f"{what}; no step was done yet, so it would happen again: not started again")
+    if Failed(step, what).again(folder, rank):
+        return FailedTwice(f"{what}; step {step} failed like this before it was started again, too: not started again")
+    return None
 
 
 def forget(folder: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from dtrain.train.data.order import example_at
 
 
 class Examples(Protocol):
@@ -47,6 +51,36 @@ def fetch(dataset: Examples, indices: Iterable[int]) -> dict[str, Tensor]:
     """The examples ``indices`` of ``dataset`` as one batch: every tensor gains a leading dim of ``len(indices)``."""
     batch: dict[str, Tensor] = default_collate([dataset[index] for index in indices])
     return batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One rank's share of each global batch, which has ``batch_size`` examples of all ranks."""
+
+    data: Examples
+    seed: int
+    batch_size: int
+    microbatch_size: int
+    rank: int
+    world: int
+    device: torch.device
+
+    def indices(self, step: int) -> list[int]:
+        """The examples of ``step``, counted from 0, in the run's order."""
+        share = positions(step, batch_size=self.batch_size, rank=self.rank, world=self.world)
+        return [example_at(self.seed, position, len(self.data)) for position in share]
+
+    def microbatches(self, step: int) -> list[dict[str, Tensor]]:
+        """All batches of ``step``."""
+        indices, size = self.indices(step), self.microbatch_size
+        return [self._on_device(indices[start : start + size]) for start in range(0, len(indices), size)]
+
+    def first_microbatch(self, step: int) -> dict[str, Tensor]:
+        return self._on_device(self.indices(step)[: self.microbatch_size])
+
+    def _on_device(self, indices: list[int]) -> dict[str, Tensor]:
+        batch = fetch(self.data, indices)
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def evaluation_indices(length: int, wanted: int, *, rank: int, world: int) -> list[int]:
