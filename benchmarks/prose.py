@@ -80,11 +80,6 @@ def fewer(name: str, run: str, base: str = "") -> Figure:
     return figure
 
 
-def share(figure: Figure) -> Figure:
-    """Percent of what is so many times more."""
-    return lambda: 100 / float(figure())
-
-
 def within(*figures: Figure) -> Figure:
     """The largest, upwards to one decimal."""
     return lambda: math.ceil(10 * max(abs(float(figure())) for figure in figures)) / 10
@@ -191,6 +186,10 @@ _DILOCO, _STREAMING = "DiLoCo", "Streaming DiLoCo, E3M0"
 _DILOCO_STEP, _STREAMING_STEP, _CO2_STEP = "diloco/50:int8", "streaming_diloco/50:e3m0", "co2/12:int8"
 
 
+def _row_of_savings(label: str, less: Figure, off: Figure, spec: str = ".1f") -> Sentence:
+    return Sentence("README.md", f"| {label} | {{:{spec}}}x fewer | {{:+{spec}}} % |", less, off)
+
+
 def _row_of_loss(label: str, run: str) -> Sentence:
     sent = lambda: in_bytes(page("loss")[run]["sent_bytes_per_rank"])  # noqa: E731
     return Sentence(_CHOOSING, f"| {label} | {{:.3f}} | {{}} |", lambda: loss("loss", run), sent)
@@ -207,17 +206,27 @@ def _row_of_run(label: str, run: str, spec: str = ".1f") -> Sentence:
 
 
 SENTENCES: tuple[Sentence, ...] = (
+    _row_of_savings("`sync=every_step compress=int8_ef`: 8 bits, error feedback", fewer("loss", "int8_ef"),
+                    above("loss", "int8_ef")),
+    _row_of_savings("`sync=every_step compress=int4_ef`: 4 bits, error feedback", fewer("loss", "int4_ef"),
+                    above("loss", "int4_ef")),
+    _row_of_savings("`sync=every_step compress=powersgd16_ef`: low rank, error feedback",
+                    fewer("loss", "powersgd16_ef"), above("loss", "powersgd16_ef")),
+    _row_of_savings("`sync=diloco` in fp32, after 250 steps of data parallelism (warm-up)",
+                    fewer("equal_tokens", f"{_DILOCO}, seed 1"), over_seeds(_DILOCO)),
+    _row_of_savings("`sync=streaming_diloco` in 4 bits, after the same warm-up",
+                    fewer("equal_tokens", f"{_STREAMING}, seed 1"), over_seeds(_STREAMING)),
+    _row_of_savings("`sync=diloco` in 8 bits, without warm-up", fewer("quality", "diloco", "dense"),
+                    above("quality", "diloco"), ".0f"),
     Sentence(
         "README.md",
-        "`int8_ef` ends where `dense` does ({:+.1f} %), `diloco` {:.0f} % above it, with {:.0f} times fewer bytes.",
-        above("quality", "int8_ef"), above("quality", "diloco"), fewer("quality", "diloco", "dense"),
+        "a dense step of {:.1f} s becomes {:.1f} s (low rank) or {:.1f} s (4 bits); computing alone takes {:.1f} s",
+        *(seconds("slow", name) for name in ("torch.all_reduce", "powersgd16_ef", "int4_ef", "nothing")),
     ),
     Sentence(
         "README.md",
-        "`diloco` ends {:.1f} % and `streaming_diloco` with 4 bits {:.1f} % above `dense`, whole runs sending {:.0f} % "
-        "and {:.0f} % of its bytes",
-        over_seeds(_DILOCO), over_seeds(_STREAMING), share(fewer("equal_tokens", f"{_DILOCO}, seed 1")),
-        share(fewer("equal_tokens", f"{_STREAMING}, seed 1")),
+        "`diloco` computes {:.0f} % of the time and `streaming_diloco` {:.0f} %, data parallelism in fp32 {:.0f} %",
+        used(_DILOCO_STEP), used(_STREAMING_STEP), used("torch.all_reduce"),
     ),
     Sentence(
         "docs/compression/signs.md",

@@ -31,8 +31,12 @@ def code_blocks(text: str) -> list[str]:
 
 
 def test_the_example_is_the_examples_file() -> None:
-    (block,) = code_blocks(README)
-    assert block in (ROOT / "examples" / "plain_ddp.py").read_text()
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    lines = [line[1:] for line in diff.splitlines() if line[:1] in ("+", " ")]
+    example = iter((ROOT / "examples" / "plain_ddp.py").read_text().splitlines())
+    assert len(lines) == 7
+    for line in lines:  # in this order
+        assert any(text.startswith(line) for text in example), line
 
 
 def test_every_make_target_exists() -> None:
