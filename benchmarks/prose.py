@@ -240,7 +240,7 @@ SENTENCES: tuple[Sentence, ...] = (
     ),
     Sentence(
         _QUANTIZE,
-        "8 bits are as good as none: {:.1f} times fewer bytes, the loss of dense training within {:.1f} %",
+        "8 bits lose next to nothing: {:.1f} times fewer bytes, the loss of dense training within {:.1f} %",
         fewer("quality", "int8_ef", "dense"), within(above("quality", "int8_ef"), above("loss", "int8_ef")),
     ),
     Sentence(
@@ -258,7 +258,7 @@ SENTENCES: tuple[Sentence, ...] = (
     ),
     Sentence(
         _QUANTIZE,
-        "quantizing goes at {:.2f} of the speed of a copy, with 4 bits and packing at {:.2f}, with feedback at {:.2f}, "
+        "quantizing runs at {:.2f} of the speed of a copy, with 4 bits and packing at {:.2f}, with feedback at {:.2f}, "
         "decoding four payloads to their mean at {:.2f} ([measured](../evidence/kernels.md)); eagerly at {:.2f}.",
         *(compiled(kernel) for kernel in ("8 bits", "4 bits", "feedback + 8 bits", "decode and mean of four")),
         lambda: float(page("kernels")["8 bits"]["eager"]),
@@ -289,7 +289,8 @@ SENTENCES: tuple[Sentence, ...] = (
     ),
     Sentence(
         _CHOOSING,
-        "its step was {:.2f} times the one without any communication; rank 4, which sends a quarter, comes to {:.2f}.",
+        "its step was {:.2f} times the one without any communication; with rank 4, which sends a quarter, "
+        "{:.2f} times.",
         times("slow", "powersgd16_ef", "nothing"), times("slow", "powersgd_ef", "nothing"),
     ),
     _row_of_loss("dense", "dense"), _row_of_loss("`int8_ef`", "int8_ef"), _row_of_loss("`int4_ef`", "int4_ef"),
