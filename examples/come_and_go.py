@@ -1,11 +1,10 @@
-"""DiLoCo among replicas that come and go: each is a run of its own, and they meet at a store.
+"""DiLoCo among replicas that come and go: each is a run of its own; they meet at a store.
 
     dtrain members --port 29400 &
     for _ in 1 2 3; do python examples/come_and_go.py localhost:29400 0.05 & done
 
-They begin when three are here; 0.05 are the seconds that a step takes at least. Kill one of them, and the others go on;
-start another one, and it joins at the end of a round. On other machines they need the secret that `dtrain members` has
-made and named.
+They start when three have connected; a step takes at least 0.05 seconds. Kill one, and the others continue; start
+another, and it joins at the end of a round. Replicas elsewhere need the secret file that `dtrain members` names.
 """
 
 import sys
@@ -26,9 +25,9 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 members = Members(sys.argv[1], replicas=3)
 sync = attach(model, optimizer, diloco(every_steps=20, compress=quantize(bits=8)), members=members)
 
-while sync.steps < 400:  # a newcomer begins where the others are
-    numbers = torch.Generator().manual_seed(1000 * sync.steps + members.slot)  # this replica's share of the data
-    x = torch.randn(32, 64, generator=numbers)
+while sync.steps < 400:  # a newcomer starts at the others' step
+    generator = torch.Generator().manual_seed(1000 * sync.steps + members.slot)  # this replica's share of the data
+    x = torch.randn(32, 64, generator=generator)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
     loss.backward()
     sync.step()

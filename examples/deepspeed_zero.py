@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dtrain import attach, every_step
 from dtrain.compress import error_feedback, quantize
 
-# On CPU this op would be compiled for a minute, and would carry small collectives past gloo.
+# On CPU this op takes a minute to compile, and small collectives would bypass gloo.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -52,7 +52,7 @@ for step in range(100):
     x = torch.randn(32, 64)
     loss = (engine(x) - x.sum(1, keepdim=True)).square().mean()
     engine.backward(loss)
-    sync.step()  # where engine.step() was
+    sync.step()  # replaces engine.step()
     if dist.get_rank() == 0 and step % 33 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 

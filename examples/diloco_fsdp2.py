@@ -1,4 +1,4 @@
-"""DiLoCo on somebody's own FSDP2 model: replicas of two ranks each exchange int8 deltas every 10 steps.
+"""DiLoCo on your own FSDP2 model: two replicas of two ranks each exchange int8 deltas every 10 steps.
 
 Run: torchrun --standalone --nproc-per-node=4 examples/diloco_fsdp2.py
 """
@@ -16,7 +16,7 @@ dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 1))
-fully_shard(model, mesh=mesh["shard"])  # the shard axis alone: what crosses the other one is the sync's
+fully_shard(model, mesh=mesh["shard"])  # the shard axis only: the sync communicates over the other one
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 method = diloco(every_steps=10, outer=nesterov(lr=0.7, momentum=0.5), compress=quantize(bits=8))
 sync = attach(model, optimizer, method, replicate_group=mesh.get_group("replicate"))
@@ -31,8 +31,8 @@ for step in range(200):
     if dist.get_rank() == 0 and step % 66 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 
-sync.close_round()  # the steps since the last round count, too
-with sync.evaluation():  # the model now holds the anchor: what is to be evaluated and exported
+sync.close_round()  # combines the steps since the last round
+with sync.evaluation():  # the model now holds the anchor: evaluate and export it
     x = torch.randn(256, 64)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
 if dist.get_rank() == 0:

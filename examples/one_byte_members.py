@@ -1,11 +1,11 @@
-"""Training by forward passes only, one byte a machine and sample, among machines that come and go.
+"""Training by forward passes only, with one byte per machine and sample, among machines that come and go.
 
     dtrain members --port 29400 &
     for _ in 1 2 3; do python examples/one_byte_members.py localhost:29400 runs/log & done
 
-Kill one of them, and the others go on; start another one, and it walks along a log to where they are, or takes over
-their weights where that is faster, as with so few parameters. In the end all have the same weights, to the bit, and so
-has who replays a log. Give each run a folder of its own.
+Kill one, and the others continue; start another, and it replays a log up to their step, or copies their weights if that
+is faster, as with so few parameters. In the end all weights are bitwise equal, and so are those of a replayed log. Give
+each run a folder of its own.
 """
 
 import sys
@@ -24,14 +24,14 @@ torch.manual_seed(0)
 net = torch.nn.Linear(32, 1)
 first = {name: value.clone() for name, value in net.state_dict().items()}
 model = DistributedDataParallel(net)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.02)  # read for its rate, never stepped
+optimizer = torch.optim.SGD(model.parameters(), lr=0.02)  # only its learning rate is used; it is never stepped
 members = Members(address, replicas=3)
 sync = attach(model, optimizer, one_byte(samples=2, log=folder), members=members)
 
-while sync.steps < steps:  # a newcomer begins where the others are
+while sync.steps < steps:  # a newcomer starts at the others' step
     step = sync.steps
-    numbers = torch.Generator().manual_seed(1000 * step + members.id)  # this machine's share of the data
-    x = torch.randn(64, 32, generator=numbers)
+    generator = torch.Generator().manual_seed(1000 * step + members.id)  # this machine's share of the data
+    x = torch.randn(64, 32, generator=generator)
     for _ in range(2):
         loss = sync.estimate(lambda x=x: (model(x) - x.sum(1, keepdim=True)).square().mean())
     sync.step()
@@ -39,9 +39,9 @@ while sync.steps < steps:  # a newcomer begins where the others are
         print(f"step {step}: machine {members.id}, one of {members.place.size}, loss {loss:.3f}")
 
 print(f"{sync.report()}\nmachine {members.id} ends with the weights {sync.digest():016x}")
-if members.came_by != "weights":  # else its log begins with weights that it copied
+if members.came_by != "weights":  # otherwise its log begins with copied weights
     weights, _, replayed = replay(read(f"{folder}/machine-{members.id}.log"), first)
     assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())
-    print(f"its log of {replayed} steps makes them again")
+    print(f"its log of {replayed} steps reproduces them")
 sync.detach()
 dist.destroy_process_group()

@@ -21,7 +21,7 @@ for step in range(100):
     x = torch.randn(32, 64)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
     loss.backward()
-    sync.step()  # where optimizer.step() and optimizer.zero_grad() were
+    sync.step()  # replaces optimizer.step() and optimizer.zero_grad()
     if dist.get_rank() == 0 and step % 33 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 

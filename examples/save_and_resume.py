@@ -1,7 +1,7 @@
-"""Stops and goes on in the middle of a DiLoCo round, bit by bit as if it never had stopped.
+"""Stops in the middle of a DiLoCo round and resumes bit-identically.
 
 Run: torchrun --standalone --nproc-per-node=2 examples/save_and_resume.py FOLDER STEPS
-and again with more STEPS: it goes on from what FOLDER holds.
+and again with more STEPS: it resumes from the state in FOLDER.
 """
 
 import sys
@@ -22,25 +22,25 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=200)
 sync = attach(model, optimizer, diloco(every_steps=20))  # first attach, then load
 
-own = folder / f"rank-{dist.get_rank()}.pt"  # within a round no two replicas hold the same
-if own.exists():
-    saved = torch.load(own, weights_only=True)
+path = folder / f"rank-{dist.get_rank()}.pt"  # every rank its own: within a round the replicas differ
+if path.exists():
+    saved = torch.load(path, weights_only=True)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     scheduler.load_state_dict(saved["scheduler"])
-    sync.load_state_dict(saved["sync"])  # last: it checks that the model is the one that it was saved with
+    sync.load_state_dict(saved["sync"])  # last: it checks that the model is the saved one
 
 for step in range(sync.steps, steps):
-    data = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-    x = torch.randn(32, 64, generator=data)
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    x = torch.randn(32, 64, generator=generator)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
     loss.backward()
     sync.step()
     scheduler.step()
 
 folder.mkdir(parents=True, exist_ok=True)
-parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sync": sync}
-torch.save({name: part.state_dict() for name, part in parts.items()}, own)
+stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sync": sync}
+torch.save({name: value.state_dict() for name, value in stateful.items()}, path)
 if dist.get_rank() == 0:
     total = sum(p.detach().double().sum().item() for p in model.parameters())
     print(f"step {steps}: sum of all parameters {total!r}")

@@ -66,7 +66,7 @@ def test_machines_that_tell_a_byte_end_with_the_same_weights(tmp_path: Path) -> 
     for text in said:
         losses = [float(loss) for loss in re.findall(r"loss (\S+)", text)]
         assert losses[-1] < 0.2 * losses[0]
-        assert "its log of 400 steps makes them again" in text
+        assert "its log of 400 steps reproduces them" in text
 
 
 def three_members(name: str, *arguments: str) -> list[str]:
