@@ -204,7 +204,7 @@ class Attached:
         call it at the same step and save what it gets. "parameters" is a digest of this rank's parameters, which are
         saved apart; taken within `evaluation`, a state holds also the live ones, and brings them back.
         """
-        return self._saved.given(self._live)
+        return self._saved.state_dict(self._live)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from `state_dict`, after the model's and the optimizer's own states have been loaded.

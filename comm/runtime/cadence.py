@@ -14,7 +14,7 @@ from dtrain.comm.state import Numbers
 
 
 class Cadence:
-    """When what is due. ``knobs``: those in use; where some are "auto" they are chosen once, see `measured`.
+    """What is due when. ``knobs``: those in use; where some are "auto" they are chosen once, see `measured`.
 
     ``fragments``: the model, cut. ``cycles``: how often the last of them has been captured.
     """
@@ -33,13 +33,13 @@ class Cadence:
 
     @property
     def warming(self) -> bool:
-        """Whether the warm-up goes on."""
+        """Whether the warm-up has begun and not ended."""
         return 0 < self._context.steps < self._spec.warmup_steps
 
     def measured(self) -> bool:
-        """Whether the knobs are known, behind a step; where they are not yet, measures, and chooses in the end.
+        """Whether the knobs are chosen; until then this measures the step, and chooses after the last that it needs.
 
-        Every rank must call it, behind each step.
+        Every rank must call it after each step.
         """
         if self._choosing is None:
             return True
@@ -52,24 +52,24 @@ class Cadence:
         return True
 
     def due(self, ahead: int = 0) -> list[Fragment]:
-        """The fragments that are captured at this step, or so many later."""
+        """The fragments that are captured ``ahead`` steps from now."""
         step = self._context.steps + ahead - self._spec.warmup_steps
         numbers = self.knobs.fragments.due(step, len(self.fragments), self.knobs.every_steps)
         return [self.fragments[number] for number in numbers]
 
     def arriving(self, ahead: int = 0) -> list[Fragment]:
-        """Those whose mean is applied at this step, or so many later as far as they were captured."""
+        """The fragments whose mean is applied ``ahead`` steps from now, as far as they were captured."""
         captured = self._context.steps + ahead - self.knobs.overlap_steps
-        return [each for each in self.fragments if each.reductions and each.reductions[0].captured == captured]
+        return [f for f in self.fragments if f.reductions and f.reductions[0].captured == captured]
 
     def ends_cycle(self, due: list[Fragment]) -> bool:
-        """Whether every fragment has had its turn once more."""
+        """Whether every fragment has been captured once more; counts the cycle."""
         ended = self.fragments[-1] in due
         self.cycles += ended
         return ended
 
     def label(self, fragment: Fragment) -> str:
-        """What its bytes are counted as."""
+        """The label of its traffic in the meter."""
         return "round" if len(self.fragments) == 1 else f"fragment {fragment.number}"
 
     def numbers(self) -> Numbers:
@@ -86,7 +86,7 @@ class Cadence:
         return {"cycles": self.cycles, **kept}
 
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
-        """Undo `numbers`; the context's state was loaded before."""
+        """Undo `numbers`, once the context's state was loaded."""
         self.cycles = int(numbers["cycles"])
         if numbers.get("knobs.every_steps", 0):
             cut = replace(self.knobs.fragments, layers=int(numbers["knobs.layers"]))
@@ -96,7 +96,7 @@ class Cadence:
             fragment.load_numbers(numbers, self._context.state, self._context.pieces.segments)
 
     def _use(self, knobs: Knobs) -> None:
-        """From now on with these; no round has begun."""
+        """Use ``knobs`` from now on, before the first round."""
         self._choosing, self.knobs = None, knobs
         before = self.fragments[0]
         self.fragments = self._cut(before.captured, before.tokens, before.rates)

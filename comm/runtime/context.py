@@ -1,4 +1,4 @@
-"""What a method works with on one rank: pieces of the model, state, plan, counters, and the votes of its replica."""
+"""What a method works with on one rank: pieces of the model, state, plan, counters, votes within its replica."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def description(name: str, plan: Plan, spec: object, settings: tuple[str, ...] =
 
 
 class Context:
-    """One rank's part in a run. `Attached` and the method that it holds share it.
+    """What `Attached` and its method share on one rank.
 
     Args:
         description: of the method, see `description`.
@@ -53,20 +53,20 @@ class Context:
         self.membership: Membership = Fixed(pieces) if membership is None else membership
         self.plan = begun(plan, list(pieces.shapes))
         self.matrices = matrices(pieces.segments, pieces.shapes)
-        self.meter = pieces.channel.meter  # what this rank has sent, and how long it stood waiting
+        self.meter = pieces.channel.meter  # bytes sent and exposed seconds
         self.steps = self.skipped = self.skipped_in_a_row = self.repairs = 0
-        self.saves = 0  # how often this rank was asked for its state
+        self.saves = 0  # how often this rank has saved its state
         self.gauges: dict[str, float] = {}
-        self.decisions: list[str] = []  # for people, who take them out
+        self.decisions: list[str] = []  # as text; whoever reads them clears them
         self.stepped_elsewhere: frozenset[str] = frozenset()
-        """Parameters that the optimizer of ``pieces`` does not step, though they are trained."""
+        """Trained parameters that the optimizer of ``pieces`` does not step."""
         self.require_still: Callable[[], None] = lambda: None
-        """Raises ``RuntimeError`` if somebody has moved the parameters since the last step."""
+        """Raises ``RuntimeError`` if the parameters were changed outside of a step."""
         self._warn_of_rules(plan)
         self._warn_of_ranks()
 
     def begin(self, spec: str, identity: str = "") -> None:
-        """Begin alike on all replicas; see `Membership.begin`."""
+        """Make the replicas equal; see `Membership.begin`."""
         self.membership.begin(self.description, spec, identity)
 
     @property
@@ -80,14 +80,14 @@ class Context:
         return float(self.pieces.optimizer.param_groups[0]["lr"])
 
     @property
-    def each_its_own(self) -> bool:
-        """Whether a rank keeps what no other rank has."""
+    def differs_by_rank(self) -> bool:
+        """Whether a rank's state differs from that of all others."""
         kinds = set(self.state.kinds.values())
         shards = self.pieces.channel.places["shard"].size
         return self.parameters_kind == "per_worker" or "per_worker" in kinds or (shards > 1 and bool(kinds))
 
     def key(self, again: int = 0) -> Key:
-        """Of what this rank draws in this step."""
+        """The key of this rank's draws in this step."""
         return Key(self.seed, self.steps, self.place.rank, again=again)
 
     def agree(self, ok: bool) -> bool:
@@ -104,7 +104,7 @@ class Context:
         return unsigned(self.over_shards(partial(values, self.pieces.segments), "digest"))
 
     def measure(self, values: Mapping[str, Tensor], key: Key) -> None:
-        """Let the plan see what is about to be compressed, if it is due."""
+        """Show the plan what is about to be compressed, if it is due."""
         if self.plan.settled or not self.plan.due():
             return
         for fqn, value in values.items():
@@ -114,7 +114,7 @@ class Context:
             self.plan.measure(fqn, fresh, corrected, self.matrices[fqn], self.place.size, drawn)
 
     def review(self) -> None:
-        """Let the plan decide what to use from now on. Every rank must call it, once for each exchange."""
+        """Let the plan choose its compressions anew. Every rank must call it, once for each exchange."""
         if not self.plan.settled:
             before = self.plan.changes
             self.pieces.channel.run(self.plan.review(), "plan")
@@ -129,7 +129,7 @@ class Context:
             )  # fmt: skip
 
     def _warn_of_ranks(self) -> None:
-        """Say it if low rank was asked for and no matrix is sent so: adapters have a low rank themselves."""
+        """Warn if low rank makes no matrix smaller, as for adapters, whose rank is low already."""
         low = {}
         for fqn, matrix in self.matrices.items():
             compressor = self.plan.of(fqn, 0).two_rounds

@@ -1,4 +1,4 @@
-"""A method's guard: compares now and then what the method declares equal on all replicas, and makes it so."""
+"""A method's guard: compares what the method declares equal on all replicas, and repairs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtrain.comm.runtime.context import Context
 
 
 def parameters_held(context: Context) -> Held:
-    """The parameters, one after the other, for methods under which they are equal on all replicas."""
+    """The parameters, one by one, for methods that keep them equal on all replicas."""
     for fqn in context.pieces.segments:
         yield PARAMETER + fqn, context.pieces.read([fqn], copy=False)[fqn]
 
@@ -28,7 +28,7 @@ def state_held(context: Context) -> Held:
 
 
 def take_over(context: Context, held: Callable[[], Held], values: Mapping[str, Tensor]) -> None:
-    """Set what is wrong here: ``values`` by the names of ``held``. Every rank calls it, as it writes parameters."""
+    """Overwrite what is wrong on this rank by ``values``, named as in ``held``. Every rank must call it."""
     for name, tensor in held():
         if name in values and not name.startswith(PARAMETER):
             tensor.copy_(values[name])
@@ -40,10 +40,10 @@ class Guard:
     """Compares and repairs.
 
     Args:
-        held: what must be equal on all replicas now, in memory of its own but for parameters. May be called twice.
-        means: what that is, for people.
-        words: what else must be equal, and is no tensor.
-        replace: sets what is wrong here, by names of ``held``; by default each tensor is overwritten.
+        held: what must be equal on all replicas now; not copied, but for parameters. May be called twice.
+        means: what that is, for messages.
+        words: what else must be equal, as text.
+        replace: overwrites what is wrong on this rank, by names of ``held``; by default `take_over`.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class Guard:
         self._replace = replace
 
     def verify(self, *, absent: bool = False) -> bool:
-        """Compare what must be equal on all replicas, and make it so; True if it was. Every rank must call it.
+        """Compare what must be equal on all replicas, and repair it; True if it was equal. Every rank must call it.
 
         ``absent``: this rank had no part in the last step, and is not compared. Raises `ReplicasDiffer`, see
         `Attached.verify`.
         """
         context, size = self._context, self._context.place.size
         verdict = context.membership.compared(lambda: self._compared(absent))
-        said = context.over_shards(verdict.told(size), "agree")
-        wrong = [rank for rank in range(size) if said[rank]]
-        if bool(said[size:].any()):
-            raise ReplicasDiffer(f"step {context.steps}: {verdict.refusal(said[size:], self._means, context.saves)}")
+        flags = context.over_shards(verdict.flags(size), "agree")
+        wrong, problems = [rank for rank in range(size) if flags[rank]], flags[size:]
+        if bool(problems.any()):
+            raise ReplicasDiffer(f"step {context.steps}: {verdict.refusal(problems, self._means, context.saves)}")
         if wrong:
             if self._replace is None:
                 take_over(context, self._held, verdict.values)
@@ -86,6 +86,6 @@ class Guard:
 
     def _compared(self, absent: bool) -> Verdict:
         context = self._context
-        saves = context.membership.saves_alike(context.saves) if context.each_its_own else 0
+        saves = context.membership.saves_alike(context.saves) if context.differs_by_rank else 0
         flow = compared(self._held, self._words(), ABSENT if absent else saves, context.place, self._tie)
         return context.pieces.channel.run(flow, "guard")

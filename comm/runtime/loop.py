@@ -1,8 +1,8 @@
 """The loop of all local updates: capture, encode, reduce, apply, merge; see `dtrain.comm.methods.local_update`.
 
-It is put together from parts that do not know each other: a `Cadence` (what is due), an `OuterStore` (where the outer
-parameters are, and their step), a `Reducer` (encode and reduce), `OwnGradients` or what is built on it (the steps), and
-a `Meeting` (where replicas wait for each other).
+It is composed of independent parts: a `Cadence` (what is due), an `OuterStore` (where the outer parameters are, and the
+outer step), a `Reducer` (encode and reduce), `OwnGradients` or a subclass (the inner steps), and a `Meeting` (where
+replicas wait for each other).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MEANS = "anchor, outer momentum; in a warm-up parameters, optimizer state"
 
 @dataclass
 class Parts:
-    """What a loop is put together from."""
+    """The parts of a loop."""
 
     store: OuterStore
     reduce: Reducer
@@ -51,7 +51,7 @@ class Parts:
 
 
 class Deltas:
-    """A `Reducer`: deltas, compressed and fed back by the plan, combined by the rule."""
+    """A `Reducer` of pseudo-gradients, compressed with feedback by the plan and combined by the rule."""
 
     def __init__(self, spec: LoopSpec, context: Context) -> None:
         self._spec, self._context = spec, context
@@ -62,18 +62,18 @@ class Deltas:
         plan = Pinned({fqn: context.plan.of(fqn, key.step) for fqn in sent})
         return [
             exchange(
-                some, plan, spec.rule, context.place, key, reduction.branch,
+                message, plan, spec.rule, context.place, key, reduction.branch,
                 matrices=context.matrices, route=spec.route, weight=reduction.weight,
             )
-            for some in messages(sent)
+            for message in messages(sent)
         ]  # fmt: skip
 
 
 class LocalUpdateLoop(GradientSteps):
     """A `LoopSpec` at work on one rank.
 
-    ``rounds``, ``failed_rounds``: fragments' rounds that were applied, and that were not, since something was not
-    finite. ``left_out``: rounds to which this replica gave nothing for that reason. ``tokens``: seen by this replica.
+    ``rounds``, ``failed_rounds``: fragments' rounds that were applied, and those that failed on a value that was not
+    finite. ``left_out``: rounds in which this replica had weight 0 for that reason. ``tokens``: seen by this replica.
     """
 
     always = ("anchor",)
@@ -87,7 +87,7 @@ class LocalUpdateLoop(GradientSteps):
         self.rounds = self.failed_rounds = self.left_out = self.tokens = 0
         self.channel = context.pieces.channel.clone() if spec.overlaps else context.pieces.channel
         self._guard = Guard(context, spec.tie, MEANS, self._held, words=self._words, replace=self._take_over)
-        self._anchor_here()
+        self._set_anchor()
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -114,9 +114,9 @@ class LocalUpdateLoop(GradientSteps):
         self.source.stepped()
         self.tokens += 1
         for fragment in self.cadence.fragments:
-            fragment.stepped(self.context.rate)  # also if this replica has skipped the step: all must find the same
+            fragment.stepped(self.context.rate)  # skipped steps count too: rates must be equal on all replicas
         if self.context.steps <= self.spec.warmup_steps:
-            self._stay_together()
+            self._end_warmup_step()
         elif self.cadence.measured():
             self._end_step_of_rounds()
         self.store.rest()
@@ -125,24 +125,24 @@ class LocalUpdateLoop(GradientSteps):
             self.store.ahead(fragment.fqns)
 
     def _end_step_of_rounds(self) -> None:
-        """Capture what is due; wait for what is to be applied, and apply it."""
+        """Capture what is due; wait for the results to apply, and apply them."""
         if not self.cadence.knobs.overlap_steps:
             self._capture_all(self.cadence.due())
         self.meeting.wait(self)
         self.end_rounds()
 
     def end_rounds(self) -> None:
-        """Apply what is to be applied at this step, and capture what is due where that overlaps the next ones."""
+        """Apply the results of this step; with overlap, capture what is due."""
         cadence, spec = self.cadence, self.spec
         due = cadence.due()
         arrived = [(fragment, self._reduced(fragment)) for fragment in cadence.arriving()]
         if cadence.knobs.overlap_steps:
             fresh = self._capture_all(due)
             if fresh:
-                self.channel.flush()  # so that it goes on by itself, to its end
+                self.channel.flush()  # so that it ends without waiting for later flows
             if spec.delay != "none":
                 for fragment, deltas in fresh:
-                    mean = next((mean for one, mean in arrived if one is fragment), None)
+                    mean = next((mean for reduced, mean in arrived if reduced is fragment), None)
                     self._begin_next_round(fragment, mean, deltas)
                 arrived = []
         for fragment, mean in arrived:
@@ -155,7 +155,7 @@ class LocalUpdateLoop(GradientSteps):
     def close_round(self) -> bool:
         self.context.require_still()
         if self.context.steps <= self.spec.warmup_steps:
-            self._follow()
+            self._refresh_anchor()
             return False
         delayed = self.spec.delay != "none"
         applied = not delayed and self._apply_all(self.cadence.knobs.mix)
@@ -174,7 +174,7 @@ class LocalUpdateLoop(GradientSteps):
         return [(fragment, self._capture(fragment)) for fragment in fragments]
 
     def _capture(self, fragment: Fragment) -> dict[str, Tensor]:
-        """Begin to reduce what this replica has learned of ``fragment``, and return it."""
+        """Capture this replica's ``fragment``, start its reduction, and return what was captured."""
         context, weighs = self.context, self.spec.weighs
         learned = self.store.learned(fragment.fqns)
         deltas, square = learned.values, learned.square
@@ -186,7 +186,7 @@ class LocalUpdateLoop(GradientSteps):
             if weighs:
                 sent, weight = deltas, 0.0
                 self.left_out += 1
-            else:  # all have to be in: the round fails
+            else:  # no replica may be left out: the round fails
                 sent = {fqn: torch.full_like(delta, torch.nan) for fqn, delta in deltas.items()}
             if self.store.whole:
                 self._merge(fragment, 0.0)
@@ -200,20 +200,20 @@ class LocalUpdateLoop(GradientSteps):
         return deltas
 
     def reduce(self, fragment: Fragment, reduction: Reduction) -> None:
-        """Send ``reduction`` off, or send it again."""
+        """Start the exchange of ``reduction``, or start it again."""
         flows = self._reducer(reduction, fragment, self._round_of(fragment))
         label = self.cadence.label(fragment)
         reduction.handles = [self.channel.start(flow, label) for flow in flows]
 
     def _finish(self, reduction: Reduction) -> None:
-        """Wait for it, and agree on what it brought."""
+        """Wait for its messages; commit its state if all are finite on all ranks, else roll it back."""
         if not reduction.handles:
             return
         arrived = []
-        del reduction.products[1:]  # of what was under way before replicas came or went
+        del reduction.products[1:]  # from an exchange that was broken off as members changed
         for handle in reduction.handles:
             arrived.append(message := handle.wait())
-            if reduction.products:  # while the next message travels
+            if reduction.products:  # while the next message is on the wire
                 reduction.products.append(products(reduction.sent or {}, message.values))
         reduction.handles = []
         if self.context.agree(all(message.finite for message in arrived)):
@@ -223,7 +223,7 @@ class LocalUpdateLoop(GradientSteps):
             reduction.branch.rollback()
 
     def _reduced(self, fragment: Fragment) -> dict[str, Tensor] | None:
-        """What the oldest reduction of ``fragment`` brought; None if it failed."""
+        """The mean from the oldest reduction of ``fragment``; None if it failed."""
         context, reduction = self.context, fragment.reductions.pop(0)
         self._finish(reduction)
         for fqn in fragment.fqns:
@@ -242,7 +242,7 @@ class LocalUpdateLoop(GradientSteps):
     # ---- apply, merge ------------------------------------------------------------------------------------------------
 
     def _apply_all(self, mix: float) -> bool:
-        """Wait for all that is under way, and apply it; with ``mix`` where there were steps since it was captured."""
+        """Wait for all reductions and apply them; with ``mix`` where steps were made since the capture."""
         self.meeting.wait(self, closing=True)
         under_way = self.under_way()
         for fragment in under_way:
@@ -254,11 +254,11 @@ class LocalUpdateLoop(GradientSteps):
         return bool(under_way)
 
     def _begin_next_round(self, fragment: Fragment, mean: Named | None, deltas: Named) -> None:
-        """Of a delayed method: from the anchor, with the mean that has arrived; that of ``deltas`` comes later."""
+        """For delayed methods: apply the mean that has arrived, restart from the anchor; ``deltas`` come later."""
         self._apply(fragment, self._blended(mean, deltas) if self.spec.delay == "eager" else mean, 0.0)
 
     def _blended(self, mean: Named | None, deltas: Named) -> dict[str, Tensor]:
-        """The last round's mean with this replica's own part in it brought up to date."""
+        """The last round's mean, with this replica's share replaced by its present delta."""
         world, state, blended = self.context.place.size, self.context.state, {}
         for fqn, delta in deltas.items():
             others = delta.new_zeros(()) if mean is None else mean[fqn] - state.get(fqn, "own_delta", delta) / world
@@ -267,7 +267,7 @@ class LocalUpdateLoop(GradientSteps):
         return blended
 
     def _apply(self, fragment: Fragment, mean: Named | None, mix: float) -> None:
-        """The outer step, then the merge; without ``mean`` nobody moves the anchor."""
+        """The outer step, then the merge; without ``mean`` the anchor stays."""
         self.source.applying(fragment, mean)
         anchor = None
         if mean is not None:
@@ -276,7 +276,7 @@ class LocalUpdateLoop(GradientSteps):
         self._merge(fragment, mix, anchor)
 
     def _merge(self, fragment: Fragment, mix: float, anchor: Named | None = None) -> None:
-        """The live parameters go to the anchor, ``mix`` of them stays."""
+        """Set the live parameters to mix * live + (1 - mix) * anchor."""
         pieces = self.context.pieces
         merged = self.store.anchor(fragment.fqns) if anchor is None else dict(anchor)
         if mix:
@@ -289,31 +289,31 @@ class LocalUpdateLoop(GradientSteps):
 
     # ---- the warm-up, and the anchor ---------------------------------------------------------------------------------
 
-    def _stay_together(self) -> None:
-        """A step of the warm-up has ended: the replicas are equal, and the anchor moves with them at its end."""
+    def _end_warmup_step(self) -> None:
+        """End a step of the warm-up, in which the replicas are equal; after its last one set the anchor."""
         every, last = self.spec.verify_every * self.spec.every_steps, self.context.steps == self.spec.warmup_steps
         if every and (last or self.context.steps % every == 0):
             self.verify()
         if last:
-            self._anchor_here()
+            self._set_anchor()
         for fragment in self.cadence.fragments:
             fragment.begin_round(self.context.steps, self.tokens, self.context.rate)
 
-    def _follow(self) -> None:
-        """In the warm-up, where the replicas are equal, the anchor is brought to them when somebody wants it."""
+    def _refresh_anchor(self) -> None:
+        """Set the anchor within the warm-up, where it is otherwise set only at the end."""
         if self.cadence.warming:
-            self._anchor_here()
+            self._set_anchor()
 
-    def _anchor_here(self) -> None:
-        """At the live parameters."""
-        for names in in_messages(self.context.pieces.shapes):  # of a sharded anchor only a part is kept
+    def _set_anchor(self) -> None:
+        """Set the anchor to the live parameters."""
+        for names in in_messages(self.context.pieces.shapes):  # in groups, as a sharded store keeps only its chunks
             self.store.set_anchor(self.context.pieces.read(names))
 
     def _require_anchor(self) -> None:
-        """Raise ``RuntimeError`` if somebody has loaded other weights since the anchor was taken."""
+        """Raise ``RuntimeError`` if the model was changed since the anchor was set."""
         live, elsewhere = self.context.pieces.read(copy=False), self.context.stepped_elsewhere
-        known = {fqn: anchor for fqn, anchor in self.store.anchor(live).items() if fqn not in elsewhere}
-        if any(not torch.equal(anchor, live[fqn]) for fqn, anchor in known.items()):
+        anchors = {fqn: anchor for fqn, anchor in self.store.anchor(live).items() if fqn not in elsewhere}
+        if any(not torch.equal(anchor, live[fqn]) for fqn, anchor in anchors.items()):
             raise RuntimeError(
                 "the model was changed after attach, whose anchor is what it held then: load weights to start from "
                 "before attach; when resuming, load the sync's state too, last. If it was an optimizer: one that steps "
@@ -355,7 +355,7 @@ class LocalUpdateLoop(GradientSteps):
 
     def settle(self) -> None:
         self.meeting.require_quiet(self)
-        self._follow()
+        self._refresh_anchor()
         for fragment in self.under_way():
             for reduction in fragment.reductions:
                 self._finish(reduction)
@@ -382,4 +382,4 @@ class LocalUpdateLoop(GradientSteps):
 
     def detach(self) -> None:
         if self.channel is not self.context.pieces.channel:
-            self.channel.close(timeout_seconds=2.0)  # what is still under way is lost with this object
+            self.channel.close(timeout_seconds=2.0)  # drops what is still under way

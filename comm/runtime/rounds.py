@@ -1,4 +1,4 @@
-"""A fragment of a local update at work: when its last round began, and what of it is being reduced."""
+"""A fragment of a local update at work: its current round, and its reductions under way."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RATES = ("rate", "rate_steps", "round_rate", "last_rate")
 
 @dataclass
 class Reduction:
-    """What one replica has learned of a fragment, on its way to all.
+    """One replica's pseudo-gradient of a fragment, while it is reduced.
 
-    ``captured``: the step at which it was taken. ``branch``: what feedback will keep. ``handles``: of its messages;
-    none once they have arrived, with ``values`` unless the exchange failed. ``sent``: this replica's deltas, None after
-    a resume; ``weight``: what they count. ``products``: the square of the deltas, then the products of each message,
-    see `gauges`.
+    ``captured``: the step at which it was taken. ``branch``: the state that its exchange stages. ``handles``: of its
+    messages; empty once they have arrived, with ``values`` set unless the exchange failed. ``sent``: this replica's
+    deltas, None after a resume. ``weight``: of this replica in the mean. ``products``: the square of the deltas, then
+    the products of each message, see `gauges`.
     """
 
     captured: int
@@ -54,8 +54,8 @@ class Pinned:
 class Fragment:
     """One fragment's rounds. ``captured``, ``tokens``: the step, and the tokens seen, when its last round began.
 
-    ``scalar``: what a `Looking` outer optimizer chose for it. ``rates``: the mean inner learning rate of the round that
-    goes on, its number of steps, and that mean of the round before and of one before that, if it was not 0.
+    ``scalar``: what a `Looking` outer optimizer chose for it. ``rates``: the mean inner learning rate of the
+    current round, its number of steps, the mean of the round before, and the last non-zero mean before that.
     """
 
     number: int
@@ -73,7 +73,7 @@ class Fragment:
         self.rates = (mean, steps + 1, last, before)
 
     def begin_round(self, step: int, tokens: int, rate: float) -> None:
-        """A round begins; ``rate``: that of now, which is the last one's where it had no step."""
+        """Begin a round. ``rate``: the present one, taken as the last round's mean if that had no step."""
         self.captured, self.tokens = step, tokens
         mean, steps, last, before = self.rates
         self.rates = (0.0, 0, mean if steps else rate, last or before)
@@ -89,13 +89,13 @@ class Fragment:
         return {f"part.{self.number}.{name}": value for name, value in kept.items()}
 
     def load_numbers(self, numbers: Mapping[str, float], state: State, held: Collection[str]) -> None:
-        """Undo `numbers`. ``state`` has what has arrived; ``held``: parameters of which this rank holds a piece."""
+        """Undo `numbers`. ``state``: has the results that had arrived. ``held``: FQNs of this rank's pieces."""
         prefix = f"part.{self.number}."
         captured, tokens, flight, arrived = (
             int(numbers[prefix + name]) for name in ("captured", "tokens", "flight", "arrived")
         )
         self.captured, self.tokens, self.scalar = captured, tokens, float(numbers[prefix + "scalar"])
-        # Checkpoints of earlier revisions have none.
+        # Older checkpoints have none.
         mean, made, last, before = (numbers.get(prefix + name, 0.0) for name in RATES)
         self.rates = (mean, int(made), last, before)
         self.reductions, values = [], None

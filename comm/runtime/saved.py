@@ -1,16 +1,16 @@
-"""What a sync gives to be saved, and what it takes back: each rank's entries under a name that no other rank has.
+"""The saved form of a sync's state: each rank's entries under a key of its own.
 
     {"replica-0-of-2.shard-0-of-1": {"tensors": {fqn: {name: tensor}}, "holds": ..., "numbers": {name: number},
                                      "parameters": digest, "place": ..., "sync": ..., "optimizer": int,
                                      "live": {fqn: tensor}}}
 
-Whoever puts the states of several ranks together by their keys (torch.distributed.checkpoint, a merged mapping) keeps
-all of them so, and a rank finds its own. The entries are one value that is saved as a whole: a template to load into,
-of a sync that has not stepped yet, need not know what there will be. Pickled, both are plain ordered dictionaries,
-which ``torch.load`` reads with ``weights_only=True``.
+The states of several ranks can be merged by key (torch.distributed.checkpoint, ``state | other``), and each rank finds
+its entries again. A rank's entries are saved as one value, so a load template, taken before the first step, need not
+list the tensors that are to be loaded. Pickled, both are plain ordered dictionaries, which ``torch.load`` reads with
+``weights_only=True``.
 
-A framework that asks every rank for its state, and writes what the main process got, throws the others away unread.
-`RankedState` knows whether anybody has looked at it, and tells its sync when it goes without.
+Some frameworks ask every rank for its state, write the main process's, and discard the others unread. `RankedState`
+records whether it was read, and reports to its sync if it is discarded unread.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ NOTHING_LOADED = (
 )
 
 LARGEST = 2**63
-"""Of an integer, by amount: what a checkpoint keeps."""
+"""A checkpoint keeps integers from -LARGEST to LARGEST - 1."""
 
 
 class Entries:
-    """One rank's entries. Read and changed like a dict; no ``Mapping``, so that nobody takes it apart."""
+    """One rank's entries: read and changed like a dict, but no ``Mapping``, so that they are saved as one value."""
 
     def __init__(self, entries: dict[str, object]) -> None:
         self.entries = entries
@@ -69,7 +69,7 @@ class Entries:
         return self.entries.pop(name, default)
 
     def __repr__(self) -> str:
-        return repr(self.entries)  # equal states look alike
+        return repr(self.entries)  # equal states have equal representations
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return OrderedDict, (), None, None, iter(self.entries.items())
@@ -79,11 +79,11 @@ class Entries:
 
 
 class RankedState(dict[str, object]):
-    """``{place: entries}`` of one rank. ``unread`` is called if it goes before anybody has looked into it."""
+    """``{place: entries}`` of one rank. ``unread`` is called if this is garbage-collected before it was read."""
 
     def __init__(self, place: str, entries: Entries, unread: Callable[[], None] | None = None) -> None:
         super().__init__({place: entries})
-        self._own = entries
+        self._entries = entries
         self._unread = unread
 
     def __getitem__(self, name: str) -> object:
@@ -91,7 +91,7 @@ class RankedState(dict[str, object]):
         return super().__getitem__(name)
 
     def __missing__(self, name: str) -> object:
-        return self._own[name]
+        return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
         self._unread = None
@@ -110,7 +110,7 @@ class RankedState(dict[str, object]):
         return super().items()
 
     def get(self, name: str, default: object = None) -> object:
-        return self[name] if name in self or name in self._own else default
+        return self[name] if name in self or name in self._entries else default
 
     def copy(self) -> dict[str, object]:
         return dict(self.items())
@@ -126,7 +126,7 @@ class RankedState(dict[str, object]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankedState:
         self._unread = None
-        return RankedState(next(iter(self)), copy.deepcopy(self._own, memo))
+        return RankedState(next(iter(self)), copy.deepcopy(self._entries, memo))
 
     def __del__(self) -> None:
         unread = getattr(self, "_unread", None)
@@ -135,7 +135,7 @@ class RankedState(dict[str, object]):
 
 
 def place_name(replica: Place, shard: Place) -> str:
-    """Under which a rank's entries are saved.
+    """The key under which a rank's entries are saved.
 
     >>> place_name(Place(0, 2), Place(1, 4))
     'replica-0-of-2.shard-1-of-4'
@@ -144,15 +144,15 @@ def place_name(replica: Place, shard: Place) -> str:
 
 
 def entries_for(state: object, place: str, *, whichever: bool) -> Mapping[str, object]:
-    """The entries of ``place`` in ``state``, or ``state`` itself if it is that of one rank, as it was before.
+    """The entries of ``place`` in ``state``, or ``state`` itself if it is one rank's (older states are).
 
     Args:
-        state: as a sync gave it, or what was put together of several ranks' states. Entries that stand beside those of
-            ranks replace theirs: ``state | {"sync": None}``.
-        place: as `place_name` says.
-        whichever: take another rank's entries, of as many replicas and shards, if there are none of ``place``.
+        state: of one sync, or the merged states of several ranks. Entries beside those of ranks replace theirs:
+            ``state | {"sync": None}``.
+        place: see `place_name`.
+        whichever: without entries of ``place`` take another rank's, of a run of as many replicas and shards.
 
-    Raises ``TypeError`` for what is no state, ``ValueError`` if this rank's is not among them.
+    Raises ``TypeError`` if ``state`` is no sync's state, ``ValueError`` if it lacks this rank's entries.
     """
     if isinstance(state, Entries):
         state = state.entries
@@ -160,41 +160,41 @@ def entries_for(state: object, place: str, *, whichever: bool) -> Mapping[str, o
         raise TypeError(
             f"the state of a sync is a mapping, as its state_dict() gives it; this is {type(state).__name__}"
         )
-    ranked = {name: own for name, own in state.items() if isinstance(name, str) and name.startswith("replica-")}
-    found: object = state
+    ranked = {key: value for key, value in state.items() if isinstance(key, str) and key.startswith("replica-")}
+    entries: object = state
     if ranked:
         replaced = {name: value for name, value in state.items() if name not in ranked}
-        others = [name for name in sorted(ranked) if _sizes(name) == _sizes(place)]
-        name = place if place in ranked else next(iter(others), "") if whichever else ""
+        same_sizes = [name for name in sorted(ranked) if _sizes(name) == _sizes(place)]
+        name = place if place in ranked else next(iter(same_sizes), "") if whichever else ""
         if not name:
             raise ValueError(
                 f"this state was taken by {', '.join(sorted(ranked))}, and this is {place}; every rank saves its own "
                 "state, and every rank loads its own files"
             )
-        own = ranked[name]
-        if own is None:
+        entries = ranked[name]
+        if entries is None:
             raise ValueError(NOTHING_LOADED)
-        own = own.entries if isinstance(own, Entries) else own
-        found = {**own, **replaced} if isinstance(own, Mapping) else own
+        entries = entries.entries if isinstance(entries, Entries) else entries
+        entries = {**entries, **replaced} if isinstance(entries, Mapping) else entries
     if not (
-        isinstance(found, Mapping)
-        and isinstance(found.get("tensors"), Mapping)
-        and isinstance(found.get("numbers", found.get("integers")), Mapping)
+        isinstance(entries, Mapping)
+        and isinstance(entries.get("tensors"), Mapping)
+        and isinstance(entries.get("numbers", entries.get("integers")), Mapping)
     ):
         raise TypeError(
             "the state of a sync is {place: {'tensors': {fqn: {name: tensor}}, 'numbers': {name: number}, ...}}, as "
             f"its state_dict() gives it; this has the keys {', '.join(map(repr, [*state][:4])) or 'of nothing'}"
         )
-    return found
+    return entries
 
 
 def _sizes(name: str) -> list[str]:
-    """How many replicas and shards there are."""
-    return [part.rpartition("-of-")[2] for part in name.split(".")]
+    """The numbers of replicas and of shards."""
+    return [rank.rpartition("-of-")[2] for rank in name.split(".")]
 
 
 def holdings(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
-    """What there is, and of which kind: ``{"name of fqn": "float32 [64]"}``.
+    """The dtype and shape of each tensor: ``{"name of fqn": "float32 [64]"}``.
 
     >>> holdings({"w": {"residual": torch.zeros(64)}})
     {'residual of w': 'float32 [64]'}
@@ -206,14 +206,14 @@ def holdings(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
     }
 
 
-def require_same_sync(entries: Mapping[str, object], told: str, place: str | None) -> None:
-    """Raise ``ValueError`` for the state of another method or, where that counts, of another rank than ``place``."""
+def require_same_sync(entries: Mapping[str, object], description: str, place: str | None) -> None:
+    """Raise ``ValueError`` for the state of another method, or of a rank other than ``place`` (None: any rank's)."""
     saved = renamed(entries.get("sync"))
-    if saved not in (None, told):
+    if saved not in (None, description):
         raise ValueError(
-            f"this state was saved with {unlike(str(saved), told)}, and this is {unlike(told, str(saved))}; attach "
-            "what it was saved with, or take out its entry 'sync' if the change is meant: "
-            'load_state_dict(state | {"sync": None})'
+            f"this state was saved with {unlike(str(saved), description)}, and this is "
+            f"{unlike(description, str(saved))}; attach what it was saved with, or take out its entry 'sync' if the "
+            'change is meant: load_state_dict(state | {"sync": None})'
         )
     if place is not None and entries.get("place") not in (None, place):
         raise ValueError(
@@ -235,11 +235,11 @@ EARLIER = {
     "AttachedElasticOneByte": "one_byte, elastic",
     "AttachedFedKSeed": "fedkseed",
 }
-"""What methods were called in states that were saved before they had names of their own."""
+"""The names of methods, by the class names that older states have in their place."""
 
 
 def renamed(sync: object) -> object:
-    """The description of a sync in a state, as it is today.
+    """A saved description of a sync, with the method's present name.
 
     >>> renamed("AttachedSharded: fp32; every_steps=5")
     'local_update, sharded: fp32; every_steps=5'
@@ -250,23 +250,23 @@ def renamed(sync: object) -> object:
     return EARLIER.get(name, name) + colon + rest
 
 
-def unlike(one: str, other: str) -> str:
-    """The settings of ``one``, as `context.description` has them, that ``other`` does not have.
+def unlike(description: str, reference: str) -> str:
+    """The settings in ``description`` (see `context.description`) that are not in ``reference``.
 
     >>> unlike("diloco: fp32; every_steps=5; mix=0.0", "diloco: fp32; every_steps=6; mix=0.0")
     'every_steps=5'
     """
-    others = other.split("; ")
-    return "; ".join(part for part in one.split("; ") if part not in others) or "nothing else"
+    shared = reference.split("; ")
+    return "; ".join(setting for setting in description.split("; ") if setting not in shared) or "nothing else"
 
 
 def tensors_of(
     entries: Mapping[str, object], kinds: Mapping[str, Kind], segments: Mapping[str, Segment], always: Sequence[str]
 ) -> Tensors:
-    """The tensors of a state, all that it says it holds, and such as this sync can go on with.
+    """The tensors of a state, checked to be complete and to fit this sync.
 
-    ``always``: names of what is kept of every parameter from the first step on. Raises ``ValueError`` for missing,
-    strange and unfitting ones.
+    ``always``: names that every parameter has from the first step on. Raises ``ValueError`` for missing and unknown
+    tensors, and for another shape or dtype.
     """
     tensors = entries["tensors"]
     assert isinstance(tensors, Mapping)
@@ -279,17 +279,17 @@ def tensors_of(
             f"this state was saved with another sync: the state to load holds {unknown}, this sync keeps "
             f"{sorted(kinds)}"
         )
-    listed, found = entries.get("holds"), holdings(tensors)
-    if isinstance(listed, Mapping) and dict(listed) != found:
-        said = {str(what): str(kind) for what, kind in listed.items()}
-        wrong = sorted({*said.items()} ^ {*found.items()}) or [("its list", "no text")]
-        lost, first = sorted({*said} - {*found}), wrong[0][0]
-        what = f"{len(lost)} of them are missing ({lost[0]})" if lost else (
-            f"{first}: {found.get(first, 'not there')}, was {said.get(first, 'not there')}"
+    listed, held = entries.get("holds"), holdings(tensors)
+    if isinstance(listed, Mapping) and dict(listed) != held:
+        expected = {str(name): str(kind) for name, kind in listed.items()}
+        wrong = sorted({*expected.items()} ^ {*held.items()}) or [("its list", "no text")]
+        lost, first = sorted({*expected} - {*held}), wrong[0][0]
+        problem = f"{len(lost)} of them are missing ({lost[0]})" if lost else (
+            f"{first}: {held.get(first, 'not there')}, was {expected.get(first, 'not there')}"
         )  # fmt: skip
         raise ValueError(
-            f"this state says that it holds {len(listed)} tensors, and {what}. Whatever saved or loaded it has changed "
-            "it; load the state as a whole, as it was given"
+            f"this state says that it holds {len(listed)} tensors, and {problem}. Whatever saved or loaded it has "
+            "changed it; load the state as a whole, as it was given"
         )
     for fqn, named in tensors.items():
         for name, tensor in named.items():
@@ -304,29 +304,29 @@ def tensors_of(
     return {fqn: dict(named) for fqn, named in tensors.items()}
 
 
-def _require_piece(tensor: Tensor, segment: Segment | None, what: str) -> None:
+def _require_piece(tensor: Tensor, segment: Segment | None, name: str) -> None:
     if segment is None:
-        raise ValueError(f"the state to load holds {what}, of which this rank trains nothing; attach the same model")
+        raise ValueError(f"the state to load holds {name}, of which this rank trains nothing; attach the same model")
     if tensor.shape != (segment.numel,) or tensor.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"the state to load holds {what} as {tensor.dtype} {list(tensor.shape)}, and this rank has "
+            f"the state to load holds {name} as {tensor.dtype} {list(tensor.shape)}, and this rank has "
             f"{segment.numel} elements of it, whose state is flat and fp32 (fp64 for a model in fp64)"
         )
 
 
-def numbers_of(entries: Mapping[str, object], counters: tuple[str, ...], own: Mapping[str, float]) -> Numbers:
-    """The numbers of a state. ``own``: those of the sync that is to load it.
+def numbers_of(entries: Mapping[str, object], counters: tuple[str, ...], current: Mapping[str, float]) -> Numbers:
+    """The numbers of a state, checked. ``current``: those of the sync that is to load it.
 
-    Raises ``ValueError`` for what is none, for anything but an integer where ``own`` has one, and for ``counters``
-    below 0.
+    Raises ``ValueError`` for what is not a finite number, for anything but an integer where ``current`` has one, and
+    for ``counters`` below 0.
     """
     numbers = entries["numbers"] if "numbers" in entries else numbers_of_integers(entries["integers"])
     assert isinstance(numbers, Mapping)
     for name, value in numbers.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if (whole and not -LARGEST <= value < LARGEST) or (not whole and isinstance(own.get(name), int)):
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        if (integer and not -LARGEST <= value < LARGEST) or (not integer and isinstance(current.get(name), int)):
             raise ValueError(f"{name} of the state to load is {value!r}; it is an integer of 64 bits")
-        if not whole and not (isinstance(value, float) and math.isfinite(value)):
+        if not integer and not (isinstance(value, float) and math.isfinite(value)):
             raise ValueError(f"{name} of the state to load is {value!r}; it is a finite number")
         if name in counters and value < 0:
             raise ValueError(f"{name} of the state to load is {value}; it counts, from 0")
@@ -343,7 +343,7 @@ BITS = re.compile(
 
 
 def numbers_of_integers(integers: object) -> object:
-    """The numbers of a state or checkpoint that was written when both knew integers only.
+    """The numbers of a state or checkpoint from the time when both held integers only.
 
     >>> numbers_of_integers({"steps": 3, "moved": 4607182418800017408})
     {'steps': 3, 'moved': 1.0}

@@ -1,4 +1,4 @@
-"""One rank's state, given to be saved and taken back: see `dtrain.comm.runtime.saved` for what it looks like."""
+"""Saving and loading of one rank's state; `dtrain.comm.runtime.saved` has its format."""
 
 from __future__ import annotations
 
@@ -26,44 +26,44 @@ from dtrain.comm.runtime.saved import (
 from dtrain.comm.state import Numbers, Tensors
 
 REFUSED = -1
-"""What a rank tells the others in place of the step of its state, if it cannot go on with that."""
+"""What a rank sends in place of its state's step if it refuses the state."""
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row")
-"""Of the context, kept for every method."""
+"""Counters of the context, saved for every method."""
 
 
 class SavedState:
-    """Gives and takes a rank's state."""
+    """Saves and loads one rank's state."""
 
     def __init__(self, context: Context, method: Method) -> None:
         self._context, self._method = context, method
-        self._given: weakref.ref[Entries] | None = None
+        self._last_saved: weakref.ref[Entries] | None = None
         self._lost_at: int | None = None
 
-    def given(self, live: Mapping[str, Tensor] | None) -> RankedState:
-        """`Attached.state_dict`. ``live``: the parameters that go on being trained, while others are shown."""
+    def state_dict(self, live: Mapping[str, Tensor] | None) -> RankedState:
+        """`Attached.state_dict`. ``live``: the parameters in training, while `Attached.evaluation` shows others."""
         self.require_read()
         self._method.settle()
         self._context.saves += 1
         context = self._context
         tensors = {fqn: dict(named) for fqn, named in context.state.tensors.items()}
-        entries: dict[str, object] = {
+        values: dict[str, object] = {
             "tensors": tensors, "holds": holdings(tensors), "numbers": self.numbers(),
             "parameters": _digest(context.pieces.read(copy=False)), "place": self._place(), "sync": context.description,
             "optimizer": self._optimizer_states(),
         }  # fmt: skip
         if live is not None:
-            entries["live"] = dict(live)
-        own, step, me = Entries(entries), self._context.steps, weakref.ref(self)
-        self._given = weakref.ref(own)
+            values["live"] = dict(live)
+        entries, step, owner = Entries(values), self._context.steps, weakref.ref(self)
+        self._last_saved = weakref.ref(entries)
 
         def unread() -> None:
-            saved = me()
+            saved = owner()
             if saved is not None:
                 saved._lost_at = step
                 warnings.warn(f"the state of step {step} was thrown away unread", RuntimeWarning, stacklevel=2)
 
-        return RankedState(self._name(), own, unread if self._context.each_its_own else None)
+        return RankedState(self._name(), entries, unread if self._context.differs_by_rank else None)
 
     def load(self, state: Mapping[str, object]) -> None:
         """`Attached.load_state_dict`."""
@@ -71,17 +71,17 @@ class SavedState:
         tensors: Tensors = {}
         numbers: Numbers = {"steps": REFUSED}
         try:
-            entries, tensors, numbers = self._taken_apart(state)
+            entries, tensors, numbers = self._checked(state)
         except (TypeError, ValueError) as error:
             refusal = error
-        replicas, shards = self._context.membership.told_by_all(int(numbers["steps"]))
+        replicas, shards = self._context.membership.gather_number(int(numbers["steps"]))
         if refusal is not None:
             raise refusal
         if REFUSED in (*replicas, *shards):
-            other = [rank for rank, step in enumerate(replicas) if step == REFUSED]
+            refusing = [rank for rank, step in enumerate(replicas) if step == REFUSED]
             raise ValueError(
-                f"replicas {other or 'of another shard'} refused the states that they were to load, and say why; load "
-                "one and the same checkpoint on all ranks"
+                f"replicas {refusing or 'of another shard'} refused the states that they were to load, and say why; "
+                "load one and the same checkpoint on all ranks"
             )
         if len({*replicas, *shards}) > 1:
             raise ValueError(
@@ -90,7 +90,7 @@ class SavedState:
             )
         before = self._context.state.tensors, self.numbers()
         try:
-            self._context.state.load(self._brought_here(tensors))
+            self._context.state.load(self._on_devices(tensors))
             self._load_numbers(numbers)
         except (KeyError, ValueError) as error:
             self._context.state.tensors = before[0]
@@ -101,13 +101,13 @@ class SavedState:
         if isinstance(live := entries.get("live"), Mapping):
             self._context.pieces.write(live)
 
-    def _taken_apart(self, state: object) -> tuple[Mapping[str, object], Tensors, Numbers]:
-        """This rank's entries, and their tensors and numbers, if it can go on with them."""
-        given = self._given() if self._given is not None else None
-        if given is not None and isinstance(state, Mapping) and any(value is given for value in state.values()):
+    def _checked(self, state: object) -> tuple[Mapping[str, object], Tensors, Numbers]:
+        """This rank's entries, and their tensors and numbers. Raises ``ValueError``, ``TypeError`` if unfit."""
+        saved = self._last_saved() if self._last_saved is not None else None
+        if saved is not None and isinstance(state, Mapping) and any(value is saved for value in state.values()):
             raise ValueError(NOTHING_LOADED)
-        entries = entries_for(state, self._name(), whichever=not self._context.each_its_own)
-        require_same_sync(entries, self._context.description, self._place() if self._context.each_its_own else None)
+        entries = entries_for(state, self._name(), whichever=not self._context.differs_by_rank)
+        require_same_sync(entries, self._context.description, self._place() if self._context.differs_by_rank else None)
         tensors = tensors_of(entries, self._context.state.kinds, self._context.pieces.segments, self._method.always)
         numbers = numbers_of(entries, (*COUNTERS, *self._method.counters), self.numbers())
         self._require_parameters(entries)
@@ -129,7 +129,7 @@ class SavedState:
             )
 
     def _require_optimizer(self, entries: Mapping[str, object]) -> None:
-        """Raise ``ValueError`` if the optimizer has lost all of the state that it had when this was taken."""
+        """Raise ``ValueError`` if the optimizer has no state, but had some when this state was taken."""
         saved = entries.get("optimizer")
         if isinstance(saved, int) and saved > 0 and not self._optimizer_states():
             raise ValueError(
@@ -139,20 +139,20 @@ class SavedState:
             )
 
     def _optimizer_states(self) -> int:
-        """Of how many parameters the optimizer keeps something."""
-        kept = self._context.pieces.optimizer.state.values()
-        return sum(any(isinstance(value, Tensor) for value in one.values()) for one in kept)
+        """The number of parameters of which the optimizer keeps a tensor."""
+        states = self._context.pieces.optimizer.state.values()
+        return sum(any(isinstance(value, Tensor) for value in state.values()) for state in states)
 
-    def _brought_here(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """On the device of the parameter that each belongs to."""
+    def _on_devices(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """``tensors``, each on the device of its parameter."""
         devices = {fqn: value.device for fqn, value in self._context.pieces.read(copy=False).items()}
-        found: dict[str, dict[str, Tensor]] = {}
+        moved: dict[str, dict[str, Tensor]] = {}
         for fqn, named in tensors.items():
-            found[fqn] = {name: tensor.to(devices.get(fqn, tensor.device)) for name, tensor in named.items()}
-        return found
+            moved[fqn] = {name: tensor.to(devices.get(fqn, tensor.device)) for name, tensor in named.items()}
+        return moved
 
     def require_read(self) -> None:
-        """Raise ``RuntimeError`` if a state that this rank gave was thrown away by whoever had asked for it."""
+        """Raise ``RuntimeError`` if a state of this rank was discarded unread."""
         if self._lost_at is not None:
             step, self._lost_at = self._lost_at, None
             raise RuntimeError(
@@ -175,7 +175,7 @@ class SavedState:
         self._method.load_numbers(numbers)
 
     def _name(self) -> str:
-        """Of this rank's entries in a state."""
+        """The key of this rank's entries in a state."""
         places = self._context.pieces.channel.places
         return place_name(places["replicate"], places["shard"])
 
@@ -185,7 +185,7 @@ class SavedState:
 
 
 def _digest(values: Mapping[str, Tensor]) -> str:
-    """Of every element, whatever the order of the names."""
+    """A digest of every element, whatever the order of the names."""
     digest = hashlib.blake2b(digest_size=16)
     for fqn in sorted(values):
         digest.update(fqn.encode())

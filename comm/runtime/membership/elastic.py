@@ -1,6 +1,6 @@
-"""Replicas that come and go, as a `Membership`: how they get into an epoch, agree within a replica, and leave.
+"""The `Membership` of an elastic run: how a replica enters an epoch, votes within itself, and leaves.
 
-What they do for each other in an epoch is each method's own: `elastic_rounds`, `elastic_steps`.
+How the members of an epoch exchange and copy state is each method's own: `elastic_rounds`, `elastic_machines`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ MOST_REFUSED = 3
 
 
 class Unfit(ValueError):
-    """What a donor handed over cannot be its state."""
+    """What was received from a donor cannot be its state."""
 
 
 class Elastic:
-    """This replica among others that come and go. Constructed, it is in an epoch.
+    """This replica in an elastic run. The constructor enters an epoch.
 
-    ``position``: how far this replica is, in the method's own count; NOBODY for one that has not begun. ``newcomer``:
-    whether the others had begun when this replica came. ``channels``: those that go between replicas. ``take_back``:
-    called where an epoch is left, for what is under way in it.
+    ``position``: how far this replica is, in the method's own count; NOBODY before it begins. ``newcomer``: whether the
+    run had begun when this replica joined. ``channels``: those between replicas. ``take_back``: called when an epoch is
+    left, to roll back exchanges under way.
     """
 
     together: tuple[Axis, ...] = ("shard",)  # a replica evaluates when it likes
@@ -44,12 +44,12 @@ class Elastic:
         self.channels: list[Channel] = [pieces.channel]
         self.position = NOBODY
         self.take_back: Callable[[], None] = lambda: None
-        self._refused = 0  # how often in a row what a donor handed over did not fit; nothing of it was taken
-        # Votes within the replica, which no lost peer disturbs.
+        self._refused = 0  # consecutive times that a donor's state was refused
+        # For votes within the replica, which a lost peer does not break.
         shard = pieces.channel.transports["shard"].clone()
         within: dict[Axis, Transport] = {"replicate": SelfTransport(), "shard": shard}
         self.votes = Channel(within, pieces.channel.meter)
-        members.join(pieces.channel.places["shard"], self._told_by_the_first)
+        members.join(pieces.channel.places["shard"], self._from_first)
         while not self.agree(self.enter()):
             self.break_off()
         self.newcomer = members.epoch is not None and members.epoch.donor != NOBODY
@@ -61,7 +61,7 @@ class Elastic:
     # ---- epochs ------------------------------------------------------------------------------------------------------
 
     def enter(self) -> bool:
-        """Enter the next epoch; False if it came to nothing."""
+        """Enter the next epoch; False if one of its members was lost."""
         try:
             self.members.enter(self.position)
         except PeersLost:
@@ -71,26 +71,26 @@ class Elastic:
         return True
 
     def break_off(self) -> None:
-        """Leave what is under way in this epoch."""
+        """Abort this epoch's exchanges."""
         self.members.leave()
         for channel in self.channels:
             channel.renew()
         self.take_back()
 
     def regroup(self, catch_up: Callable[[], bool]) -> None:
-        """Into the next epoch in which ``catch_up()`` succeeds on all ranks of this replica."""
+        """Enter epochs until ``catch_up()`` succeeds on all ranks of this replica."""
         entered = False
         while not entered:
             self.break_off()
             entered = self.agree(self.enter() and catch_up())
 
-    def survived(self, hand_over: Callable[[], None], unfit: tuple[type[Exception], ...] = (Unfit,)) -> bool:
-        """Whether ``hand_over()``, between members, came to its end: False if one was lost, or gave what is ``unfit``.
+    def survived(self, transfer: Callable[[], None], unfit: tuple[type[Exception], ...] = (Unfit,)) -> bool:
+        """Whether ``transfer()``, between members, succeeded; False if one was lost, or for an ``unfit`` state.
 
-        Raises what was wrong with that where asking again does not help.
+        Raises the error of an ``unfit`` state after MOST_REFUSED in a row.
         """
         try:
-            hand_over()
+            transfer()
         except unfit as error:
             self._refused += 1
             log.warning("replica %d refuses what was handed over: %s", self.members.id, error)
@@ -104,14 +104,14 @@ class Elastic:
         self._refused = 0
         return True
 
-    def _told_by_the_first(self, number: int) -> int:
+    def _from_first(self, number: int) -> int:
         return int(sum_over_shards(self.votes, torch.tensor([number], dtype=torch.int64), "members"))
 
-    # ---- what every method asks --------------------------------------------------------------------------------------
+    # ---- the Membership ----------------------------------------------------------------------------------------------
 
     def begin(self, description: str, spec: str, identity: str) -> None:
-        """Raises ``ValueError`` unless the first replica of the run said the same of itself."""
-        first = self.members.first_said(identity)
+        """Raises ``ValueError`` unless the first replica of the run has the same ``identity``."""
+        first = self.members.first_text(identity)
         if first != identity:
             raise ValueError(
                 f"this replica was given another sync or another model ({unlike(identity, first)}) than the run that "
@@ -121,11 +121,11 @@ class Elastic:
             require_agreement(description, spec, self._pieces)
             begin_alike(self._pieces)
 
-    def told_by_all(self, number: int) -> tuple[list[int], list[int]]:
-        return [number], [number]  # whoever is behind catches up where members meet
+    def gather_number(self, number: int) -> tuple[list[int], list[int]]:
+        return [number], [number]  # members that are behind catch up at the next epoch
 
     def saves_alike(self, saves: int) -> int:
-        return 0  # newcomers were not there when the others were asked
+        return 0  # newcomers have missed the others' saves
 
     def compared(self, compare: Callable[[], Verdict]) -> Verdict:
         try:

@@ -1,11 +1,11 @@
-"""One byte among machines that come and go: the log is what lets them.
+"""`one_byte` in an elastic run: newcomers catch up by the update log.
 
-A step is a transaction. A machine keeps its bytes until it has everybody's, so where one is lost, the others agree on
-who is left (`Members`), gather again, and take the step without it; nobody has moved meanwhile. One that comes says
-what its weights' digest is. If a member's log knows it, the newcomer may take what the log says since then and walk it;
-if not, or if that takes longer than copying the weights, it copies them. Both are measured: how fast the link from that
-member is, and how fast this machine makes directions. One that missed a step that others have taken does the same.
-Who takes part in a step is in its record: ids are never used twice, and a machine's directions belong to its id.
+A step is a transaction. A machine keeps its bytes until it has those of all, so where one is lost, the others agree on
+who is left (`Members`), gather again, and make the step without it; no parameter has moved meanwhile. A newcomer sends
+the digest of its weights. If a member's log has that digest, the newcomer may replay the log from there; if not, or if
+that takes longer than copying the weights, it copies them. Both times are measured: the bandwidth of the link from that
+member, and how fast this machine generates directions. A machine that missed a step of the others does the same.
+The record of a step lists its machines: ids are never used twice, and a machine's directions belong to its id.
 Communication: that of `one_byte`; for a newcomer a probe of 256 KiB, then the log's tail or the weights.
 """
 
@@ -32,9 +32,9 @@ from dtrain.comm.transports.gloo import is_loss
 
 PROBE = 1 << 18
 RECORD_BYTES = 64
-"""More than a record takes in a log, without its machines and their bytes."""
+"""A bound of a record's size in a log, without its machines and their bytes."""
 ASK_EVERY = 10
-"""Steps between two looks for newcomers: a look takes some round trips to the store."""
+"""Steps between two checks for newcomers: a check takes some round trips to the store."""
 
 
 class ElasticMachines:
@@ -45,8 +45,8 @@ class ElasticMachines:
 
     def __init__(self, walk: Walk, folder: str, context: Context, membership: Elastic) -> None:
         self.walk, self._folder, self._context, self._membership = walk, folder, context, membership
-        self.records: list[Record] = []  # since this machine came
-        self._asked, self._first_step, self._first = 0, 0, self._context.digest()
+        self.records: list[Record] = []  # since this machine joined
+        self._checked_at, self._first_step, self._first = 0, 0, self._context.digest()
         self.log = None if membership.newcomer else self._log_of(self._first)
 
     def begin(self) -> None:
@@ -55,7 +55,7 @@ class ElasticMachines:
             self._membership.position = 0
             return
         self._context.steps = self._membership.position = NOBODY
-        if not self._membership.agree(self._handed_on()):
+        if not self._membership.agree(self._caught_up()):
             self._regroup()
 
     @property
@@ -63,21 +63,21 @@ class ElasticMachines:
         return self._membership.members.id
 
     def exchange(self, codes: Tensor) -> Gathered | None:
-        """With whoever is there. Newcomers are let in before it."""
+        """With all members, after newcomers were let in."""
         context, membership, before = self._context, self._membership, self._context.steps
         membership.position = before
-        if before % ASK_EVERY == 0 and self._asked != before:
-            self._asked = before
+        if before % ASK_EVERY == 0 and self._checked_at != before:
+            self._checked_at = before
             if not membership.agree(not membership.members.called(before)):
                 self._regroup()
         while context.steps == before:
-            everybody = self.gathered(codes, "bytes")
-            if membership.agree(everybody is not None):
-                assert everybody is not None and membership.members.epoch is not None
+            all_codes = self.gathered(codes, "bytes")
+            if membership.agree(all_codes is not None):
+                assert all_codes is not None and membership.members.epoch is not None
                 epoch = membership.members.epoch
-                return Gathered(everybody, epoch.number, tuple(sorted(epoch.slots)))
-            self._regroup()  # which may bring what the others have done in this step
-        context.steps -= 1  # the step is counted by whoever asked for it
+                return Gathered(all_codes, epoch.number, tuple(sorted(epoch.slots)))
+            self._regroup()  # which may catch up with a step that the others have made
+        context.steps -= 1  # the caller counts the step
         return None
 
     def gathered(self, value: Tensor, label: str) -> Tensor | None:
@@ -105,42 +105,42 @@ class ElasticMachines:
         if self._context.pieces.channel.places["shard"].rank:
             return None
         path = Path(self._folder) / f"machine-{self.number}.log"
-        if self.records:  # of what came before weights were copied
+        if self.records:  # the first log has the steps before weights were copied
             path = path.with_stem(f"{path.stem}-{self._first_step}")
         return UpdateLog(path, Header(self.walk, dict(self._context.pieces.shapes), first))
 
     # ---- where machines wait for each other --------------------------------------------------------------------------
 
     def _regroup(self) -> None:
-        """Into the next epoch; who is behind, or comes, catches up."""
-        self._membership.regroup(self._handed_on)
+        """Enter the next epoch, in which members that are behind catch up."""
+        self._membership.regroup(self._caught_up)
 
-    def _handed_on(self) -> bool:
-        """Bring those who are behind to where the donor is; False if one of them was lost."""
+    def _caught_up(self) -> bool:
+        """Bring members that are behind to the donor's step; False if one of them was lost."""
         members = self._membership.members
         epoch, me = members.epoch, members.id
         if epoch is None or not epoch.behind or me not in (epoch.donor, *epoch.behind):
             return True
         together, donor = sorted([epoch.donor, *epoch.behind]), epoch.donor
 
-        def hand_over() -> None:
+        def transfer() -> None:
             with members.between(together) as transport:
                 channel = Channel({"replicate": transport}, self._context.meter)
                 try:
-                    (self._hand_on if me == donor else self._catch_up)(channel, together.index(donor))
+                    (self._donate if me == donor else self._catch_up)(channel, together.index(donor))
                 finally:
                     channel.close()
 
-        if not self._membership.survived(hand_over, (Unfit, LogError)):
+        if not self._membership.survived(transfer, (Unfit, LogError)):
             return False
-        self._asked = self._context.steps
+        self._checked_at = self._context.steps
         return True
 
-    def _hand_on(self, channel: Channel, source: int) -> None:
-        """The donor's part. What its log does not know gets all weights."""
-        known = {record.digest: record.step.number + 1 for record in self.records} | {self._first: self._first_step}
+    def _donate(self, channel: Channel, source: int) -> None:
+        """The donor's side: send the log's tail, and the weights where a digest is not in the log."""
+        steps = {record.digest: record.step.number + 1 for record in self.records} | {self._first: self._first_step}
         digests = channel.run(gathered(torch.tensor([signed(self._last)])), "hand-over").flatten().tolist()
-        places = [known.get(digest % 2**64, NOBODY) for digest in digests]
+        places = [steps.get(digest % 2**64, NOBODY) for digest in digests]
         start = min((place for place in places if place != NOBODY), default=self._context.steps)
         tail = to_bytes(record for record in self.records if record.step.number >= start)
         about = torch.tensor([self._context.steps, len(tail), *places])
@@ -152,49 +152,52 @@ class ElasticMachines:
             channel.run(_from(source, *self._context.pieces.read().values()), "hand-over")
 
     def _catch_up(self, channel: Channel, source: int) -> None:
-        """The part of one that is behind: along the log, or with the donor's weights."""
+        """The side of a member that is behind: replay the log, or copy the donor's weights."""
         place, values = channel.places["replicate"], self._context.pieces.read()
         channel.run(gathered(torch.tensor([signed(self._context.digest())])), "hand-over")
         (about,) = channel.run(_from(source, torch.zeros(2 + place.size, dtype=torch.int64)), "hand-over")
-        there, tail_bytes, *places = about.tolist()
-        self._require_possible(there, tail_bytes, places)
-        here = places[place.rank]
+        donor_step, tail_bytes, *places = about.tolist()
+        self._require_possible(donor_step, tail_bytes, places)
+        step = places[place.rank]
         started = time.perf_counter()
         channel.run(_from(source, torch.zeros(PROBE, dtype=torch.uint8)), "hand-over")
         copying = (time.perf_counter() - started) / PROBE * 4 * sum(value.numel() for value in values.values())
-        walking = (there - here) * self.walk.samples * self._membership.members.place.size * self._direction_seconds()
+        directions = (donor_step - step) * self.walk.samples * self._membership.members.place.size
+        walking = directions * self._direction_seconds()
         came_now = self._membership.newcomer and not self._membership.members.came_by
-        by_log = self._membership.agree(here != NOBODY and (not came_now or walking < copying))  # others lack a step
+        by_log = self._membership.agree(step != NOBODY and (not came_now or walking < copying))  # others lack a step
         copies = channel.run(gathered(torch.tensor([int(not by_log)])), "hand-over")
         (tail,) = channel.run(_from(source, torch.zeros(max(1, tail_bytes), dtype=torch.uint8)), "hand-over")
         copied = channel.run(_from(source, *values.values()), "hand-over") if copies.any() else ()
         if by_log:
             if came_now:
-                self._begin_at(here)
+                self._begin_at(step)
             start = min(place for place in places if place != NOBODY)
-            records = from_bytes(tail.numpy().tobytes()[:tail_bytes], range(start, there))
-            self._walk_along(values, [record for record in records if record.step.number >= here])
+            records = from_bytes(tail.numpy().tobytes()[:tail_bytes], range(start, donor_step))
+            self._replay(values, [record for record in records if record.step.number >= step])
         else:
             self._context.pieces.write(dict(zip(values, copied, strict=True)))
-            self._begin_at(there)
-        self._context.steps = self._membership.position = there
+            self._begin_at(donor_step)
+        self._context.steps = self._membership.position = donor_step
         if came_now:
             self._membership.members.came_by = "log" if by_log else "weights"
 
-    def _require_possible(self, there: int, tail_bytes: int, places: list[int]) -> None:
-        """Raise `Unfit` for what the donor cannot say of itself."""
+    def _require_possible(self, donor_step: int, tail_bytes: int, places: list[int]) -> None:
+        """Raise `Unfit` for values that a donor cannot have."""
         epoch = self._membership.members.epoch
         assert epoch is not None
-        stands = self._membership.members.stands(epoch.donor)
-        most = max(0, there) * (RECORD_BYTES + (2 + self.walk.samples) * self._membership.members.arrivals)
-        if there < 0 or stands not in (None, there) or not 0 <= tail_bytes <= most:
-            raise Unfit(f"it says that it is at step {there} (the store: {stands}), with {tail_bytes} bytes of its log")
-        if not all(NOBODY <= place <= there for place in places):
+        stands = self._membership.members.position_of(epoch.donor)
+        most = max(0, donor_step) * (RECORD_BYTES + (2 + self.walk.samples) * self._membership.members.arrivals)
+        if donor_step < 0 or stands not in (None, donor_step) or not 0 <= tail_bytes <= most:
             raise Unfit(
-                f"it says that the weights of those who are behind are of the steps {places}, and is at {there}"
+                f"it says that it is at step {donor_step} (the store: {stands}), with {tail_bytes} bytes of its log"
+            )
+        if not all(NOBODY <= place <= donor_step for place in places):
+            raise Unfit(
+                f"it says that the weights of those who are behind are of the steps {places}, and is at {donor_step}"
             )
 
-    def _walk_along(self, values: Named, records: list[Record]) -> None:
+    def _replay(self, values: Named, records: list[Record]) -> None:
         for record in records:
             walk_on(values, self._context.pieces.segments, self.walk, record.step)
             digest = self._context.digest(values)
@@ -207,7 +210,7 @@ class ElasticMachines:
         self._context.pieces.write(values)
 
     def _begin_at(self, step: int) -> None:
-        """This machine's log begins with the weights that it has now."""
+        """Begin this machine's log anew, with its present weights."""
         self._first_step, self._first = step, self._context.digest()
         if self.log is not None:
             self.log.close()
@@ -215,18 +218,18 @@ class ElasticMachines:
 
     @property
     def _last(self) -> int:
-        """The digest of this machine's weights, as far as it was written down."""
+        """The digest of this machine's weights after the last recorded step."""
         return self.records[-1].digest if self.records else self._first
 
     def _direction_seconds(self) -> float:
-        """How long it takes to go along one direction here."""
+        """Seconds to move the parameters along one direction on this machine."""
         values = self._context.pieces.read()
         started = time.perf_counter()
         move(values, self._context.pieces.segments, self.walk, [((0, 0, 0), 1.0)])
         return time.perf_counter() - started
 
 
-def _from(source: int, *own: Tensor) -> Flow[tuple[Tensor, ...]]:
-    """The tensors of the rank ``source``; the others give some of the same shapes."""
-    found = yield Broadcast(own, source)
-    return tuple(found)
+def _from(source: int, *tensors: Tensor) -> Flow[tuple[Tensor, ...]]:
+    """The ``tensors`` of the rank ``source``; other ranks give any of the same shapes."""
+    reply = yield Broadcast(tensors, source)
+    return tuple(reply)

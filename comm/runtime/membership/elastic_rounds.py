@@ -1,11 +1,11 @@
-"""The rounds of a local update among replicas that come and go.
+"""The rounds of a local update in an elastic run.
 
-What a replica sends of a round stays with it until all members have the result. So where one is lost, the others agree
-on who is left (`Members`), send the same again, and go on: only what the lost replica had learned in this round is
-gone. One that comes copies what is declared replicated (anchor, outer momentum, counters) from a member that is as far
-as any, takes part in the round under way with a weight of zero, and trains on from the new anchor. Its inner optimizer
-starts afresh. A member that missed the end of a round, since somebody died in that moment, does as newcomers do. One
-that is slow may end its round with fewer steps, and counts by those that it made.
+A replica keeps its pseudo-gradient until all members have the result. So where one is lost, the others agree on who is
+left (`Members`), send the same again, and continue: only the lost replica's pseudo-gradient of this round is gone. A
+newcomer copies the replicated state (anchor, outer momentum, counters) from a member that is as far as any, takes part
+in the round under way with weight 0, and trains on from the new anchor, with a fresh inner optimizer. A member that
+missed the end of a round, since another was lost in that moment, does the same. A slow one may end its round with fewer
+steps, and weighs by those that it made.
 
 Members wait for each other once a round (`ElasticRounds.wait`); other steps need no coordination.
 """
@@ -33,11 +33,11 @@ from dtrain.comm.runtime.saved_state import COUNTERS
 from dtrain.comm.transports.gloo import is_loss
 
 CHECKSUM = 4
-"""Bytes of it at the end of what is handed over."""
+"""Bytes of the CRC-32 at the end of a packed state."""
 
 
 class ElasticRounds:
-    """A `Meeting` of members. The membership's ``position`` counts the meetings that this replica has been at."""
+    """The `Meeting` of members. The membership's ``position`` counts the meetings of this replica."""
 
     def __init__(self, membership: Elastic, context: Context) -> None:
         self.membership, self._context = membership, context
@@ -51,15 +51,15 @@ class ElasticRounds:
         if not membership.newcomer:
             membership.position = 0
             return
-        # What the others wait for, with nothing of its own in it.
-        if membership.agree(self._handed_on(loop)):
+        # The exchange that the others wait for, with weight 0.
+        if membership.agree(self._caught_up(loop)):
             _send_again(loop)
         else:
             self._regroup(loop)
         self._wait_for_all(loop, closing=False)
         loop.end_rounds()
 
-    # ---- what a loop asks --------------------------------------------------------------------------------------------
+    # ---- the Meeting -------------------------------------------------------------------------------------------------
 
     def require_quiet(self, loop: LocalUpdateLoop) -> None:
         if any(reduction.handles for fragment in loop.under_way() for reduction in fragment.reductions):
@@ -92,7 +92,7 @@ class ElasticRounds:
         self.membership.position += 1
 
     def _arrived(self, loop: LocalUpdateLoop, closing: bool) -> bool:
-        """Wait for what is awaited; False if a peer was lost on its way."""
+        """Wait for the awaited messages; False if a peer is lost meanwhile."""
         try:
             for fragment in _awaited(loop, closing):
                 for handle in fragment.reductions[0].handles:
@@ -105,17 +105,17 @@ class ElasticRounds:
         return True
 
     def _regroup(self, loop: LocalUpdateLoop) -> None:
-        """Into the next epoch; those who are behind take over the state of one who is not; all send again."""
-        self.membership.regroup(lambda: self._handed_on(loop))
+        """Enter the next epoch; members that are behind copy the donor's state; all send again."""
+        self.membership.regroup(lambda: self._caught_up(loop))
         _send_again(loop)
 
-    def _handed_on(self, loop: LocalUpdateLoop) -> bool:
-        """Copy the donor's state to those who are behind; False if one of them was lost."""
-        return self.membership.survived(lambda: self._hand_on(loop, self.membership.members.epoch))
+    def _caught_up(self, loop: LocalUpdateLoop) -> bool:
+        """Copy the donor's state to members that are behind; False if one of them was lost."""
+        return self.membership.survived(lambda: self._copy_state(loop, self.membership.members.epoch))
 
-    # ---- from a member to those who are behind -----------------------------------------------------------------------
+    # ---- from the donor to members that are behind -------------------------------------------------------------------
 
-    def _hand_on(self, loop: LocalUpdateLoop, epoch: Epoch | None) -> None:
+    def _copy_state(self, loop: LocalUpdateLoop, epoch: Epoch | None) -> None:
         members = self.membership.members
         if epoch is None or not epoch.behind or members.id not in (epoch.donor, *epoch.behind):
             return
@@ -128,15 +128,15 @@ class ElasticRounds:
             finally:
                 channel.close()
         if members.id != epoch.donor:
-            self.unpack(loop, packed, members.stands(epoch.donor))
+            self.unpack(loop, packed, members.position_of(epoch.donor))
 
     def _most_bytes(self, loop: LocalUpdateLoop) -> int:
-        """A bound of what can be handed over: for each element fp64 of each name, and the rest."""
+        """A bound of a packed state: fp64 for each element of each name, and 16 MiB."""
         elements = sum(anchor.numel() for anchor in loop.store.anchor(self._context.pieces.segments).values())
         return 8 * elements * (1 + len(self._context.state.kinds)) + (1 << 24)
 
     def packed(self, loop: LocalUpdateLoop) -> Tensor:
-        """All that replicas have in common, in bytes."""
+        """The state that all replicas share, as bytes [n]."""
         state, fragments = self._context.state, loop.cadence.fragments
         shared = {name for name, kind in state.kinds.items() if kind in ("replicated", "opaque")}
         tensors = {
@@ -146,63 +146,65 @@ class ElasticRounds:
         counters = {name: getattr(self._context, name) for name in COUNTERS} | {
             name: value for name, value in loop.numbers().items() if name in loop.counters
         }
-        parts = [(f.captured, f.scalar, [reduction.captured for reduction in f.reductions]) for f in fragments]
+        progress = [(f.captured, f.scalar, [reduction.captured for reduction in f.reductions]) for f in fragments]
         rates = [fragment.rates for fragment in fragments]
         position = self.membership.position
-        whole = {"tensors": tensors, "counters": counters, "parts": parts, "rates": rates, "position": position}
+        state_of_run = {
+            "tensors": tensors, "counters": counters, "parts": progress, "rates": rates, "position": position
+        }  # fmt: skip
         buffer = io.BytesIO()
-        torch.save(whole, buffer)
+        torch.save(state_of_run, buffer)
         content = buffer.getvalue()
-        checked = content + zlib.crc32(content).to_bytes(CHECKSUM, "little")  # torch.load compares none
+        checked = content + zlib.crc32(content).to_bytes(CHECKSUM, "little")  # torch.load verifies none
         return torch.frombuffer(bytearray(checked), dtype=torch.uint8)
 
     def unpack(self, loop: LocalUpdateLoop, packed: Tensor, position: int | None) -> None:
-        """Take it over, all or nothing. Raises `Unfit`. ``position``: where the donor told the store that it stands."""
+        """Load a `packed` state; changes nothing if it raises `Unfit`. ``position``: the donor's in the store."""
         content, checksum = (piece.numpy().tobytes() for piece in packed.tensor_split([-CHECKSUM]))
         try:
             if zlib.crc32(content).to_bytes(CHECKSUM, "little") != checksum:
                 raise ValueError("it was changed on its way")
-            whole = torch.load(io.BytesIO(content), weights_only=True)
-            self._require_fitting(loop, whole, position)
-        except Exception as error:  # whatever torch says of what is no archive
+            shared = torch.load(io.BytesIO(content), weights_only=True)
+            self._require_fitting(loop, shared, position)
+        except Exception as error:  # torch raises many kinds for damaged archives
             reason = str(error).partition("\n")[0]
             raise Unfit(f"it is no state of this run ({reason}); do all replicas run the same version?") from error
         context, store = self._context, loop.store
         device = next(iter(context.pieces.read(copy=False).values()), torch.empty(0)).device
-        tensors = cast(Mapping[str, Mapping[str, Tensor]], whole["tensors"])
+        tensors = cast(Mapping[str, Mapping[str, Tensor]], shared["tensors"])
         context.state.load({fqn: {name: t.to(device) for name, t in named.items()} for fqn, named in tensors.items()})
         store.loaded()
-        for name, value in whole["counters"].items():
+        for name, value in shared["counters"].items():
             owner = context if name in (*COUNTERS, "repairs") else loop.cadence if name == "cycles" else loop
             setattr(owner, name, value)
-        each = zip(loop.cadence.fragments, whole["parts"], whole["rates"], strict=True)
-        for fragment, (captured, scalar, reductions), rates in each:
+        progress = zip(loop.cadence.fragments, shared["parts"], shared["rates"], strict=True)
+        for fragment, (captured, scalar, reductions), rates in progress:
             fragment.captured, fragment.scalar, fragment.rates = captured, scalar, tuple(rates)
             fragment.tokens = loop.tokens
-            fragment.reductions = [_of_nothing(loop, fragment, captured, device) for captured in reductions]
-        self.membership.position = whole["position"]
+            fragment.reductions = [_empty_reduction(loop, fragment, captured, device) for captured in reductions]
+        self.membership.position = shared["position"]
         context.pieces.write(store.anchor(context.pieces.segments))
 
-    def _require_fitting(self, loop: LocalUpdateLoop, whole: Mapping[str, Any], position: int | None) -> None:
-        """Raise ``ValueError`` unless every part of it can be this sync's."""
+    def _require_fitting(self, loop: LocalUpdateLoop, shared: Mapping[str, Any], position: int | None) -> None:
+        """Raise ``ValueError`` unless all entries of ``shared`` can be this sync's."""
         anchors, fragments = loop.store.anchor(self._context.pieces.segments), loop.cadence.fragments
-        tensors, counters, parts = whole["tensors"], whole["counters"], whole["parts"]
+        tensors, counters, progress = shared["tensors"], shared["counters"], shared["parts"]
         shapes = {fqn: (named["anchor"].shape, named["anchor"].dtype) for fqn, named in tensors.items()}
         wrong = {
-            "position": not _number(whole["position"]) or position not in (None, whole["position"]),
+            "position": not _number(shared["position"]) or position not in (None, shared["position"]),
             "counters": {*counters} != {*COUNTERS, *loop.counters} or not all(map(_number, counters.values())),
             "parameters": shapes != {fqn: (anchor.shape, anchor.dtype) for fqn, anchor in anchors.items()},
             "names": not {name for named in tensors.values() for name in named} <= {*self._context.state.kinds},
             "values": not all(is_finite(tensor) for named in tensors.values() for tensor in named.values()),
-            "parts": len(parts) != len(fragments)
+            "parts": len(progress) != len(fragments)
             or not all(
                 _number(captured, NEVER) and math.isfinite(scalar) and all(map(_number, reductions))
-                for captured, scalar, reductions in parts
+                for captured, scalar, reductions in progress
             ),
-            "rates": len(whole["rates"]) != len(fragments)
+            "rates": len(shared["rates"]) != len(fragments)
             or not all(
                 _number(steps) and all(math.isfinite(rate) and rate >= 0 for rate in (mean, last, before))
-                for mean, steps, last, before in whole["rates"]
+                for mean, steps, last, before in shared["rates"]
             ),
         }
         if any(wrong.values()):
@@ -210,12 +212,12 @@ class ElasticRounds:
 
 
 def _awaited(loop: LocalUpdateLoop, closing: bool) -> list[Fragment]:
-    """The fragments that are to be applied now."""
+    """The fragments whose reductions are to be applied now."""
     return loop.under_way() if closing else loop.cadence.arriving()
 
 
 def _take_back(loop: LocalUpdateLoop) -> None:
-    """What is under way did not arrive; it is kept, to be sent again."""
+    """Roll back reductions that did not arrive, and keep them to be sent again."""
     for fragment in loop.under_way():
         for reduction in fragment.reductions:
             reduction.branch.rollback()
@@ -223,27 +225,28 @@ def _take_back(loop: LocalUpdateLoop) -> None:
 
 
 def _send_again(loop: LocalUpdateLoop) -> None:
-    under_way = [(each.captured, fragment, each) for fragment in loop.under_way() for each in fragment.reductions]
-    for _, fragment, reduction in sorted(under_way, key=lambda one: (one[0], one[1].number)):
+    under_way = [(fragment, reduction) for fragment in loop.under_way() for reduction in fragment.reductions]
+    for fragment, reduction in sorted(under_way, key=lambda pair: (pair[1].captured, pair[0].number)):
         reduction.branch = loop.store.branch()
         loop.reduce(fragment, reduction)
 
 
-def _of_nothing(loop: LocalUpdateLoop, fragment: Fragment, captured: int, device: torch.device) -> Reduction:
-    """A newcomer's part in a round that began before it came."""
-    nothing = {fqn: torch.zeros_like(anchor) for fqn, anchor in loop.store.anchor(fragment.fqns).items()}
+def _empty_reduction(loop: LocalUpdateLoop, fragment: Fragment, captured: int, device: torch.device) -> Reduction:
+    """A newcomer's reduction in a round that began before it joined: zeros, with weight 0."""
+    zeros = {fqn: torch.zeros_like(anchor) for fqn, anchor in loop.store.anchor(fragment.fqns).items()}
     square = torch.zeros((), device=device)
-    return Reduction(captured, loop.store.branch(), [], sent=nothing, weight=0.0, products=[square])
+    return Reduction(captured, loop.store.branch(), [], sent=zeros, weight=0.0, products=[square])
 
 
 def _number(value: object, least: int = 0) -> bool:
     return type(value) is int and least <= value < MOST_STEPS
 
 
-def _copied(own: Tensor | None, source: int, most: int) -> Flow[Tensor]:
-    """The bytes of the rank ``source``; the others have None. Raises `Unfit` for more than ``most``."""
-    (size,) = yield Broadcast((torch.tensor([own.numel() if own is not None else 0]),), source)
-    if own is None and not 0 < int(size) <= most:
+def _copied(packed: Tensor | None, source: int, most: int) -> Flow[Tensor]:
+    """``packed`` of the rank ``source``; the others have None. Raises `Unfit` for more than ``most`` bytes."""
+    (size,) = yield Broadcast((torch.tensor([packed.numel() if packed is not None else 0]),), source)
+    if packed is None and not 0 < int(size) <= most:
         raise Unfit(f"it says that it has {int(size)} bytes, and a state of this model has {most} at most")
-    (found,) = yield Broadcast((own if own is not None else torch.empty(int(size), dtype=torch.uint8),), source)
-    return found
+    buffer = packed if packed is not None else torch.empty(int(size), dtype=torch.uint8)
+    (received,) = yield Broadcast((buffer,), source)
+    return received

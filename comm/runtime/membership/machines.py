@@ -1,4 +1,4 @@
-"""Who takes part in the steps of methods whose machines tell each other a few bytes in each."""
+"""The seam between `one_byte` and the machines that it exchanges bytes with in each step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtrain.comm.shared_seed.update_log import Record, UpdateLog
 
 @dataclass(frozen=True)
 class Gathered:
-    """Everybody's bytes of a step. ``codes`` [machines, samples]; ``workers``: their numbers, in that order."""
+    """The bytes of all machines in a step. ``codes`` [machines, samples]; ``workers``: their numbers, in that order."""
 
     codes: Tensor
     epoch: int
@@ -22,7 +22,8 @@ class Gathered:
 class TakingPart(Protocol):
     """This machine among the others.
 
-    ``number``: its own, to which its directions belong. ``log``: what it writes down, on the rank that does.
+    ``number``: of this machine, from which its directions are drawn. ``log``: its update log, on the rank that writes
+    one.
     """
 
     log: UpdateLog | None
@@ -31,19 +32,19 @@ class TakingPart(Protocol):
     def number(self) -> int: ...
 
     def exchange(self, codes: Tensor) -> Gathered | None:
-        """Everybody's ``codes`` [samples]; None if this machine was behind, and is now past this step.
+        """The ``codes`` [samples] of all machines; None if this one was behind and has caught up past this step.
 
-        In that case the context's ``steps`` is that of the step that was made last by the others.
+        The context's ``steps`` is then that of the last step of the others.
         """
 
     def gathered(self, value: Tensor, label: str) -> Tensor | None:
-        """``value`` of everybody, [machines, ...]; None if a machine was lost meanwhile."""
+        """``value`` of all machines, [machines, ...]; None if one is lost meanwhile."""
 
     def keep(self, record: Record) -> None:
-        """Write down a step that was made."""
+        """Log a step that was made."""
 
     def go_on(self, digest: int) -> None:
-        """A state was loaded, of which the weights have this ``digest``."""
+        """Resume after a state was loaded whose weights have this ``digest``."""
 
     def detach(self) -> None:
-        """No more steps will be made."""
+        """Called after the last step."""

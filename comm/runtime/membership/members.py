@@ -1,15 +1,15 @@
-"""Who is on the replicate axis while replicas come and go: agreed upon in a store, with process groups for each epoch.
+"""Membership of the replicate axis in an elastic run: agreed upon in a store, with process groups for each epoch.
 
-    a replica       beats in the store every second, and says where it stands when it wants to be in the next epoch
-    an epoch        a list of members that all of them read from the store, and groups of their own between them
-    the next one    begins where a member is lost or a newcomer waits: when every old member has said where it stands,
-                    or beats no more, whoever sees that first writes the list down
+    a replica       writes a heartbeat to the store every second, and its position to enter the next epoch
+    an epoch        a list of members that all of them read from the store, and process groups between them
+    the next one    begins where a member is lost or a newcomer waits: once every old member has written its position
+                    or its heartbeat has stopped, whoever sees that first writes the list
 
-Nobody leads: any replica may be lost at any time. The store may not; it is a process that is no replica (`serve`). It
-listens to those who share its secret (`secret`), and what it says is checked nevertheless: what no replica can have
-written counts as not written. The gloo groups themselves know no secret: see docs/security.md.
-A replica has an id, never used twice, and a slot, its share of the data, which goes to the next newcomer when it is
-free. With a shard axis the first rank of a replica speaks for it, and all of them read.
+There is no leader: any replica may be lost at any time. The store may not; it is a process of its own (`serve`). It
+serves only clients that share its secret (`secret`), and what it returns is validated nevertheless: a record that no
+replica can have written is ignored. The gloo groups do not check the secret: see docs/security.md.
+A replica has an id, never used twice, and a slot, its share of the data, which the next newcomer gets when it is free.
+With a shard axis the first rank of a replica writes for it, and all of them read.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from dtrain.comm.transports.transport import Work
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS, POLL_SECONDS = 1.0, 0.05
-TELL_SECONDS = 5.0
-"""A newcomer that has waited for so long says for what."""
+WARN_SECONDS = 5.0
+"""A newcomer that has waited for so long logs what it waits for."""
 CONNECT_SECONDS = 60.0
-AXES = 2  # what overlaps inner steps has its own, beside what is waited for
+AXES = 2  # exchanges that overlap inner steps have one of their own
 NOBODY = -1
 MOST_MEMBERS, MOST_STEPS = 1 << 20, 1 << 53
 INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -54,7 +54,7 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 
 @dataclass(frozen=True)
 class Epoch:
-    """Who is in it: slots by id. ``donor``: whose state those who are ``behind`` copy, or NOBODY."""
+    """Its members: ``slots`` by id. ``donor``: the one whose state those that are ``behind`` copy, or NOBODY."""
 
     number: int
     slots: Mapping[int, int]
@@ -68,16 +68,16 @@ class Epoch:
     def from_json(cls, text: bytes) -> Epoch:
         """Raises ``ValueError`` for what `to_json` cannot have written."""
         try:
-            found = json.loads(text)
-            slots = {int(number): _within(slot, 0, MOST_MEMBERS) for number, slot in found["slots"].items()}
-            behind = tuple(_within(member, 0, MOST_MEMBERS) for member in found["behind"])
+            fields = json.loads(text)
+            slots = {int(number): _within(slot, 0, MOST_MEMBERS) for number, slot in fields["slots"].items()}
+            behind = tuple(_within(member, 0, MOST_MEMBERS) for member in fields["behind"])
             epoch = cls(
-                _within(found["number"], 0, MOST_STEPS), slots, _within(found["donor"], -1, MOST_MEMBERS), behind
+                _within(fields["number"], 0, MOST_STEPS), slots, _within(fields["donor"], -1, MOST_MEMBERS), behind
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no record of an epoch: {text[:100]!r}") from error
-        there = all(0 <= member < MOST_MEMBERS for member in slots) and {*behind, epoch.donor} <= {NOBODY, *slots}
-        if not there or len({*slots.values()}) < len(slots) or (behind and epoch.donor == NOBODY):
+        valid = all(0 <= member < MOST_MEMBERS for member in slots) and {*behind, epoch.donor} <= {NOBODY, *slots}
+        if not valid or len({*slots.values()}) < len(slots) or (behind and epoch.donor == NOBODY):
             raise ValueError(f"no record of an epoch: {text[:100]!r}")
         return epoch
 
@@ -90,7 +90,7 @@ def _within(value: object, least: int, most: int) -> int:
 
 def propose(number: int, before: Epoch | None, ready: Mapping[int, int], alive: Callable[[int], bool],
             wanted: int) -> Epoch | None:  # fmt: skip
-    """The next epoch, from where everybody stands (``ready``: positions by id); None while it is not yet decided.
+    """The next epoch; None while it cannot be decided. ``ready``: the positions written for it, by id.
 
     >>> first = propose(0, None, {0: -1, 1: -1}, lambda number: True, wanted=2)
     >>> first.slots, first.donor
@@ -101,9 +101,9 @@ def propose(number: int, before: Epoch | None, ready: Mapping[int, int], alive: 
     old = before.slots if before is not None else {}
     if any(member not in ready and alive(member) for member in old):
         return None
-    there = [member for member in sorted(ready) if alive(member)]
-    slots = {member: old[member] for member in there if member in old}
-    newcomers = [member for member in there if member not in old]
+    present = [member for member in sorted(ready) if alive(member)]
+    slots = {member: old[member] for member in present if member in old}
+    newcomers = [member for member in present if member not in old]
     if not slots and len(newcomers) < wanted:
         return None
     for newcomer in newcomers:
@@ -116,7 +116,7 @@ def propose(number: int, before: Epoch | None, ready: Mapping[int, int], alive: 
 
 
 def changes(before: Epoch | None, now: Epoch) -> str:
-    """What is new in an epoch, for people.
+    """What is new in an epoch, as a log message.
 
     >>> changes(Epoch(0, {0: 0, 1: 1}, -1, ()), Epoch(1, {0: 0, 2: 1}, 0, (2,)))
     'replicas [1] are lost, replicas [2] have come, going on with 2'
@@ -128,23 +128,23 @@ def changes(before: Epoch | None, now: Epoch) -> str:
 
 
 class Members:
-    """One rank's part in a run whose replicas come and go, for `attach`.
+    """One rank's membership in an elastic run, for `attach`.
 
     Args:
         address: "host:port" of the store, see `serve`.
         replicas: how many the first epoch waits for.
-        patience_seconds: a replica that has been silent for so long is taken for dead.
-        timeout_seconds: how long an exchange may take, and how long a newcomer waits to be let in: longer than a round.
+        patience_seconds: a replica without a heartbeat for so long is taken for dead.
+        timeout_seconds: limit of an exchange, and of a newcomer's wait for an epoch: longer than a round.
         grace_seconds: when others have waited for this replica for so long, it ends its round with the steps that it
             has made; by default they wait.
         run: a name, where one store serves several runs.
         secret_file: holds the secret of the store; see `dtrain.comm.runtime.membership.secret` for the usual places.
 
-    Raises ``ValueError`` for what is no address and where there is no secret, and ``ConnectionError`` if no store
-    answers within a minute, or one with another secret; it says after five seconds that it waits. When replicas come or
-    go, each says so through ``logging``.
+    Raises ``ValueError`` for an invalid address and without a secret, ``ConnectionError`` if no store answers within a
+    minute or the store has another secret; after five seconds it logs that it waits. Replicas that come or go are
+    logged, too.
 
-    ``came_by``: how a machine of `one_byte` that came later got its weights: "log" or "weights"; else "".
+    ``came_by``: how a newcomer of `one_byte` got its weights: "log" or "weights"; else "".
     ``left_out_steps``: inner steps that this replica did not make, since the others had waited for ``grace_seconds``.
     """
 
@@ -170,13 +170,14 @@ class Members:
         self._store = self._connected()
         self._pulse: _Pulse | None = None
 
-    # ---- what a method asks ----------------------------------------------------------------------------------------
+    # ---- for a method ------------------------------------------------------------------------------------------------
 
-    def join(self, shard: Place, tell: Callable[[int], int]) -> None:
-        """Get an id. ``shard``: this rank among those of its replica, which all do so; ``tell`` gives them its first
-        one's number.
+    def join(self, shard: Place, from_first: Callable[[int], int]) -> None:
+        """Get an id. Every rank of the replica must call it.
+
+        ``shard``: this rank among those of its replica. ``from_first``: gives the number of the first of them to all.
         """
-        self._shard, self._tell = shard, tell
+        self._shard, self._from_first = shard, from_first
         self._arrive()
 
     @property
@@ -186,7 +187,7 @@ class Members:
 
     @property
     def place(self) -> Place:
-        """Of this replica on the axis; alone before the first epoch."""
+        """This replica on the replicate axis; alone before the first epoch."""
         if self.epoch is None:
             return Place(0, 1)
         ids = sorted(self._now.slots)
@@ -194,40 +195,40 @@ class Members:
 
     @property
     def arrivals(self) -> int:
-        """How many replicas have come so far, those included that have gone."""
+        """How many replicas have joined so far, lost ones included."""
         return self._store.add("arrivals", 0)
 
     def transport(self) -> MembersTransport:
-        """The axis between the members of whatever epoch it is."""
+        """The replicate axis between the members of the present epoch."""
         return MembersTransport(self, 0)
 
     def called(self, position: int) -> bool:
-        """Whether the next epoch is to begin here, since a newcomer waits. All members get the same answer."""
+        """Whether the next epoch begins at ``position``, since a newcomer waits; the same for all members."""
         waiting = [number for number in self._ready(self._now.number + 1) if number not in self._now.slots]
         return bool(self._store.compare_set(self._meeting(position), "", "yes" if waiting else "no") == b"yes")
 
     def late(self, position: int) -> bool:
-        """Whether somebody has waited at ``position`` for as long as the grace lasts, as this replica has heard."""
+        """Whether some member has waited at ``position`` for ``grace_seconds``, as far as this replica has seen."""
         if self.grace == math.inf:
             return False
         assert self._pulse is not None
         return self._pulse.there_for(self._meeting(position)) >= self.grace
 
     def _meeting(self, position: int) -> str:
-        """What the first member writes that comes to where they wait for each other."""
+        """The key that the first member writes that waits at ``position``."""
         return f"called/{self._now.number}/{position}"
 
-    def first_said(self, text: str) -> str:
-        """The text that the first replica of this run gave, at this rank's shard."""
-        said: bytes = self._store.compare_set(f"text/{self._shard.rank}", "", text)
-        return said.decode()
+    def first_text(self, text: str) -> str:
+        """The ``text`` of the first replica of this run that called this, for this rank's shard."""
+        first: bytes = self._store.compare_set(f"text/{self._shard.rank}", "", text)
+        return first.decode()
 
-    def stands(self, member: int) -> int | None:
-        """Where a member said that it stands when this epoch began; None if that is not known any more."""
+    def position_of(self, member: int) -> int | None:
+        """The position that a member wrote to enter this epoch; None if the store has it no more."""
         return self._ready(self._now.number).get(member)
 
     def leave(self) -> None:
-        """Break off what is under way in this epoch, here and, as they notice, at its other members."""
+        """Abort this epoch's exchanges, here and thereby at its other members."""
         groups, self.groups = self.groups, []
         for group in groups:
             group.abort()
@@ -235,29 +236,29 @@ class Members:
     def enter(self, position: int) -> Epoch:
         """Wait for the next epoch and make its groups. ``position``: how far this replica is, NOBODY for a newcomer.
 
-        Raises ``PeersLost`` if a member of it was lost meanwhile, or if this replica was taken for dead, and has to
-        come again as a newcomer; ``TimeoutError`` if nobody lets it in.
+        Raises ``PeersLost`` if one of its members is lost meanwhile, or if this replica was taken for dead and must
+        join again as a newcomer; ``TimeoutError`` if no epoch with this replica begins.
         """
         self.leave()
         before, since = self.epoch, time.monotonic()
-        found = self._written(before.number + 1 if before is not None else 0, before, position, since)
-        while before is None and self.id not in found.slots:  # a newcomer reads them all
-            found = self._written(found.number + 1, found, position, since)
-        self.epoch = found
-        if self.id not in found.slots:
+        epoch = self._wait_for_epoch(before.number + 1 if before is not None else 0, before, position, since)
+        while before is None and self.id not in epoch.slots:  # a newcomer reads them all
+            epoch = self._wait_for_epoch(epoch.number + 1, epoch, position, since)
+        self.epoch = epoch
+        if self.id not in epoch.slots:
             self.epoch = None
             self._arrive()
             raise PeersLost(f"this replica was silent for {self.patience:g} s and was left out; it comes again")
         assert self._pulse is not None
-        self._pulse.watch(found.slots, f"epoch/{found.number + 1}", self.leave)
-        self.groups = [self._group(f"axis{number}", list(found.slots)) for number in range(AXES)]
+        self._pulse.watch(epoch.slots, f"epoch/{epoch.number + 1}", self.leave)
+        self.groups = [self._group(f"axis{number}", list(epoch.slots)) for number in range(AXES)]
         if self._shard.rank == 0:
-            log.warning("replica %d: %s", self.id, changes(before, found))
-        return found
+            log.warning("replica %d: %s", self.id, changes(before, epoch))
+        return epoch
 
     @contextlib.contextmanager
     def between(self, ids: list[int]) -> Iterator[GlooTransport]:
-        """An axis between some members of this epoch, for once; those alone call it."""
+        """An axis between some members of this epoch, within the block; only those call it."""
         group = self._group("between", ids)
         try:
             yield group
@@ -265,7 +266,7 @@ class Members:
             group.abort()
 
     def close(self) -> None:
-        """Leave for good."""
+        """Leave the run."""
         self.leave()
         if self._pulse is not None:
             self._pulse.end()
@@ -293,14 +294,15 @@ class Members:
         if self._pulse is not None:
             self._pulse.end()
         self._require_same_network()
-        self.id = self._tell(self._store.add("arrivals", 1) - 1 if self._shard.rank == 0 else 0)
-        own = self.id if self._shard.rank == 0 else None
-        self._pulse = _Pulse(self._connected(), own, self.patience)
+        self.id = self._from_first(self._store.add("arrivals", 1) - 1 if self._shard.rank == 0 else 0)
+        member = self.id if self._shard.rank == 0 else None
+        self._pulse = _Pulse(self._connected(), member, self.patience)
 
     def _require_same_network(self) -> None:
-        """Raise ``ValueError`` where some can only be reached from their own machine, and others are elsewhere."""
-        here = "interface" not in self._device() and ip_address(self._store.line.local.partition("%")[0]).is_loopback
-        mine = "their own machine" if here else "a network"
+        """Raise ``ValueError`` if some replicas listen on the loopback interface only, and others on a network."""
+        local = self._store.line.local.partition("%")[0]
+        loopback = "interface" not in self._device() and ip_address(local).is_loopback
+        mine = "their own machine" if loopback else "a network"
         theirs = self._store.compare_set("listen", "", mine).decode(errors="replace")
         if theirs != mine:
             raise ValueError(
@@ -310,36 +312,36 @@ class Members:
             )
 
     def _ready(self, number: int) -> dict[int, int]:
-        """Who wants to be in epoch ``number``, and where each stands."""
-        found = {}
-        for member, said in self._store.under(f"ready/{number}/").items():
+        """The positions of those that want to enter epoch ``number``, by id."""
+        positions = {}
+        for member, position in self._store.under(f"ready/{number}/").items():
             with contextlib.suppress(ValueError):
-                found[_within(int(member), 0, MOST_MEMBERS)] = _within(int(said), NOBODY, MOST_STEPS)
-        return found
+                positions[_within(int(member), 0, MOST_MEMBERS)] = _within(int(position), NOBODY, MOST_STEPS)
+        return positions
 
-    def _written(self, number: int, before: Epoch | None, position: int, since: float) -> Epoch:
+    def _wait_for_epoch(self, number: int, before: Epoch | None, position: int, since: float) -> Epoch:
         """The record of epoch ``number``, once there is one."""
-        key, own = f"epoch/{number}", f"ready/{number}/{self.id}"
-        silent_until = since + TELL_SECONDS if before is None else math.inf
+        key, ready_key = f"epoch/{number}", f"ready/{number}/{self.id}"
+        warn_at = since + WARN_SECONDS if before is None else math.inf
         while True:
-            said = self._store.look(key) or b""
+            record = self._store.look(key) or b""
             with contextlib.suppress(ValueError):
-                found = Epoch.from_json(said)
-                if found.number == number:
-                    return found
+                epoch = Epoch.from_json(record)
+                if epoch.number == number:
+                    return epoch
             if time.monotonic() - since > self.timeout:
                 raise TimeoutError(f"nobody let replica {self.id} in for {self.timeout:g} s; are the others training?")
             if self._shard.rank == 0:
-                if self._store.look(own) != str(position).encode():
-                    self._store.set(own, str(position))
-                self._propose(number, before, said)
-                if time.monotonic() > silent_until:
-                    silent_until = math.inf
+                if self._store.look(ready_key) != str(position).encode():
+                    self._store.set(ready_key, str(position))
+                self._propose(number, before, record)
+                if time.monotonic() > warn_at:
+                    warn_at = math.inf
                     log.warning("replica %d waits at %s: %s", self.id, self.address, self._awaited(number))
             time.sleep(POLL_SECONDS)
 
     def _awaited(self, number: int) -> str:
-        """What a newcomer waits for, for people."""
+        """What a newcomer waits for, as a log message."""
         if number == 0:
             return f"{len(self._ready(number))} of {self.replicas} replicas are here"
         return (
@@ -371,19 +373,19 @@ class Members:
         return options
 
     def _device(self) -> dict[str, str]:
-        """Where groups listen: on the interface that the environment names, else at the address that the store sees.
+        """Where groups listen: on the interface that the environment names, else at this rank's address at the store.
 
-        A launcher of one machine names the loopback interface, for the ranks of a replica among themselves.
+        A loopback interface in the environment is ignored: local launchers set it for the ranks within a replica.
         """
         name = os.environ.get(INTERFACE, "").partition(",")[0]
         return {"interface": name} if name not in ("", "lo", "lo0") else {"hostname": self._store.line.local}
 
 
 class _Pulse:
-    """Beats for this replica, and listens to the others, on a thread and a connection of its own."""
+    """Writes this replica's heartbeat and reads the others', on a thread and a connection of its own."""
 
-    def __init__(self, store: GuardedStore, own: int | None, patience: float) -> None:
-        self._store, self._own, self._patience = store, own, patience
+    def __init__(self, store: GuardedStore, member: int | None, patience: float) -> None:
+        self._store, self._member, self._patience = store, member, patience
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._watched: list[int] = []
         self._successor = ""
@@ -395,18 +397,18 @@ class _Pulse:
         self._thread.start()
 
     def alive(self, member: int) -> bool:
-        """Whether it has beaten within the time of patience, as far as was listened to."""
+        """Whether its heartbeat has changed within the time of patience, as far as this replica has read it."""
         with self._lock:
-            said = self._listen(member)
-            return said not in (b"", b"gone") and time.monotonic() - self._heard[member][1] < self._patience
+            beat = self._listen(member)
+            return beat not in (b"", b"gone") and time.monotonic() - self._heard[member][1] < self._patience
 
     def watch(self, members: Iterable[int], successor: str, on_end: Callable[[], None]) -> None:
-        """Call ``on_end`` once, when one of ``members`` is alive no more, or the others have gone on to a successor."""
-        self._watched, self._successor = [member for member in members if member != self._own], successor
+        """Call ``on_end`` once: when one of ``members`` is lost, or the key ``successor`` is there."""
+        self._watched, self._successor = [member for member in members if member != self._member], successor
         self._on_end = on_end
 
     def there_for(self, key: str) -> float:
-        """For how many seconds there has been ``key``, as far as it was asked for; no network is waited for."""
+        """For how many seconds ``key`` has existed, as far as the thread has seen; does not wait for the network."""
         if key != self._key:
             self._key, self._there_since = key, math.inf
         return time.monotonic() - self._there_since
@@ -414,19 +416,19 @@ class _Pulse:
     def end(self) -> None:
         self._ended.set()
         self._thread.join()
-        if self._own is not None:
-            self._store.set(f"beat/{self._own}", "gone")
+        if self._member is not None:
+            self._store.set(f"beat/{self._member}", "gone")
         self._store.line.close()
 
     def _listen(self, member: int) -> bytes:
-        said = self._store.look(f"beat/{member}") or b""
-        if member not in self._heard or self._heard[member][0] != said:
-            self._heard[member] = said, time.monotonic()
-        return said
+        beat = self._store.look(f"beat/{member}") or b""
+        if member not in self._heard or self._heard[member][0] != beat:
+            self._heard[member] = beat, time.monotonic()
+        return beat
 
     def _beat(self, count: int) -> None:
-        if self._own is not None:
-            self._store.set(f"beat/{self._own}", str(count))
+        if self._member is not None:
+            self._store.set(f"beat/{self._member}", str(count))
 
     def _run(self) -> None:
         count = 0
@@ -444,7 +446,7 @@ class _Pulse:
 
 
 class MembersTransport:
-    """The replicate axis between the members of whatever epoch it is."""
+    """The replicate axis between the members of the present epoch."""
 
     in_stream_order = False
 
@@ -469,14 +471,14 @@ class MembersTransport:
         return MembersTransport(self._members, self._index + 1)
 
     def close(self) -> None:
-        """The groups are `Members`' own."""
+        """`Members` closes the groups."""
 
 
 def serve(port: int, host: str = "127.0.0.1", *, secret_file: str | Path | None = None) -> StoreServer:
-    """A store for `Members`, served by this process as long as it holds what is returned. 0: any free port.
+    """Serve a store for `Members` from this process, as long as the returned object lives.
 
-    ``host``: the address to listen at; "0.0.0.0" for all. Raises ``OSError`` if the port cannot be served there, and
-    ``ValueError`` where there is no secret and none can be made.
+    ``port``: 0 for any free one. ``host``: the address to listen at; "0.0.0.0" for all.
+    Raises ``OSError`` if the port cannot be served there, ``ValueError`` without a secret that can be read or made.
     """
     try:
         return StoreServer(host, port, made_secret(secret_file))

@@ -1,6 +1,6 @@
-"""Who is on the replicate axis, as a method sees it: the same replicas from beginning to end, or `Members`.
+"""Which replicas a run has: `Fixed`, the same from beginning to end, or `Elastic`, members that come and go.
 
-`Fixed` is the first; `dtrain.comm.runtime.membership.elastic.Elastic` the second. A method never asks which it has.
+A method never asks which of the two it has; `Elastic` is in `dtrain.comm.runtime.membership.elastic`.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ class Membership(Protocol):
 
     @property
     def votes(self) -> Channel:
-        """What votes within this replica go through."""
+        """The channel for votes within this replica."""
 
     @property
     def together(self) -> tuple[Axis, ...]:
         """The axes along which all ranks evaluate together."""
 
     def begin(self, description: str, spec: str, identity: str) -> None:
-        """See that all were given the same, then begin alike.
+        """Check that all replicas were given the same method and model, then make their parameters equal.
 
-        ``identity``: what a replica that comes later must have in common with the run; empty: the other two.
-        Raises ``ValueError`` where they were not.
+        ``identity``: what a newcomer must have in common with the run; empty: the other two.
+        Raises ``ValueError`` where replicas were given different ones.
         """
 
-    def told_by_all(self, number: int) -> tuple[list[int], list[int]]:
-        """``number`` of all replicas that must agree, and of all ranks of this one. Every rank must call it."""
+    def gather_number(self, number: int) -> tuple[list[int], list[int]]:
+        """``number`` from each replica that must agree, and from each rank of this one. Every rank must call it."""
 
     def saves_alike(self, saves: int) -> int:
-        """How often every replica must have been asked for its state, if this one was ``saves`` times; 0: no matter."""
+        """How often every replica must have saved its state, where this one did ``saves`` times; 0: any number."""
 
     def compared(self, compare: Callable[[], Verdict]) -> Verdict:
-        """``compare()``, or one replica that agrees with itself where a peer was lost meanwhile."""
+        """``compare()``; a verdict without differences if a peer is lost meanwhile."""
 
     def leave(self) -> None:
-        """No more steps will be made; before the channels are closed."""
+        """Called after the last step, before the channels are closed."""
 
     def close(self) -> None:
-        """After the channels were closed."""
+        """Called after the channels are closed."""
 
 
 class Fixed:
-    """The replicas that there are, from beginning to end."""
+    """The same replicas from beginning to end."""
 
     def __init__(self, pieces: Pieces) -> None:
         self._pieces = pieces
@@ -64,7 +64,7 @@ class Fixed:
         require_agreement(description, spec, self._pieces)
         begin_alike(self._pieces)
 
-    def told_by_all(self, number: int) -> tuple[list[int], list[int]]:
+    def gather_number(self, number: int) -> tuple[list[int], list[int]]:
         value, channel = torch.tensor([number]), self._pieces.channel
         shards = channel.run(gathered(value, "shard"), "agreement")
         return channel.run(gathered(value), "agreement").flatten().tolist(), shards.flatten().tolist()
@@ -76,7 +76,7 @@ class Fixed:
         return compare()
 
     def leave(self) -> None:
-        """Nobody waits for this one."""
+        """Nothing to do."""
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Nothing to close."""

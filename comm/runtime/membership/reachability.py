@@ -1,4 +1,4 @@
-"""Whether something listens at an address, asked before torch asks, whose wait is long and silent."""
+"""Waits for a server to listen at an address, before torch does, whose wait is long and silent."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import time
 
 log = logging.getLogger(__name__)
 
-SAY_AFTER_SECONDS, AGAIN_SECONDS = 5.0, 0.2
+WARN_AFTER_SECONDS, AGAIN_SECONDS = 5.0, 0.2
 
 
 def reach(host: str, port: int, seconds: float) -> None:
-    """Wait until something listens there, which may begin after this; says so once where it takes longer.
+    """Wait until a server listens there; logs one warning if that takes long.
 
     Raises ``ConnectionError`` after ``seconds``.
     """
-    since, said = time.monotonic(), False
+    since, warned = time.monotonic(), False
     while True:
         try:
-            socket.create_connection((host, port), timeout=SAY_AFTER_SECONDS).close()
+            socket.create_connection((host, port), timeout=WARN_AFTER_SECONDS).close()
             return
         except OSError as error:
             waited = time.monotonic() - since
@@ -27,7 +27,7 @@ def reach(host: str, port: int, seconds: float) -> None:
                 raise ConnectionError(
                     f"no store answers at {host}:{port} after {waited:.0f} s ({error}); start one: dtrain members"
                 ) from error
-            if waited >= SAY_AFTER_SECONDS and not said:
-                said = True
+            if waited >= WARN_AFTER_SECONDS and not warned:
+                warned = True
                 log.warning("waiting for the store at %s:%d (%s); dtrain members starts one", host, port, error)
             time.sleep(AGAIN_SECONDS)

@@ -1,10 +1,10 @@
-"""Messages between those who share a secret: both ends prove that they know it, and every message is sealed.
+"""Authenticated messages: both ends prove that they know the secret, and every message has an HMAC.
 
     opening    -> name of the protocol, 32 random bytes      <- 32 random bytes, proof        -> proof
     message    length (4 bytes), HMAC-SHA256 over its number and its text (32), its text: fields, each after its length
 
-Proofs and keys are HMACs of the secret over both random numbers, so that nothing said in one connection can be said in
-another, or twice, or in another order. What is said can be read on the way: it is not encrypted.
+Proofs and keys are HMACs of the secret over both random numbers, so a message cannot be replayed in another connection,
+twice, or in another order. Messages are not encrypted: whoever sees the traffic can read them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Mistrust(ConnectionError):
 
 
 class Sealed:
-    """A connection that is opened. ``keys``: for what is sent, for what is received."""
+    """An authenticated connection. ``keys``: for sent messages, for received ones."""
 
     def __init__(self, connection: socket.socket, keys: tuple[bytes, bytes]) -> None:
         self.socket = connection
@@ -33,7 +33,7 @@ class Sealed:
         self._sent = self._received = 0
 
     def send(self, *fields: bytes) -> None:
-        """One message. Raises ``OSError``."""
+        """Send one message. Raises ``ValueError`` if it is too long, and ``OSError``."""
         text = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
         if len(text) > MOST_BYTES:
             raise ValueError(f"a message of {len(text)} bytes; at most {MOST_BYTES} are taken")
@@ -41,7 +41,7 @@ class Sealed:
         self._sent += 1
 
     def receive(self) -> list[bytes]:
-        """The next one. Raises ``EOFError`` where the other end has closed, ``Mistrust``, and ``OSError``."""
+        """Receive one message. Raises ``EOFError`` if the other end has closed, ``Mistrust``, and ``OSError``."""
         head = exactly(self.socket, 4 + MAC)
         length = int.from_bytes(head[:4], "big")
         if length > MOST_BYTES:
@@ -54,23 +54,23 @@ class Sealed:
 
 
 def opened(connection: socket.socket, secret: bytes) -> Sealed:
-    """By the one who connects. Raises ``Mistrust`` and ``OSError``."""
+    """The handshake of the client. Raises ``Mistrust`` and ``OSError``."""
     mine = secrets.token_bytes(NONCE)
     connection.sendall(PROTOCOL + mine)
     try:
-        said = exactly(connection, NONCE + MAC)
+        reply = exactly(connection, NONCE + MAC)
     except EOFError as error:
         raise Mistrust("who listens there is no store of `dtrain members` of this version") from error
-    both = mine + said[:NONCE]
-    if not hmac.compare_digest(said[NONCE:], _derived(secret, b"server", both)):
+    both = mine + reply[:NONCE]
+    if not hmac.compare_digest(reply[NONCE:], _derived(secret, b"server", both)):
         raise Mistrust("who listens there has another secret")
     connection.sendall(_derived(secret, b"client", both))
     return Sealed(connection, (_derived(secret, b"up", both), _derived(secret, b"down", both)))
 
 
 def answered(connection: socket.socket, secret: bytes) -> Sealed:
-    """By the one who listens. Raises ``Mistrust``, ``EOFError`` and ``OSError``."""
-    for byte in PROTOCOL:  # who says anything else is told at once
+    """The handshake of the server. Raises ``Mistrust``, ``EOFError`` and ``OSError``."""
+    for byte in PROTOCOL:  # any other protocol is refused at its first byte
         if exactly(connection, 1)[0] != byte:
             raise Mistrust("another protocol")
     theirs, mine = exactly(connection, NONCE), secrets.token_bytes(NONCE)
@@ -82,25 +82,25 @@ def answered(connection: socket.socket, secret: bytes) -> Sealed:
 
 
 def exactly(connection: socket.socket, count: int) -> bytes:
-    """So many bytes. Raises ``EOFError`` where the other end closes before, and ``OSError``."""
-    found = bytearray()
-    while len(found) < count:
-        part = connection.recv(min(count - len(found), 1 << 16))
-        if not part:
+    """Receive exactly ``count`` bytes. Raises ``EOFError`` if the other end closes before, and ``OSError``."""
+    received = bytearray()
+    while len(received) < count:
+        block = connection.recv(min(count - len(received), 1 << 16))
+        if not block:
             raise EOFError("the other end has closed the connection")
-        found += part
-    return bytes(found)
+        received += block
+    return bytes(received)
 
 
 def _fields(text: bytes) -> list[bytes]:
-    found, start = [], 0
+    fields, start = [], 0
     while start < len(text):
         end = start + 4 + int.from_bytes(text[start : start + 4], "big")
         if end > len(text):
             raise Mistrust("a field is longer than its message")
-        found.append(text[start + 4 : end])
+        fields.append(text[start + 4 : end])
         start = end
-    return found
+    return fields
 
 
 def _seal(key: bytes, number: int, text: bytes) -> bytes:

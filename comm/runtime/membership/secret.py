@@ -1,9 +1,10 @@
-"""The secret that replicas share with the store at which they meet: from the environment, or from a file of the user.
+"""The secret that replicas share with the members' store, from the environment or a file of the user.
 
-DTRAIN_MEMBERS_SECRET        the secret itself, for containers and schedulers that hand secrets on
+DTRAIN_MEMBERS_SECRET        the secret itself, for containers and schedulers that pass secrets on
 DTRAIN_MEMBERS_SECRET_FILE   a file that holds it; by default $XDG_STATE_HOME/dtrain/members.secret (~/.local/state)
 
-Whoever knows it may say anything to the store, so the file is its owner's alone. It is never printed, logged or sent.
+Whoever knows it may write anything to the store, so only its owner may read the file. It is never printed,
+logged or sent.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LEAST, MOST = 32, 4096  # characters
 
 
 def secret_file(file: str | Path | None = None) -> Path:
-    """``file``, or what the environment names, or the usual one."""
+    """``file``, else the one that the environment names, else the default."""
     if file or os.environ.get(FILE):
         return Path(file or os.environ[FILE])
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
@@ -28,7 +29,7 @@ def secret_file(file: str | Path | None = None) -> Path:
 
 
 def read_secret(file: str | Path | None = None) -> bytes:
-    """The secret. Raises ``ValueError`` where there is none, it is short, or others may read it."""
+    """The secret. Raises ``ValueError`` if there is none, it is short, or others may read it."""
     if file is None and os.environ.get(VALUE):
         return _long_enough(os.environ[VALUE], VALUE)
     path = secret_file(file)
@@ -50,7 +51,7 @@ def read_secret(file: str | Path | None = None) -> bytes:
 
 
 def made_secret(file: str | Path | None = None) -> bytes:
-    """The secret; where there is none, a new one in its file, mode 0600. Raises ``ValueError`` as `read_secret`."""
+    """The secret; without one, a new one, in its file of mode 0600. Raises ``ValueError`` as `read_secret`."""
     if file is None and os.environ.get(VALUE):
         return read_secret()
     path = secret_file(file)
@@ -61,7 +62,7 @@ def made_secret(file: str | Path | None = None) -> bytes:
             with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
                 opened.write(f"{secrets.token_hex(32)}\n")
             try:
-                os.link(new, path)  # whole or not at all; who was here first has made it
+                os.link(new, path)  # atomic: the first process has made it
             except FileExistsError:
                 pass
             finally:
@@ -74,10 +75,10 @@ def made_secret(file: str | Path | None = None) -> bytes:
 
 
 def _long_enough(text: str, where: str) -> bytes:
-    found = text.strip()
-    if not LEAST <= len(found) <= MOST:
+    secret = text.strip()
+    if not LEAST <= len(secret) <= MOST:
         raise ValueError(
-            f"the members' secret in {where} has {len(found)} characters; it takes {LEAST} to {MOST}, as openssl rand "
+            f"the members' secret in {where} has {len(secret)} characters; it takes {LEAST} to {MOST}, as openssl rand "
             "-hex 32 makes them"
         )
-    return found.encode()
+    return secret.encode()

@@ -1,4 +1,4 @@
-"""A store of torch's kind at `dtrain.comm.runtime.membership.store_server`: what gloo groups and `Members` meet in."""
+"""A torch ``Store`` over `dtrain.comm.runtime.membership.store_server`, for gloo groups and `Members`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ OPEN_SECONDS = 20.0
 
 
 class Line:
-    """A connection to the store, for one request at a time from any thread. After a failure it is of no more use.
+    """A connection to the store, for one request at a time from any thread. A failure closes it.
 
-    Raises ``ConnectionError`` where nobody answers, or somebody who does not know the secret.
+    Raises ``ConnectionError`` if no server answers, or one with another secret.
     """
 
     def __init__(self, host: str, port: int, secret: bytes, seconds: float) -> None:
@@ -42,26 +42,26 @@ class Line:
     def ask(self, *fields: bytes) -> list[bytes]:
         """The answer to one request.
 
-        Raises ``DistNetworkError`` where it is lost, and ``DistStoreError`` for what the store refuses.
+        Raises ``DistNetworkError`` if the connection is lost, and ``DistStoreError`` for what the store refuses.
         """
         with self._lock:
             if self._sealed is None:
                 raise dist.DistNetworkError(f"the connection to the store at {self._where} was lost")
             try:
                 self._sealed.send(*fields)
-                status, *found = self._sealed.receive()
+                status, *answer = self._sealed.receive()
             except (OSError, EOFError, Mistrust) as error:
                 self._close()
                 raise dist.DistNetworkError(f"the store at {self._where} answers no more ({error})") from error
-            except BaseException:  # an answer may be under way that would be taken for another
+            except BaseException:  # a late answer would be taken for that of the next request
                 self._close()
                 raise
         if status != b"ok":
-            raise dist.DistStoreError(f"the store at {self._where}: {b' '.join(found).decode(errors='replace')}")
-        return found
+            raise dist.DistStoreError(f"the store at {self._where}: {b' '.join(answer).decode(errors='replace')}")
+        return answer
 
     def close(self) -> None:
-        """Whoever asks hears that it is lost."""
+        """Later requests raise ``DistNetworkError``."""
         with self._lock:
             self._close()
 
@@ -77,7 +77,7 @@ class Line:
 
 
 class GuardedStore(Store):
-    """The keys below ``prefix``. Views of one line share it; keep one as long as torch may use it."""
+    """The keys below ``prefix``. Stores may share a line; keep one as long as torch may use it."""
 
     def __init__(self, line: Line, prefix: str, timeout: timedelta) -> None:
         super().__init__()
@@ -92,17 +92,17 @@ class GuardedStore(Store):
         """The keys below a prefix of these."""
         return GuardedStore(self._line, f"{self._prefix}{prefix}/", timeout)
 
-    # ---- what torch's stores do --------------------------------------------------------------------------------------
+    # ---- methods of torch's stores -----------------------------------------------------------------------------------
 
     def set(self, key: str, value: str | bytes) -> None:
         self._line.ask(b"set", self._key(key), _bytes(value))
 
     def get(self, key: str) -> bytes:
         self.wait([key])
-        found = self.look(key)
-        if found is None:
+        value = self.look(key)
+        if value is None:
             raise dist.DistStoreError(f"the store has lost {key}")
-        return found
+        return value
 
     def add(self, key: str, value: int) -> int:
         return int(self._line.ask(b"add", self._key(key), b"%d" % value)[0])
@@ -134,18 +134,18 @@ class GuardedStore(Store):
     def has_extended_api(self) -> bool:
         return False
 
-    # ---- and what they do not ----------------------------------------------------------------------------------------
+    # ---- further methods ---------------------------------------------------------------------------------------------
 
     def look(self, key: str) -> bytes | None:
-        """The value, or None: nobody is waited for."""
-        found = self._line.ask(b"look", self._key(key))
-        return found[0] if found else None
+        """The value, or None; does not wait."""
+        values = self._line.ask(b"look", self._key(key))
+        return values[0] if values else None
 
     def under(self, prefix: str) -> dict[str, bytes]:
-        """All keys that begin so, without that beginning, and their values."""
-        whole = self._key(prefix)
-        found = self._line.ask(b"under", whole)
-        return {k[len(whole) :].decode(): v for k, v in zip(found[::2], found[1::2], strict=True)}
+        """All keys that begin with ``prefix``, without it, and their values."""
+        start = self._key(prefix)
+        fields = self._line.ask(b"under", start)
+        return {k[len(start) :].decode(): v for k, v in zip(fields[::2], fields[1::2], strict=True)}
 
     def _key(self, key: str) -> bytes:
         return f"{self._prefix}{key}".encode()

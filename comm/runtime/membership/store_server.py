@@ -1,8 +1,8 @@
-"""The store at which replicas meet, as one process serves it: for those who know the secret, and for nobody else.
+"""The server of the members' store; it serves only clients that know the secret.
 
-A request is [what, arguments...], its answer [b"ok", ...] or [b"error", text], as `sealed_messages` carries them. Who
-connects and proves nothing in time is cut off; the longest waiting goes first where there are many. Each connection has
-a thread; a request waits a second at most, so that a client that has gone leaves none behind.
+A request is [name, arguments...], its answer [b"ok", ...] or [b"error", text], as `sealed_messages` carries them. A
+connection that does not authenticate in time is closed; where there are too many, the oldest are. Each connection has a
+thread; a request waits a second at most, so that a client that has gone leaves no thread behind.
 """
 
 from __future__ import annotations
@@ -23,50 +23,50 @@ log = logging.getLogger(__name__)
 
 PROOF_SECONDS, WAIT_SECONDS, LOOK_SECONDS = 5.0, 1.0, 0.5
 STRANGERS = 64
-"""Connections that have proved nothing yet."""
-SAY_EVERY_SECONDS = 60.0
+"""The most connections that have not authenticated."""
+WARN_EVERY_SECONDS = 60.0
 MOST_BYTES = 1 << 28
-"""Of all that is kept."""
+"""The most bytes of all keys and values."""
 
 
 class StoreServer:
-    """Served until `close`, or as long as the process lives. ``port``: where, if it was 0.
+    """Serves until `close`, or while the object lives. ``port``: the one it listens at, also where 0 was given.
 
     Raises ``OSError`` if it cannot listen there.
     """
 
     def __init__(self, host: str, port: int, secret: bytes) -> None:
         self._secret, self._data, self._changed = secret, _Data(), threading.Condition()
-        self._strangers: dict[socket.socket, float] = {}  # since when, the longest first
+        self._strangers: dict[socket.socket, float] = {}  # connected at, oldest first
         self._known: set[socket.socket] = set()
-        self._lock, self._told_at, self._turned_away = threading.Lock(), -SAY_EVERY_SECONDS, 0
+        self._lock, self._warned_at, self._turned_away = threading.Lock(), -WARN_EVERY_SECONDS, 0
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self._listener.settimeout(LOOK_SECONDS)
         self.host, self.port, self._closed = host, int(self._listener.getsockname()[1]), False
-        own = weakref.ref(self)  # the thread ends when nobody holds the server any more
-        threading.Thread(target=_accept, args=(own, self._listener), name="dtrain-members-store", daemon=True).start()
+        weak = weakref.ref(self)  # the thread ends with the last reference to the server
+        threading.Thread(target=_accept, args=(weak, self._listener), name="dtrain-members-store", daemon=True).start()
 
     def close(self) -> None:
         """Stop serving."""
         with self._lock:
             self._closed = True
-            for one in (*self._strangers, *self._known):
-                _end(one)
+            for connection in (*self._strangers, *self._known):
+                _end(connection)
         _end(self._listener)
 
     # ---- connections -------------------------------------------------------------------------------------------------
 
     def take(self, connection: socket.socket | None) -> bool:
-        """Serve one who has come, and cut those off who have proved nothing for too long. False when it is closed."""
+        """Serve a new connection, and close those that are late to authenticate. False once the server is closed."""
         now = time.monotonic()
         with self._lock:
             if connection is not None:
                 self._strangers[connection] = now
             crowd = len(self._strangers) - STRANGERS
-            for number, (one, since) in enumerate(self._strangers.items()):
+            for number, (stranger, since) in enumerate(self._strangers.items()):
                 if number < crowd or now - since > PROOF_SECONDS:
-                    _end(one)
+                    _end(stranger)
             if self._closed:
                 return False
         if connection is not None:
@@ -89,7 +89,7 @@ class StoreServer:
             self._forget(connection)
 
     def _proved(self, connection: socket.socket) -> Sealed | None:
-        """The connection of one who knows the secret; None for anybody else."""
+        """The authenticated connection; None for a client without the secret."""
         try:
             sealed = answered(connection, self._secret)
         except Mistrust as reason:
@@ -103,9 +103,9 @@ class StoreServer:
     def _turn_away(self, reason: Exception) -> None:
         with self._lock:
             self._turned_away += 1
-            if time.monotonic() - self._told_at < SAY_EVERY_SECONDS:
+            if time.monotonic() - self._warned_at < WARN_EVERY_SECONDS:
                 return
-            self._told_at = time.monotonic()
+            self._warned_at = time.monotonic()
         log.warning("a connection was turned away (%s), the %d. so far", reason, self._turned_away)
 
     def _forget(self, connection: socket.socket) -> None:
@@ -122,48 +122,48 @@ class StoreServer:
                 self._turn_away(reason)
                 return
             try:
-                what, *arguments = fields
-                found = self._requests[what](self, arguments)
+                name, *arguments = fields
+                reply = self._requests[name](self, arguments)
             except (KeyError, ValueError, IndexError) as error:
                 sealed.send(b"error", f"{error}".encode())
             else:
-                sealed.send(b"ok", *found)
+                sealed.send(b"ok", *reply)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    def _set(self, given: list[bytes]) -> list[bytes]:
-        key, value = given
+    def _set(self, arguments: list[bytes]) -> list[bytes]:
+        key, value = arguments
         with self._changed:
             self._data.put(key, value)
             self._changed.notify_all()
         return []
 
-    def _look(self, given: list[bytes]) -> list[bytes]:
-        (key,) = given
+    def _look(self, arguments: list[bytes]) -> list[bytes]:
+        (key,) = arguments
         with self._changed:
             return [self._data[key]] if key in self._data else []
 
-    def _under(self, given: list[bytes]) -> list[bytes]:
-        """Keys and values by turns."""
-        (prefix,) = given
+    def _under(self, arguments: list[bytes]) -> list[bytes]:
+        """Keys that begin with ``prefix``, each followed by its value."""
+        (prefix,) = arguments
         with self._changed:
-            return [part for key, value in self._data.items() if key.startswith(prefix) for part in (key, value)]
+            return [field for pair in self._data.items() if pair[0].startswith(prefix) for field in pair]
 
-    def _compare_set(self, given: list[bytes]) -> list[bytes]:
-        """As torch's stores: what is missing is taken for empty."""
-        key, expected, desired = given
+    def _compare_set(self, arguments: list[bytes]) -> list[bytes]:
+        """As torch's stores do: a missing key equals an empty value."""
+        key, expected, desired = arguments
         with self._changed:
-            there = self._data.get(key)
-            if there is None and expected:
+            present = self._data.get(key)
+            if present is None and expected:
                 return [expected]
-            if there is not None and there != expected:
-                return [there]
+            if present is not None and present != expected:
+                return [present]
             self._data.put(key, desired)
             self._changed.notify_all()
         return [desired]
 
-    def _add(self, given: list[bytes]) -> list[bytes]:
-        key, amount = given
+    def _add(self, arguments: list[bytes]) -> list[bytes]:
+        key, amount = arguments
         with self._changed:
             total = b"%d" % (int(self._data.get(key, b"0")) + int(amount))
             self._data.put(key, total)
@@ -174,19 +174,19 @@ class StoreServer:
         with self._changed:
             return [b"yes" if all(key in self._data for key in keys) else b"no"]
 
-    def _wait(self, given: list[bytes]) -> list[bytes]:
-        milliseconds, *keys = given
+    def _wait(self, arguments: list[bytes]) -> list[bytes]:
+        milliseconds, *keys = arguments
         with self._changed:
             seconds = min(WAIT_SECONDS, int(milliseconds) / 1000)
-            there = self._changed.wait_for(lambda: all(key in self._data for key in keys), seconds)
-        return [b"yes" if there else b"no"]
+            complete = self._changed.wait_for(lambda: all(key in self._data for key in keys), seconds)
+        return [b"yes" if complete else b"no"]
 
-    def _delete(self, given: list[bytes]) -> list[bytes]:
-        (key,) = given
+    def _delete(self, arguments: list[bytes]) -> list[bytes]:
+        (key,) = arguments
         with self._changed:
             return [b"yes" if self._data.drop(key) else b"no"]
 
-    def _count(self, given: list[bytes]) -> list[bytes]:
+    def _count(self, arguments: list[bytes]) -> list[bytes]:
         with self._changed:
             return [b"%d" % len(self._data)]
 
@@ -197,7 +197,7 @@ class StoreServer:
 
 
 class _Data(dict[bytes, bytes]):
-    """What is kept, up to a size."""
+    """Keys and values, of a bounded size in all."""
 
     def __init__(self) -> None:
         self._size = 0
@@ -215,7 +215,7 @@ class _Data(dict[bytes, bytes]):
         return value is not None
 
 
-def _accept(of: weakref.ref[StoreServer], listener: socket.socket) -> None:
+def _accept(reference: weakref.ref[StoreServer], listener: socket.socket) -> None:
     with listener:
         while True:
             connection = None
@@ -225,14 +225,14 @@ def _accept(of: weakref.ref[StoreServer], listener: socket.socket) -> None:
             except TimeoutError:
                 pass
             except OSError:
-                time.sleep(LOOK_SECONDS / 10)  # no descriptor is left, until a stranger is cut off; or it is closed
-            server = of()
+                time.sleep(LOOK_SECONDS / 10)  # closed, or out of descriptors until a stranger is cut off
+            server = reference()
             if server is None or not server.take(connection):
                 return
             del server
 
 
 def _end(connection: socket.socket) -> None:
-    """Wake whoever reads from it, who closes it."""
+    """Wake the thread that reads from it, which closes it."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)

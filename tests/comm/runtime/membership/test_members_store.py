@@ -129,7 +129,7 @@ def _kept_after(attack: Callable[[socket.socket], None]) -> dict[bytes, bytes]:
     served = StoreServer.__new__(StoreServer)
     served._secret, served._data, served._changed = SECRET, store_server._Data(), threading.Condition()
     served._strangers, served._known, served._lock = {}, set(), threading.Lock()
-    served._told_at, served._turned_away = float("inf"), 0
+    served._warned_at, served._turned_away = float("inf"), 0
     ours, theirs = socket.socketpair()
     with theirs:
         attack(theirs)
