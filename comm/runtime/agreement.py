@@ -1,4 +1,4 @@
-"""What ranks ask each other around the method's own exchanges: whether all were given the same, and small sums."""
+"""Exchanges around the method's own: checks that all ranks were given the same, and small sums."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dtrain.comm.pieces import Pieces
 
 
 def agreement_digest(description: str, spec: str, pieces: Pieces) -> bytes:
-    """A digest of what all peers must be given alike: the method, its settings, and the pieces of the model."""
+    """A digest of what must be the same on all peers: the method, its settings, and the pieces of the model."""
     segments = sorted((fqn, *vars(segment).values()) for fqn, segment in pieces.segments.items())
     text = f"{description}\n{without_addresses(spec)}\n{segments}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -26,7 +26,7 @@ def require_agreement(description: str, spec: str, pieces: Pieces) -> None:
     """Raise ``ValueError`` unless all peers were given the same method and model. Every rank must call it."""
     digest = torch.tensor(list(agreement_digest(description, spec, pieces)), dtype=torch.uint8)
     digests = pieces.channel.run(gathered(digest), "agreement")
-    differing = [rank for rank, other in enumerate(digests) if not torch.equal(other, digest)]
+    differing = [rank for rank, theirs in enumerate(digests) if not torch.equal(theirs, digest)]
     if differing:
         raise ValueError(
             f"replicas {differing} were given another sync or another model than this one, which has {description} and "
@@ -36,20 +36,20 @@ def require_agreement(description: str, spec: str, pieces: Pieces) -> None:
 
 def begin_alike(pieces: Pieces) -> None:
     """Give every replica the parameters of replica 0. Every rank must call it."""
-    for names in in_messages(pieces.shapes):  # one after the other: large models have no room for a second one
+    for names in in_messages(pieces.shapes):  # in groups: there may be no memory for a second model
         values = pieces.read(names, copy=False)
         pieces.write(pieces.channel.run(_broadcast(values), "set-up"), names)
 
 
 def sum_over_shards(channel: Channel, values: Tensor, label: str) -> Tensor:
     """The sum of ``values`` over the ranks of one replica, on the CPU. Every rank must call it."""
-    # At once where there is nobody to ask: the way to a channel's thread and back takes milliseconds under load.
+    # Alone without the channel: the way to its thread and back takes milliseconds under load.
     alone = channel.places["shard"].size == 1
     return values.cpu() if alone else channel.run(_sum_over_shards(values.cpu()), label)
 
 
 def without_addresses(text: str) -> str:
-    """So that a function or an object of somebody else is called the same in every process."""
+    """``text`` without memory addresses, so that it is the same in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 

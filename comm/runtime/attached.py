@@ -1,4 +1,4 @@
-"""A sync at work on one rank: one step is one transaction, whatever the method is."""
+"""A sync at work on one rank: for every method one step is one transaction."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from dtrain.comm.state import Kind, Numbers, State
 from dtrain.comm.transports.meter import Meter
 
 MANY_SKIPPED = 10
-"""Steps in a row that nobody could make, after which it is said."""
+"""Steps skipped in a row, after which a warning is raised."""
 
 
 class Attached:
     """A sync at work. Call `step` where ``optimizer.step()`` was called; clip between `finish` and `step`.
 
-    ``method``: what it does, see `Method`. ``gauges``: of the last exchange, for metrics. ``decisions``: what the
-    method has chosen by itself, for people, who take them out.
+    ``method``: see `Method`. ``gauges``: of the last exchange, for metrics. ``decisions``: choices that the method has
+    made, as text; whoever reads them clears them.
     """
 
     def __init__(self, context: Context, method: Method) -> None:
@@ -42,7 +42,7 @@ class Attached:
         self.plan: Choosing = context.plan
         self.meter: Meter = context.meter
         self.gauges, self.decisions = context.gauges, context.decisions
-        self._live: Mapping[str, Tensor] | None = None  # while something else is shown
+        self._live: Mapping[str, Tensor] | None = None  # within `evaluation`
         self._detached = False
         self._saved = SavedState(context, method)
         context.pieces.set_gradient_exchange(method.exchange)
@@ -57,10 +57,10 @@ class Attached:
         return self.method.estimate(loss)
 
     def weigh(self, tokens: int) -> None:
-        """Say, before `step`, how many tokens this replica's step was made from; without it a step counts as one.
+        """Set, before `step`, how many tokens this replica's step was made from; 1 by default.
 
-        Replicas that have seen more since the last round count more in the mean. Raises ``RuntimeError`` for a method
-        that counts all replicas alike.
+        Replicas that have seen more tokens since the last round weigh more in the mean. Raises ``RuntimeError`` for a
+        method that weighs all replicas alike.
         """
         self.method.weigh(tokens)
 
@@ -69,7 +69,7 @@ class Attached:
         self.pieces.finish()
 
     def step(self) -> bool:
-        """Step the inner optimizer, then communicate what this sync communicates after it.
+        """Step the inner optimizer, then communicate what the method exchanges after a step.
 
         Returns False if some rank's gradient was not finite: then no rank has stepped, no state has changed, and
         ``skipped`` has gone up.
@@ -94,10 +94,10 @@ class Attached:
         return ok
 
     def close_round(self) -> bool:
-        """Combine now what the next step that communicates would combine; True if there was anything.
+        """Exchange now what the next step with an exchange would send; True if there was anything.
 
         Call it once at the end of training: the steps since the last round of a local update are lost otherwise. Every
-        rank must call it. A method that communicates at every step has nothing to close.
+        rank must call it. A method that communicates in every step has no open round.
         """
         self._require_live("close_round()")
         return self.method.close_round()
@@ -110,21 +110,21 @@ class Attached:
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
 
-    # ---- what feedback keeps ---------------------------------------------------------------------------------------
+    # ---- feedback --------------------------------------------------------------------------------------------------
 
     def consolidate(self) -> None:
-        """Give every replica the mean of what feedback keeps: nothing that is applied changes but for round-off.
+        """Replace feedback's state on every replica by its mean: applied values change by round-off only.
 
-        It bounds what low rank leaves in each replica where their data differ. Costs one exchange in full precision.
+        It bounds the residuals of low rank where the replicas' data differ. Costs one exchange in full precision.
         Every rank must call it, between two steps.
         """
         self.pieces.channel.run(consolidate(self.state, self.pieces.place, self.context.key()), "consolidate")
 
     def rescale(self, factor: float) -> None:
-        """Multiply what feedback keeps, when the scale of the gradients changes by ``factor``.
+        """Multiply feedback's state, when the scale of the gradients changes by ``factor``.
 
-        Call it on every rank where a loss scale changes, with new / old; with error_feedback also where the learning
-        rate does, with old / new, if what is left from before shall count as much as it would have then.
+        Call it on every rank: when a loss scale changes, with new / old; with error_feedback also when the learning
+        rate changes, with old / new, if residuals shall move the parameters as much as before.
 
         Raises ``ValueError`` for a factor that is not positive and finite.
         """
@@ -137,11 +137,11 @@ class Attached:
 
     @contextmanager
     def evaluation(self, *, recalibrate: Callable[[], object] | None = None) -> Iterator[None]:
-        """Within it the model holds the parameters that are to be evaluated and exported; they are not trained there.
+        """Within it the model holds the parameters to evaluate and export; do not train there.
 
         Every rank must enter it. ``recalibrate``: runs the model on some training batches (ten do), for BatchNorm:
-        within the block its running statistics are those of these passes on all ranks, and behind it what they were.
-        An optimizer that has modes (schedule-free) is given back in the one that it had.
+        within the block its running statistics are those of these passes on all ranks; they are restored after it.
+        An optimizer with modes (schedule-free) is left in the mode that it had.
 
         >>> def passes():
         ...     for batch in batches:
@@ -169,11 +169,11 @@ class Attached:
                 self.pieces.write(live)
 
     def verify(self) -> bool:
-        """Compare what must be equal on all replicas, and make it so; True if it was. Every rank must call it.
+        """Compare what must be equal on all replicas, and repair it; True if it was equal. Every rank must call it.
 
-        The largest group that agrees is right, and the others take what it has, with a warning that names them. Raises
-        `ReplicasDiffer` where no group is the largest, unless ``tie="first"`` says whom to take then; where replicas do
-        not even hold the same tensors; and if only some were asked for their state since they were attached.
+        The largest group of equal replicas is right, and the others copy its values, with a warning that names them.
+        Raises `ReplicasDiffer` where no group is the largest, unless ``tie="first"``; where replicas hold different
+        tensors; and where some have saved their state more often than others.
         """
         return self.method.verify()
 
@@ -184,14 +184,14 @@ class Attached:
         """
         return self.context.digest()
 
-    def _require_live(self, what: str) -> None:
-        """Raise ``RuntimeError`` within `evaluation`, at whose end whatever ``what`` changes would be lost."""
+    def _require_live(self, call: str) -> None:
+        """Raise ``RuntimeError`` within `evaluation`, at whose end changes by ``call`` would be lost."""
         self._saved.require_read()
         if self._detached:
-            raise RuntimeError(f"{what} after detach() was called: attach the model again, or step its own optimizer")
+            raise RuntimeError(f"{call} after detach() was called: attach the model again, or step its own optimizer")
         if self._live is not None:
             raise RuntimeError(
-                f"{what} within sync.evaluation(), where the model holds what is to be evaluated; call it behind that "
+                f"{call} within sync.evaluation(), where the model holds what is to be evaluated; call it behind that "
                 "block"
             )
 
@@ -200,20 +200,20 @@ class Attached:
     def state_dict(self) -> dict[str, object]:
         """This rank's state, by its place: ``{"replica-0-of-2.shard-0-of-1": {"tensors": ..., "numbers": ..., ...}}``.
 
-        Plain tensors, numbers and text; see `dtrain.comm.runtime.saved`. Each rank has its own, and every rank must
-        call it at the same step and save what it gets. "parameters" is a digest of this rank's parameters, which are
-        saved apart; taken within `evaluation`, a state holds also the live ones, and brings them back.
+        Plain tensors, numbers and text; see `dtrain.comm.runtime.saved`. Every rank must call it at the same step, and
+        save its own. "parameters" is a digest of this rank's parameters, which are saved separately; a state taken
+        within `evaluation` also holds the live ones, and restores them.
         """
         return self._saved.state_dict(self._live)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from `state_dict`, after the model's and the optimizer's own states have been loaded.
+        """Resume from a `state_dict`, after the model's and the optimizer's states were loaded.
 
-        Every rank must call it, with its own state or with what was put together of several ranks'. Raises
-        ``ValueError`` for the state of another rank, of another method, or one with other settings, for one of which a
-        part is missing, if the model does not hold the parameters that this rank had when the state was taken, and if
-        the ranks' states are of different steps. ``state | {"sync": None}`` is loaded as far as the names of what both
-        keep agree.
+        Every rank must call it, with its own state or with several ranks' merged. Raises ``ValueError`` for the state
+        of another rank, of another method, or with other settings; for an incomplete one; if the model does not hold
+        the parameters that this rank had when the state was taken; and if the ranks' states are of different steps.
+        ``state | {"sync": None}`` is loaded even if method or settings differ, if the names of its entries are this
+        sync's.
         """
         self._saved.load(state)
 
@@ -228,14 +228,14 @@ class Attached:
         return self._saved.numbers()
 
     def report(self) -> str:
-        """One line for people: what was sent and what it cost."""
+        """One line of text: steps, bytes sent, and exposed communication."""
         meter = self.meter
         sent = f"{meter.sent_bytes / 1e6:.1f} MB" if meter.sent_bytes >= 1e5 else f"{meter.sent_bytes:,} bytes"
         line = f"{self.steps} steps, {self.skipped} skipped, sent {sent}, {meter.exposed_seconds:.2f} s exposed"
         return line + self.method.report()
 
     def detach(self) -> None:
-        """Stop syncing and leave the model as it was found."""
+        """Stop communicating and restore the model as it was before `attach`."""
         self._detached = True
         self.context.membership.leave()
         self.method.detach()
@@ -244,11 +244,11 @@ class Attached:
         self.context.membership.close()
         self._saved.require_read()
 
-    # ---- to be read ------------------------------------------------------------------------------------------------
+    # ---- properties ------------------------------------------------------------------------------------------------
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing is under way: among `Members` the only time at which a checkpoint can be taken."""
+        """Whether no exchange is under way: with `Members` a checkpoint can be taken only then."""
         return self.method.quiet
 
     @property

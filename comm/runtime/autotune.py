@@ -1,7 +1,7 @@
-"""Steps and exchanges of the run under way, measured for `knobs`: the first steps, then two trial exchanges.
+"""Measures the first steps of the run, then two trial exchanges, for `knobs`.
 
-Communication: three exchanges of up to some million elements in the codec chosen, whose results nobody uses, and three
-numbers from each rank. No rank decides alone: all take the slowest rank's figures.
+Communication: three exchanges of up to some million elements with the compressor in use, whose results are discarded,
+and three numbers from each rank. All ranks use the figures of the slowest, so all choose the same.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 
 TRIAL = 1 << 20
-"""Elements in a trial exchange; a parameter is not cut for it."""
+"""The least elements of a trial exchange, which takes parameters as a whole."""
 
 
 class Choosing:
-    """What has to be chosen on one rank, until it is."""
+    """Measures and chooses, on one rank."""
 
     def __init__(self, spec: LoopSpec, pieces: Pieces) -> None:
         assert spec.auto is not None
@@ -37,15 +37,15 @@ class Choosing:
             spec.fragments.cut(pieces.shapes)  # a model without blocks is refused now, not after ten steps
 
     def step_ended(self) -> bool:
-        """Note that an inner step has ended; returns whether enough of them have."""
+        """Record that an inner step has ended; returns whether enough have."""
         self._ended.append(time.perf_counter())
         return len(self._ended) >= LEAST_STEPS - 1
 
     def choose(self, plan: Plan, matrices: Mapping[str, Matrix], key: Key) -> tuple[Knobs, str]:
         """The knobs, the same on all ranks, and the reasons. Every rank must call it."""
-        found = self._measured(plan, matrices, key)
+        measured = self._measured(plan, matrices, key)
         spec = self.spec
-        return choose(self.auto, spec.knobs, found, self.pieces.shapes, whole_round=spec.delay != "none")
+        return choose(self.auto, spec.knobs, measured, self.pieces.shapes, whole_round=spec.delay != "none")
 
     def _measured(self, plan: Plan, matrices: Mapping[str, Matrix], key: Key) -> Measured:
         elements = sum(segment.numel for segment in self.pieces.segments.values())
@@ -60,26 +60,26 @@ class Choosing:
             return time.perf_counter() - started
 
         few, many = self._first(TRIAL // 8), self._first(TRIAL)
-        seconds(few)  # nobody waits for a rank that comes late in what is measured
+        seconds(few)  # ranks that come late are waited for here, not in what is measured
         trials = [(sum(value.numel() for value in values.values()), seconds(values)) for values in (few, many)]
-        own = fitted(median_step(self._ended), trials, elements)
-        mine = torch.tensor([own.step, own.latency, own.per_element * elements], dtype=torch.float64)
-        step, latency, whole = self.pieces.channel.run(_largest(mine), "trial").tolist()
-        return Measured(step, latency, whole, 1)
+        local = fitted(median_step(self._ended), trials, elements)
+        seconds_here = torch.tensor([local.step, local.latency, local.per_element * elements], dtype=torch.float64)
+        step, latency, transfer = self.pieces.channel.run(_largest(seconds_here), "trial").tolist()
+        return Measured(step, latency, transfer, 1)
 
     def _first(self, elements: int) -> dict[str, Tensor]:
-        """Whole parameters, as many as it takes to have so many elements."""
-        found, held = [], 0
+        """The first parameters that together have ``elements`` or more."""
+        fqns, held = [], 0
         for fqn, segment in self.pieces.segments.items():
             if held >= elements:
                 break
-            found.append(fqn)
+            fqns.append(fqn)
             held += segment.numel
-        return self.pieces.read(found)
+        return self.pieces.read(fqns)
 
 
-def _largest(own: Tensor) -> Flow[Tensor]:
-    """Of each number the largest of all ranks, [k]."""
-    (here,) = yield AllGather((own,), axis="shard")
-    (everywhere,) = yield AllGather((here.amax(0),))
-    return everywhere.amax(0)
+def _largest(numbers: Tensor) -> Flow[Tensor]:
+    """The elementwise maximum of ``numbers`` [k] over all ranks."""
+    (by_shard,) = yield AllGather((numbers,), axis="shard")
+    (by_replica,) = yield AllGather((by_shard.amax(0),))
+    return by_replica.amax(0)

@@ -1,9 +1,9 @@
-"""Steps of methods that never see a gradient: a direction is tried, and how the loss changes along it is all.
+"""Steps of methods without gradients: a direction is tried, and only the loss's slope along it is used.
 
     l+- = loss(parameters +- eps z);   g = (l+ - l-) / (2 eps)                SPSA, Spall, IEEE TAC 37 (1992)
 
-What is moved is a copy: parameters that are moved back by adding and subtracting do not come back to the bit, and each
-machine, with directions of its own, would drift away from the others.
+The parameters are moved as copies: adding and subtracting does not restore them to the bit, and the machines, each with
+directions of its own, would drift apart.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from dtrain.comm.shared_seed.directions import At, Walk, both_ways
 from dtrain.comm.shared_seed.philox import Address
 
 MANY_UNUSABLE = 10
-"""Losses in a row that were not finite, after which it is said."""
+"""Losses in a row that were not finite, after which a warning is raised."""
 
 
 class ForwardSteps:
     """Directions that are tried in place of backward passes.
 
     Args:
-        walk: which directions there are; ``walk.samples`` of them are tried in each step.
-        eps: how far.
-        at: the direction that is tried as this step's number ``sample``.
+        walk: draws the directions; ``walk.samples`` of them are tried in each step.
+        eps: the distance along a direction.
+        at: the direction of sample number ``sample`` in this step.
     """
 
     def __init__(self, context: Context, walk: Walk, eps: float, at: Callable[[int], At]) -> None:
@@ -40,13 +40,13 @@ class ForwardSteps:
         self._unusable_in_a_row = 0
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
-        """Try the next direction on ``loss()``, which runs the model forward on this rank's batch; the mean loss.
+        """Try the next direction on ``loss()``, a forward pass on this rank's batch; returns the mean loss.
 
         Call it ``walk.samples`` times before `step`. ``loss`` is called with the model moved one way and the other,
-        without gradients, and must give the same for the same parameters: the batch stays, and dropout draws the same
+        without gradients, and must return the same for the same parameters: keep the batch; dropout draws the same
         again. Every rank must call it.
 
-        Raises ``RuntimeError`` if it does not, and for more samples than there are.
+        Raises ``RuntimeError`` if it does not, and for more than ``walk.samples``.
         """
         sample, pieces = len(self.numbers), self._context.pieces
         if sample == self.walk.samples:
@@ -76,7 +76,7 @@ class ForwardSteps:
         return (losses[0] + losses[1]) / 2
 
     def taken(self) -> list[float]:
-        """The slopes of this step, which are then forgotten."""
+        """Return the slopes of this step, and clear them."""
         if len(self.numbers) != self.walk.samples:
             raise RuntimeError(
                 f"{len(self.numbers)} of {self.walk.samples} directions were tried since the last step; call "
@@ -86,27 +86,27 @@ class ForwardSteps:
         return numbers
 
     def stepped(self) -> None:
-        """A step was made from what was tried."""
-        self._context.pieces.optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
+        """Called after a step was made."""
+        self._context.pieces.optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers check it
 
     def report(self) -> str:
         return f", {self.unusable} losses not finite" if self.unusable else ""
 
     def _loss(self, loss: Callable[[], Tensor]) -> float:
-        """The mean over this replica's ranks; random numbers that it draws are the same each time, others each step."""
+        """The mean over this replica's ranks. Each pass of a sample draws the same random numbers, each step others."""
         worker, sample = self._context.pieces.channel.places["shard"].rank, len(self.numbers)
         at = Address("forward", self._context.steps, self._context.place.rank, sample)
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices), torch.no_grad():
             seed = at.stream(str(worker)) >> 1
-            # Not torch.manual_seed: where no GPU is, it writes down each call, with its stack, for one that may come.
+            # Not torch.manual_seed: without a GPU it records each call, with its stack, for one that may come.
             torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed(seed)
             value = loss()
         if not isinstance(value, Tensor) or value.numel() != 1:
-            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"estimate(loss) calls loss() for the mean loss, a tensor of one element; it gave {given}")
+            result = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"estimate(loss) calls loss() for the mean loss, a tensor of one element; it gave {result}")
         value = value.detach().double().reshape(1)
         return float(self._context.over_shards(value, "loss")) / self._context.pieces.channel.places["shard"].size
 
@@ -125,7 +125,7 @@ class ForwardSteps:
 
 
 def _refuse_statistics(module: torch.nn.Module, inputs: object, output: object) -> None:
-    """A hook behind forward. Raise ``RuntimeError`` for a layer that counts what it sees, each machine for itself."""
+    """A forward hook. Raise ``RuntimeError`` for running statistics, which would differ between machines."""
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
         raise RuntimeError(
             f"{type(module).__name__} in train() changes its statistics in every forward pass, on each machine "
@@ -137,9 +137,9 @@ def require_plain_sgd(inner: torch.optim.Optimizer, sync: str) -> None:
     """Raise ``ValueError`` unless ``inner`` is SGD without momentum, of one learning rate and weight decay."""
     if not isinstance(inner, torch.optim.SGD) or any(group["momentum"] for group in inner.param_groups):
         momenta = sorted({group.get("momentum", 0) for group in inner.param_groups})
-        given = f"SGD with momentum {momenta[-1]}" if isinstance(inner, torch.optim.SGD) else type(inner).__name__
+        name = f"SGD with momentum {momenta[-1]}" if isinstance(inner, torch.optim.SGD) else type(inner).__name__
         raise ValueError(
-            f"{sync} takes its steps itself and reads its rate from the optimizer, here {given}; give it "
+            f"{sync} takes its steps itself and reads its rate from the optimizer, here {name}; give it "
             "torch.optim.SGD(lr=...) without momentum: optim=sgd optim.inner.momentum=0"
         )
     if len({(group["lr"], group["weight_decay"]) for group in inner.param_groups}) > 1:

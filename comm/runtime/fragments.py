@@ -1,8 +1,8 @@
-"""How a model is cut into fragments that are exchanged at different times, and when each of them is.
+"""How a model is cut into fragments, and when each of them is exchanged.
 
-A block is what the first number in a name counts: ``blocks.3.attention.qkv.weight`` belongs to block 3. Fragments hold
-whole blocks: every P-th one (strided) or neighbours (sequential). What is in no block (embeddings, last norm, head)
-joins the smallest fragment, or is one of its own if it is larger than that. Tied weights have one name, so one place.
+A block is numbered by the first number in a name: ``blocks.3.attention.qkv.weight`` belongs to block 3. Fragments hold
+whole blocks: every P-th one (strided) or neighbours (sequential). Parameters in no block (embeddings, last norm, head)
+join the smallest fragment, or form one of their own if they are larger than that. Tied weights have one name.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Fragments:
-    """How to cut. ``layers``: blocks in each fragment; 0 is one fragment with everything. ``patterns``: by hand.
+    """How to cut a model. ``layers``: blocks in each fragment; 0: one fragment. ``patterns``: of names, by fragment.
 
-    ``auto``: layers are chosen when steps and exchanges have been measured; see `knobs`.
+    ``auto``: ``layers`` is chosen once steps and exchanges were measured; see `knobs`.
     """
 
     layers: int = 0
@@ -46,23 +46,23 @@ class Fragments:
         return _by_blocks(self.layers, self.pattern, shapes)
 
     def offsets(self, count: int, every_steps: int) -> list[int]:
-        """For each of ``count`` fragments the steps that it is exchanged after the first one."""
+        """For each of ``count`` fragments, how many steps after the first it is exchanged."""
         return [(number * every_steps // count if self.staggered else 0) for number in range(count)]
 
     def due(self, step: int, count: int, every_steps: int) -> list[int]:
         """The fragments that are exchanged after step ``step``, counted from 1.
 
-        ``first_round="full"``: every fragment has made a whole period before its first exchange (the paper's schedule);
-        "early": the first comes after a part of the first period, as in torchft.
+        ``first_round="full"``: each fragment's first exchange comes after a full period (the paper's schedule);
+        "early": after a part of the first period, as in torchft.
         """
-        found = []
+        due = []
         for number, offset in enumerate(self.offsets(count, every_steps)):
             first = offset + every_steps
             if self.first_round == "early" and self.staggered:
                 first = (number + 1) * every_steps // count
             if step >= first and (step - first) % every_steps == 0:
-                found.append(number)
-        return found
+                due.append(number)
+        return due
 
 
 WHOLE = Fragments()
@@ -94,8 +94,8 @@ def fragments(
 
 
 def _by_hand(patterns: Sequence[Sequence[str]], shapes: Shapes) -> list[list[str]]:
-    found = [[fqn for fqn in shapes if any(fnmatch.fnmatchcase(fqn, p) for p in names)] for names in patterns]
-    counts = {fqn: sum(fqn in part for part in found) for fqn in shapes}
+    cut = [[fqn for fqn in shapes if any(fnmatch.fnmatchcase(fqn, p) for p in names)] for names in patterns]
+    counts = {fqn: sum(fqn in fqns for fqns in cut) for fqn in shapes}
     missing = [fqn for fqn, count in counts.items() if not count]
     twice = [fqn for fqn, count in counts.items() if count > 1]
     if missing or twice:
@@ -104,10 +104,10 @@ def _by_hand(patterns: Sequence[Sequence[str]], shapes: Shapes) -> list[list[str
             f"the fragments must hold every trained parameter once: {wrong} of {[list(names) for names in patterns]} "
             f"({len(missing)} parameters in none, {len(twice)} in more than one)"
         )
-    empty = [list(names) for names, part in zip(patterns, found, strict=True) if not part]
+    empty = [list(names) for names, fqns in zip(patterns, cut, strict=True) if not fqns]
     if empty:
         raise ValueError(f"no parameter matches the fragment {empty[0]}; the names are like {next(iter(shapes))}")
-    return found
+    return cut
 
 
 def _by_blocks(layers: int, pattern: Pattern, shapes: Shapes) -> list[list[str]]:
@@ -126,15 +126,15 @@ def _by_blocks(layers: int, pattern: Pattern, shapes: Shapes) -> list[list[str]]
             "fragments_by_name=[['embedding*'], ['body.*']]"
         )
     count = math.ceil(len(blocks) / layers)
-    found: list[list[str]] = [[] for _ in range(count)]
+    cut: list[list[str]] = [[] for _ in range(count)]
     for place, names in enumerate(blocks.values()):
-        found[place % count if pattern == "strided" else place // layers].extend(names)
-    smallest = min(range(count), key=lambda number: _elements(found[number], shapes))
-    if _elements(rest, shapes) > _elements(found[smallest], shapes):
-        found.append(rest)
+        cut[place % count if pattern == "strided" else place // layers].extend(names)
+    smallest = min(range(count), key=lambda number: _elements(cut[number], shapes))
+    if _elements(rest, shapes) > _elements(cut[smallest], shapes):
+        cut.append(rest)
     else:
-        found[smallest].extend(rest)
-    return found
+        cut[smallest].extend(rest)
+    return cut
 
 
 def _elements(names: Sequence[str], shapes: Shapes) -> int:

@@ -1,4 +1,4 @@
-"""How far replicas drift apart where nothing is wrong: norms of their deltas, and the cosine between them."""
+"""How far replicas drift apart within a round: norms of their deltas, and the cosine between them."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def differences(anchor: Named, now: Named) -> tuple[dict[str, Tensor], Tensor]:
     deltas, squares = {}, []
     for fqn, x in now.items():
         deltas[fqn] = delta = anchor[fqn] - x
-        squares.append(torch.dot(delta, delta))  # here, where it is in the caches
+        squares.append(torch.dot(delta, delta))  # while it is in the caches
     return deltas, torch.stack(squares).sum() if squares else torch.zeros(())
 
 
-def products(own: Named, mean: Named) -> Tensor:
-    """Of the mean deltas with themselves, and with a replica's own: [2], of this rank's pieces.
+def products(deltas: Named, mean: Named) -> Tensor:
+    """Dot products of ``mean`` with itself, and with this replica's ``deltas``: [2], of this rank's pieces.
 
     >>> products({"w": torch.ones(2)}, {"w": torch.tensor([1.0, -1.0])})
     tensor([2., 0.])
     """
-    rows = [torch.stack([torch.dot(value, value), torch.dot(own[fqn], value)]) for fqn, value in mean.items()]
+    rows = [torch.stack([torch.dot(value, value), torch.dot(deltas[fqn], value)]) for fqn, value in mean.items()]
     return torch.stack(rows).sum(0) if rows else torch.zeros(2)
 
 
 def gauges(sums: Tensor) -> dict[str, float]:
-    """How far this replica had drifted from the anchor, and how well replicas agree.
+    """This replica's drift from the anchor, the norm of the mean delta, and the cosine between the two.
 
     ``sums`` [3]: over all pieces, the square of the replica's `differences`, then their `products`.
     """

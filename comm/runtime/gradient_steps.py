@@ -1,4 +1,4 @@
-"""The step of methods that are stepped from gradients, as `Method.prepare` and its kin need it."""
+"""`Method.prepare`, `advance` and `skip` of methods that step from gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dtrain.comm.runtime.method import Method
 
 
 class GradientSteps(Method):
-    """What methods have in common whose steps are those of the inner optimizer."""
+    """The base of methods whose steps are those of the inner optimizer."""
 
     def __init__(self, context: Context) -> None:
         self.context = context

@@ -1,4 +1,4 @@
-"""Puts a local update together from its parts, and says which parts do not go together, and why."""
+"""Composes a local update from its parts, and refuses parts that cannot be combined."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dtrain.comm.runtime.step_source import WarmUp
 SETTINGS = (
     "every_steps", "outer", "rule", "fragments", "overlap_steps", "mix", "delay", "warmup_steps", "auto",
 )  # fmt: skip
-"""Fields of a `LoopSpec` that its state belongs to, beside the compressors."""
+"""Fields of a `LoopSpec` that must match to load its state, beside the compressors."""
 
 Change: TypeAlias = Callable[[Context, Parts], None]
 
@@ -34,8 +34,8 @@ def at_work(
 ) -> Attached:  # fmt: skip
     """``spec`` at work on one rank's pieces. Every rank must call it.
 
-    ``name``, ``settings``: what a state of it says beside what all local updates say. ``change``: puts parts of the
-    method's own in the place of some.
+    ``name``, ``settings``: of the method, for the description in its state; ``settings`` beside SETTINGS. ``change``:
+    replaces parts by the method's own.
     """
     require_one_rate(spec, pieces)
     called = name if spec.outer_state == "replicated" else f"{name}, {spec.outer_state}"
@@ -51,9 +51,9 @@ def at_work(
 
 
 def among_members(spec: LoopSpec, pieces: Pieces, seed: int, members: Members) -> Attached:
-    """``spec`` at work on one rank's pieces, among replicas that come and go.
+    """``spec`` at work on one rank's pieces, in an elastic run.
 
-    Raises ``ValueError`` for what keeps replicas together between their rounds, see `REFUSED_AMONG_MEMBERS`.
+    Raises ``ValueError`` for settings that need the same replicas throughout, see `REFUSED_AMONG_MEMBERS`.
     """
     require_elastic(spec)
     require_one_rate(spec, pieces)
@@ -90,7 +90,7 @@ def parts_of(spec: LoopSpec, context: Context) -> Parts:
 
 
 def require_one_rate(spec: LoopSpec, pieces: Pieces) -> None:
-    """Raise ``ValueError`` where the outer step counts in units of the inner learning rate, and there are several."""
+    """Raise ``ValueError`` if the outer step depends on the inner learning rate, and there are several."""
     rates = sorted({float(group["lr"]) for group in pieces.optimizer.param_groups})
     if len(rates) > 1 and getattr(spec.outer, "uses_inner_lr", False):
         raise ValueError(
@@ -100,24 +100,24 @@ def require_one_rate(spec: LoopSpec, pieces: Pieces) -> None:
 
 
 REFUSED_AMONG_MEMBERS: dict[str, Callable[[LoopSpec], bool]] = {
-    # A round of a delayed method is applied a round later: who comes or goes between the two has another part in it.
+    # A round of a delayed method is applied a round later, and replicas may come or go between the two.
     "delay": lambda spec: spec.delay != "none",
-    # A replica that is lost takes its part of the outer parameters with it.
+    # A lost replica takes its chunks of the outer parameters with it.
     "outer_state='sharded'": lambda spec: spec.outer_state == "sharded",
-    # Replicas meet at every step of it.
+    # It exchanges gradients in every step.
     "warmup_steps": lambda spec: spec.warmup_steps > 0,
-    # Chosen once, from what all have measured together.
+    # Chosen once, from measurements on all replicas.
     "a knob that is 'auto'": lambda spec: spec.auto is not None,
     "a plan that changes by itself": lambda spec: not begun(spec.plan, []).settled,
-    # It is a sum over the replicas that there were.
+    # It is a sum over the replicas of earlier rounds.
     "feedback that keeps the replicas' mean": lambda spec: not spec.weighs,
 }
-"""What cannot be among replicas that come and go: the mathematics of it counts on who was there before."""
+"""What an elastic run cannot have, since it depends on the replicas of earlier rounds."""
 
 
 def require_elastic(spec: LoopSpec) -> None:
-    """Raise ``ValueError`` for what keeps replicas together between their rounds."""
-    wrong = [what for what, is_so in REFUSED_AMONG_MEMBERS.items() if is_so(spec)]
+    """Raise ``ValueError`` for settings that an elastic run cannot have."""
+    wrong = [setting for setting, applies in REFUSED_AMONG_MEMBERS.items() if applies(spec)]
     if wrong:
         raise ValueError(
             f"replicas cannot come and go with {' and '.join(wrong)}; leave it out, as in diloco(...) and "

@@ -1,4 +1,4 @@
-"""What a loop of local updates is to do: the row of the table that a method fills in."""
+"""The settings of a loop of local updates, which each method fills in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OuterState: TypeAlias = Literal["replicated", "sharded", "offloaded"]
 
 @dataclass(frozen=True)
 class LoopSpec:
-    """What a loop of local updates is to do; see `dtrain.comm.methods.local_update.local_update`."""
+    """The settings of a loop of local updates; see `dtrain.comm.methods.local_update.local_update`."""
 
     every_steps: int
     outer: OuterOptimizer
@@ -50,7 +50,7 @@ class LoopSpec:
 
     @property
     def overlaps(self) -> bool:
-        """Whether anything is, or may be, under way beside the inner steps."""
+        """Whether exchanges overlap inner steps, or may."""
         return self.overlap_steps > 0 or (self.auto is not None and self.auto.overlap_steps)
 
     @property
@@ -59,5 +59,5 @@ class LoopSpec:
 
     @property
     def weighs(self) -> bool:
-        """Whether replicas count by their tokens; not where all have to know what each of them counted."""
+        """Whether replicas weigh by their tokens; not where every replica must know all weights."""
         return self.delay != "eager" and "replicated" not in kinds_of(self.plan).values()

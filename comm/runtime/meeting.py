@@ -9,26 +9,26 @@ if TYPE_CHECKING:
 
 
 class Meeting(Protocol):
-    """What a loop asks wherever a round comes to its end."""
+    """What a loop calls at the end of a round."""
 
     def require_quiet(self, loop: LocalUpdateLoop) -> None:
         """Raise ``RuntimeError`` if no checkpoint can be taken now."""
 
     def wait(self, loop: LocalUpdateLoop, *, closing: bool = False) -> None:
-        """Block until all is there that is to be applied now; ``closing``: all that is under way."""
+        """Block until the results to apply now have arrived; ``closing``: all that are under way."""
 
     def leaves_out(self) -> bool:
-        """Whether this replica shall leave out a step, since the others wait for it."""
+        """Whether this replica leaves out a step, since the others wait for it."""
 
 
 class Peers:
-    """Replicas that are always there: each result is waited for where it is used."""
+    """The same replicas from beginning to end: each result is waited for where it is used."""
 
     def require_quiet(self, loop: LocalUpdateLoop) -> None:
-        """What is under way is brought to its end, and kept."""
+        """Never: exchanges under way are completed, and their results saved."""
 
     def wait(self, loop: LocalUpdateLoop, *, closing: bool = False) -> None:
-        """Nothing to agree on first."""
+        """Nothing to wait for here."""
 
     def leaves_out(self) -> bool:
         return False

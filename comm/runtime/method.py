@@ -1,7 +1,7 @@
 """What a sync is: a small frozen value that says what it needs (`Sync`), and the method at work on a rank (`Method`).
 
-A spec is made by a function such as `every_step` or `diloco`, and `bind` puts it to work. `Attached` asks the method
-the same few questions whatever it is: can this step be made, make it, what happens behind it, what is kept.
+A spec is made by a function such as `every_step` or `diloco`, and `bind` puts it to work. `Attached` calls every method
+in the same way: whether this step can be made, make it, what follows it, what is saved.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Sync(Protocol):
-    """A method: when, what, how small, how combined. Made by functions such as `every_step` and `diloco`.
+    """A method: when replicas exchange what, how it is compressed and combined. Made by functions such as `diloco`.
 
-    Derive a method of your own from it: a frozen dataclass with ``bind``, and what else of this is not as here.
+    Derive a method of your own from it: a frozen dataclass with ``bind``, and whatever else differs from here.
     """
 
     constant_rate: ClassVar[bool] = False
-    """Whether the learning rate must stay as it is from the first step to the last."""
+    """Whether the learning rate must be constant."""
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         """This method at work on one rank's pieces. Every rank must call it; it may communicate."""
         raise NotImplementedError
 
     def bind_members(self, pieces: Pieces, seed: int, members: Members) -> Attached:
-        """This method at work on one rank's pieces, among replicas that come and go.
+        """This method at work on one rank's pieces, in an elastic run.
 
-        Raises ``TypeError`` for a method that has nothing to wait for them, ``ValueError`` for settings that keep
-        replicas together.
+        Raises ``TypeError`` for a method that cannot be elastic, ``ValueError`` for settings that cannot.
         """
         raise TypeError(
             "replicas can come and go between the rounds of a local update, such as diloco(...), and between the steps "
@@ -46,16 +45,16 @@ class Sync(Protocol):
         )
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        """Raise ``ValueError`` for an inner optimizer that the method does not support."""
         return None
 
 
 class Method(Protocol):
-    """A method at work on one rank, and what one does that has nothing to do for a question.
+    """A method at work on one rank, with defaults for what a method may leave out.
 
     ``samples``: directions that `estimate` tries in each step; 0 for a method that is stepped from gradients.
-    ``counters``: those of `numbers` that count from 0. ``always``: names in the state that are kept of every parameter
-    from the first step on.
+    ``counters``: those of `numbers` that count from 0. ``always``: names in the state that every parameter has from the
+    first step on.
     """
 
     samples: int = 0
@@ -64,12 +63,12 @@ class Method(Protocol):
 
     @property
     def exchange(self) -> Exchange | None:
-        """What the gradients of each step go through on their way to the optimizer; None: they stay as they are."""
+        """What combines the gradients of each step before the optimizer uses them; None: nothing."""
         return None
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing is under way."""
+        """Whether no exchange is under way."""
         return True
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
@@ -80,51 +79,51 @@ class Method(Protocol):
         )
 
     def prepare(self) -> bool:
-        """Whether all ranks can make this step: the same everywhere. Called once a step; may communicate."""
+        """Whether all ranks can make this step; the same on all. Called once a step; may communicate."""
         raise NotImplementedError
 
     def advance(self) -> None:
-        """Make the step: what `prepare` found is good, and the state of its exchange is committed."""
+        """Make the step: `prepare` returned True, and the state of its exchange is committed."""
         raise NotImplementedError
 
     def skip(self) -> None:
-        """No step: somebody's gradients were not usable, and the state of their exchange is rolled back."""
+        """Skip the step: `prepare` returned False, and the state of its exchange is rolled back."""
         raise NotImplementedError
 
     def after_step(self) -> None:
-        """What happens to the parameters behind each step, made or skipped. The step is counted already."""
+        """What happens to the parameters after each step, made or skipped. The step is counted already."""
         return None
 
     def weigh(self, tokens: int) -> None:
-        """Say, before `step`, how many tokens this replica's step was made from."""
+        """Set, before `step`, how many tokens this replica's step was made from."""
         raise RuntimeError("this sync counts all replicas alike; a local update such as diloco(...) has weigh(tokens)")
 
     def close_round(self) -> bool:
-        """Combine now what the next step that communicates would combine; True if there was anything."""
+        """Exchange now what the next step with an exchange would send; True if there was anything."""
         return False
 
     def settle(self) -> None:
-        """Wait for what is under way, so that the state holds all that a checkpoint needs; nothing is applied."""
+        """Wait for exchanges under way, so that the state is complete for a checkpoint; apply nothing."""
         return None
 
     def to_evaluate(self) -> dict[str, Tensor] | None:
-        """The parameters that are evaluated and exported; None for the live ones."""
+        """The parameters to evaluate and export; None for the live ones."""
         return None
 
     def verify(self) -> bool:
-        """Compare what must be equal on all replicas, and make it so; True if it was."""
+        """Compare what must be equal on all replicas, and repair it; True if it was equal."""
         raise NotImplementedError
 
     def numbers(self) -> Numbers:
-        """What a checkpoint keeps besides the state's tensors."""
+        """What a checkpoint keeps beside the state's tensors."""
         return {}
 
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
-        """Undo `numbers`; the state's tensors were loaded before."""
+        """Undo `numbers`, once the state's tensors were loaded."""
         return None
 
     def report(self) -> str:
-        """What `Attached.report` ends with."""
+        """The end of `Attached.report`."""
         return ""
 
     def detach(self) -> None:

@@ -1,4 +1,4 @@
-"""Where the inner steps of a local update come from: each replica's own gradients, and what they are on the way."""
+"""The gradients that the inner steps of a local update take: each replica's own, or changed on the way."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dtrain.comm.state import Numbers, State
 
 
 class OwnGradients:
-    """Each replica steps along its own gradients. What is built on it sees the loop go by."""
+    """Each replica steps along its own gradients. Subclasses are called at each event of the loop."""
 
     @property
     def exchange(self) -> Exchange | None:
-        """What gradients go through on their way to the optimizer; None: nothing."""
+        """What combines gradients before the optimizer uses them; None: nothing."""
         return None
 
     def exchanged(self) -> bool:
@@ -28,13 +28,13 @@ class OwnGradients:
         return True
 
     def stepped(self) -> None:
-        """A step has ended, made or skipped."""
+        """Called after a step, made or skipped."""
 
     def captured(self, values: Named) -> None:
-        """A round ends with ``values``, what this replica has learned in it."""
+        """Called at a capture. ``values``: what this replica contributes to the round."""
 
     def applying(self, fragment: Fragment, mean: Named | None) -> None:
-        """``mean`` is about to be applied; None: the round has failed."""
+        """Called before ``mean`` is applied; None: the round has failed."""
 
     def numbers(self) -> Numbers:
         return {}

@@ -1,11 +1,11 @@
 """The outer state of a local update in host memory: on the device only while a fragment's round begins or ends.
 
     host (pinned):   anchor, outer momentum
-    a step ahead of a fragment's round:     to the device, behind that step, on a stream of their own
+    a step ahead of a fragment's round:     to the device, overlapping that step, on a separate stream
     after it:                               back, on the same stream
 
-The bits of the replicated one, and its bytes on the links. For GPUs; on CPUs it costs copies and saves nothing.
-Streaming DiLoCo's authors (arXiv:2501.18512) count on it: what will be needed when is known, a fragment at a time.
+Bit-identical to the replicated store, with the same bytes on the links. For GPUs; on CPUs it costs copies and saves
+nothing. Proposed with Streaming DiLoCo (arXiv:2501.18512): it is known when each fragment will be needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dtrain.comm.state import State
 
 
 class OffloadedStore:
-    """A replicated store whose tensors lie in host memory while nobody needs them."""
+    """A replicated store whose tensors are in host memory while they are not needed."""
 
     whole = True
 
@@ -39,7 +39,7 @@ class OffloadedStore:
         self._stream: torch.cuda.Stream | None = None
 
     def anchor(self, fqns: Iterable[str]) -> dict[str, Tensor]:
-        """On the device, for as long as the caller keeps it."""
+        """On the device, while the caller keeps the tensors."""
         anchors = self._replicated.anchor(fqns)
         copies = self._copies(anchors, ["anchor"])
         self._wait_for(copies.values())
@@ -61,7 +61,7 @@ class OffloadedStore:
         return self._replicated.apply(fragment, values, now)
 
     def held(self, fresh: Collection[str], *, together: bool) -> Held:
-        """Where it lies: what is on the host need not come to the device to be compared."""
+        """Without copies: host tensors are compared where they are."""
         if self._stream is not None:
             self._stream.synchronize()
         yield from self._replicated.held(fresh, together=together)
@@ -70,34 +70,34 @@ class OffloadedStore:
         self._ahead |= self._copies(fqns)
 
     def rest(self) -> None:
-        """Bring all of it back to the host."""
+        """Move the outer state to the host."""
         self._ahead = {}
         for fqn, named in self._state.tensors.items():
             for name in self._names & named.keys():
                 if named[name] is not self._host.get((fqn, name)):
-                    self._host[fqn, name] = self._stowed(named[name], self._host.get((fqn, name)))
+                    self._host[fqn, name] = self._offloaded(named[name], self._host.get((fqn, name)))
                     self._state.put(fqn, name, self._host[fqn, name])
 
     def settle(self) -> None:
         self.rest()
         if self._stream is not None:
-            self._stream.synchronize()  # whoever reads host memory next does not know of streams
+            self._stream.synchronize()  # readers of host memory do not wait for the stream
 
     def loaded(self) -> None:
         self.rest()
 
-    # ---- between the two memories ------------------------------------------------------------------------------------
+    # ---- copies between memories ------------------------------------------------------------------------------------
 
     def _fetch(self, fqns: Iterable[str]) -> None:
-        """Have the outer state of ``fqns`` on the device until `rest`."""
+        """Hold the outer state of ``fqns`` on the device until `rest`."""
         copies = self._copies(fqns)
         for (fqn, name), copy in copies.items():
             self._state.put(fqn, name, copy)
             self._ahead.pop((fqn, name), None)
         self._wait_for(copies.values())
 
-    def _stowed(self, tensor: Tensor, host: Tensor | None) -> Tensor:
-        """``tensor`` in host memory, in ``host`` if there is such a place already."""
+    def _offloaded(self, tensor: Tensor, host: Tensor | None) -> Tensor:
+        """``tensor`` in host memory, in ``host`` if that was allocated before."""
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         if host is None:
@@ -105,13 +105,13 @@ class OffloadedStore:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             tensor.record_stream(self._stream)
-        with self._beside():
+        with self._copy_stream():
             return host.copy_(tensor, non_blocking=True)
 
     def _copies(self, fqns: Iterable[str], names: Iterable[str] | None = None) -> dict[tuple[str, str], Tensor]:
-        """On the device, or on their way to it: of what lies on the host."""
+        """Copies on the device, perhaps still under way, of the tensors that are on the host."""
         copies = {}
-        with self._beside():
+        with self._copy_stream():
             for fqn in fqns:
                 named = self._state.tensors.get(fqn, {})
                 for name in named.keys() & self._names.intersection(names or self._names):
@@ -124,7 +124,7 @@ class OffloadedStore:
         return host.clone() if self._stream is None else host.to(self._stream.device, non_blocking=True)
 
     def _wait_for(self, copies: Iterable[Tensor]) -> None:
-        """What follows on the current stream sees them."""
+        """Make the current stream wait for ``copies``."""
         if self._stream is None:
             return
         current = torch.cuda.current_stream(self._stream.device)
@@ -133,8 +133,8 @@ class OffloadedStore:
             copy.record_stream(current)
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the stream of the copies."""
+    def _copy_stream(self) -> Iterator[None]:
+        """Use the stream of the copies within the block."""
         if self._stream is None:
             yield
         else:

@@ -4,9 +4,9 @@
     replica j:    D = mean_i (anchor_j - parameters_i);   anchor_j, momentum_j = outer(anchor_j, D, momentum_j)
     all-gather:   anchor_j to all                                the second half
 
-The same bytes and, for the elementwise outer optimizers that there are, the same bits as with all of it on every
-replica; 2 fp32 numbers for each element less, but for 2 / M. Without compression: a delta can only be coded where the
-anchor is, and nobody has all of it. Evaluation and checkpoints gather the anchor for as long as they need it.
+The same bytes and, with elementwise outer optimizers, the same bits as the replicated store; each replica keeps 2 / M
+fp32 numbers for each element instead of 2. No compression: a delta can only be coded where the anchor is, and no
+replica has all of it. Evaluation and checkpoints gather the anchor temporarily.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dtrain.comm.state import State
 
 
 class ShardedStore:
-    """Each replica keeps its chunks: ``owned``."""
+    """Each replica keeps its chunks, in ``owned``."""
 
     whole = False
 
@@ -40,7 +40,7 @@ class ShardedStore:
         self.owned = State({"anchor": "partitioned", **dict.fromkeys(spec.outer.kinds, "partitioned")})
 
     def anchor(self, fqns: Iterable[str]) -> dict[str, Tensor]:
-        """Collective over the replicas."""
+        """Gathered: all replicas must call it."""
         wanted = set(fqns)
         return self._gathered("anchor", [fqn for fqn in self._context.pieces.segments if fqn in wanted])
 
@@ -63,10 +63,10 @@ class ShardedStore:
         return [sharded_round(reduction.sent or {}, self._spec, self._context.place, reduction.branch, now, weight)]
 
     def apply(self, fragment: Fragment, values: Named, now: Round) -> dict[str, Tensor] | None:
-        return dict(values)  # the next anchors, which their owners have kept already
+        return dict(values)  # the next anchors, which their owners have staged already
 
     def held(self, fresh: Collection[str], *, together: bool) -> Held:
-        """Of what each replica keeps for itself nothing; but right after a round all hold the anchor."""
+        """No chunks, as each has one owner; right after a round the parameters, which are then the anchor."""
         if together:
             yield from state_held(self._context)
             return
@@ -75,16 +75,16 @@ class ShardedStore:
                 yield name, value
 
     def ahead(self, fqns: Iterable[str]) -> None:
-        """Chunks stay where they are."""
+        """Nothing to do."""
 
     def rest(self) -> None:
-        """Chunks stay where they are."""
+        """Nothing to do."""
 
     def settle(self) -> None:
-        """Gather what a checkpoint needs into the context's state; it is dropped again before the next round."""
+        """Gather the outer state into the context's state for a checkpoint; it is dropped before the next round."""
         for name in self.owned.kinds:
-            for fqn, whole in self._gathered(name, self._context.pieces.segments).items():
-                self._context.state.put(fqn, name, whole)
+            for fqn, value in self._gathered(name, self._context.pieces.segments).items():
+                self._context.state.put(fqn, name, value)
 
     def loaded(self) -> None:
         for fqn, named in self._context.state.tensors.items():
@@ -94,7 +94,7 @@ class ShardedStore:
         self._release()
 
     def _chunk(self, value: Tensor) -> Tensor:
-        return value[own_part(value.numel(), self._context.place)]
+        return value[owned_slice(value.numel(), self._context.place)]
 
     def _release(self) -> None:
         for fqn in self._context.state.tensors:
@@ -104,12 +104,12 @@ class ShardedStore:
     def _gathered(self, name: str, fqns: Iterable[str]) -> dict[str, Tensor]:
         pieces = self._context.pieces
         chunks = {fqn: self.owned.tensors.get(fqn, {}).get(name) for fqn in fqns}
-        known = {fqn: chunk for fqn, chunk in chunks.items() if chunk is not None}
-        numels = {fqn: pieces.segments[fqn].numel for fqn in known}
-        return pieces.channel.run(gather(known, numels, pieces.place), "anchor")
+        owned = {fqn: chunk for fqn, chunk in chunks.items() if chunk is not None}
+        numels = {fqn: pieces.segments[fqn].numel for fqn in owned}
+        return pieces.channel.run(gather(owned, numels, pieces.place), "anchor")
 
 
-def own_part(numel: int, place: Place) -> slice:
+def owned_slice(numel: int, place: Place) -> slice:
     """The elements of a segment of ``numel`` that this replica keeps."""
     width = chunk_width(numel, place.size)
     return slice(min(place.rank * width, numel), min((place.rank + 1) * width, numel))
@@ -118,25 +118,25 @@ def own_part(numel: int, place: Place) -> slice:
 def sharded_round(
     values: Named, spec: LoopSpec, place: Place, state: State, now: Round, weight: float
 ) -> Flow[Combined]:
-    """One round on flat fp32 parameters ``values``: returns the next anchors, whole; stages this replica's chunks."""
+    """One round on flat fp32 parameters ``values``: returns the full next anchors, stages this replica's chunks."""
     finite, device = all_finite(values), next((value.device for value in values.values()), torch.device("cpu"))
     rows = tuple(to_rows(value, place.size) for value in values.values())
-    *arrived, said = yield AllToAll((*rows, vote(place.size, finite, weight, device)))
-    votes = Votes(said.flatten().tolist(), place)
+    *arrived, ballots = yield AllToAll((*rows, vote(place.size, finite, weight, device)))
+    votes = Votes(ballots.flatten().tolist(), place)
     chunks: dict[str, Tensor] = {}
     for (fqn, value), theirs in zip(values.items(), arrived, strict=True):
-        own = own_part(value.numel(), place)
-        anchor = state.get(fqn, "anchor", value[own])
+        owned = owned_slice(value.numel(), place)
+        anchor = state.get(fqn, "anchor", value[owned])
         deltas = anchor - theirs[:, : anchor.numel()]
         delta = spec.rule(deltas) if votes.alike else among(spec.rule, deltas, votes.weights)
         chunks[fqn] = spec.outer.step(fqn, anchor, delta, state, now)
         state.stage(fqn, "anchor", chunks[fqn])
-    whole = yield from gather(chunks, {fqn: value.numel() for fqn, value in values.items()}, place)
-    return Combined(whole, votes.anybody and all_finite(whole))
+    anchors = yield from gather(chunks, {fqn: value.numel() for fqn, value in values.items()}, place)
+    return Combined(anchors, votes.anybody and all_finite(anchors))
 
 
 def gather(chunks: Named, numels: Mapping[str, int], place: Place) -> Flow[dict[str, Tensor]]:
-    """Whole segments from every replica's chunks."""
+    """Full segments from the chunks of all replicas."""
     padded = []
     for fqn, chunk in chunks.items():
         row = chunk.new_zeros(chunk_width(numels[fqn], place.size))

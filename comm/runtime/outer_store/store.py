@@ -1,7 +1,6 @@
 """Where the outer parameters of a local update (the anchor) and the outer optimizer's state are kept.
 
-`ReplicatedStore` keeps all of it on every replica; a loop does not know whether it has that, a sharded or an offloaded
-one.
+`ReplicatedStore` keeps all of it on every replica. A loop does not depend on which store it has.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from dtrain.comm.state import State
 
 @dataclass(frozen=True)
 class Learned:
-    """What a replica gives to a round: ``values``, flat fp32 by FQN; ``square``: the sum of theirs, 0-dim, if known."""
+    """What a replica sends in a round. ``values``: flat fp32 by FQN. ``square``: the sum of their squares, if known."""
 
     values: dict[str, Tensor]
     square: Tensor | None = None
 
 
 class Reducer(Protocol):
-    """How what all replicas have learned of a fragment becomes one value."""
+    """Reduces a fragment over the replicas."""
 
     def __call__(self, reduction: Reduction, fragment: Fragment, now: Round) -> list[Flow[Combined]]:
         """The flows that carry ``reduction.sent``, one for each message."""
 
 
 class OuterStore(Protocol):
-    """What a loop asks of it. ``whole``: whether a rank has the anchor of its pieces without asking other replicas."""
+    """Where outer state is kept. ``whole``: whether a rank has the anchor of its pieces without communication."""
 
     whole: bool
 
@@ -49,31 +48,31 @@ class OuterStore(Protocol):
         """The outer parameters, flat fp32. All replicas must call it, unless the store is ``whole``."""
 
     def set_anchor(self, values: Named) -> None:
-        """Begin, or go on, from ``values``."""
+        """Set the anchor to ``values``."""
 
     def learned(self, fqns: Collection[str]) -> Learned:
-        """What this replica's parameters have to tell of the steps since the anchor."""
+        """What this replica contributes to the round that ends: its pseudo-gradient, or its parameters."""
 
     def branch(self) -> State:
-        """The state in which a round stages what is kept of it."""
+        """The state in which a round stages its values."""
 
     def apply(self, fragment: Fragment, values: Named, now: Round) -> dict[str, Tensor] | None:
-        """The outer step along what was reduced; the new anchor where it need not be asked for."""
+        """The outer step along the reduced ``values``; returns the new anchor if that is at hand."""
 
     def held(self, fresh: Collection[str], *, together: bool) -> Held:
-        """What is equal on all replicas now. ``fresh``: parameters that are the anchor's, just so."""
+        """What must be equal on all replicas now. ``fresh``: parameters that have just been set to the anchor."""
 
     def ahead(self, fqns: Iterable[str]) -> None:
-        """These will be needed behind the next step."""
+        """Prefetch: these are needed after the next step."""
 
     def rest(self) -> None:
-        """Nothing more will be asked before the next step."""
+        """Called when nothing more is needed before the next step."""
 
     def settle(self) -> None:
-        """See that the context's state holds all that a checkpoint needs. All replicas must call it."""
+        """Complete the context's state for a checkpoint. All replicas must call it."""
 
     def loaded(self) -> None:
-        """Go on from the context's state, which was loaded."""
+        """Called after the context's state was loaded."""
 
 
 class ReplicatedStore:
@@ -112,20 +111,20 @@ class ReplicatedStore:
         step = outer.step_ if isinstance(outer, InPlace) else outer.step
         for fqn, delta in values.items():
             state.stage(fqn, "anchor", step(fqn, state.get(fqn, "anchor", delta), delta, state, now))
-            state.commit()  # one by one, so that the next one takes the memory of the last
+            state.commit()  # one by one, so that memory is reused
         return None
 
     def held(self, fresh: Collection[str], *, together: bool) -> Held:
         return state_held(self._context)
 
     def ahead(self, fqns: Iterable[str]) -> None:
-        """It is there already."""
+        """Nothing to do."""
 
     def rest(self) -> None:
-        """It stays where it is."""
+        """Nothing to do."""
 
     def settle(self) -> None:
-        """It is in the context's state."""
+        """Nothing to do: it is in the context's state."""
 
     def loaded(self) -> None:
-        """It is in the context's state."""
+        """Nothing to do: it is in the context's state."""
