@@ -1,7 +1,7 @@
-"""`attach`: put a method to work on a model of any engine, or of none.
+"""`attach`: put a method to work on a model, of any engine or of none.
 
-The model may be in DDP, sharded by FSDP2, in a DeepSpeed engine, or, for local updates, a plain module. What differs
-between them is in one file each (`adapters`); methods see `dtrain.comm.pieces.Pieces` only.
+The model may be in DDP, sharded by FSDP2, in a DeepSpeed engine, or, for local updates, a plain module. Each has an
+adapter in `adapters`; methods use `dtrain.comm.pieces.Pieces` only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dtrain.comm.runtime.method import Sync
 
 
-_MISSING = cast("Sync", None)  # so that a call without it is answered in words
+_MISSING = cast("Sync", None)  # so that a call without it gets a helpful error
 
 
 def attach(
@@ -46,9 +46,9 @@ def attach(
     """Attach ``sync`` to ``model``: it does all communication between replicas. Call on every rank that trains, before
     the first backward.
 
-    Call ``attached.step()`` where ``optimizer.step()`` and ``zero_grad()`` were called. The replicas' parameters are
-    made equal first (replica 0's), trained and frozen ones, and buffers. Gradient clipping stays between ``backward``
-    and ``step``.
+    Call ``attached.step()`` where ``optimizer.step()`` and ``zero_grad()`` were called; gradient clipping
+    stays between ``backward`` and ``step``. Attaching copies the parameters of replica 0, trained and frozen, and its
+    buffers to all replicas.
 
     Args:
         model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` with the shard axis alone); or a DeepSpeed
@@ -60,18 +60,18 @@ def attach(
             for a plain module: all ranks. With FSDP2 and DeepSpeed it must be given. Ranks that do not train, such as
             evaluators, do not call `attach`.
         seed: of stochastic rounding.
-        members: where replicas come and go: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
+        members: for an elastic run: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
             default process group is then this replica's own; the sync is a local update.
 
     Raises ``TypeError`` for another kind of model, for a sync that a plain module cannot serve, and for complex
     parameters; ``ValueError`` for a group that is missing or does not contain this rank, an optimizer of another model,
-    embeddings with sparse gradients, and ranks that do not agree about ``sync`` or the model; and what adapters raise
-    for configurations that they cannot serve.
+    embeddings with sparse gradients, and ranks with different ``sync`` or models; and what adapters raise for
+    configurations that they do not support.
     """
     require_call(optimizer, sync)
     model, optimizer = unwrapped_model(model), unwrapped_optimizer(optimizer)
     plain = is_plain(model)
-    require_servable(model, optimizer)  # before anybody makes groups
+    require_servable(model, optimizer)  # before groups are made
     if members is not None:
         return _attached_to_members(model, optimizer, sync, members, seed)
     if replicate_group is None and isinstance(model, DistributedDataParallel):
@@ -121,20 +121,20 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
             attached.context.require_still = pieces.trained.require_still
         pieces.trained.warn_of_outside()
         return attached
-    except BaseException:  # what is refused leaves the model and the optimizer as they were
+    except BaseException:  # a refusal leaves the model and the optimizer unchanged
         pieces.detach()
         pieces.channel.close(timeout_seconds=2.0)
         raise
 
 
 def _replica(channel: Channel) -> list[int]:
-    """The ranks that hold this replica together."""
+    """The ranks of this replica."""
     group = getattr(channel.transports["shard"], "group", None)
     return [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
 
 
 class Adapter(Pieces, Protocol):
-    """Pieces of a model, and what of it is trained."""
+    """Pieces of a model, and its trained parameters."""
 
     trained: Trained
 

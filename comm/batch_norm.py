@@ -1,7 +1,7 @@
-"""Running statistics of BatchNorm for parameters that were not trained with them, such as a local update's outer ones.
+"""Running statistics of BatchNorm for other parameters than the trained ones, such as a local update's outer ones.
 
-Statistics fit the parameters that they were gathered with. A replica's own do not fit the outer parameters, nor does
-their mean over the replicas; a few forward passes with the outer parameters give those that do.
+Statistics fit only the parameters that they were gathered with. Neither a replica's statistics nor their mean over the
+replicas fit the outer parameters; a few forward passes with the outer parameters give those that do.
 
 Communication: one all-gather of means and variances for each axis. Keeps nothing.
 """
@@ -22,7 +22,7 @@ from dtrain.comm.ops import AllGather, Axis, Flow
 
 @dataclass(frozen=True)
 class Norm:
-    """A layer whose statistics are being gathered, and its buffers of before."""
+    """A layer whose statistics are gathered anew, and its earlier buffers."""
 
     layer: _BatchNorm
     buffers: dict[str, Tensor]
@@ -38,7 +38,7 @@ def gathers(layer: nn.Module) -> bool:
 
 
 class RunningStatistics:
-    """The running statistics of a model's BatchNorm layers before a step, for the case that the step is skipped."""
+    """The running statistics of a model's BatchNorm layers before a step, to restore if the step is skipped."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and gathers(layer)]
@@ -54,9 +54,9 @@ class RunningStatistics:
 
 @contextmanager
 def gathering() -> Iterator[list[Norm]]:
-    """Every BatchNorm with running statistics that is called within begins anew and takes the plain mean of all calls.
+    """Within it, each BatchNorm with running statistics is reset at its first call, and takes the mean of all calls.
 
-    Yields those that were called so far. Whether they train, as whoever calls the model may set, is left alone.
+    Yields the layers called so far. Their ``training`` flag is restored after each call.
     """
     norms: list[Norm] = []
     before: list[tuple[float | None, bool]] = []
@@ -87,7 +87,7 @@ def _held(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def pooled(norms: Sequence[Norm], axes: Sequence[Axis]) -> Flow[None]:
-    """Give every rank the statistics over what all ranks along ``axes`` have seen, each rank's weighted alike."""
+    """Combine the statistics of all ranks along ``axes``, with equal weights, on every rank."""
     for axis in axes:
         statistics = [(norm.layer.running_mean, norm.layer.running_var) for norm in norms]
         gathered = yield AllGather(
@@ -100,7 +100,7 @@ def pooled(norms: Sequence[Norm], axes: Sequence[Axis]) -> Flow[None]:
 
 
 def recalibrated(passes: Callable[[], object]) -> list[Norm]:
-    """Run ``passes``, forward passes without gradients; returns the layers that they went through.
+    """Run ``passes``, forward passes without gradients; returns the layers that were called.
 
     Raises ``ValueError`` if there was none.
     """

@@ -1,13 +1,13 @@
 """Performs flows: `Channel.run` now, `Channel.start` in the background.
 
-One channel has one worker thread (with CUDA tensors: one side stream too) and one queue, so that communication overlaps
-with compute. Its process groups belong to it alone: two threads that enqueue collectives on one group in different
-orders would hang. Any axis may have another transport than torch.distributed.
+A channel has one worker thread (with CUDA also a side stream) and one queue, so that communication overlaps compute. It
+shares its process groups with nothing else: two threads that enqueue collectives on one group in different orders would
+hang. Any axis may have another transport than torch.distributed.
 
 Ops of concurrent flows are issued in waves: op r of flow b belongs to wave b + r, and within a wave the newest flow
 comes first. All ranks start the same flows in the same order, so they issue the same ops in the same order; flow b + 1
-is encoded while the ops of flow b are on the wire, and so is one flow decoded. With NCCL the newest comes last: the
-stream would hold the others up until its tensors are computed. `flush`, and every wait, ends a batch of flows on all
+is encoded, and another flow decoded, while the ops of flow b are on the wire. With NCCL the newest comes last, as the
+others would wait in the stream until its tensors are computed. `flush`, and every wait, ends a batch of flows on all
 ranks.
 """
 
@@ -35,7 +35,7 @@ from dtrain.comm.transports.transport import Pauses, Transport, Work
 R = TypeVar("R")
 
 PEER_LEFT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""In the errors of gloo and NCCL when another rank has ended."""
+"""Texts in the errors of gloo and NCCL when another rank has ended."""
 
 
 class Handle(Generic[R]):
@@ -52,7 +52,7 @@ class Handle(Generic[R]):
         self._ready: torch.cuda.Event | None = None
 
     def wait(self) -> R:
-        """Block until the flow has ended; the time blocked counts as exposed. Every rank must wait at this place."""
+        """Block until the flow has ended; the time blocked counts as exposed. Every rank must call it at this place."""
         self._channel.flush()
         started = time.perf_counter()
         self._done.wait()
@@ -92,7 +92,7 @@ class _Job:
 
 @dataclass
 class _Renewal:
-    """A break in the queue: all that was started has ended or failed."""
+    """A break in the queue, reached when all earlier flows have ended or failed."""
 
     done: threading.Event
 
@@ -134,7 +134,7 @@ class Channel:
         self._thread = threading.Thread(target=self._serve, name="dtrain-channel", daemon=True)
         self._thread.start()
         _OPEN.add(self)
-        # A thread that is still inside the transport while the interpreter goes down aborts the whole process.
+        # A thread that is inside the transport while the interpreter shuts down aborts the process.
         atexit.register(self._end, timeout_seconds=2.0)
 
     def run(self, flow: Flow[R], label: str) -> R:
@@ -167,13 +167,13 @@ class Channel:
         self._queue.put(None)
 
     def renew(self) -> None:
-        """Once all that was started has ended or failed: forget a failure, and read each axis's ranks again."""
+        """Once all earlier flows have ended or failed: clear a failure, and read each axis's ranks again."""
         item = _Renewal(threading.Event())
         self._queue.put(item)
         item.done.wait()
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Finish what was started, end the worker thread, close the transports. Every rank must call it alike.
+        """Finish all flows, end the worker thread, close the transports. Every rank must call it at the same place.
 
         Where a flow has failed, or is still under way after ``timeout_seconds``, the transports stay open: closing one
         would wait for ranks that may be gone.
@@ -214,7 +214,7 @@ class Channel:
         return not isinstance(item, Channel)
 
     def _wave(self, running: list[_Running], new: _Job | None = None) -> list[_Running]:
-        """Advance every flow by one op, and ``new`` to its first; returns those that go on, oldest first."""
+        """Advance every flow by one op, and ``new`` to its first; returns those that have not ended, oldest first."""
         moves = [partial(self._advance, flow) for flow in running]
         if new is not None:
             moves.append(partial(self._begin, new))
@@ -251,7 +251,7 @@ class Channel:
             return _Running(job, self.transports[op.axis].issue(op))
         except StopIteration as done:
             job.handle._finish(done.value, None)
-        except BaseException as error:  # the caller gets it from `Handle.wait`, on its own thread
+        except BaseException as error:  # `Handle.wait` raises it on the caller's thread
             self._failure = self._failure or error
             job.handle._finish(None, error)
         return None

@@ -1,4 +1,4 @@
-"""Feedback: what a compressor leaves out of one step is sent in later ones.
+"""Feedback: what a compressor leaves out in one step is sent in later ones.
 
 With g a replica's value, C the compressor, c the mean of what the replicas sent; state is fp32, keyed by FQN:
 
@@ -43,7 +43,7 @@ Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Coder(Protocol):
-    """What feedback needs of a `Compressor`."""
+    """What feedback uses of a `Compressor`."""
 
     def encode(self, rows: Tensor, key: Key) -> Payload: ...
 
@@ -51,32 +51,32 @@ class Coder(Protocol):
 
 
 class Feedback(ABC):
-    """What happens around a compressor. ``state`` belongs to the sync; new values are staged, never written.
+    """What is done around a compressor. ``state`` belongs to the sync; new values are staged, never written in place.
 
     ``value`` may be a view of the model's gradients: it is neither kept nor written to.
 
-    All that is kept is linear in the values, so a change of their scale multiplies it.
+    All state is linear in the values, so a change of their scale multiplies it.
     """
 
     feeds_back: ClassVar[bool] = True
-    """Whether what a compressor leaves out of a step comes back in later ones."""
+    """Whether what a compressor leaves out in a step is sent in later ones."""
 
     @property
     @abstractmethod
     def kinds(self) -> dict[str, Kind]:
-        """The names that it keeps."""
+        """The names of its state."""
 
     @abstractmethod
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         """What to compress in place of ``value`` [n]."""
 
     def fresh(self, fqn: str, value: Tensor, state: State) -> Tensor:
-        """`correct` without what earlier steps have left out, which depends on how they were compressed."""
+        """`correct` without the residual of earlier steps, which depends on how they were compressed."""
         return self.correct(fqn, value, state)
 
     @abstractmethod
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
-        """The peers will decode ``sent`` [n] where ``corrected`` [n] was meant. Called after `correct`."""
+        """Stage the state after peers decode ``sent`` [n] in place of ``corrected`` [n]. Called after `correct`."""
 
     def retain_product(
         self, fqn: str, value: Tensor, corrected: Tensor, matrix: Matrix, factors: Factors, state: State
@@ -87,9 +87,9 @@ class Feedback(ABC):
 
     @abstractmethod
     def retain_owned(self, fqn: str, error: Tensor, start: int, divisor: float, state: State) -> None:
-        """The mean of the chunk that begins at element ``start`` lost ``error`` [m] in the second phase.
+        """Retain the ``error`` [m] of the second phase in the mean of the chunk that begins at element ``start``.
 
-        ``divisor``: of this replica's value in the mean, the number of peers where all weigh the same.
+        ``divisor``: of this replica's value in the mean, which is the number of peers if all weigh the same.
         """
 
     def carry_over(self, fqn: str, like: Tensor, state: State) -> None:
@@ -99,7 +99,7 @@ class Feedback(ABC):
                 state.stage(fqn, name, state.get(fqn, name, like).clone())
 
     def encode(self, fqn: str, value: Tensor, compressor: Coder, world: int, key: Key, state: State) -> Payload:
-        """What to send for ``value`` [n], in ``world`` rows; the error of it is retained."""
+        """The payload for ``value`` [n], in ``world`` rows; its error is retained."""
         corrected = self.correct(fqn, value, state)
         payload = compressor.encode(to_rows(corrected, world), key)
         if self.kinds:
@@ -108,7 +108,7 @@ class Feedback(ABC):
         return payload
 
     def result(self, fqn: str, combined: Tensor, state: State) -> Tensor:
-        """What the optimizer steps with where the peers combined to ``combined`` [n]; equal on all of them."""
+        """What the optimizer steps with after the peers' combined value ``combined`` [n]; equal on all of them."""
         return combined
 
 
@@ -159,7 +159,7 @@ class EF14(Feedback):
     def retain_product(
         self, fqn: str, value: Tensor, corrected: Tensor, matrix: Matrix, factors: Factors, state: State
     ) -> None:
-        left, right = factors  # the product is never written down, and ``corrected`` is ours: `correct` made it
+        left, right = factors  # the product is not stored, and ``corrected`` may be written to: `correct` made it
         residual = matrix.view(corrected).addmm_(left, right, alpha=-1)
         state.stage(fqn, "residual", matrix.flat(residual))
 
@@ -183,9 +183,8 @@ class EF21(Feedback):
 
     def correct(self, fqn: str, value: Tensor, state: State) -> Tensor:
         if self.eta != 1:
-            known = state.find(fqn, "momentum") is not None
-            last = state.get(fqn, "momentum", value)
-            value = (1 - self.eta) * last + self.eta * value if known else value.clone()
+            last = state.find(fqn, "momentum")
+            value = value.clone() if last is None else (1 - self.eta) * last + self.eta * value
             state.stage(fqn, "momentum", value)
         return value - state.get(fqn, "estimate", value)
 
@@ -218,7 +217,7 @@ class EControl(Feedback):
         return value - state.get(fqn, "estimate", value)
 
     def retain(self, fqn: str, value: Tensor, corrected: Tensor, sent: Tensor, state: State) -> None:
-        old = state.get(fqn, "estimate", value)  # the residual is updated with the estimate of before
+        old = state.get(fqn, "estimate", value)  # the residual takes the estimate from before the update
         state.stage(fqn, "residual", state.get(fqn, "residual", value) + value - old - sent)
         state.stage(fqn, "estimate", old + sent)
 
@@ -256,7 +255,7 @@ class Compression:
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        """The names that it keeps."""
+        """The names of its state."""
         return {**self.feedback.kinds, **({} if self.two_rounds is None else self.two_rounds.kinds)}
 
     def of(self, fqn: str, step: int) -> Compression:
@@ -280,8 +279,8 @@ def ef21(compressor: AnyCompressor, *, eta: float = 0.1) -> Compression:
 
     Args:
         compressor: a contraction.
-        eta: of the momentum before the compressor, in (0, 1]. 0.1 is EF21-SGDM; then let the inner optimizer have no
-            momentum of its own. 1 is EF21, for large batches: with small ones a noise floor stays.
+        eta: of the momentum before the compressor, in (0, 1]. 0.1 is EF21-SGDM; then give the inner optimizer no
+            momentum. 1 is EF21, for large batches: with small ones a noise floor remains.
 
     >>> from dtrain.compress import ef21, topk
     >>> sorted(ef21(topk(0.01)).feedback.kinds)
@@ -295,11 +294,11 @@ def ef21(compressor: AnyCompressor, *, eta: float = 0.1) -> Compression:
 
 
 def econtrol(compressor: AnyCompressor, *, eta: float = 0.001) -> Compression:
-    """EControl around ``compressor``: EF21 that also feeds a part of the residual back.
+    """EControl around ``compressor``: EF21 that also feeds a fraction of the residual back.
 
     Args:
         compressor: a contraction.
-        eta: the part, in [0, 1]; 0 is EF21. Theory asks for delta / 400 of the compressor; tune it.
+        eta: that fraction, in [0, 1]; 0 is EF21. Theory requires the compressor's delta / 400; tune it.
 
     Raises ``ValueError`` for a compressor that is no contraction, or another eta. Source: the module's docstring.
     """

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = 2.0**60
-"""The largest magnitude that feedback and other state take in: sums and squares of it are far from overflow in fp32, so
-that the next steps can be made from whatever is kept of it."""
+"""The largest magnitude that feedback and other state accept: its sums and squares are far from overflow in fp32, so
+that the next steps can be made from the state."""
 
 MESSAGE = 1 << 22
-"""Elements in one message: enough for its latency not to count, few enough for several messages to overlap."""
+"""Elements in one message: enough to amortize its latency, few enough for several messages to overlap."""
 
 
 @dataclass(frozen=True, order=True)
@@ -66,7 +66,7 @@ class Matrix:
 
 
 def matrices(segments: Mapping[str, Segment], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Matrix]:
-    """How each piece that is held lies in its parameter; vectors and numbers have rows of one element.
+    """How each piece of this rank lies in its parameter; vectors and scalars have rows of one element.
 
     >>> matrices({"w": Segment("w", offset=6, numel=9)}, {"w": (5, 2, 2)})
     {'w': Matrix(numel=9, columns=4, lead=2)}
@@ -120,22 +120,22 @@ def working(tensor: Tensor) -> Tensor:
 
 
 def is_finite(*values: Tensor, sums: list[Tensor] | None = None) -> bool:
-    """Whether there is no NaN and no infinity in ``values``, of one device; in one pass that writes nothing.
+    """Whether ``values``, on one device, hold no NaN and no infinity; in one pass without temporaries.
 
-    ``sums``: over each of them, where that was taken on the way.
+    ``sums``: of each of them, if computed already.
     """
     if sums is None:
-        sums = [value.sum() for value in values]  # nothing brings a sum back from NaN or infinity
+        sums = [value.sum() for value in values]  # a sum with NaN or infinity is not finite
     if not sums or math.isfinite(float(torch.stack(sums).sum())):
         return True
-    extremes = [torch.aminmax(value) for value in values if value.numel()]  # large numbers may sum up to infinity
+    extremes = [torch.aminmax(value) for value in values if value.numel()]  # large numbers may sum to infinity
     return all(math.isfinite(float(least)) and math.isfinite(float(most)) for least, most in extremes)
 
 
 def is_keepable(*values: Tensor, norms: list[Tensor] | None = None) -> bool:
-    """Whether nothing in ``values``, of one device, is NaN or larger than `LARGEST`; in one pass that writes nothing.
+    """Whether no element of ``values``, on one device, is NaN or above `LARGEST`; in one pass without temporaries.
 
-    ``norms``: of each of them, where that was taken on the way.
+    ``norms``: of each of them, if computed already.
     """
     if norms is None:
         norms = [torch.linalg.vector_norm(value) for value in values]
@@ -175,8 +175,8 @@ def messages(values: Named, elements: int = MESSAGE) -> list[dict[str, Tensor]]:
 def in_messages(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
     """All names in their order, in groups of about one message each; larger ones where a model would need hundreds.
 
-    Whoever goes over a model by such groups needs memory for one at a time: at most a 32nd of the model, or its largest
-    parameter. By unsharded shapes, which all ranks have alike.
+    Code that goes over a model by groups needs memory for one of them: about a 32nd of the model, or its largest
+    parameter. By unsharded shapes, which are the same on all ranks.
 
     >>> in_messages({"a": (2, MESSAGE), "b": (7,), "c": (MESSAGE,), "d": (1,)})
     [['a'], ['b', 'c'], ['d']]

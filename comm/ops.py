@@ -1,4 +1,4 @@
-"""Collectives as values: what an algorithm yields, and a driver performs, simulates, times or counts.
+"""Collectives as values: an algorithm yields them, and a driver performs, simulates, times or counts them.
 
 An algorithm is a generator, a `Flow`. It yields an `Op`, receives that op's reply, and finally returns its result:
 
@@ -24,12 +24,12 @@ from torch import Tensor
 
 Payload: TypeAlias = tuple[Tensor, ...]
 Axis: TypeAlias = Literal["replicate", "shard"]
-"""Across which axis of the mesh an op goes: methods use "replicate", and only what stays within a replica "shard"."""
+"""The mesh axis of an op: "replicate" across replicas, "shard" within one."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands on the replicate axis: ``rank`` of ``size`` peers (they all hold the same shard)."""
+    """A rank's position on an axis: ``rank`` of ``size``."""
 
     rank: int
     size: int
@@ -39,7 +39,7 @@ class Place:
 class AllReduce:
     """Elementwise sum or mean over the ranks. Reply: the shapes that were sent. All tensors share one dtype.
 
-    The order of summation is the transport's own, so the result is reproducible only for one and the same layout.
+    The transport chooses the order of summation, so the result is reproducible only for the same layout.
     """
 
     payload: Payload
@@ -49,7 +49,7 @@ class AllReduce:
 
 @dataclass(frozen=True, eq=False)
 class AllGather:
-    """Everybody's payload. Reply: each tensor with a new leading dim ``[world, ...]``, in rank order."""
+    """The payloads of all ranks. Reply: each tensor with a new leading dim ``[world, ...]``, in rank order."""
 
     payload: Payload
     axis: Axis = "replicate"
@@ -57,7 +57,7 @@ class AllGather:
 
 @dataclass(frozen=True, eq=False)
 class AllToAll:
-    """Row ``j`` of each tensor ``[world, ...]`` goes to rank ``j``. Reply: row ``j`` is what rank ``j`` sent here."""
+    """Row ``j`` of each tensor ``[world, ...]`` goes to rank ``j``. Reply: row ``j`` comes from rank ``j``."""
 
     payload: Payload
     axis: Axis = "replicate"
@@ -99,7 +99,7 @@ def payload_bytes(payload: Payload) -> int:
 
 
 def one_dtype(op: AllReduce) -> None:
-    """Raise ``ValueError`` if tensors that are summed as one message are not all of one dtype."""
+    """Raise ``ValueError`` unless all tensors of an all-reduce have one dtype."""
     dtypes = {tensor.dtype for tensor in op.payload}
     if len(dtypes) > 1:
         raise ValueError(
@@ -108,9 +108,9 @@ def one_dtype(op: AllReduce) -> None:
 
 
 def sent_bytes(op: Op, *, rank: int, world: int) -> int:
-    """Payload bytes that ``rank`` puts on its link for ``op``, by the algorithms that transports use for large ones.
+    """Payload bytes that ``rank`` puts on its link for ``op``, by the usual algorithms for large ones.
 
-    All-reduce: a ring, 2 (world - 1) / world of the payload. All-gather: a ring that passes on all other payloads.
+    All-reduce: a ring, 2 (world - 1) / world of the payload. All-gather: a ring, (world - 1) payloads.
     All-to-all: every row but this rank's. Broadcast: charged to the source alone.
 
     >>> import torch

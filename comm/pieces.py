@@ -1,6 +1,6 @@
-"""The seam between a method and whatever holds the model: named local fp32 pieces of one rank.
+"""The seam between a method and an engine: named local fp32 pieces of the model on one rank.
 
-`comm/adapters` adapts each engine, and anybody's own DDP or FSDP2 model, to this Protocol. Methods know nothing else.
+`comm/adapters` adapts each engine, and a user's own DDP or FSDP2 model, to this Protocol. Methods use nothing else.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ class Exchange(Protocol):
     def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
         """Flow from this rank's flat fp32 gradient pieces to the combined ones.
 
-        ``present``: False for zeros in place of gradients that this rank does not have, True for others, where the
-        engine wants to know whether any replica has them; all peers alike.
+        ``present``: set if the engine needs to know whether any replica has these gradients, on all peers or on none:
+        False for zeros in place of gradients that this rank lacks, True otherwise.
         """
 
 
 @runtime_checkable
 class Repeated(Exchange, Protocol):
-    """An exchange that a step may have several times for one parameter, one for each backward pass."""
+    """An exchange that may run several times in a step for one parameter, once for each backward pass."""
 
     @property
     def adds(self) -> bool:
-        """True: it takes the gradient of each backward pass alone, and its results are summed. False: an engine that
-        accumulates gradients itself may give it the sum so far, and its result replaces that.
+        """True: its input is the gradient of one backward pass, and its results are summed. False: an engine that
+        accumulates gradients may pass the sum so far, and the result replaces that.
         """
 
     def stood_in(self) -> None:
-        """This rank, whose data have ended, has given zeros in place of a backward pass (``model.join()``)."""
+        """Called when this rank, out of data, has sent zeros in place of a backward pass (``model.join()``)."""
 
 
 @runtime_checkable
@@ -48,7 +48,7 @@ class Private(Exchange, Protocol):
 
     @property
     def private(self) -> bool:
-        """Whether it sends nothing, so that a plain module, which has nobody to send to, can serve it, too."""
+        """Whether it sends nothing, so that a plain module, which has no peers, can serve it, too."""
 
 
 class Pieces(Protocol):
@@ -60,7 +60,7 @@ class Pieces(Protocol):
 
     channel: Channel
     optimizer: torch.optim.Optimizer
-    """The inner one, to be read; only `step` steps it."""
+    """The inner optimizer, read-only; only `step` steps it."""
 
     @property
     def segments(self) -> Mapping[str, Segment]: ...
@@ -79,33 +79,33 @@ class Pieces(Protocol):
     def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
         """The current values of ``segments``, fp32: those that the inner optimizer steps from.
 
-        ``fqns``: of these parameters only. Without ``copy`` they may be the engine's own memory, to be used before the
-        next step and never written to.
+        ``fqns``: of these parameters only. Without ``copy`` they may be the engine's own memory: valid until the next
+        step, and read-only.
         """
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
         """Overwrite ``segments`` so that the next forward pass sees the values and the next step starts from them.
 
-        ``fqns``: of these parameters only, the same on all ranks of a replica, whatever pieces of them each holds.
+        ``fqns``: of these parameters only; the same on all ranks of a replica, even those that hold no piece of them.
         """
 
     def set_gradient_exchange(self, exchange: Exchange | None) -> None:
-        """From now on ``exchange`` combines the gradients; None: they stay inside the replica. Called once."""
+        """Let ``exchange`` combine the gradients; None: they stay within the replica. Called once."""
 
     def finish(self) -> None:
-        """Block until the gradients of this step have been exchanged. Before clipping."""
+        """Block until the gradients of this step have been exchanged. Called before clipping."""
 
     def gradients_finite(self) -> bool:
-        """Whether this rank's gradients hold no NaN and no infinity. After `finish`."""
+        """Whether this rank's gradients hold no NaN and no infinity. Called after `finish`."""
 
     def unused(self) -> set[str]:
-        """Parameters that no rank has a gradient for, so that the optimizer leaves them as they are. After `finish`."""
+        """Parameters without a gradient on any rank, which the optimizer does not step. Called after `finish`."""
 
     def step(self) -> None:
-        """The inner optimizer's step, then empty gradients."""
+        """Step the inner optimizer, then clear the gradients."""
 
     def skip(self) -> None:
-        """No step; empty gradients."""
+        """Clear the gradients without a step."""
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         """The inner optimizer's state by name and FQN: flat pieces of ``segments``, or 0-dim tensors (step counts)."""
@@ -114,4 +114,4 @@ class Pieces(Protocol):
         """Set parameters and the inner optimizer's state from pieces that cover ``held``."""
 
     def detach(self) -> None:
-        """Leave the model as it was found."""
+        """Restore the model as it was before `attach`."""

@@ -1,6 +1,6 @@
 """Seeds that depend on what is drawn and not on when: a private generator for each (seed, step, rank, FQN, phase).
 
-No global generator is touched, so a method never shifts a model's dropout, and a resumed run draws the same numbers.
+No global generator is used, so a method never changes a model's dropout, and a resumed run draws the same numbers.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 
 FIRST_PHASE, SECOND_PHASE = "send", "answer"
-"""The phases of the two-phase route. Every seed is a digest of these texts: other texts would be other draws."""
+"""The phases of the two-phase route. Seeds are digests of these texts, so other texts would change the draws."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a random draw belongs to. ``rank``: on the replicate axis; a draw that all peers share leaves it at -1.
+    """Identifies a random draw. ``rank``: on the replicate axis; -1 for a draw that all peers share.
 
-    ``phase``: what is drawn for, where one FQN has several draws in a step; `FIRST_PHASE` and `SECOND_PHASE` for what
+    ``phase``: the purpose, where one FQN has several draws in a step; `FIRST_PHASE` and `SECOND_PHASE` for what
     a compressor encodes.
     ``again``: how many exchanges this step has made for the same FQN before, one for each earlier backward pass.
     """
@@ -32,7 +32,7 @@ class Key:
 
     @property
     def shared(self) -> Key:
-        """The key of what all peers draw alike for this FQN in this step."""
+        """The key of the draw that all peers share for this FQN in this step."""
         return replace(self, rank=-1, phase="")
 
     @property

@@ -3,8 +3,8 @@
 A step is a transaction. Flows stage their next state while the old one stays as it is; at the end of the step all
 ranks agree to `commit` it everywhere or to `rollback` it everywhere. The price is a second copy of what is staged.
 
-A step may have several exchanges of one name, one for each backward pass. `proceed` begins another one: it reads what
-those before have staged.
+A step may exchange one name several times, once for each backward pass. `proceed` begins the next exchange, which reads
+what the earlier ones have staged.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 from dtrain.comm.layout import is_finite, working
 
 Kind: TypeAlias = Literal["replicated", "per_worker", "partitioned", "opaque"]
-"""``replicated``: bitwise equal on all peers. ``per_worker``: each its own. ``partitioned``: one owner per element.
-``opaque``: of any shape, equal on all peers, and valid for one way of sharding the model only; may be dropped.
+"""``replicated``: bitwise equal on all peers. ``per_worker``: different on each. ``partitioned``: one owner for each
+element. ``opaque``: of any shape, equal on all peers, and valid for one way of sharding the model; may be dropped.
 """
 
 Tensors: TypeAlias = dict[str, dict[str, Tensor]]
 
 Numbers: TypeAlias = dict[str, int | float]
-"""What is kept from step to step beside tensors, by name: counters, and floats to the bit, which are finite."""
+"""What is kept from step to step beside tensors, by name: counters, and finite floats, bit-exact."""
 
 
 class State:
@@ -39,7 +39,7 @@ class State:
         self.kinds = dict(kinds)
         self.tensors: Tensors = {}
         self._earlier: Tensors = {}  # staged by exchanges of this step that have ended
-        self.staging: Tensors = {}  # by the present exchange; to be read
+        self.staging: Tensors = {}  # by the present exchange; callers may read it
 
     def find(self, fqn: str, name: str) -> Tensor | None:
         """The tensor that an earlier exchange of this step staged, else the committed one. Not to be written to."""
@@ -52,7 +52,7 @@ class State:
         return tensor if tensor is not None else working(torch.zeros_like(like))
 
     def proceed(self, fqns: Collection[str]) -> None:
-        """Begin a further exchange of ``fqns`` in this step, which goes on from what the last one has staged."""
+        """Begin another exchange of ``fqns`` in this step, which reads what the last one has staged."""
         for fqn in fqns:
             self._earlier.setdefault(fqn, {}).update(self.staging.pop(fqn, {}))
 
@@ -61,13 +61,13 @@ class State:
         return name in self._earlier.get(fqn, {})
 
     def branch(self) -> State:
-        """For an exchange that overlaps with steps: it reads what is committed here, and stages and commits alone."""
+        """For an exchange that overlaps steps: it reads and commits to the same tensors, and has its own staging."""
         branch = State(self.kinds)
         branch.tensors = self.tensors
         return branch
 
     def look(self) -> State:
-        """A state that reads the same tensors, for what is staged and never committed."""
+        """A state that reads what `find` reads here, for values that are never committed."""
         look = self.branch()
         look._earlier = self._earlier
         return look
@@ -82,7 +82,7 @@ class State:
         return self.staging[fqn][name]
 
     def put(self, fqn: str, name: str, value: Tensor) -> None:
-        """Store ``value`` at once, past stage and commit: the stored values in other memory, or a result that arrived.
+        """Store ``value`` at once, without stage and commit: the same values in other memory, or a result that arrived.
 
         Raises ``KeyError`` for a name without a declared kind.
         """
@@ -91,12 +91,12 @@ class State:
         self.tensors.setdefault(fqn, {})[name] = value
 
     def drop(self, fqn: str, name: str) -> None:
-        """Forget a tensor that is of no more use, committed or staged."""
+        """Delete a tensor, committed or staged."""
         for tensors in (self.tensors, self._earlier, self.staging):
             tensors.get(fqn, {}).pop(name, None)
 
     def unstage(self, fqn: str) -> None:
-        """Forget what is staged for ``fqn``: its step was not made."""
+        """Discard what is staged for ``fqn``: its step was not made."""
         self._earlier.pop(fqn, None)
         self.staging.pop(fqn, None)
 
