@@ -32,7 +32,7 @@ class Attached:
     """A sync at work. Call `step` where ``optimizer.step()`` was called; clip between `finish` and `step`.
 
     ``method``: see `Method`. ``gauges``: of the last exchange, for metrics. ``decisions``: choices that the method has
-    made, as text; whoever reads them clears them.
+    made, as text; their reader clears the list.
     """
 
     def __init__(self, context: Context, method: Method) -> None:
@@ -130,8 +130,8 @@ class Attached:
         """
         if not 0 < factor < math.inf:
             raise ValueError(f"factor is {factor!r}; give the new scale over the old one, a positive finite number")
-        kept = {name for name, kind in kinds_of(self.plan).items() if kind != "opaque"}
-        self.state.scale(kept, factor)
+        names = {name for name, kind in kinds_of(self.plan).items() if kind != "opaque"}
+        self.state.scale(names, factor)
 
     # ---- evaluation and agreement ----------------------------------------------------------------------------------
 

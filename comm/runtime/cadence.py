@@ -73,17 +73,17 @@ class Cadence:
         return "round" if len(self.fragments) == 1 else f"fragment {fragment.number}"
 
     def numbers(self) -> Numbers:
-        kept: Numbers = {}
+        values: Numbers = {}
         if self._spec.auto is not None:
-            kept = {
+            values = {
                 "knobs.every_steps": self.knobs.every_steps if self._choosing is None else 0,
                 "knobs.overlap_steps": self.knobs.overlap_steps,
                 "knobs.layers": self.knobs.fragments.layers,
                 "knobs.mix": float(self.knobs.mix),
             }
         for fragment in self.fragments:
-            kept |= fragment.numbers()
-        return {"cycles": self.cycles, **kept}
+            values |= fragment.numbers()
+        return {"cycles": self.cycles, **values}
 
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
         """Undo `numbers`, once the context's state was loaded."""

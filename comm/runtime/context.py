@@ -57,7 +57,7 @@ class Context:
         self.steps = self.skipped = self.skipped_in_a_row = self.repairs = 0
         self.saves = 0  # how often this rank has saved its state
         self.gauges: dict[str, float] = {}
-        self.decisions: list[str] = []  # as text; whoever reads them clears them
+        self.decisions: list[str] = []  # as text; their reader clears the list
         self.stepped_elsewhere: frozenset[str] = frozenset()
         """Trained parameters that the optimizer of ``pieces`` does not step."""
         self.require_still: Callable[[], None] = lambda: None

@@ -93,7 +93,7 @@ class ForwardSteps:
         return f", {self.unusable} losses not finite" if self.unusable else ""
 
     def _loss(self, loss: Callable[[], Tensor]) -> float:
-        """The mean over this replica's ranks. Each pass of a sample draws the same random numbers, each step others."""
+        """The mean over this replica's ranks. Each pass of a sample draws the same random numbers."""
         worker, sample = self._context.pieces.channel.places["shard"].rank, len(self.numbers)
         at = Address("forward", self._context.steps, self._context.place.rank, sample)
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

@@ -231,8 +231,8 @@ class LocalUpdateLoop(GradientSteps):
         if reduction.values is None:
             self.failed_rounds += 1
         elif reduction.products:
-            square, *others = reduction.products
-            sums = torch.cat([square.view(1), torch.stack(others).sum(0)])
+            square, *by_message = reduction.products
+            sums = torch.cat([square.view(1), torch.stack(by_message).sum(0)])
             context.gauges |= gauges(context.over_shards(sums, "gauges"))
         label = self.cadence.label(fragment)
         sent = context.meter.sent_as(label)

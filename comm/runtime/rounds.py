@@ -79,14 +79,14 @@ class Fragment:
         self.rates = (0.0, 0, mean if steps else rate, last or before)
 
     def numbers(self) -> Numbers:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint keeps of this fragment."""
         reduction = self.reductions[0] if self.reductions else None
-        kept: Numbers = {"captured": self.captured, "tokens": self.tokens, "scalar": float(self.scalar)}
+        values: Numbers = {"captured": self.captured, "tokens": self.tokens, "scalar": float(self.scalar)}
         mean, made, last, before = self.rates
-        kept |= zip(RATES, (float(mean), made, float(last), float(before)), strict=True)
-        kept["flight"] = reduction.captured if reduction else NEVER
-        kept["arrived"] = int(reduction is not None and reduction.values is not None)
-        return {f"part.{self.number}.{name}": value for name, value in kept.items()}
+        values |= zip(RATES, (float(mean), made, float(last), float(before)), strict=True)
+        values["flight"] = reduction.captured if reduction else NEVER
+        values["arrived"] = int(reduction is not None and reduction.values is not None)
+        return {f"part.{self.number}.{name}": value for name, value in values.items()}
 
     def load_numbers(self, numbers: Mapping[str, float], state: State, held: Collection[str]) -> None:
         """Undo `numbers`. ``state``: has the results that had arrived. ``held``: FQNs of this rank's pieces."""

@@ -119,9 +119,9 @@ class SavedState:
         if saved is None:
             return
         now = _digest(self._context.pieces.read(copy=False))
-        others = str(entries.get("place")).partition(", ")[2] not in self._place()  # another shard: other parameters
+        other_shard = str(entries.get("place")).partition(", ")[2] not in self._place()  # other parameters
         live = entries.get("live")
-        if saved != now and not others and not (isinstance(live, Mapping) and _digest(live) == now):
+        if saved != now and not other_shard and not (isinstance(live, Mapping) and _digest(live) == now):
             raise ValueError(
                 "the model does not hold the parameters that this rank had when this state was taken; on every rank: "
                 "attach, then load the model's and the optimizer's states, then the sync's, each from this rank's own "

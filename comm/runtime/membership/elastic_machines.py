@@ -165,7 +165,7 @@ class ElasticMachines:
         directions = (donor_step - step) * self.walk.samples * self._membership.members.place.size
         walking = directions * self._direction_seconds()
         came_now = self._membership.newcomer and not self._membership.members.came_by
-        by_log = self._membership.agree(step != NOBODY and (not came_now or walking < copying))  # others lack a step
+        by_log = self._membership.agree(step != NOBODY and (not came_now or walking < copying))  # members lack one step
         copies = channel.run(gathered(torch.tensor([int(not by_log)])), "hand-over")
         (tail,) = channel.run(_from(source, torch.zeros(max(1, tail_bytes), dtype=torch.uint8)), "hand-over")
         copied = channel.run(_from(source, *values.values()), "hand-over") if copies.any() else ()

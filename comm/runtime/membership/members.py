@@ -302,12 +302,12 @@ class Members:
         """Raise ``ValueError`` if some replicas listen on the loopback interface only, and others on a network."""
         local = self._store.line.local.partition("%")[0]
         loopback = "interface" not in self._device() and ip_address(local).is_loopback
-        mine = "their own machine" if loopback else "a network"
-        theirs = self._store.compare_set("listen", "", mine).decode(errors="replace")
-        if theirs != mine:
+        network = "their own machine" if loopback else "a network"
+        first = self._store.compare_set("listen", "", network).decode(errors="replace")
+        if first != network:
             raise ValueError(
-                f"this replica, with the store at {self.address}, would listen for others on {mine}, and they do on "
-                f"{theirs}; give all replicas one address (not localhost for those on the store's machine), or name a "
+                f"this replica, with the store at {self.address}, would listen for others on {network}, and they do on "
+                f"{first}; give all replicas one address (not localhost for those on the store's machine), or name a "
                 f"network interface with {INTERFACE}"
             )
 
@@ -320,7 +320,7 @@ class Members:
         return positions
 
     def _wait_for_epoch(self, number: int, before: Epoch | None, position: int, since: float) -> Epoch:
-        """The record of epoch ``number``, once there is one."""
+        """Wait for the record of epoch ``number``."""
         key, ready_key = f"epoch/{number}", f"ready/{number}/{self.id}"
         warn_at = since + WARN_SECONDS if before is None else math.inf
         while True:

@@ -55,13 +55,13 @@ class Sealed:
 
 def opened(connection: socket.socket, secret: bytes) -> Sealed:
     """The handshake of the client. Raises ``Mistrust`` and ``OSError``."""
-    mine = secrets.token_bytes(NONCE)
-    connection.sendall(PROTOCOL + mine)
+    nonce = secrets.token_bytes(NONCE)
+    connection.sendall(PROTOCOL + nonce)
     try:
         reply = exactly(connection, NONCE + MAC)
     except EOFError as error:
         raise Mistrust("who listens there is no store of `dtrain members` of this version") from error
-    both = mine + reply[:NONCE]
+    both = nonce + reply[:NONCE]
     if not hmac.compare_digest(reply[NONCE:], _derived(secret, b"server", both)):
         raise Mistrust("who listens there has another secret")
     connection.sendall(_derived(secret, b"client", both))
@@ -73,9 +73,9 @@ def answered(connection: socket.socket, secret: bytes) -> Sealed:
     for byte in PROTOCOL:  # any other protocol is refused at its first byte
         if exactly(connection, 1)[0] != byte:
             raise Mistrust("another protocol")
-    theirs, mine = exactly(connection, NONCE), secrets.token_bytes(NONCE)
-    both = theirs + mine
-    connection.sendall(mine + _derived(secret, b"server", both))
+    client_nonce, nonce = exactly(connection, NONCE), secrets.token_bytes(NONCE)
+    both = client_nonce + nonce
+    connection.sendall(nonce + _derived(secret, b"server", both))
     if not hmac.compare_digest(exactly(connection, MAC), _derived(secret, b"client", both)):
         raise Mistrust("another secret")
     return Sealed(connection, (_derived(secret, b"down", both), _derived(secret, b"up", both)))

@@ -124,10 +124,10 @@ def sharded_round(
     *arrived, ballots = yield AllToAll((*rows, vote(place.size, finite, weight, device)))
     votes = Votes(ballots.flatten().tolist(), place)
     chunks: dict[str, Tensor] = {}
-    for (fqn, value), theirs in zip(values.items(), arrived, strict=True):
+    for (fqn, value), rows_here in zip(values.items(), arrived, strict=True):
         owned = owned_slice(value.numel(), place)
         anchor = state.get(fqn, "anchor", value[owned])
-        deltas = anchor - theirs[:, : anchor.numel()]
+        deltas = anchor - rows_here[:, : anchor.numel()]
         delta = spec.rule(deltas) if votes.alike else among(spec.rule, deltas, votes.weights)
         chunks[fqn] = spec.outer.step(fqn, anchor, delta, state, now)
         state.stage(fqn, "anchor", chunks[fqn])
