@@ -69,7 +69,7 @@ class ForwardSteps:
         if self._unusable_in_a_row == MANY_UNUSABLE:
             warnings.warn(
                 f"{MANY_UNUSABLE} losses in a row were not finite here, at step {self._context.steps} the last "
-                f"({losses}): this machine says nothing; look at its data, or lower the learning rate",
+                f"({losses}): this machine contributes nothing; look at its data, or lower the learning rate",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
         self.numbers.append(number)

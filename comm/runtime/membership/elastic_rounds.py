@@ -208,7 +208,7 @@ class ElasticRounds:
             ),
         }
         if any(wrong.values()):
-            raise ValueError(f"its {' and '.join(name for name, bad in wrong.items() if bad)} cannot be")
+            raise ValueError(f"its {' and '.join(name for name, bad in wrong.items() if bad)} do not fit")
 
 
 def _awaited(loop: LocalUpdateLoop, closing: bool) -> list[Fragment]:
