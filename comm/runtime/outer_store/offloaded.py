@@ -5,7 +5,7 @@
     after it:                               back, on the same stream
 
 Bit-identical to the replicated store, with the same bytes on the links. For GPUs; on CPUs it costs copies and saves
-nothing. Proposed with Streaming DiLoCo (arXiv:2501.18512): it is known when each fragment will be needed.
+nothing. Streaming DiLoCo (arXiv:2501.18512) assumes it: when each fragment will be needed is known.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class OffloadedStore:
     def loaded(self) -> None:
         self.rest()
 
-    # ---- copies between memories ------------------------------------------------------------------------------------
+    # ---- copies between memories -------------------------------------------------------------------------------------
 
     def _fetch(self, fqns: Iterable[str]) -> None:
         """Hold the outer state of ``fqns`` on the device until `rest`."""

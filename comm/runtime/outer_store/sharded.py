@@ -63,7 +63,7 @@ class ShardedStore:
         return [sharded_round(reduction.sent or {}, self._spec, self._context.place, reduction.branch, now, weight)]
 
     def apply(self, fragment: Fragment, values: Named, now: Round) -> dict[str, Tensor] | None:
-        return dict(values)  # the next anchors, which their owners have staged already
+        return dict(values)  # the next anchors, which their owners have committed already
 
     def held(self, fresh: Collection[str], *, together: bool) -> Held:
         """No chunks, as each has one owner; right after a round the parameters, which are then the anchor."""
