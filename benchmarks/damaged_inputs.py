@@ -69,18 +69,18 @@ class Kept:
         return f"{TARGETS[index].name} {numbers}"
 
 
-def merged(parts: Sequence[Counts]) -> Counts:
+def merged(chunks: Sequence[Counts]) -> Counts:
     """One target's chunks together."""
-    whole = Counts()
-    for part in parts:
-        whole.inputs += part.inputs
-        whole.refused += part.refused
-        whole.read += part.read
-        whole.slowest_seconds = max(whole.slowest_seconds, part.slowest_seconds)
-        whole.peak_mib = max(whole.peak_mib, part.peak_mib)
-        whole.failures.update(part.failures)
-        whole.examples += part.examples
-    return whole
+    total = Counts()
+    for counts in chunks:
+        total.inputs += counts.inputs
+        total.refused += counts.refused
+        total.read += counts.read
+        total.slowest_seconds = max(total.slowest_seconds, counts.slowest_seconds)
+        total.peak_mib = max(total.peak_mib, counts.peak_mib)
+        total.failures.update(counts.failures)
+        total.examples += counts.examples
+    return total
 
 
 def report(by_parser: dict[str, Counts], command: str) -> Report:

@@ -136,16 +136,16 @@ def leaks(session: Session) -> Report:
 def leaks_report(rows: Mapping[str, Sequence[Held]]) -> Report:
     """By what was done, the rows in the order of `looks`."""
     body, checks = [], []
-    for name, found in rows.items():
+    for name, series in rows.items():
         times = looks(TRAINED if name == "training" else ATTACHED)
         shown = [
             [str(number), str(threads), str(files), f"{memory:.1f}"]
-            for number, (threads, files, memory) in zip(times, found, strict=True)
+            for number, (threads, files, memory) in zip(times, series, strict=True)
         ]
         body.append(f"## {name}\n\n{table(['times', 'threads', 'descriptors', 'MiB'], shown)}")
         for place, what in enumerate(("threads", "descriptors", "MiB")):
-            first = found[0][place]
-            growth = 100 * (max(row[place] for row in found) - first) / first
+            first = series[0][place]
+            growth = 100 * (max(row[place] for row in series) - first) / first
             checks.append(at_most(f"{name}: growth of {what}", growth, 2, " %"))
     text = (
         f"Two ranks over gloo, each a process that goes on: {ATTACHED} times attach, three steps and detach of a small "
@@ -160,5 +160,5 @@ def leaks_report(rows: Mapping[str, Sequence[Held]]) -> Report:
         text + "\n\n".join(body),
         ("python -m benchmarks leaks",),
         tuple(checks),
-        {name: [list(row) for row in found] for name, found in rows.items()},
+        {name: [list(row) for row in series] for name, series in rows.items()},
     )

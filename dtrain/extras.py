@@ -25,10 +25,10 @@ def require(modules: Sequence[str]) -> None:
     """Raise ``ConfigError``, before anything is started, if one of these is not installed."""
     for module in modules:
         try:
-            found = importlib.util.find_spec(module) is not None
+            installed = importlib.util.find_spec(module) is not None
         except (ModuleNotFoundError, ValueError):
-            found = False
-        if not found:
+            installed = False
+        if not installed:
             raise ConfigError(_words(module))
 
 

@@ -10,8 +10,8 @@ __all__ = ["closest", "hint"]
 
 def closest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that is spelt most like ``name``, or None where none is close."""
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return matches[0] if matches else None
 
 
 def hint(name: str | None) -> str:

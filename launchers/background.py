@@ -100,16 +100,16 @@ class BackgroundJob(Job):
         if began(self.id) is None:
             return  # it has ended
         try:
-            held = os.pidfd_open(int(self.id))  # its number is not given away while it is asked for
+            process = os.pidfd_open(int(self.id))  # its number is not given away while it is asked for
         except ProcessLookupError:
             return
         try:
             if not self._is_ours():
                 raise LookupError(f"process {self.id} is not the job of {self.folder}, and is left alone")
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(held, signal.SIGTERM)
+                signal.pidfd_send_signal(process, signal.SIGTERM)
         finally:
-            os.close(held)
+            os.close(process)
 
     def _is_ours(self) -> bool:
         """Whether the process of this number lives, is the user's, began when the job did, and runs this folder."""
@@ -160,12 +160,12 @@ class LocalLauncher(Keys):
         problems = []
         if self.python and shutil.which(self.python) is None:
             problems.append(f"launcher.python={self.python}: there is no such interpreter on this machine")
-        there = sorted(name for _, name in socket.if_nameindex())
-        missing = [name for name in self.interface.split(",") if name and name not in there]
+        interfaces = sorted(name for _, name in socket.if_nameindex())
+        missing = [name for name in self.interface.split(",") if name and name not in interfaces]
         if missing:
             problems.append(
                 f"launcher.interface={self.interface}: this machine has no network interface {', '.join(missing)}, "
-                f"only {', '.join(there)}; leave it out: ranks of one machine meet on its loopback interface"
+                f"only {', '.join(interfaces)}; leave it out: ranks of one machine meet on its loopback interface"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -247,7 +247,7 @@ class MpiLauncher(Allocation, Keys):
         """The keys that are for Slurm, and nothing is asked of it."""
         if self._needs_nodes(variables) or ALLOCATED in variables:
             return []
-        given = [
+        changed = [
             (key.name, value)
             for key in dataclasses.fields(Allocation)
             if (value := getattr(self, key.name)) != key.default
@@ -255,7 +255,7 @@ class MpiLauncher(Allocation, Keys):
         return [
             f"launcher.{key}={value} is for the nodes that launcher=mpi asks Slurm for, and it asks for none where the "
             "ranks run on launcher.hosts, on one node or in an allocation: leave it out"
-            for key, value in given
+            for key, value in changed
         ]
 
     def check(self, folders: Sequence[Path]) -> None:
@@ -293,13 +293,13 @@ class MpiLauncher(Allocation, Keys):
         return self.nodes > 1 and not self.hosts and "SLURM_JOB_ID" not in variables
 
     def _ranks(self, environment: Mapping[str, str]) -> mpi.Ranks:
-        given = {"OMP_NUM_THREADS": str(self.threads_per_worker), **environment}
+        variables = {"OMP_NUM_THREADS": str(self.threads_per_worker), **environment}
         if CLUSTER in os.environ:
             # Its hosts are one machine: the shared memory that MPICH finds there would bypass the links.
-            given.setdefault("UCX_TLS", "tcp,self")
-        given |= {ATTEMPT: os.environ[ATTEMPT]} if ATTEMPT in os.environ else {}
+            variables.setdefault("UCX_TLS", "tcp,self")
+        variables |= {ATTEMPT: os.environ[ATTEMPT]} if ATTEMPT in os.environ else {}
         return mpi.Ranks(
-            workers=self.workers, hosts=self.hosts, environment=given, extra=self.mpi_args, address=self.address,
+            workers=self.workers, hosts=self.hosts, environment=variables, extra=self.mpi_args, address=self.address,
             port=self.port,
         )  # fmt: skip
 

@@ -94,7 +94,7 @@ class Environment:
         ...     "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}).local_world
         2
         """
-        backend = next((name for name, one in BACKENDS.items() if one.variables["here"] in variables), None)
+        backend = next((name for name, candidate in BACKENDS.items() if candidate.variables["here"] in variables), None)
         if backend is None:
             return cls("none", 0, 1, 0, 1, 0, 1, 0)
         names = BACKENDS[backend].variables
@@ -122,10 +122,10 @@ class Environment:
         nodes = number("nodes", max(1, world // max(1, local_world)))
         if "node" not in names:
             node = (rank - local_rank) // max(1, local_world)  # right where every node has as many ranks
-        whole = int(variables.get(WORLD, world))
+        total = int(variables.get(WORLD, world))
         restart, port = number("restart", 0), variables.get("MASTER_PORT", "0")
         return cls(
-            backend, rank + offset, whole, local_rank, local_world, node, nodes, restart,
+            backend, rank + offset, total, local_rank, local_world, node, nodes, restart,
             variables.get("MASTER_ADDR", ""), int(port) if port.isdecimal() and len(port) < 6 else 0,
         )  # fmt: skip
 

@@ -82,8 +82,8 @@ def root_cause(ending: Ending) -> str:
     lines.append(f"  at {root.where} ({code}, host {root.host})" if root.where else f"  {code}, host {root.host}")
     lines.append(f"  log: {root.log}")
     lines += [f"  -> {way_out}"] if (way_out := advice(root.message)) else []
-    same = sum(other.message == root.message and not other.consequence for other in others)
-    consequence = sum(other.consequence for other in others)
+    same = sum(failure.message == root.message and not failure.consequence for failure in others)
+    consequence = sum(failure.consequence for failure in others)
     for count, how in ((same, "in the same way"), (len(others) - same - consequence, "in another way: see their logs")):
         if count:
             lines.append(f"  {count} other rank{'s' * (count > 1)} failed {how}")

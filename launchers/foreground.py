@@ -97,8 +97,8 @@ class ForegroundJob(Job):
             "failed": f"the run failed; what its ranks said: {self.folder}/logs",
         }
         killed = f"the command has ended without a word (was it killed?); the logs: {self.folder}/logs"
-        last = [line for line in tail(log, 4096).splitlines() if line.strip()][-3:] if state == "lost" else []
-        return "\n".join([words.get(state, killed), *(f"  {line}" for line in last)])
+        last_lines = [line for line in tail(log, 4096).splitlines() if line.strip()][-3:] if state == "lost" else []
+        return "\n".join([words.get(state, killed), *(f"  {line}" for line in last_lines)])
 
     def _holds_lock(self) -> bool:
         if self.id in ("0", str(os.getpid())):  # whoever asks does not run it

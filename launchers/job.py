@@ -148,8 +148,8 @@ class Job(abc.ABC):
         content = json_in(self.folder / "end.json")
         if not isinstance(content, dict) or str(content.get("job", self.id)) != self.id.partition("_")[0]:
             return None
-        whole = type(content.get("code")) is int and isinstance(content.get("reason"), str)
-        return cast("dict[str, object]", content) if whole else None
+        valid = type(content.get("code")) is int and isinstance(content.get("reason"), str)
+        return cast("dict[str, object]", content) if valid else None
 
     def state(self) -> State:
         """The state now."""

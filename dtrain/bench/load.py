@@ -69,11 +69,12 @@ def of_machines(loads: Iterable[Load]) -> tuple[float, float]:
     >>> of_machines([Load("a", 0.6, 0.6, 0.3), Load("a", 0.6, 0.6, 0.25), Load("b", 0.9, 0.9, 0.9)])
     (0.9, 0.05)
     """
-    by: dict[str, list[Load]] = {}
+    by_machine: dict[str, list[Load]] = {}
     for load in loads:
-        by.setdefault(load.machine, []).append(load)
-    foreign = (max(one.worked for one in here) - sum(one.ours for one in here) for here in by.values())
-    return max(one.busy for here in by.values() for one in here), round(max([0.0, *foreign]), 4)
+        by_machine.setdefault(load.machine, []).append(load)
+    machines = by_machine.values()
+    foreign = (max(load.worked for load in local) - sum(load.ours for load in local) for local in machines)
+    return max(load.busy for local in machines for load in local), round(max([0.0, *foreign]), 4)
 
 
 def why_invalid(busy: float, foreign: float, of_link: float) -> str:

@@ -20,14 +20,14 @@ from dtrain.bench.settings import Settings, link_mbit
 from dtrain.comm.channel import Channel
 from dtrain.comm.transports.json_gather import told_by_all
 
-__all__ = ["Bench", "Told", "row"]
+__all__ = ["Bench", "RankReport", "row"]
 
 ASKED_EVERY = 16  # iterations, and after the 1st, 2nd, 4th and 8th: asking takes a collective of its own
 SYNCHRONISATIONS = 10
 
 
 @dataclass(frozen=True)
-class Told:
+class RankReport:
     """What one rank says of a row. ``seconds``: of each iteration. ``sent_bytes``: per iteration, of this rank."""
 
     seconds: list[float]
@@ -75,21 +75,22 @@ class Bench:
         self._synchronise()
         before, began = wire.sent(), self._watch.look()
         times: list[float] = []
-        asked = 0
+        votes = 0
         while len(times) < settings.iterations:
             times.append(self._once(case))
             if len(times) in (1, 2, 4, 8) or len(times) % ASKED_EVERY == 0:
-                asked += 1
+                votes += 1
                 if self._anybody(time.perf_counter() - began > settings.seconds):
                     break
         self._synchronise()  # what a sender has left to its kernel is on the wire when the receivers have it
         interface, sent = wire.busiest(before, wire.sent())
         load = self._watch.since(began)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        sent = max(0, round((sent - (len(times) + asked + 1) * self._overhead.get(interface, 0.0)) / len(times)))
-        told = Told(times, interface, sent // ranks_here, wrong + case.wrong(), load, socket.gethostname())
-        everybody = [Told(**{**one, "load": Load(**one["load"])}) for one in told_by_all(asdict(told), self._control)]
-        return row(op, backend, settings, case.bytes, everybody, like=like)
+        sent = max(0, round((sent - (len(times) + votes + 1) * self._overhead.get(interface, 0.0)) / len(times)))
+        report = RankReport(times, interface, sent // ranks_here, wrong + case.wrong(), load, socket.gethostname())
+        gathered = told_by_all(asdict(report), self._control)
+        reports = [RankReport(**{**fields, "load": Load(**fields["load"])}) for fields in gathered]
+        return row(op, backend, settings, case.bytes, reports, like=like)
 
     def _once(self, case: Case) -> float:
         """Seconds of one iteration on this rank."""
@@ -111,31 +112,33 @@ class Bench:
 
     def _anybody(self, over: bool) -> bool:
         """Whether any rank says so: all must leave the loop together."""
-        told = torch.tensor([int(over)])
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(told)
+        flag = torch.tensor([int(over)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(flag)
 
 
-def row(op: str, backend: str, settings: Settings, size: int, told: Sequence[Told], *, like: str | None = None) -> Row:
-    """The row that all ranks' figures make; ``told`` is in rank order. ``like``: the op whose optimum counts."""
-    world = len(told)
+def row(
+    op: str, backend: str, settings: Settings, size: int, reports: Sequence[RankReport], *, like: str | None = None
+) -> Row:
+    """The row made of all ranks' reports, in rank order. ``like``: the op whose optimum it is held to."""
+    world = len(reports)
     factor = bus_factor(like or op, world)
-    together = sorted(max(of_ranks) for of_ranks in zip(*(one.seconds for one in told), strict=True))
-    totals = [sum(one.seconds) for one in told]
+    together = sorted(max(of_ranks) for of_ranks in zip(*(report.seconds for report in reports), strict=True))
+    totals = [sum(report.seconds) for report in reports]
     slowest = totals.index(max(totals))
     middle = statistics.median(together)
     link = link_mbit(settings.link)
     busbw = 8 * factor * size / middle / 1e6
-    busy, foreign = of_machines(one.load for one in told)
-    most = max(told, key=lambda one: one.sent_bytes)
+    busy, foreign = of_machines(report.load for report in reports)
+    most = max(reports, key=lambda report: report.sent_bytes)
     return Row(
         op=op, backend=backend, dtype=settings.dtype, world=world, bytes=size, iterations=len(together),
         min_ms=1e3 * together[0], p50_ms=1e3 * middle, p95_ms=1e3 * percentile(together, 0.95),
         p99_ms=1e3 * percentile(together, 0.99), max_ms=1e3 * together[-1], algbw_mbit=8 * size / middle / 1e6,
         busbw_mbit=busbw, interface=most.interface, sent_bytes=most.sent_bytes,
         optimal_bytes=round(factor * size), link_mbit=link, slowest_rank=slowest,
-        slowest_host=told[slowest].host, slowest_by=totals[slowest] / statistics.median(totals) - 1,
-        wrong=sum(one.wrong for one in told), cpu_busy=busy, cpu_foreign=foreign,
+        slowest_host=reports[slowest].host, slowest_by=totals[slowest] / statistics.median(totals) - 1,
+        wrong=sum(report.wrong for report in reports), cpu_busy=busy, cpu_foreign=foreign,
         invalid=why_invalid(busy, foreign, busbw / link if link else 0.0),
     )  # fmt: skip
 

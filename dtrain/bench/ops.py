@@ -125,45 +125,45 @@ def _native(op: str, sent: Tensor, channel: Channel, wanted: Callable[[], Tensor
     """An op of torch.distributed, over the default group."""
     rank, world = channel.places["replicate"].rank, channel.places["replicate"].size
     share = sent.numel() // world
-    got = torch.empty_like(sent[:share] if op == "reduce_scatter" else sent)
+    received = torch.empty_like(sent[:share] if op == "reduce_scatter" else sent)
     in_place = op == "all_reduce" or (op == "broadcast" and rank == 0)
     calls: dict[str, Callable[[], object]] = {
-        "all_reduce": lambda: dist.all_reduce(got),
-        "all_gather": lambda: dist.all_gather_into_tensor(got, sent[:share]),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(got, sent),
-        "all_to_all": lambda: dist.all_to_all_single(got, sent),
-        "broadcast": lambda: dist.broadcast(got, src=0),
+        "all_reduce": lambda: dist.all_reduce(received),
+        "all_gather": lambda: dist.all_gather_into_tensor(received, sent[:share]),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(received, sent),
+        "all_to_all": lambda: dist.all_to_all_single(received, sent),
+        "broadcast": lambda: dist.broadcast(received, src=0),
     }
 
     def reset() -> None:
         if in_place:
-            got.copy_(sent)
+            received.copy_(sent)
         else:
-            got.fill_(SENTINEL)
+            received.fill_(SENTINEL)
 
     def run() -> None:
         calls[op]()
 
-    return Case(sent.nbytes, reset, run, lambda: int((got != wanted()).sum()))
+    return Case(sent.nbytes, reset, run, lambda: int((received != wanted()).sum()))
 
 
 def _of_comm(op: str, sent: Tensor, channel: Channel, wanted: Callable[[], Tensor]) -> Case:
     """An op of `comm`, through the channel."""
     rank, world = channel.places["replicate"].rank, channel.places["replicate"].size
     share = sent.numel() // world
-    asked: dict[str, Op] = {
+    ops: dict[str, Op] = {
         "comm.all_reduce": AllReduce((sent,), "sum"),
         "comm.all_gather": AllGather((sent[:share],)),
         "comm.all_to_all": AllToAll((sent.view(world, share),)),
         "comm.broadcast": Broadcast((sent,), source=0),
         "comm.shift": Shift((sent,), destination=(rank + 1) % world, source=(rank - 1) % world),
     }
-    got: list[Tensor] = []
+    received: list[Tensor] = []
 
     def run() -> None:
-        got[:] = channel.run(_one(asked[op]), "bench")
+        received[:] = channel.run(_one(ops[op]), "bench")
 
-    return Case(sent.nbytes, got.clear, run, lambda: int((got[0].reshape(-1) != wanted()).sum()))
+    return Case(sent.nbytes, received.clear, run, lambda: int((received[0].reshape(-1) != wanted()).sum()))
 
 
 def _one(op: Op) -> Flow[Payload]:

@@ -84,16 +84,16 @@ def read_as(path: Path, kind: type[R]) -> list[R]:
 
     Raises ``ValueError`` naming a line that is no row.
     """
-    found = []
+    rows = []
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
             break
         try:
-            found.append(shaped(kind, json_of(line)))
+            rows.append(shaped(kind, json_of(line)))
         except Damaged as error:
             raise ValueError(f"{path} line {number} is no row of this version of `dtrain bench`: {error}") from error
-    return found
+    return rows
 
 
 def compare(rows: Iterable[Row], baseline: Sequence[Row]) -> list[tuple[Row, float]]:

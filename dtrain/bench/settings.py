@@ -47,11 +47,11 @@ class Settings:
         >>> Settings(min_bytes=1000, max_bytes=10000, factor=4).sizes()
         [1000, 4000, 10000]
         """
-        found, size = [], self.min_bytes
+        sizes, size = [], self.min_bytes
         while size < self.max_bytes:
-            found.append(size)
+            sizes.append(size)
             size *= self.factor
-        return [*found, self.max_bytes]
+        return [*sizes, self.max_bytes]
 
     def write(self, folder: Path) -> None:
         """For the ranks."""
@@ -90,7 +90,7 @@ def parse(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[Se
         values[key] = _value(key, value)
     settings = dataclasses.replace(Settings(), **values)  # type: ignore[arg-type]  # checked by _value
     _check(settings, groups)
-    ops = tuple(each for name in settings.ops for each in groups.get(name, (name,)))
+    ops = tuple(op for name in settings.ops for op in groups.get(name, (name,)))
     return dataclasses.replace(settings, ops=ops), others
 
 
@@ -105,10 +105,10 @@ def link_mbit(text: str) -> float:
     """
     if text == "none":
         return 0.0
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(k|m|g)bit", text)
-    if found is None or float(found[1]) <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(k|m|g)bit", text)
+    if match is None or float(match[1]) <= 0:
         raise ConfigError(f"bench.link={text} is no rate; write 100mbit or 1gbit, auto, or none if it is not known")
-    return float(found[1]) * {"k": 1e-3, "m": 1.0, "g": 1e3}[found[2]]
+    return float(match[1]) * {"k": 1e-3, "m": 1.0, "g": 1e3}[match[2]]
 
 
 def _value(key: str, text: str) -> object:
@@ -116,11 +116,11 @@ def _value(key: str, text: str) -> object:
         return tuple(name.strip() for name in text.strip("[]").split(","))
     if key in ("dtype", "transport", "link"):
         return text
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.upper())
-    if found is None or (key != "seconds" and float(found[1]) * UNITS[found[2]] % 1):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.upper())
+    if match is None or (key != "seconds" and float(match[1]) * UNITS[match[2]] % 1):
         example = {"seconds": "2.5"}.get(key, "4000 or 16M" if "bytes" in key else "20")
         raise ConfigError(f"bench.{key} must be a number such as {example}, but is {text!r}")
-    number = float(found[1]) * UNITS[found[2]]
+    number = float(match[1]) * UNITS[match[2]]
     return number if key == "seconds" else round(number)
 
 

@@ -81,17 +81,17 @@ def fits(rows: Sequence[Row]) -> list[str]:
         if len(seconds) < 3:
             out.append(f"{op}: no fit: it takes three valid sizes, there are {len(seconds)}")
             continue
-        found = fit(op, of_op[0].world, seconds)
-        if found.usable:
-            residuals = ", ".join(f"{size:,}: {off:+.0%}" for size, off in found.residuals.items())
+        model = fit(op, of_op[0].world, seconds)
+        if model.usable:
+            residuals = ", ".join(f"{size:,}: {off:+.0%}" for size, off in model.residuals.items())
             out.append(
-                f"{op}: alpha {1e3 * found.alpha:.3f} ms one way, beta {8e-6 / found.beta:.1f} Mbit/s; "
+                f"{op}: alpha {1e3 * model.alpha:.3f} ms one way, beta {8e-6 / model.beta:.1f} Mbit/s; "
                 f"predicted against measured at bytes {residuals}"
             )
         else:
             out.append(
-                f"{op}: no fit: alpha and beta do not describe this sweep, at {found.worst:,} bytes they are off by "
-                f"{found.residual:.0%} and {LARGEST_RESIDUAL:.0%} is allowed"
+                f"{op}: no fit: alpha and beta do not describe this sweep, at {model.worst:,} bytes they are off by "
+                f"{model.residual:.0%} and {LARGEST_RESIDUAL:.0%} is allowed"
             )
     return out
 

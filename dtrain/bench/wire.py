@@ -20,4 +20,4 @@ def busiest(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[str, i
     >>> busiest({"lo": 10, "eth0": 0}, {"lo": 11, "eth0": 500})
     ('eth0', 500)
     """
-    return max(((name, after[name] - before.get(name, 0)) for name in after), key=lambda found: found[1])
+    return max(((name, after[name] - before.get(name, 0)) for name in after), key=lambda entry: entry[1])

@@ -79,8 +79,8 @@ def _measured(
 def _cases(what: str, settings: Settings) -> Iterator[tuple[str, int]]:
     """Collectives size by size, as a fit wants them; of hooks all at one size, as a person compares them."""
     if what == "hooks":
-        there = [name for name in settings.ops if name not in NCCL_ONLY or dist.get_backend() == "nccl"]
-        yield from ((name, size) for size in settings.sizes() for name in there)
+        hooks = [name for name in settings.ops if name not in NCCL_ONLY or dist.get_backend() == "nccl"]
+        yield from ((name, size) for size in settings.sizes() for name in hooks)
     else:
         yield from ((name, size) for name in settings.ops for size in settings.sizes())
 
@@ -103,11 +103,11 @@ def _hook(bench: Bench, settings: Settings, name: str, size: int, channel: Chann
 
     def wrong_now() -> int:
         nonlocal wrong, warm
-        found, wrong = wrong, 0
+        count, wrong = wrong, 0
         if not warm:  # it is called at the end of the warm-up, and of the measurement
             hook.clock.restart()
         warm = True
-        return found + hooks.disagreeing(hook.gradient())
+        return count + hooks.disagreeing(hook.gradient())
 
     case = Case(first.nbytes, hook.after, run, wrong_now)
     warmup = max(settings.warmup, hooks.LEAST_WARMUP)
@@ -124,13 +124,15 @@ def _device() -> torch.device:
     """This rank's GPU, or the processor where there is none. Raises ``RuntimeError`` for fewer GPUs than ranks."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    here, gpus = Environment.read(os.environ).local_rank, torch.cuda.device_count()
+    local_rank, gpus = Environment.read(os.environ).local_rank, torch.cuda.device_count()
     if gpus == 1:  # a launcher may show each rank its own GPU alone
-        here = 0
-    if here >= gpus:
-        raise RuntimeError(f"local rank {here} has no GPU of its own, there are {gpus}: take fewer launcher.workers")
-    torch.cuda.set_device(here)
-    return torch.device("cuda", here)
+        local_rank = 0
+    if local_rank >= gpus:
+        raise RuntimeError(
+            f"local rank {local_rank} has no GPU of its own, there are {gpus}: take fewer launcher.workers"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def _group(world: int, backend: str) -> dist.ProcessGroup:

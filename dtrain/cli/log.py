@@ -47,47 +47,47 @@ def add(verbs: Verbs) -> None:
 
 
 def _info(chosen: argparse.Namespace) -> int:
-    found = _read(chosen.log)
-    walk, records = found.header.walk, found.records
-    elements = sum(math.prod(shape) for shape in found.header.shapes.values())
-    print(f"{len(found.header.shapes)} parameters, {elements:,} elements; first weights {found.header.first:016x}")
+    log = _read(chosen.log)
+    walk, records = log.header.walk, log.records
+    elements = sum(math.prod(shape) for shape in log.header.shapes.values())
+    print(f"{len(log.header.shapes)} parameters, {elements:,} elements; first weights {log.header.first:016x}")
     print(f"key {walk.key}, {walk.samples} directions of {walk.noise} {walk.seeds}, combined by {walk.rule}")
-    print(f"generator {found.header.generator} ({found.header.golden}), code {found.header.code}")
+    print(f"generator {log.header.generator} ({log.header.golden}), code {log.header.code}")
     if records:
         first, last = records[0].step, records[-1].step
         sent = sum(len(record.step.codes) for record in records)
-        print(f"steps {first.number} to {last.number}: {len(records)} records, {sent:,} bytes of {found.whole_bytes:,}")
-        for start, stop in found.gaps():
+        print(f"steps {first.number} to {last.number}: {len(records)} records, {sent:,} bytes of {log.whole_bytes:,}")
+        for start, stop in log.gaps():
             print(f"  steps {start} to {stop} are missing")
-        part = None
+        members = None
         for record in records:
             step = record.step
-            if (step.epoch, step.workers) != part:
-                part = step.epoch, step.workers
+            if (step.epoch, step.workers) != members:
+                members = step.epoch, step.workers
                 print(f"  from step {step.number}: machines {', '.join(map(str, step.workers))}")
         print(f"weights after step {last.number}: {records[-1].digest:016x}")
     else:
         print("no steps yet")
-    _tell_torn(found)
+    _print_torn(log)
     return 0
 
 
 def _verify(chosen: argparse.Namespace) -> int:
-    found = _read(chosen.log)
-    print(f"{len(found.records)} records, every checksum right")
-    _tell_torn(found)
-    if missing := found.gaps():
+    log = _read(chosen.log)
+    print(f"{len(log.records)} records, every checksum right")
+    _print_torn(log)
+    if missing := log.gaps():
         listed = ", ".join(f"{first} to {last}" for first, last in missing)
         raise DtrainError(f"{chosen.log} is not whole: the records of steps {listed} are missing; take another copy")
     if chosen.weights is not None:
-        _, first, end = _replayed(found, chosen.weights, None)
-        if found.records and first == end:
+        _, first, end = _replayed(log, chosen.weights, None)
+        if log.records and first == end:
             raise DtrainError(
                 f"nothing was replayed: {chosen.weights} holds the weights after the last step, {end - 1}; give the "
                 "run's first weights, or a checkpoint before that"
             )
-        if found.records and first > found.records[0].step.number:
-            print(f"steps {found.records[0].step.number} to {first - 1}: before these weights, so not replayed")
+        if log.records and first > log.records[0].step.number:
+            print(f"steps {log.records[0].step.number} to {first - 1}: before these weights, so not replayed")
         print(f"steps {first} to {end}: replayed, every digest as in the log")
     return 0
 
@@ -111,25 +111,25 @@ def _read(path: Path) -> Contents:
     from dtrain.comm.shared_seed.update_log import LogError, read
 
     if path.is_dir():
-        there = ", ".join(sorted(each.name for each in path.glob("*.log"))) or "none"
-        raise DtrainError(f"{path} is a folder; give one of its logs ({there})")
+        logs = ", ".join(sorted(file.name for file in path.glob("*.log"))) or "none"
+        raise DtrainError(f"{path} is a folder; give one of its logs ({logs})")
     try:
         return read(path)
     except (OSError, LogError) as error:
         raise DtrainError(str(error)) from error
 
 
-def _replayed(found: Contents, path: Path, steps: int | None) -> tuple[dict[str, Tensor], int, int]:
+def _replayed(log: Contents, path: Path, steps: int | None) -> tuple[dict[str, Tensor], int, int]:
     from dtrain.comm.shared_seed.replay import replay
     from dtrain.comm.shared_seed.update_log import LogError
     from dtrain.train.checkpoint.weights import weights_of
 
     try:
-        return replay(found, weights_of(path, found.header.shapes), steps)
+        return replay(log, weights_of(path, log.header.shapes), steps)
     except LogError as error:
         raise DtrainError(str(error)) from error
 
 
-def _tell_torn(found: Contents) -> None:
-    if found.torn_bytes:
-        print(f"{found.torn_bytes} bytes of a record that a crash tore off follow; the run cuts them when it goes on")
+def _print_torn(log: Contents) -> None:
+    if log.torn_bytes:
+        print(f"{log.torn_bytes} bytes of a record that a crash tore off follow; the run cuts them when it goes on")

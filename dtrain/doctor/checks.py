@@ -42,13 +42,13 @@ def own_name(host: str, *, hosts: int = 1) -> Iterator[Finding]:
         way_out = f"add {host} to /etc/hosts or to DNS, or set launcher.interface and launcher.address"
         yield Finding(host, "own name", "problem", f"{host} does not resolve ({error})", way_out)
         return
-    told = ", ".join(map(str, addresses))
+    resolved = ", ".join(map(str, addresses))
     if all(str(address).startswith("127.") for address in addresses):
-        what = f"{host} is {told}, which no other host can reach"
+        what = f"{host} is {resolved}, which no other host can reach"
     elif not any(_here(str(address)) for address in addresses):
-        what = f"{host} is {told}, which is no address of this machine"
+        what = f"{host} is {resolved}, which is no address of this machine"
     else:
-        yield Finding(host, "own name", "ok", f"{host} is {told}")
+        yield Finding(host, "own name", "ok", f"{host} is {resolved}")
         return
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if interface:

@@ -24,13 +24,13 @@ def names(host: str, others: Sequence[str]) -> list[Finding]:
     missing, loopback = [], []
     for name in others:
         try:
-            found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)}
+            resolved = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)}
         except OSError:
             missing.append(name)
             continue
-        if name != host and all(address.startswith("127.") for address in found):
-            loopback.append(f"{name} is {', '.join(sorted(found))} here")
-        addresses |= dict.fromkeys(sorted(found), name)
+        if name != host and all(address.startswith("127.") for address in resolved):
+            loopback.append(f"{name} is {', '.join(sorted(resolved))} here")
+        addresses |= dict.fromkeys(sorted(resolved), name)
     if loopback:
         what = f"{'; '.join(sorted(loopback))}, which is this host and not that one"
         return [Finding(host, "other names", "problem", what, f"mend /etc/hosts: {WAY_OUT}"), *_back(host, addresses)]
@@ -49,25 +49,25 @@ def _back(host: str, addresses: dict[str, str]) -> list[Finding]:
         if time.monotonic() > deadline:
             late.append(address)
             continue
-        told = _told(address)
-        if not told:
+        host_names = _names_of(address)
+        if not host_names:
             nameless.append(f"{address} ({name})")
-        elif (other := _anothers(told, address, name, set(addresses.values()))) is not None:
-            wrong.append(f"{name} is {address}, but {address} is {other}")
-    found = []
+        elif (official := _anothers(host_names, address, name, set(addresses.values()))) is not None:
+            wrong.append(f"{name} is {address}, but {address} is {official}")
+    findings = []
     if wrong:
         way_out = "one of the two is out of date in /etc/hosts or in DNS: mend it, or name hosts by address"
-        found.append(Finding(host, "reverse names", "problem", "; ".join(wrong), way_out))
+        findings.append(Finding(host, "reverse names", "problem", "; ".join(wrong), way_out))
     if nameless:
         what = f"no name for {', '.join(nameless)}"
-        found.append(Finding(host, "reverse names", "warning", what, f"connections may be slow to begin: {WAY_OUT}"))
+        findings.append(Finding(host, "reverse names", "warning", what, f"connections may be slow to begin: {WAY_OUT}"))
     if late:
         what = f"look-ups take so long that {len(late)} of {len(checked)} were left out"
-        found.append(Finding(host, "reverse names", "warning", what, f"the name server does not answer: {WAY_OUT}"))
-    return found or [Finding(host, "reverse names", "ok", f"{len(checked)} lead back")]
+        findings.append(Finding(host, "reverse names", "warning", what, f"the name server does not answer: {WAY_OUT}"))
+    return findings or [Finding(host, "reverse names", "ok", f"{len(checked)} lead back")]
 
 
-def _told(address: str) -> list[str]:
+def _names_of(address: str) -> list[str]:
     """All names that an address has, the official one first; none if it has none."""
     try:
         official, aliases, _ = socket.gethostbyaddr(address)
@@ -76,11 +76,11 @@ def _told(address: str) -> list[str]:
     return [official, *aliases]
 
 
-def _anothers(told: Sequence[str], address: str, name: str, everybody: set[str]) -> str | None:
+def _anothers(host_names: Sequence[str], address: str, name: str, everybody: set[str]) -> str | None:
     """The name that an address leads back to, if it is another host's; a second name of the same host is none."""
-    if _short(name) in map(_short, told):
+    if _short(name) in map(_short, host_names):
         return None
-    official = told[0]
+    official = host_names[0]
     if _short(official) in map(_short, everybody):
         return official
     try:

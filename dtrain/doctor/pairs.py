@@ -28,12 +28,12 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
     [[(0, 3), (1, 2)], [(0, 2), (1, 3)], [(0, 1), (2, 3)]]
     """
     players: list[int | None] = [*range(count), *([None] if count % 2 else [])]
-    half, found = len(players) // 2, []
+    half, schedule = len(players) // 2, []
     for _ in range(len(players) - 1):
         pairs = zip(players[:half], reversed(players[half:]), strict=True)
-        found.append(sorted((min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None))
+        schedule.append(sorted((min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None))
         players = [players[0], players[-1], *players[1:-1]]
-    return found
+    return schedule
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ def _rate(connection: socket.socket, count: int) -> float:
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
-    found = b""
-    while len(found) < count:
-        part = connection.recv(count - len(found))
-        if not part:
+    received = b""
+    while len(received) < count:
+        chunk = connection.recv(count - len(received))
+        if not chunk:
             raise OSError("the other side has closed the connection")
-        found += part
-    return found
+        received += chunk
+    return received

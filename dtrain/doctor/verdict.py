@@ -38,13 +38,13 @@ def findings(reports: Sequence[Report], world: int) -> list[Finding]:
                 what = f"{dict(report.versions)}, but {reports[0].host} has {dict(reports[0].versions)}"
                 out.append(Finding(report.host, "versions", "problem", what, "install the same everywhere"))
     for report in reports:
-        for one in report.exchanges:
-            peer = hosts.get(one.peer, f"rank {one.peer}")
-            if one.error:
+        for exchange in report.exchanges:
+            peer = hosts.get(exchange.peer, f"rank {exchange.peer}")
+            if exchange.error:
                 way_out = "is the link up, and no firewall between them?"
-                out.append(Finding(report.host, f"pair with {peer}", "problem", one.error, way_out))
-            elif abs(one.skew_seconds) > FAR_SECONDS:
-                what = f"the clock of {peer} is {one.skew_seconds:+.1f} s off"
+                out.append(Finding(report.host, f"pair with {peer}", "problem", exchange.error, way_out))
+            elif abs(exchange.skew_seconds) > FAR_SECONDS:
+                what = f"the clock of {peer} is {exchange.skew_seconds:+.1f} s off"
                 out.append(Finding(report.host, "clock", "warning", what, "run chrony or ntpd on both"))
     return [*out, *_slow(reports, hosts)]
 
@@ -53,11 +53,11 @@ def _slow(reports: Sequence[Report], hosts: Mapping[int, str]) -> list[Finding]:
     """The host whose pairs are slow while those of the others are not."""
     rates: dict[int, list[float]] = {rank: [] for rank in hosts}
     for report in reports:
-        for one in report.exchanges:
-            if not one.error:
-                rates[report.rank].append(one.mbit)
-                rates.setdefault(one.peer, []).append(one.mbit)
-    medians = {rank: statistics.median(found) for rank, found in rates.items() if found}
+        for exchange in report.exchanges:
+            if not exchange.error:
+                rates[report.rank].append(exchange.mbit)
+                rates.setdefault(exchange.peer, []).append(exchange.mbit)
+    medians = {rank: statistics.median(measured) for rank, measured in rates.items() if measured}
     if not medians:
         return []
     usual = statistics.median(medians.values())
@@ -72,20 +72,21 @@ def _slow(reports: Sequence[Report], hosts: Mapping[int, str]) -> list[Finding]:
     return out
 
 
-def render(found: Sequence[Finding], reports: Sequence[Report]) -> str:
+def render(all_findings: Sequence[Finding], reports: Sequence[Report]) -> str:
     """A line per finding, what is wrong last, so that it is what remains on the screen."""
     order = {"ok": 0, "warning": 1, "problem": 2}
     lines = []
-    for finding in sorted(found, key=lambda finding: order[finding.level]):
+    for finding in sorted(all_findings, key=lambda finding: order[finding.level]):
         lines.append(f"{SIGNS[finding.level]:<8} {finding.host:<12} {finding.check:<14} {finding.what}")
         if finding.way_out and finding.level != "ok":
             lines.append(f"{'':<8} {'':<12} {'':<14} -> {finding.way_out}")
-    pairs = [one for report in reports for one in report.exchanges if not one.error]
+    pairs = [exchange for report in reports for exchange in report.exchanges if not exchange.error]
     if pairs:
-        latency, rate = statistics.median(one.latency_ms for one in pairs), statistics.median(one.mbit for one in pairs)
+        latency = statistics.median(exchange.latency_ms for exchange in pairs)
+        rate = statistics.median(exchange.mbit for exchange in pairs)
         lines.append(f"{len(pairs)} pairs: one way {latency:.2f} ms, {rate:.0f} Mbit/s (medians)")
-    count = sum(finding.level == "problem" for finding in found)
-    warned = sum(finding.level == "warning" for finding in found)
+    count = sum(finding.level == "problem" for finding in all_findings)
+    warned = sum(finding.level == "warning" for finding in all_findings)
     more = f", but mind {'the warning' if warned == 1 else f'{warned} warnings'} above" if warned else ""
     lines.append(f"{count} problem{'s' * (count != 1)}" if count else f"nothing stands in the way{more}")
     return "\n".join(lines)

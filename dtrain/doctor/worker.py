@@ -56,16 +56,16 @@ def _meet(here: Path, host: str, rank: int, world: int) -> tuple[list[Finding], 
         return [Finding(host, "meeting point", "problem", what, way_out)], []
     server = Server()
     store.set(f"host/{rank}", json.dumps([host, server.port]))
-    others: dict[int, tuple[str, int]] = {}
-    for other in range(world):
+    met: dict[int, tuple[str, int]] = {}
+    for peer in range(world):
         try:
-            store.wait([f"host/{other}"], SECONDS)
-            name, theirs = json.loads(store.get(f"host/{other}"))
-            others[other] = (name, theirs)
+            store.wait([f"host/{peer}"], SECONDS)
+            name, peer_port = json.loads(store.get(f"host/{peer}"))
+            met[peer] = (name, peer_port)
         except Exception:
-            what = f"rank {other} has not come within {SECONDS.total_seconds():g} s"
+            what = f"rank {peer} has not come within {SECONDS.total_seconds():g} s"
             findings.append(Finding(host, "meeting point", "problem", what, "look at its log, and at its host"))
-    findings += names(host, [name for name, _ in others.values()])
+    findings += names(host, [name for name, _ in met.values()])
     if not (here / TOKEN).exists():
         way_out = "choose run.dir on a file system that all nodes share"
         findings.append(
@@ -73,10 +73,10 @@ def _meet(here: Path, host: str, rank: int, world: int) -> tuple[list[Finding], 
         )
     exchanges = []
     for number, pairs in enumerate(rounds(world)):
-        for one, other in pairs:
-            if one == rank and other in others:
-                exchanges.append(exchange(other, *others[other]))
-        _round_over(store, number, rank, [r for r in range(world) if r in others])
+        for first, peer in pairs:
+            if first == rank and peer in met:
+                exchanges.append(exchange(peer, *met[peer]))
+        _round_over(store, number, rank, [r for r in range(world) if r in met])
     server.close()
     return findings, exchanges
 

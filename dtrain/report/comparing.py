@@ -23,9 +23,9 @@ def compared(runs: Sequence[tuple[str, Path]], settings: Mapping[Path, Mapping[s
     keys = differing([settings.get(folder, {}) for _, folder in runs])
     rows: list[tuple[str, ...]] = [("run", "state", *keys, *COLUMNS)]
     for name, folder in runs:
-        state, found = _state(folder), json_in(folder / "summary.json")
+        state, stored = _state(folder), json_in(folder / "summary.json")
         # What has begun again since it was summed up is not what the figures are of.
-        summary = found if isinstance(found, dict) and state not in ("pending", "running", "failed") else {}
+        summary = stored if isinstance(stored, dict) and state not in ("pending", "running", "failed") else {}
         values = [shown(settings.get(folder, {}).get(key)) for key in keys]
         rows.append((name, state, *values, *(_figure(summary.get(column)) for column in COLUMNS)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -48,12 +48,13 @@ def settings_of(folder: Path) -> dict[str, object]:
 
 def differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
     """The keys whose values are not the same in all runs, at most `MOST_KEYS`: those of what makes something first."""
-    keys = list(dict.fromkeys(key for each in settings for key in each))
-    found = [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1 and not key.startswith(APART)]
-    targets = [key for key in found if key.endswith("_target_")]
+    all_keys = list(dict.fromkeys(key for values in settings for key in values))
+    varying = (key for key in all_keys if len({repr(values.get(key)) for values in settings}) > 1)
+    keys = [key for key in varying if not key.startswith(APART)]
+    targets = [key for key in keys if key.endswith("_target_")]
     inside = tuple(key.removesuffix("_target_") for key in targets)
-    found = [key for key in found if key in targets or not key.startswith(inside or ("\0",))]
-    return found[:MOST_KEYS]
+    keys = [key for key in keys if key in targets or not key.startswith(inside or ("\0",))]
+    return keys[:MOST_KEYS]
 
 
 def shown(value: object) -> str:

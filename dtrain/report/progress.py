@@ -74,10 +74,10 @@ class Progress:
     def _look(self) -> None:
         for row in self._tail.rows():
             new = self._state.note(row)
-            told = _told(row)
-            if told is not None:
+            message = _message(row)
+            if message is not None:
                 if new:
-                    self._view.say(told)
+                    self._view.say(message)
                 continue
             self._state.take(row)
             self._view.show(self._state.step, self._state.line(), new=new)
@@ -95,9 +95,9 @@ def printer(steps: int, stream: TextIO | None = None) -> Callable[[Row], None]:
     state, view = _State(steps), _Plain(stream or sys.stdout)
 
     def show(row: Row) -> None:
-        told = _told(row)
-        if told is not None:
-            view.say(told)
+        message = _message(row)
+        if message is not None:
+            view.say(message)
             return
         state.take(row)
         view.say(state.line())
@@ -125,7 +125,7 @@ class _State:
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._rows: deque[Row] = deque(maxlen=RATE_ROWS)
-        self._told: set[tuple[object, ...]] = set()
+        self._seen: set[tuple[object, ...]] = set()
 
     @property
     def step(self) -> int:
@@ -140,9 +140,9 @@ class _State:
     def note(self, row: Row) -> bool:
         """Whether this row has not been seen yet: a cut file is read again from its start."""
         result = tuple(row.get(name) for name in ("step", "validation_loss", "decision", "loss", "seconds"))
-        known = result in self._told
-        self._told.add(result)
-        return not known
+        seen = result in self._seen
+        self._seen.add(result)
+        return not seen
 
     def line(self) -> str:
         """The whole progress line, without a newline."""
@@ -164,7 +164,7 @@ class _State:
         return "  ".join(parts)
 
 
-def _told(row: Row) -> str | None:
+def _message(row: Row) -> str | None:
     """What a row says that is not of a training step."""
     if "validation_loss" in row:
         return f"step {row.get('step')}: validation loss {_figure(row, 'validation_loss')}"

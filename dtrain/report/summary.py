@@ -99,7 +99,7 @@ def render(summary: Summary) -> str:
         (_losses(summary), _rate(summary), _percent("compute utilization {} %", summary.compute_utilization)),
         (_sent(summary), _percent("exposed communication {} % of the time", summary.exposed_fraction)),
     )
-    first, *rest = (GAP.join(part for part in parts if part) for parts in lines)
+    first, *rest = (GAP.join(figure for figure in figures if figure) for figures in lines)
     return "\n".join([f"run {first}", *rest])
 
 

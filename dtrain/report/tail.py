@@ -29,12 +29,12 @@ class Tail:
         except FileNotFoundError:
             return []
         with file:
-            found = os.fstat(file.fileno())
-            if found.st_ino != self._file_number or found.st_size < self._offset:
-                self._file_number, self._offset = found.st_ino, 0
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._file_number or status.st_size < self._offset:
+                self._file_number, self._offset = status.st_ino, 0
             file.seek(self._offset)
             text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        parsed = (parse(line.decode(errors="replace")) for line in whole.splitlines())
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        parsed = (parse(line.decode(errors="replace")) for line in complete.splitlines())
         return [row for row in parsed if row is not None]

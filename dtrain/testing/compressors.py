@@ -63,9 +63,9 @@ def _inputs(width: int) -> Iterator[tuple[str, Tensor]]:
     yield "normal values", normal
     yield "a constant", torch.full((3, width), 0.1)
     yield "zeros", torch.zeros(3, width)
-    one = torch.zeros(3, width)
-    one[:, width // 2 : width // 2 + 1] = -3.0
-    yield "one element that is not zero", one
+    single = torch.zeros(3, width)
+    single[:, width // 2 : width // 2 + 1] = -3.0
+    yield "one element that is not zero", single
     yield "a heavy tail", normal / torch.rand(3, width, generator=generator).clamp(min=1e-6)
     ends = 1e-4 * normal.sign()
     ends[:, :1], ends[:, -1:] = 1.0, -1.0
@@ -86,14 +86,14 @@ def _check_coding(compressor: Compressor, rows: Tensor, what: str) -> None:
     sent, declared = payload_bytes(payload), rows.shape[0] * compressor.row_bytes(width)
     assert sent == declared, f"{what}: {sent} bytes were sent, row_bytes declares {declared} for these rows"
     assert all(tensor.shape[:1] == rows.shape[:1] for tensor in payload), f"{what}: a payload tensor has no row per row"
-    kept = tuple(tensor.clone() for tensor in payload)
+    before_decode = tuple(tensor.clone() for tensor in payload)
     decoded = compressor.decode(payload, width, KEY.shared)
     assert decoded.shape == rows.shape, f"{what}: decoded to {tuple(decoded.shape)}, encoded from {tuple(rows.shape)}"
     assert decoded.dtype == torch.float32, f"{what}: decoded to {decoded.dtype}; fp32 is the contract"
-    assert _same(payload, kept), f"{what}: decode wrote into the payload"
+    assert _same(payload, before_decode), f"{what}: decode wrote into the payload"
     assert _same(payload, compressor.encode(rows, KEY)), f"{what}: the same key gave other bytes"
-    last = compressor.decode(tuple(tensor[-1:] for tensor in payload), width, KEY.shared)
-    assert torch.equal(last[0], _round_trip(compressor, rows)[-1]), f"{what}: a row alone decodes to something else"
+    last_row = compressor.decode(tuple(tensor[-1:] for tensor in payload), width, KEY.shared)
+    assert torch.equal(last_row[0], _round_trip(compressor, rows)[-1]), f"{what}: a row alone decodes to something else"
     assert torch.equal(torch.get_rng_state(), generators), f"{what}: the global generator moved; use key.generator()"
     if not bool(rows.any()):
         assert not bool(_round_trip(compressor, rows).any()), f"{what}: zeros did not stay zeros"
@@ -131,9 +131,9 @@ def _check_homogeneous(compressor: Compressor) -> None:
         assert torch.allclose(scaled, plain * factor, rtol=1e-5, atol=0), f"not homogeneous: factor {factor:g}"
     for factor in (3.0, 0.7):
         scaled, plain = _round_trip(compressor, rows * factor), _round_trip(compressor, rows) * factor
-        other = int(((scaled - plain).abs() > 1e-4 * plain.abs().amax()).sum())
-        assert other <= rows.numel() // 50, (  # some elements may be rounded to the other neighbour
-            f"not homogeneous: factor {factor:g} gives other values for {other} of {rows.numel()} elements"
+        differing = int(((scaled - plain).abs() > 1e-4 * plain.abs().amax()).sum())
+        assert differing <= rows.numel() // 50, (  # some elements may be rounded to the other neighbour
+            f"not homogeneous: factor {factor:g} gives other values for {differing} of {rows.numel()} elements"
         )
 
 

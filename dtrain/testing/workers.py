@@ -150,12 +150,12 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    known = 0
+    frozen = 0
     while True:
-        if len(sys.modules) > known:  # what they hold stays: collections, a fifth of all time, need not look at it
+        if len(sys.modules) > frozen:  # what they hold stays: collections, a fifth of all time, need not look at it
             gc.collect()
             gc.freeze()
-            known = len(sys.modules)
+            frozen = len(sys.modules)
         try:
             function, arguments, rank, world, port = connection.recv()
         except EOFError:

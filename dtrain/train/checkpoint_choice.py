@@ -27,7 +27,7 @@ def find_checkpoint(config: Config, tell: Callable[[str], None] = lambda text: N
 
     Raises ``ResumeError`` as `look`, on all ranks.
     """
-    found: dict[str, str | None] = {}
+    answer: dict[str, str | None] = {}
 
     def note(text: str) -> None:
         _log.warning(text)  # into this rank's log
@@ -36,13 +36,13 @@ def find_checkpoint(config: Config, tell: Callable[[str], None] = lambda text: N
     if dist.get_rank() == 0:
         try:
             path = look(Path(config.run.dir), config.run.resume, set_aside=True, tell=note)
-            found = {"path": str(path) if path is not None else None}
+            answer = {"path": str(path) if path is not None else None}
         except Exception as error:  # the others are waiting; they must not wait for a rank that is gone
-            found = {"error": f"{error}"}
-    found = told_by_all(found)[0]
-    if "error" in found:
-        raise ResumeError(f"{found['error']}")
-    return Path(found["path"]) if found["path"] is not None else None
+            answer = {"error": f"{error}"}
+    answer = told_by_all(answer)[0]
+    if "error" in answer:
+        raise ResumeError(f"{answer['error']}")
+    return Path(answer["path"]) if answer["path"] is not None else None
 
 
 def own_checkpoint(path: Path | None, folder: Path) -> bool:
@@ -63,23 +63,23 @@ def look(
     Raises ``ResumeError`` if the run had checkpoints of which none is usable, if ``resume`` is a path without one, and
     for one that cannot be read though nothing says that it is damaged.
     """
-    told: list[str] = []
+    reports: list[str] = []
 
     def keep(text: str) -> None:
-        told.append(text)
+        reports.append(text)
         tell(text)
 
     try:
-        own = newest(folder / "checkpoints", crc=crc, set_aside=set_aside, tell=keep)
-        if own is None and had_checkpoints(folder / "checkpoints"):
-            raise ResumeError(none_left(folder, told))
-        if own is not None or resume in ("auto", "never"):
-            return own
-        there = Path(resume)
-        if there.name.startswith("step-"):
-            verify(there, crc=crc)
-            return there
-        other = newest(there / "checkpoints", crc=crc, tell=keep)
+        newest_own = newest(folder / "checkpoints", crc=crc, set_aside=set_aside, tell=keep)
+        if newest_own is None and had_checkpoints(folder / "checkpoints"):
+            raise ResumeError(none_left(folder, reports))
+        if newest_own is not None or resume in ("auto", "never"):
+            return newest_own
+        source = Path(resume)
+        if source.name.startswith("step-"):
+            verify(source, crc=crc)
+            return source
+        newest_other = newest(source / "checkpoints", crc=crc, tell=keep)
     except CheckpointError as error:
         raise ResumeError(f"run.resume={resume}: {error}; give another checkpoint or run folder, or auto") from error
     except OSError as error:
@@ -87,16 +87,16 @@ def look(
             f"a checkpoint cannot be read, though it need not be damaged ({error}); make it readable again, or move "
             "its folder out of checkpoints/ to go on from an older one"
         ) from error
-    if other is None:
-        reasons = "".join(f"\n    {text}" for text in told)
+    if newest_other is None:
+        reasons = "".join(f"\n    {text}" for text in reports)
         raise ResumeError(f"run.resume={resume} has no usable checkpoint; give another run folder, or auto{reasons}")
-    return other
+    return newest_other
 
 
-def none_left(folder: Path, told: Sequence[str]) -> str:
+def none_left(folder: Path, reports: Sequence[str]) -> str:
     """What to say of a run that had checkpoints, of which none can be used, and what can be done."""
     checkpoints = folder / "checkpoints"
-    reasons = "".join(f"\n    {text}" for text in told)
+    reasons = "".join(f"\n    {text}" for text in reports)
     aside = sorted(path.name for path in checkpoints.glob("step-*.corrupt-*"))
     if aside:
         reasons += f"\n    set aside as damaged before: {', '.join(aside)}"

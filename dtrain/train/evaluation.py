@@ -28,14 +28,14 @@ def evaluate(engine: Engine, dataset: Examples, wanted: int, mesh: Mesh, control
     that has run out of examples repeats one and does not count it.
     """
     wanted = min(wanted, len(dataset))
-    mine = evaluation_indices(len(dataset), wanted, rank=mesh.rank, world=mesh.world)
+    share = evaluation_indices(len(dataset), wanted, rank=mesh.rank, world=mesh.world)
     size = engine.options.microbatch_size
     passes = math.ceil(math.ceil(wanted / mesh.world) / size)
     total = 0.0
     for number in range(passes):
-        part = mine[number * size : (number + 1) * size]
-        batch = fetch(dataset, part or [0])
+        indices = share[number * size : (number + 1) * size]
+        batch = fetch(dataset, indices or [0])
         loss = engine.evaluate({name: tensor.to(mesh.device) for name, tensor in batch.items()})
-        total += float(loss) * len(part)
-    loss_sum, count = control.sums([total, len(mine)])
+        total += float(loss) * len(indices)
+    loss_sum, count = control.sums([total, len(share)])
     return loss_sum / count

@@ -27,13 +27,13 @@ class Failed:
     def again(self, folder: Path, rank: int) -> bool:
         """Whether this rank's last failure was the same; from now on this one is its last."""
         path = folder / "logs" / f"failed-rank-{rank}.json"
-        mine = {**asdict(self), "error": re.sub(r"0x[0-9a-f]+", "", self.error)}
+        record = {**asdict(self), "error": re.sub(r"0x[0-9a-f]+", "", self.error)}
         with contextlib.suppress(OSError, ValueError):
-            if strict_json.read(path) == mine:
+            if strict_json.read(path) == record:
                 return True
         with contextlib.suppress(OSError):  # the error itself is what matters
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(strict_json.dumps(mine), encoding="utf-8")
+            path.write_text(strict_json.dumps(record), encoding="utf-8")
         return False
 
 

@@ -72,7 +72,7 @@ def put_back(state: RankState, attached: Attached, model: nn.Module) -> None:
             f"{sorted(_elementwise(attached)) or 'none'}; resume with the sync that wrote it"
         )
     optimizer: dict[str, dict[str, Tensor]] = {}
-    own: dict[str, dict[str, Tensor]] = {}
+    sync_state: dict[str, dict[str, Tensor]] = {}
     for section, tensors in state.sections.items():
         if section.startswith(OPTIMIZER):
             optimizer[section.removeprefix(OPTIMIZER)] = {f: t for f, t in tensors.items() if f in pieces.held}
@@ -80,13 +80,14 @@ def put_back(state: RankState, attached: Attached, model: nn.Module) -> None:
             for fqn, segment in pieces.segments.items():
                 if fqn in tensors:
                     start = segment.offset - pieces.held[fqn].offset
-                    own.setdefault(fqn, {})[section.removeprefix(SYNC)] = tensors[fqn][start : start + segment.numel]
-    for which, tensor in state.opaque.items():
-        name, _, fqn = which.partition(" of ")
-        own.setdefault(fqn, {})[name] = tensor.to(_device(pieces))
+                    name = section.removeprefix(SYNC)
+                    sync_state.setdefault(fqn, {})[name] = tensors[fqn][start : start + segment.numel]
+    for entry, tensor in state.opaque.items():
+        name, _, fqn = entry.partition(" of ")
+        sync_state.setdefault(fqn, {})[name] = tensor.to(_device(pieces))
     parameters = {fqn: tensor for fqn, tensor in state.sections[PARAMETERS].items() if fqn in pieces.held}
     pieces.restore(parameters, optimizer)
-    attached.load_state_dict({"tensors": own, "numbers": state.numbers})
+    attached.load_state_dict({"tensors": sync_state, "numbers": state.numbers})
     with torch.no_grad():
         for name, buffer in _buffers(model).items():
             if name in state.buffers:

@@ -99,8 +99,8 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: somebody else trains in it.
     """
-    kept = os.environ.get(HELD)
-    if os.environ.get("RANK", "0") != "0" or (kept and os.path.realpath(kept) == os.path.realpath(folder)):
+    locked = os.environ.get(HELD)
+    if os.environ.get("RANK", "0") != "0" or (locked and os.path.realpath(locked) == os.path.realpath(folder)):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,18 +119,18 @@ def closing(outcome: Outcome, folder: Path) -> str:
     if outcome.reason == "signal":
         name = "time limit" if outcome.signal == TIME_LIMIT else signal.Signals(outcome.signal).name
         return f"{name}: {'left without a checkpoint' if outcome.withheld else 'checkpointed'} at step {outcome.step}"
-    said = f"stopped at step {outcome.step} as asked\n" if outcome.reason == "stopped" else ""
+    prefix = f"stopped at step {outcome.step} as asked\n" if outcome.reason == "stopped" else ""
     path = folder / "summary.json"
-    return said + (summary.render(summary.read(path)) if path.is_file() else f"finished at step {outcome.step}")
+    return prefix + (summary.render(summary.read(path)) if path.is_file() else f"finished at step {outcome.step}")
 
 
-def check_interface(wanted: str, there: Iterable[str]) -> None:
+def check_interface(wanted: str, interfaces: Iterable[str]) -> None:
     """Whether this host has the network interfaces that gloo is told to use: gloo's own error names no key.
 
     Raises:
         ConfigError: it has not, so that starting again is of no use.
     """
-    names = sorted(there)
+    names = sorted(interfaces)
     missing = [name for name in wanted.split(",") if name and name not in names]
     if missing:
         raise ConfigError(

@@ -125,8 +125,8 @@ def _start(facts: Facts, *, cpus: int, kill_wait: int) -> Facts:
 
 
 def _prepare(folder: Path, addresses: dict[str, str]) -> None:
-    for part in ("munge", "spool"):
-        (folder / part).mkdir(parents=True)
+    for subfolder in ("munge", "spool"):
+        (folder / subfolder).mkdir(parents=True)
     (folder / "munge").chmod(0o755)
     (folder / "hosts").write_text(hosts.hosts_file(addresses))
     (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
@@ -216,8 +216,8 @@ def _tell_switch(facts: Facts) -> None:
 def _known(facts: Facts, chosen: Sequence[str]) -> tuple[str, ...]:
     for host in chosen:
         if host not in facts.addresses:
-            there = ", ".join(facts.addresses)
-            raise BadRequest(f"cluster {facts.name} has no host {host} (there are {there})")
+            names = ", ".join(facts.addresses)
+            raise BadRequest(f"cluster {facts.name} has no host {host} (there are {names})")
     return tuple(chosen)
 
 
@@ -255,12 +255,12 @@ def _end(name: str) -> None:
 
 def _alive(names: Sequence[str]) -> list[int]:
     """Processes of the cluster, less zombies: those wait for a parent that may be somebody else."""
-    found = []
+    pids = []
     for pid in links.processes(names):
         with contextlib.suppress(OSError):
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
-                found.append(pid)
-    return [pid for pid in found if pid != os.getpid()]
+                pids.append(pid)
+    return [pid for pid in pids if pid != os.getpid()]
 
 
 def left_behind() -> list[str]:

@@ -102,10 +102,10 @@ def _inside(namespace: str) -> Any:
 
 
 def _index(inside: Any, name: str) -> int:
-    found: list[int] = inside.link_lookup(ifname=name)
-    if not found:
+    indices: list[int] = inside.link_lookup(ifname=name)
+    if not indices:
         raise ClusterError(f"the link {name} is gone; take the cluster down")
-    return found[0]
+    return indices[0]
 
 
 def _tbf(inside: Any, index: int, rate: Rate) -> None:
@@ -148,10 +148,10 @@ def processes(names: Sequence[str]) -> list[int]:
     for name in names:
         with contextlib.suppress(OSError):
             inodes.add(os.stat(f"/run/netns/{name}").st_ino)
-    found = []
+    pids = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 if os.stat(f"/proc/{entry}/ns/net").st_ino in inodes:
-                    found.append(int(entry))
-    return found
+                    pids.append(int(entry))
+    return pids

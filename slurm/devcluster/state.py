@@ -128,10 +128,10 @@ def parse_rate(text: str) -> Rate:
     """
     if text == "none":
         return Rate(None)
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(k|m|g)bit", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(k|m|g)bit", text)
+    if match is None:
         raise BadRequest(f"{text!r} is no bandwidth; write 50mbit, 1gbit, or none for no limit")
-    bits = round(float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]])
+    bits = round(float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]])
     if not 64_000 <= bits <= FASTEST_BITS:
         raise BadRequest(
             f"a bandwidth of {text} cannot be had on one machine: below 64kbit Slurm itself times out, above 2gbit the "
@@ -148,10 +148,10 @@ def parse_latency(text: str) -> float:
     """
     if text == "none":
         return 0.0
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)", text)
+    if match is None:
         raise BadRequest(f"{text!r} is no latency; write 10ms or 0.1s, or none")
-    seconds = float(found[1]) / (1000 if found[2] == "ms" else 1)
+    seconds = float(match[1]) / (1000 if match[2] == "ms" else 1)
     if seconds > 2:
         raise BadRequest(f"a latency of {text} is more than 2s one way, with which Slurm itself does not work")
     return seconds
@@ -190,8 +190,8 @@ class Facts:
     def read(cls, name: str) -> Facts:
         """Raises ``OSError`` if there is no such cluster, ``ValueError`` where its file is damaged."""
         try:
-            found = json.loads((ROOT / name / "cluster.json").read_text())
-            facts = cls(**{**found, "hosts": tuple(found["hosts"]), "cut": tuple(found["cut"])})
+            stored = json.loads((ROOT / name / "cluster.json").read_text())
+            facts = cls(**{**stored, "hosts": tuple(stored["hosts"]), "cut": tuple(stored["cut"])})
             facts._require_whole(name)
         except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"the file of cluster {name} is damaged: {error}") from error
@@ -199,11 +199,11 @@ class Facts:
 
     def _require_whole(self, name: str) -> None:
         """Raises ``ValueError``, and whatever comes of values of other types."""
-        known, rates = {*self.addresses}, [rate for rate in self.rates.values() if rate is not None]
-        whole = self.name == name and {*self.rates} == known >= {*self.hosts, *self.pids, *self.cut}
+        named, rates = {*self.addresses}, [rate for rate in self.rates.values() if rate is not None]
+        consistent = self.name == name and {*self.rates} == named >= {*self.hosts, *self.pids, *self.cut}
         counts = all(type(number) is int and number >= 0 for number in (self.switch_pid, *self.pids.values(), *rates))
         latency = type(self.latency_seconds) in (int, float) and 0 <= self.latency_seconds < math.inf
-        if not (whole and counts and latency):
+        if not (consistent and counts and latency):
             raise ValueError(f"the file of cluster {name} is damaged")
         for address in self.addresses.values():
             ipaddress.IPv4Address(address.strip())  # a number has no strip, and would be one
@@ -220,15 +220,15 @@ class Facts:
 
 def running() -> list[Facts]:
     """The clusters that are up on this machine."""
-    found = []
+    clusters = []
     for path in sorted(ROOT.glob("*/cluster.json")) if ROOT.is_dir() else ():
         try:
             facts = Facts.read(path.parent.name)
         except (OSError, ValueError, TypeError):
             continue
         if facts.alive:
-            found.append(facts)
-    return found
+            clusters.append(facts)
+    return clusters
 
 
 def named(name: str | None) -> Facts:

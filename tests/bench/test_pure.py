@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dtrain.bench.load import Load, Watch, of_machines, why_invalid
-from dtrain.bench.measure import Told, percentile, row
+from dtrain.bench.measure import RankReport, percentile, row
 from dtrain.bench.ops import COMM, GROUPS, NATIVE, OPS, SENTINEL, Values, bus_factor, prepare
 from dtrain.bench.rows import Row, append, compare, read, slower
 from dtrain.bench.settings import DTYPES, FILE, Settings, link_mbit, parse
@@ -126,8 +126,8 @@ def test_values_that_never_arrived_are_counted(op: str, wrong: int) -> None:
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-def told(*seconds: float, host: str = "c1", sent: int = 0, wrong: int = 0, load: Load | None = None) -> Told:
-    return Told(list(seconds), "eth0", sent, wrong, load or Load(host, 0.1, 0.1, 0.1), host)
+def told(*seconds: float, host: str = "c1", sent: int = 0, wrong: int = 0, load: Load | None = None) -> RankReport:
+    return RankReport(list(seconds), "eth0", sent, wrong, load or Load(host, 0.1, 0.1, 0.1), host)
 
 
 def test_the_time_of_an_iteration_is_that_of_its_slowest_rank() -> None:

@@ -35,8 +35,8 @@ def step_name(step: int) -> str:
 
 def step_of(path: Path) -> int | None:
     """The step of a committed folder's name, None for any other name."""
-    found = _STEP.fullmatch(path.name)
-    return int(found.group(1)) if found else None
+    match = _STEP.fullmatch(path.name)
+    return int(match.group(1)) if match else None
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -66,10 +66,10 @@ def recover(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    leftovers = [(found, path) for path in folder.iterdir() if (found := _MARKED.fullmatch(path.name))]
-    for found, path in sorted(leftovers, key=lambda pair: pair[1].name):
-        final = folder / found.group(1)
-        if found.group(2) == "replaced" and not final.exists():
+    leftovers = [(match, path) for path in folder.iterdir() if (match := _MARKED.fullmatch(path.name))]
+    for match, path in sorted(leftovers, key=lambda pair: pair[1].name):
+        final = folder / match.group(1)
+        if match.group(2) == "replaced" and not final.exists():
             path.rename(final)
             sync_folder(folder)
         else:
@@ -78,8 +78,8 @@ def recover(folder: Path) -> None:
 
 def discard(path: Path) -> None:
     """Delete a folder. A crash half-way leaves it under a name that is never read."""
-    found = _MARKED.fullmatch(path.name)
-    if found is None or found.group(2) != "deleting":
+    match = _MARKED.fullmatch(path.name)
+    if match is None or match.group(2) != "deleting":
         path = doom(path)
     # Not an error if something stays (NFS keeps files that a dying process has open): the next attempt deletes it.
     shutil.rmtree(path, ignore_errors=True)

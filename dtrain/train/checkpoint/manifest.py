@@ -206,8 +206,8 @@ def holders_of(files: Iterable[RankFile], section: str) -> dict[str, list[Holder
     for file in files:
         for fqn, (dtype, dim) in file.sections.get(section, {}).items():
             holders.setdefault(fqn, []).append(Holder(file.rank, file.segments[fqn], dtype, dim))
-    for found in holders.values():
-        found.sort(key=lambda holder: (holder.segment.offset, holder.rank))
+    for entries in holders.values():
+        entries.sort(key=lambda holder: (holder.segment.offset, holder.rank))
     return holders
 
 
@@ -303,7 +303,7 @@ def _file_from_json(body: object) -> RankFile:
 
 def _integers(value: object, count: int | None = None) -> tuple[int, ...]:
     """A list of integers that are not negative, of ``count`` of them."""
-    if not isinstance(value, list) or any(type(part) is not int or part < 0 for part in value):
+    if not isinstance(value, list) or any(type(entry) is not int or entry < 0 for entry in value):
         raise ValueError(f"{value!r:.80} is no list of integers")
     if count is not None and len(value) != count:
         raise ValueError(f"{value!r:.80} has {len(value)} parts, not {count}")

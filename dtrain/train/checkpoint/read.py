@@ -126,7 +126,7 @@ def load(
     check_segments(segments, shapes)
     translated: dict[str, str] = {}
     same_replicas = manifest.mesh[0] == place.replicas
-    own = place.replica if same_replicas else 0
+    source = place.replica if same_replicas else 0
     sections: dict[str, dict[str, Tensor]] = {}
     with Files(path, manifest) as files:
         for section, kind in manifest.kinds.items():
@@ -136,10 +136,10 @@ def load(
                 sections[section] = assemble(files, section, segments, replica=place.replica)
             else:
                 sections[section] = _mean_section(files, section, segments, translated)
-        buffers = _buffers(files, own if same_replicas else None, translated)
+        buffers = _buffers(files, source if same_replicas else None, translated)
         rng = _of_this_mesh(files, RNG, place, translated, "seed anew")
         opaque = _of_this_mesh(files, OPAQUE, place, translated, "begun anew")
-    numbers = manifest.replica(own)[0].numbers
+    numbers = manifest.replica(source)[0].numbers
     for name in numbers:
         if not same_replicas and len({file.numbers.get(name) for file in manifest.files}) > 1:
             translated[f"numbers.{name}"] = "replica 0's"
@@ -210,15 +210,15 @@ def _piece(files: Files, section: str, want: Segment, holders: Sequence[Holder])
     if holders[0].dim == 0:
         return files.whole(min(holder.rank for holder in holders), section, want.fqn)
     out = torch.empty(want.numel, dtype=getattr(torch, holders[0].dtype))
-    at = want.offset
+    position = want.offset
     for holder in holders:
         stop = min(holder.segment.stop, want.stop)
-        if holder.segment.offset <= at < stop:
-            part = out[at - want.offset : stop - want.offset]
-            files.copy(part, holder.rank, section, want.fqn, at - holder.segment.offset)
-            at = stop
-    if at < want.stop:
-        end = covered_from(at, (holder.segment for holder in holders))
+        if holder.segment.offset <= position < stop:
+            target = out[position - want.offset : stop - want.offset]
+            files.copy(target, holder.rank, section, want.fqn, position - holder.segment.offset)
+            position = stop
+    if position < want.stop:
+        end = covered_from(position, (holder.segment for holder in holders))
         raise CheckpointError(
             f"{files.path}: section {section!r} holds no element {end} of {want.fqn!r}; "
             f"asked for [{want.offset}, {want.stop})"
@@ -235,8 +235,8 @@ def _mean_section(
     tensors: dict[str, Tensor] = {}
     how: set[str] = set()
     for fqn, want in segments.items():
-        found = [of_replica.get(fqn) for of_replica in holders]
-        present = [entry for entry in found if entry is not None]
+        entries = [of_replica.get(fqn) for of_replica in holders]
+        present = [entry for entry in entries if entry is not None]
         if not present:
             continue
         if len(present) < replicas:
@@ -299,19 +299,19 @@ def _names(file: RankFile, section: str) -> list[str]:
 
 def _same_model(path: Path, manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise ResumeError with the first differences between the stored parameters and the model's."""
-    asked = {fqn: tuple(shape) for fqn, shape in shapes.items()}
+    expected = {fqn: tuple(shape) for fqn, shape in shapes.items()}
     stored = manifest.shapes
     differences = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
         for what, names in (
-            ("missing (the model has them, the checkpoint has not)", sorted(asked.keys() - stored.keys())),
-            ("unexpected (the checkpoint has them, the model has not)", sorted(stored.keys() - asked.keys())),
+            ("missing (the model has them, the checkpoint has not)", sorted(expected.keys() - stored.keys())),
+            ("unexpected (the checkpoint has them, the model has not)", sorted(stored.keys() - expected.keys())),
             (
                 "of another shape",
                 [
-                    f"{fqn} is {stored[fqn]} in the checkpoint and {asked[fqn]} in the model"
-                    for fqn in sorted(asked.keys() & stored.keys())
-                    if asked[fqn] != stored[fqn]
+                    f"{fqn} is {stored[fqn]} in the checkpoint and {expected[fqn]} in the model"
+                    for fqn in sorted(expected.keys() & stored.keys())
+                    if expected[fqn] != stored[fqn]
                 ],
             ),
         )

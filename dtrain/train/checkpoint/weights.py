@@ -32,20 +32,20 @@ def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[st
             raise CheckpointError(f"{path} has no {EXPORTED}, since it has not ended; give a checkpoint: {steps[-1]}")
         verify(file)
         return full_parameters(file)
-    found, metadata = tensors.load(file)
-    own = {name: tensor for name, tensor in found.items() if parameters is None or name in parameters}
-    told = metadata.get(tensors.PARAMETERS_DIGEST)
-    if tensors.META in metadata and not told and tensors.DIGEST not in metadata:
+    stored, metadata = tensors.load(file)
+    selected = {name: tensor for name, tensor in stored.items() if parameters is None or name in parameters}
+    recorded = metadata.get(tensors.PARAMETERS_DIGEST)
+    if tensors.META in metadata and not recorded and tensors.DIGEST not in metadata:
         raise CheckpointError(f"{file} is an export of dtrain without its digest: it is damaged, so take another copy")
     # Exports of earlier versions have no other digest, and it says nothing of buffers.
-    if told and tensors.DIGEST not in metadata and told != digest(own):
+    if recorded and tensors.DIGEST not in metadata and recorded != digest(selected):
         raise CheckpointError(
-            f"{file} does not hold the parameters that it was written with: their digest was {told[:16]}..., and is "
-            f"{digest(own)[:16]}...; it is damaged, or they are another model's"
+            f"{file} does not hold the parameters that it was written with: their digest was {recorded[:16]}..., and "
+            f"is {digest(selected)[:16]}...; it is damaged, or they are another model's"
         )
-    if bad := [name for name, tensor in own.items() if not all_finite(tensor)]:
+    if bad := [name for name, tensor in selected.items() if not all_finite(tensor)]:
         raise CheckpointError(f"{file}: {bad[0]} holds NaN or Inf ({len(bad)} tensors do); nothing can begin with that")
-    return found
+    return stored
 
 
 def put_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
@@ -53,17 +53,18 @@ def put_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
 
     Raises CheckpointError where they are of another model.
     """
-    own = dict(model.named_parameters())
-    buffers, known = dict(model.named_buffers()), model.state_dict(keep_vars=True).keys()
-    wrong = [
+    parameters = dict(model.named_parameters())
+    buffers, names = dict(model.named_buffers()), model.state_dict(keep_vars=True).keys()
+    problems = [
         f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'} there, {tuple(p.shape)} in the model"
-        for name, p in own.items()
+        for name, p in parameters.items()
         if name not in weights or weights[name].shape != p.shape
     ]
-    wrong += [f"the model has no {name}" for name in weights if name not in known]
-    if wrong:
-        raise CheckpointError(f"{where} holds weights of another model: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
+    problems += [f"the model has no {name}" for name in weights if name not in names]
+    if problems:
+        listed = "; ".join(problems[:3])
+        raise CheckpointError(f"{where} holds weights of another model: {listed} ({len(problems)} in all)")
     with torch.no_grad():
-        for name, tensor in (own | buffers).items():
+        for name, tensor in (parameters | buffers).items():
             if name in weights:
                 tensor.copy_(weights[name])

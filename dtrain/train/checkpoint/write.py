@@ -292,10 +292,10 @@ def _gathered(commit: _Commit, rank: int) -> RankFile:
 
 def _sequences(folder: Path) -> list[tuple[int, Path]]:
     """(sequence, folder) of every committed checkpoint whose manifest can be read."""
-    found = []
+    sequences = []
     for path in folders.step_folders(folder):
         try:
-            found.append((read_manifest(path).sequence, path))
+            sequences.append((read_manifest(path).sequence, path))
         except (CheckpointError, ResumeError):
             continue
-    return found
+    return sequences

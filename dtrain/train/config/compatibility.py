@@ -115,10 +115,10 @@ class _Target(str):
 
 def _made_by(values: Mapping[str, object], place: str) -> object:
     """What a key holds: the ``_target_`` of a mapping that has one."""
-    found: object = values
-    for part in place.split("."):
-        found = found.get(part, ABSENT) if isinstance(found, Mapping) else ABSENT
-    return _Target(found["_target_"]) if isinstance(found, Mapping) and "_target_" in found else found
+    value: object = values
+    for key in place.split("."):
+        value = value.get(key, ABSENT) if isinstance(value, Mapping) else ABSENT
+    return _Target(value["_target_"]) if isinstance(value, Mapping) and "_target_" in value else value
 
 
 def _value(value: object) -> str:
@@ -132,10 +132,10 @@ def _value(value: object) -> str:
 
 def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings as one of dotted keys; lists are values."""
-    found: dict[str, object] = {}
+    dotted: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found.update(flat(value, f"{prefix}{key}."))
+            dotted.update(flat(value, f"{prefix}{key}."))
         else:
-            found[prefix + key] = value
-    return found
+            dotted[prefix + key] = value
+    return dotted

@@ -104,10 +104,10 @@ def alternatives(words: Sequence[str]) -> list[list[str]]:
 
 def section_of(config: Config, dotted: str) -> Mapping[str, object]:
     """One of the ``OPEN`` sections by its dotted key."""
-    found: object = config
-    for part in dotted.split("."):
-        found = getattr(found, part)
-    return cast(Mapping[str, object], found)
+    section: object = config
+    for name in dotted.split("."):
+        section = getattr(section, name)
+    return cast(Mapping[str, object], section)
 
 
 def to_yaml(config: Config) -> str:
@@ -196,10 +196,10 @@ def _store_schema() -> None:
     store.store(name="schema", node=schema)
     for name in registry.names():
         if not (folder() / "launcher" / f"{name}.yaml").is_file():
-            own = {key.name: key.default for key in fields(cast(Any, registry.launcher_class(name)))}
-            usual = cast(Any, schema)().launcher
-            given = {key: value for key, value in own.items() if key == "name" or value != getattr(usual, key)}
-            store.store(group="launcher", name=name, node={**given, **LAUNCHER_DEFAULTS})
+            defaults = {key.name: key.default for key in fields(cast(Any, registry.launcher_class(name)))}
+            common = cast(Any, schema)().launcher
+            changed = {key: value for key, value in defaults.items() if key == "name" or value != getattr(common, key)}
+            store.store(group="launcher", name=name, node={**changed, **LAUNCHER_DEFAULTS})
 
 
 def _of_the_sync(word: Word) -> Word:
@@ -237,11 +237,11 @@ class _Composition:
         self._loader, self._folders, self._ours = loader, folders, ours
         self._groups = _groups(loader) if folders else sorted(ours)
         self._read: list[Word] = []
-        for given in words:
-            if not given.startswith("@"):
-                self._read.append(_of_the_sync(read(given)))
-            elif _own_folder(given[1:]) is None:
-                self._read += map(_of_the_sync, words_of(os.path.expanduser(given[1:])))
+        for text in words:
+            if not text.startswith("@"):
+                self._read.append(_of_the_sync(read(text)))
+            elif _own_folder(text[1:]) is None:
+                self._read += map(_of_the_sync, words_of(os.path.expanduser(text[1:])))
         choices = {at: word for at, word in enumerate(self._read) if self._is_choice(word)}
         self._choices = {at: word for at, word in choices.items() if not self._within_later(at, choices)}
         if sweeps:  # what is swept does not matter to what is asked then: the kinds of keys
@@ -268,18 +268,18 @@ class _Composition:
                     self._choose_again(composed, at, word)
         return composed
 
-    def alternatives(self, given: str) -> list[str]:
+    def alternatives(self, text: str) -> list[str]:
         """See `alternatives`."""
-        if given.startswith("@"):
-            return [given]
-        word = _of_the_sync(read(given))
+        if text.startswith("@"):
+            return [text]
+        word = _of_the_sync(read(text))
         if self._is_choice(word):
-            return [f"{given.partition('=')[0]}={value}" for value in self._choice_values(word)]
+            return [f"{text.partition('=')[0]}={value}" for value in self._choice_values(word)]
         if word.key == "run.dir":
-            return [given]  # the sweep's own folder, in which each run has one
+            return [text]  # the sweep's own folder, in which each run has one
         kind, _ = _kind(word.key, _plain(self._composed))
-        found = alternatives_of(word, kind, self._loader)
-        return [given] if len(found) < 2 else [f"{given.partition('=')[0]}={value}" for value in found]
+        values = alternatives_of(word, kind, self._loader)
+        return [text] if len(values) < 2 else [f"{text.partition('=')[0]}={value}" for value in values]
 
     def _choice_values(self, word: Word) -> list[str]:
         return alternatives_of(word, "value", self._loader) if "," in word.text or "(" in word.text else [word.text]
@@ -309,9 +309,9 @@ class _Composition:
             if word.text.lstrip()[:1] == "{":
                 raise ConfigError(f"{place}{word.given}: a mapping is the key's own value: {word.package}={word.text}")
             if word.text.lstrip()[:1] != "[" and ("," in word.text or "(" in word.text):
-                given = f"{word.key}={word.value}" if word.from_file else word.given
-                every = f"a run for each is started by: dtrain train -m {given}"
-                raise ConfigError(f"{place}{word.given}: a run has one {name}; {every}")
+                written = f"{word.key}={word.value}" if word.from_file else word.given
+                command = f"a run for each is started by: dtrain train -m {written}"
+                raise ConfigError(f"{place}{word.given}: a run has one {name}; {command}")
             near = targets.hint(targets.closest(str(value), options))
             raise ConfigError(f"{place}{word.given}: there is no such choice{near} (there are {', '.join(options)})")
         # Every group of ours has a choice already: there is nothing to add.
@@ -398,8 +398,8 @@ def _around(word: Word, chosen: Mapping[str, object]) -> object:
     key = word.key
     *path, last = key.split(".")
     node: object = chosen
-    for depth, part in enumerate(path, 1):
-        node = _child(node, part) if _has(node, part) else False
+    for depth, name in enumerate(path, 1):
+        node = _child(node, name) if _has(node, name) else False
         place = ".".join(path[:depth])
         if node is None and _open(place) and last == "_target_" and depth == len(path):
             return {}
@@ -427,12 +427,12 @@ def _kind(key: str, chosen: Mapping[str, object]) -> tuple[Kind, str | None]:
     *path, last = key.split(".")
     if not _open(key):
         hint: Any = Config
-        for part in key.split("."):
-            hint = types_of(hint).get(part) if is_section(hint) else None
+        for name in key.split("."):
+            hint = types_of(hint).get(name) if is_section(hint) else None
         return ("value", None) if hint is None else (targets.holds_text(hint), targets.expected(hint))
     node: object = chosen
-    for part in path:
-        node = _child(node, part) if _has(node, part) else None
+    for name in path:
+        node = _child(node, name) if _has(node, name) else None
     target = node.get("_target_") if isinstance(node, dict) else None
     if last == "_target_" or target in (None, MISSING):
         return "unknown", None
@@ -444,14 +444,14 @@ def _open(key: str) -> bool:
     return any(key == section or key.startswith(section + ".") for section in OPEN)
 
 
-def _has(node: object, part: str) -> bool:
+def _has(node: object, key: str) -> bool:
     if isinstance(node, list):
-        return part.isdecimal() and len(part) < 10 and int(part) < len(node)
-    return isinstance(node, dict) and part in node
+        return key.isdecimal() and len(key) < 10 and int(key) < len(node)
+    return isinstance(node, dict) and key in node
 
 
-def _child(node: object, part: str) -> object:
-    return cast(object, node[int(part)] if isinstance(node, list) else cast(dict[str, object], node)[part])
+def _child(node: object, key: str) -> object:
+    return cast(object, node[int(key)] if isinstance(node, list) else cast(dict[str, object], node)[key])
 
 
 # ---- composing and freezing ----------------------------------------------------------------------------------------
@@ -473,19 +473,19 @@ def _run_hydra(
     """
     try:
         composed = hydra_compose("config", overrides=list(choices), return_hydra_config=True)
-        known = {str(group): str(name) for group, name in composed.hydra.runtime.choices.items()}
+        chosen_names = {str(group): str(name) for group, name in composed.hydra.runtime.choices.items()}
         del composed.hydra
-        return composed, known
+        return composed, chosen_names
     except (HydraException, OmegaConfBaseException) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OmegaConfBaseException):
             cause = cause.__cause__
         words = _explained(cause) if isinstance(cause, OmegaConfBaseException) else None
-        said, _, _ = " ".join(str(error).split()).partition(" To append to your default list")  # which is hydra's own
-        if "'compress@sync.compress'. No match" in said:
+        message, _, _ = " ".join(str(error).split()).partition(" To append to your default list")
+        if "'compress@sync.compress'. No match" in message:
             sync = next((choice for choice in choices if choice.startswith("sync=")), "the sync")
             words = f"{sync} sends nothing that a compressor could make smaller; leave compress out"
-        raise ConfigError(words or said) from error
+        raise ConfigError(words or message) from error
 
 
 def _explained(error: OmegaConfBaseException, key: str = "") -> str | None:
@@ -494,10 +494,10 @@ def _explained(error: OmegaConfBaseException, key: str = "") -> str | None:
     if isinstance(error, GrammarParseError):
         return f"{key}: text with ${{ names another key, as in ${{train.steps}}; for the characters themselves: \\${{"
     hint: Any = Config
-    for part in key.split("."):
+    for name in key.split("."):
         if not is_section(hint):
             return None
-        hint = types_of(hint).get(part)
+        hint = types_of(hint).get(name)
     if hint is None:
         return None
     words = targets.expected(hint) or "a section with keys of its own"
@@ -553,7 +553,7 @@ def _without_nothing(value: object) -> object:
 def _literal(value: object) -> object:
     """Text as OmegaConf writes it so that it is read back as it is: what looks like an interpolation is none."""
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
     if isinstance(value, dict):
         return {key: _literal(inner) for key, inner in value.items()}
     return [_literal(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -42,7 +42,7 @@ def check_data(config: Config) -> tuple[object, dict[str, object]]:
     """
     target = str(config.data["_target_"])
     data = _tried(target, "making it", lambda: instantiate(config.data, "data", split="train"))
-    lacking = [said for member, said in MEMBERS.items() if not hasattr(data, member)]
+    lacking = [label for member, label in MEMBERS.items() if not hasattr(data, member)]
     if lacking:
         raise ConfigError(f"data: {target} makes a {type(data).__name__} without {' and '.join(lacking)}; {CONTRACT}")
     _splits(config, target, data)
@@ -68,11 +68,11 @@ def check_content(config: Config, data: object, description: Mapping[str, object
     if not callable(check):
         return
     try:
-        seen = strict_json.read(Path(config.run.dir) / DATA)
+        stored = strict_json.read(Path(config.run.dir) / DATA)
     except (OSError, ValueError):
-        seen = {}
-    known = ("sha256", "modified", "vocab_size")
-    if any(name not in seen or seen[name] != description.get(name) for name in known):
+        stored = {}
+    names = ("sha256", "modified", "vocab_size")
+    if any(name not in stored or stored[name] != description.get(name) for name in names):
         _tried(str(config.data["_target_"]), "check_content()", check)
 
 

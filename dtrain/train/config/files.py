@@ -68,11 +68,11 @@ def mapping_of(path: str | Path, what: str = "configuration") -> DictConfig:
 def _beside(path: Path) -> str | None:
     """The file in the same folder whose name is most like that of ``path``, if any is."""
     try:
-        there = [other.name for other in path.parent.iterdir() if other.is_file()]
+        names = [file.name for file in path.parent.iterdir() if file.is_file()]
     except OSError:
         return None
-    found = closest(path.name, there)
-    return None if found is None else str(path.with_name(found))
+    nearest = closest(path.name, names)
+    return None if nearest is None else str(path.with_name(nearest))
 
 
 def words_of(path: str) -> list[Word]:
@@ -86,15 +86,15 @@ def words_of(path: str) -> list[Word]:
         plain = cast(dict[object, object], OmegaConf.to_container(stored, resolve=False))
     except Exception as error:
         raise ConfigError(f"{path} is not a configuration file: {error}") from error
-    found = list(_flat(plain, "", path))
-    for word in found:
+    words = list(_flat(plain, "", path))
+    for word in words:
         resolver = RESOLVER.search(repr(word.value))
         if resolver:
             raise ConfigError(
                 f"{path}: {word.key} has {resolver[0]}...}}, which would be looked up on this machine; a file names "
                 "other keys alone, as in ${train.steps}: give the value on the command line"
             )
-    return found
+    return words
 
 
 def _flat(node: Mapping[object, object], prefix: str, path: str) -> Iterator[Word]:
@@ -123,8 +123,8 @@ def _bound(root: Any) -> None:
             raise ValueError("it holds itself, by an alias")
         if number not in sizes:
             inside.add(number)
-            parts = node.value if isinstance(node, yaml.CollectionNode) else []
-            children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+            entries = node.value if isinstance(node, yaml.CollectionNode) else []
+            children = [child for entry in entries for child in (entry if isinstance(entry, tuple) else (entry,))]
             sizes[number] = 1 + sum(size(child) for child in children)
             inside.discard(number)
         return sizes[number]

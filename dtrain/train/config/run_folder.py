@@ -136,12 +136,12 @@ def other_data(folder: Path, description: Mapping[str, object]) -> str:
     if not has_digest(stored) and not has_digest(now):  # in somebody else's words: then all of it counts
         return "" if stored == now else f"they were {stored} and are {now}"
     names = {"sha256": "digest"}
-    parts = [
+    changes = [
         f"the {names.get(name, name)} was {stored.get(name)} and is {now.get(name)}"
         for name in IDENTITY
         if stored.get(name) != now.get(name) and (name in stored or name in ("sha256", "digest"))
     ]
-    return ", ".join(parts)
+    return ", ".join(changes)
 
 
 def write(config: Config, description: Mapping[str, object]) -> Path:
@@ -175,11 +175,11 @@ def write(config: Config, description: Mapping[str, object]) -> Path:
 
 def without_values(config: Config) -> Config:
     """The configuration as it is kept: of ``launcher.environment`` the values of known settings alone, not of keys."""
-    kept = [
+    entries = [
         entry if (name := entry.partition("=")[0]) in KEPT else f"{name}={NOT_KEPT}"
         for entry in config.launcher.environment
     ]
-    return dataclasses.replace(config, launcher=config.launcher.replaced(environment=tuple(kept)))
+    return dataclasses.replace(config, launcher=config.launcher.replaced(environment=tuple(entries)))
 
 
 @contextlib.contextmanager
@@ -294,13 +294,13 @@ def outcome(folder: Path) -> dict[str, object] | None:
     if not path.is_file():
         return None
     try:
-        found = strict_json.read(path)
-        strict_json.integer(found, "step")
-        if found.get("reason") not in ("finished", "stopped", "signal"):
-            raise ValueError(f"its reason is {found.get('reason')!r:.80}")
+        record = strict_json.read(path)
+        strict_json.integer(record, "step")
+        if record.get("reason") not in ("finished", "stopped", "signal"):
+            raise ValueError(f"its reason is {record.get('reason')!r:.80}")
     except (OSError, ValueError) as error:
         raise DtrainError(f"{path} is damaged: {error}; the same command goes on from the last checkpoint") from error
-    return found
+    return record
 
 
 def _has_checkpoint(folder: Path) -> bool:

@@ -74,7 +74,7 @@ def _name(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _short_for(name: str, others: Iterator[str] | Sequence[str]) -> str | None:
+def _short_for(name: str, candidates: Iterator[str] | Sequence[str]) -> str | None:
     """The other name that abbreviates this one, or the other way round: ``learning_rate`` and ``lr``, ``batch`` and ...
 
     Only where one alone does.
@@ -83,10 +83,10 @@ def _short_for(name: str, others: Iterator[str] | Sequence[str]) -> str | None:
     def initials(words: str) -> str:
         return "".join(word[:1] for word in words.split("_"))
 
-    found = [
-        other
-        for other in others
-        if ("_" in name and other == initials(name))
-        or ("_" in other and name in (initials(other), other.partition("_")[0]))
+    matches = [
+        candidate
+        for candidate in candidates
+        if ("_" in name and candidate == initials(name))
+        or ("_" in candidate and name in (initials(candidate), candidate.partition("_")[0]))
     ]
-    return found[0] if len(set(found)) == 1 else None
+    return matches[0] if len(set(matches)) == 1 else None

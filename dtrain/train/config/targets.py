@@ -84,38 +84,38 @@ def locate(target: object, where: str) -> Callable[..., object]:
     Raises:
         ConfigError: no such module or name, with the nearest one that there is; or not callable.
     """
-    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
+    if not isinstance(target, str) or not all(name.isidentifier() for name in target.split(".")):
         raise ConfigError(f"{where}._target_ must be the path of a callable, as in torch.optim.AdamW, not {target!r}")
     if target in RENAMED:
         raise ConfigError(f"{where}._target_: {target} is called {RENAMED[target]} now")
     parts = target.split(".")
-    found: object = None
-    for position, part in enumerate(parts):
+    resolved: object = None
+    for position, name in enumerate(parts):
         prefix = ".".join(parts[:position])
-        if position and hasattr(found, part):
-            found = getattr(found, part)
+        if position and hasattr(resolved, name):
+            resolved = getattr(resolved, name)
             continue
         try:
-            found = importlib.import_module(".".join(parts[: position + 1]))
+            resolved = importlib.import_module(".".join(parts[: position + 1]))
         except ModuleNotFoundError as error:
             missing = str(error.name)
             if not target.startswith(missing):
                 raise ConfigError(f"{where}._target_: importing {target} needs {missing}, which is missing") from error
-            near = hint(_nearest(part, prefix, found)) if position else ""
+            near = hint(_nearest(name, prefix, resolved)) if position else ""
             place = f"in {prefix}" if position else "to import here (is its folder in PYTHONPATH?)"
-            raise ConfigError(f"{where}._target_: {target}: there is no {part} {place}{near}") from error
+            raise ConfigError(f"{where}._target_: {target}: there is no {name} {place}{near}") from error
         except Exception as error:  # a module of the user's may raise anything while it is imported
             what = f"{type(error).__name__}: {error}"
             raise ConfigError(f"{where}._target_: importing {target} failed: {what}") from error
-    if not callable(found):
-        raise ConfigError(f"{where}._target_: {target} is a {type(found).__name__}, which cannot be called")
-    return found
+    if not callable(resolved):
+        raise ConfigError(f"{where}._target_: {target} is a {type(resolved).__name__}, which cannot be called")
+    return resolved
 
 
-def _nearest(part: str, prefix: str, owner: object) -> str | None:
+def _nearest(name: str, prefix: str, owner: object) -> str | None:
     """The most similar name in a module, under the one that it has now if it was there once."""
     earlier = {old.rpartition(".")[2]: new for old, new in RENAMED.items() if old.rpartition(".")[0] == prefix}
-    near = closest(part, [*_names(owner), *earlier])
+    near = closest(name, [*_names(owner), *earlier])
     return earlier.get(near, near) if near is not None else None
 
 
@@ -129,8 +129,8 @@ def holds_text(annotation: object, default: object = inspect.Parameter.empty) ->
         return "text" if isinstance(default, str) else "unknown"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
-        kinds = {holds_text(each) for each in arguments if each is not type(None) and not _of_torch(each)}
-        optional = type(None) in arguments
+        members = [argument for argument in arguments if argument is not type(None) and not _of_torch(argument)]
+        kinds, optional = {holds_text(member) for member in members}, type(None) in arguments
         if kinds == {"text"}:
             return "optional text" if optional else "text"
         return kinds.pop() if len(kinds) == 1 else "unknown" if kinds & {"text", "optional text"} else "value"

@@ -95,8 +95,8 @@ def value_of(word: Word, kind: Kind, expected: str | None) -> object:
         ConfigError: it cannot be read, or is several values.
     """
     if word.from_file:
-        listed = word.value if kind == "texts" and isinstance(word.value, list) else [word.value]
-        if kind not in ("value", "unknown") and any(isinstance(each, bool | float) for each in listed):
+        elements = word.value if kind == "texts" and isinstance(word.value, list) else [word.value]
+        if kind not in ("value", "unknown") and any(isinstance(element, bool | float) for element in elements):
             raise ConfigError(f'{word.key} must be text, but is {word.value!r}; put it in quotes: {word.key}: "..."')
         return word.value
     if kind == "texts" and word.text.lstrip().startswith("["):
@@ -151,12 +151,12 @@ def alternatives(word: Word, kind: Kind, loader: ConfigLoader) -> list[str]:
     if word.removes:
         return [word.text]
     if kind in ("text", "optional text", "texts"):
-        return [part.strip() for part in _cut(word.text)]
+        return [value.strip() for value in _cut(word.text)]
     try:
         override = _parsed(word, loader)
     except HydraException as error:
         if kind == "unknown":
-            return [part.strip() for part in _cut(word.text)]
+            return [value.strip() for value in _cut(word.text)]
         raise _unreadable(word, kind, None) from error
     if not override.is_sweep_override():
         return [word.text]
@@ -164,12 +164,12 @@ def alternatives(word: Word, kind: Kind, loader: ConfigLoader) -> list[str]:
         raise ConfigError(f"{word.given}: an interval has no end of values; name them, as in {word.key}=0.1,0.2")
     if getattr(override._value, "shuffle", False):
         raise ConfigError(f"{word.given}: a sweep has one order, by which the same command goes on; leave shuffle out")
-    found = [str(value) for value in itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1)]
-    if not found:
+    values = [str(value) for value in itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1)]
+    if not values:
         raise ConfigError(f"{word.given}: nothing is called like this; name the values: {word.key}=a,b,c")
-    if len(found) > MOST_VALUES:
+    if len(values) > MOST_VALUES:
         raise ConfigError(f"{word.given}: these are more than {MOST_VALUES:,} values")
-    return found
+    return values
 
 
 def _parsed(word: Word, loader: ConfigLoader | None = None) -> Override:
@@ -205,7 +205,7 @@ def _texts(word: Word) -> list[str]:
         raise _unreadable(word, "texts", "a list")
     if not text[1:-1].strip():
         return []
-    elements = [part.strip() for part in _cut(text[1:-1])]
+    elements = [element.strip() for element in _cut(text[1:-1])]
     unquoted = [_unquoted(element) for element in elements]
     for before, after in itertools.pairwise(elements):
         if "=" in before and "=" not in after and after[:1] not in ("-", "'", '"') and before[:1] not in ("'", '"'):
@@ -221,8 +221,8 @@ def _texts(word: Word) -> list[str]:
 
 def _quoted(text: str) -> str:
     """As the grammar writes text that holds anything: backslashes count only before a quote."""
-    text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
-    return "'" + re.sub(r"\\+\Z", lambda found: found[0] * 2, text) + "'"
+    text = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
+    return "'" + re.sub(r"\\+\Z", lambda match: match[0] * 2, text) + "'"
 
 
 def _unquoted(text: str) -> str | None:
@@ -250,8 +250,8 @@ def _cut(text: str) -> list[str]:
         if text[at] in "'\"" and not text[start:at].strip():
             quote = re.escape(text[at])
             whole = re.compile(rf"{quote}(?:\\.|[^\\{quote}])*{quote}(?=\s*(?:,|\Z))", re.DOTALL)
-            found = whole.match(text, at)
-            end = found.end() - 1 if found else None
+            match = whole.match(text, at)
+            end = match.end() - 1 if match else None
         elif text[at] in CLOSING:
             end = _end(text, at)
         elif text[at] == ",":

@@ -49,14 +49,14 @@ class ByteText:
         suffixes: Sequence[str] = SUFFIXES,
     ) -> None:
         check_window(split, block)
-        found = find_files(path, suffixes)
-        contents = {name: read_file(file) for name, file in found.items()}
+        paths = find_files(path, suffixes)
+        contents = {name: read_file(file) for name, file in paths.items()}
         parts = split_contents(contents, held_out)
         root = str(root_of(path))
-        for name, part in parts.items():
-            if len(part) <= block:
+        for name, content in parts.items():
+            if len(content) <= block:
                 raise DataError(
-                    f"the {name} part of {root!r} holds {len(part)} bytes, and one example takes {block + 1}; "
+                    f"the {name} part of {root!r} holds {len(content)} bytes, and one example takes {block + 1}; "
                     "give more text, a smaller block or another held_out"
                 )
         self.tokens_per_example = block
@@ -64,7 +64,7 @@ class ByteText:
         self._description: dict[str, object] = {
             "root": root,
             "files": {name: len(content) for name, content in contents.items()},
-            "bytes": {name: len(part) for name, part in parts.items()},
+            "bytes": {name: len(content) for name, content in parts.items()},
             "sha256": digest(contents),
             "block": block,
             "split": split,
@@ -136,17 +136,17 @@ def find_files(path: str | Path | None, suffixes: Sequence[str] = SUFFIXES) -> d
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot list {error.filename!r}: {error.strerror}") from error
 
-    found = {}
+    paths = {}
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         files = (Path(folder, name) for name in names if name.endswith(wanted))
-        found.update({file.relative_to(root).as_posix(): file for file in files})
-    if not found:
+        paths.update({file.relative_to(root).as_posix(): file for file in files})
+    if not paths:
         raise DataError(
             f"no file below {str(root)!r} ends in {' or '.join(wanted) or 'one of no suffixes'}; say how yours end, "
             "for example data.suffixes=[.h,.rst]"
         )
-    return dict(sorted(found.items()))
+    return dict(sorted(paths.items()))
 
 
 def read_file(file: Path) -> bytes:

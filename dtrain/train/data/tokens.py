@@ -92,10 +92,10 @@ class TokenFile:
 
     def __getitem__(self, index: int, /) -> dict[str, Tensor]:
         check_index(index, len(self))
-        which = bisect_right(self._ends, index)
-        within = index - (self._ends[which - 1] if which else 0)
+        number = bisect_right(self._ends, index)
+        within = index - (self._ends[number - 1] if number else 0)
         block = self.tokens_per_example
-        return window(self._tokens, self._starts[which] + within * block, block)
+        return window(self._tokens, self._starts[number] + within * block, block)
 
     def describe(self) -> dict[str, object]:
         """What identifies the data: path, the manifest (its sha256 above all) and sizes of the splits in tokens."""
@@ -131,32 +131,32 @@ def read_manifest(folder: Path) -> Manifest:
     """What ``tokens.json`` in ``folder`` says; ``DataError`` where it is missing, damaged or of another version."""
     file = folder / MANIFEST
     try:
-        found = strict_json.read(file)
+        entries = strict_json.read(file)
     except OSError as error:
         raise DataError(f"cannot read {str(file)!r}: {error.strerror}; `dtrain data tokenize` writes it") from error
     except ValueError as error:
         raise DataError(f"{str(file)!r} is damaged ({error}); {AGAIN}") from error
-    if "version" not in found:
+    if "version" not in entries:
         raise DataError(f"{str(file)!r} is no description of a token file: it has no version; {AGAIN}")
-    if found["version"] != VERSION:
-        raise DataError(f"{str(file)!r} has version {found['version']!r}, this dtrain reads {VERSION}; {AGAIN}")
-    missing = [field.name for field in fields(Manifest) if field.name not in found]
+    if entries["version"] != VERSION:
+        raise DataError(f"{str(file)!r} has version {entries['version']!r}, this dtrain reads {VERSION}; {AGAIN}")
+    missing = [field.name for field in fields(Manifest) if field.name not in entries]
     if missing:
         raise DataError(f"{str(file)!r} lacks {', '.join(missing)}; {AGAIN}")
-    seal = found.pop(SEAL, None)
-    if unknown := sorted(found.keys() - {field.name for field in fields(Manifest)}):
+    seal = entries.pop(SEAL, None)
+    if unknown := sorted(entries.keys() - {field.name for field in fields(Manifest)}):
         raise DataError(f"{str(file)!r} has keys that no description has: {', '.join(unknown)[:80]}; {AGAIN}")
-    if seal is not None and seal != _seal(found):
+    if seal is not None and seal != _seal(entries):
         raise DataError(f"{str(file)!r} has changed since it was written: its seal is another one; {AGAIN}")
     try:
         manifest = Manifest(
             version=VERSION,
-            dtype=_text(found, "dtype"),
-            count=strict_json.integer(found, "count"),
-            vocab_size=strict_json.integer(found, "vocab_size"),
-            held_out=tuple(_range(pair) for pair in cast("list[object]", found["held_out"])),
-            sha256=_text(found, "sha256"),
-            source=strict_json.object_of(found, "source"),
+            dtype=_text(entries, "dtype"),
+            count=strict_json.integer(entries, "count"),
+            vocab_size=strict_json.integer(entries, "vocab_size"),
+            held_out=tuple(_range(pair) for pair in cast("list[object]", entries["held_out"])),
+            sha256=_text(entries, "sha256"),
+            source=strict_json.object_of(entries, "source"),
         )
     except (TypeError, ValueError) as error:
         raise DataError(f"{str(file)!r} is damaged ({error}); {AGAIN}") from error
@@ -164,8 +164,8 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _text(found: Mapping[str, object], name: str) -> str:
-    value = found[name]
+def _text(entries: Mapping[str, object], name: str) -> str:
+    value = entries[name]
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r:.80}, not a text")
     return value

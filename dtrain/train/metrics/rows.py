@@ -51,10 +51,10 @@ def cut(path: Path, last_step: int) -> None:
     """Drop the rows with a step beyond ``last_step`` and a torn last line: all of them or, if killed, none."""
     if not path.exists():
         return
-    kept = [line for line, row in _whole_lines(path) if _step(row) <= last_step]
+    lines = [line for line, row in _whole_lines(path) if _step(row) <= last_step]
     spare = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with spare.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     spare.replace(path)

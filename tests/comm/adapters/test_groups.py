@@ -242,7 +242,7 @@ def seen_while_waiting(kind: str) -> tuple[list[str], list[str]]:
 
     def pending() -> list[str]:
         entries = [entry for entry in probe._collectives() if not entry["retired"]]
-        return [str(probe._told(entry)["what"]) for entry in entries]
+        return [str(probe._described(entry)["what"]) for entry in entries]
 
     if rank:
         store.wait(["seen"], timedelta(seconds=60))
