@@ -83,7 +83,7 @@ _HOME = {
 }
 
 _PACKAGES = ("aggregators", "compress", "outer", "plans", "testing")
-"""Public too, and loaded as late: compressors and feedback, outer steps, plans, what tests need."""
+"""Public too, and loaded on first use: aggregators, compressors and feedback, outer steps, plans, test tools."""
 
 
 def __getattr__(name: str) -> object:
@@ -97,7 +97,7 @@ def __getattr__(name: str) -> object:
     from dtrain.renamed import RENAMED
 
     if new := RENAMED.get(f"dtrain.{name}"):
-        # No AttributeError: `from dtrain import ...` would replace its words by its own.
+        # No AttributeError: `from dtrain import ...` would replace its message.
         raise ImportError(f"dtrain.{name} is called {new} now: from {new.rpartition('.')[0]} import {name}")
     raise AttributeError(f"module 'dtrain' has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""How combined: rules that make one value of all replicas' values.
+"""Aggregators: rules that combine the values of all replicas.
 
 A sync takes one as ``combine``: ``every_step(combine=mean())``, which is the default.
 """

@@ -1,4 +1,4 @@
-"""How small: compressors, and the feedback that keeps what they leave out.
+"""Compressors, and the feedback that keeps what they leave out.
 
 A sync takes one as ``compress``: ``every_step(compress=error_feedback(topk(density=0.01)))``.
 """

@@ -1,13 +1,13 @@
 """Every error that dtrain raises on purpose. Each says what was wrong, with values, and what to do.
 
     DtrainError                     exit code
-    ├── ConfigError                     2   nothing was launched; if a worker raises it, it is not started again
+    ├── ConfigError                     2   nothing was launched; if a worker raises it, it is not restarted
     │   ├── DataError                   2   a data folder or file that is missing, empty or not what it says
     │   ├── ResumeError                 2   the stored run and the one asked for do not go together
     │   ├── ModelError                  2   a model that does not return a scalar loss
     │   └── FailedAtTheStart            2   anything else that went wrong before the first step was done
     ├── CheckpointError                 1   a checkpoint that is damaged, incomplete or of another model
-    ├── WouldRecur                      2   started again it would fail in the same way: it is not started again
+    ├── WouldRecur                      2   it would fail in the same way again, so it is not restarted
     │   ├── TooManySkippedSteps         2   NaN or Inf in the gradients, more often than train.max_skipped_steps allows
     │   ├── NotFinite                   2   NaN or Inf in what a checkpoint would hold
     │   └── FailedTwice                 2   the same error at the same step, also after a restart
@@ -47,11 +47,11 @@ class ResumeError(ConfigError):
 
 
 class ModelError(ConfigError):
-    """A model that returns something else than a scalar loss tensor that its parameters have a part in."""
+    """A model that does not return a scalar loss tensor that depends on its parameters."""
 
 
 class FailedAtTheStart(ConfigError):
-    """An error of the model, the data or the engine before any step was done; started again it would happen again."""
+    """An error of the model, the data or the engine before any step was done; it would happen again after a restart."""
 
 
 class CheckpointError(DtrainError):
@@ -59,7 +59,7 @@ class CheckpointError(DtrainError):
 
 
 class WouldRecur(DtrainError):
-    """A failure of what is computed: runs are reproducible, so from the same checkpoint it would come again."""
+    """A deterministic failure: runs are reproducible, so it would recur from the same checkpoint."""
 
     exit_code: ClassVar[int] = BAD_CONFIG
 

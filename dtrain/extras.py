@@ -1,4 +1,4 @@
-"""Packages that dtrain needs for some of its commands alone, and the extra that brings each."""
+"""Packages that only some commands need, and the extra that installs each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def require(modules: Sequence[str]) -> None:
 
 
 def missing(error: ModuleNotFoundError) -> ConfigError | None:
-    """What to tell of an import that failed; None where the module is none of an extra's."""
+    """The error for a failed import; None where no extra has the module."""
     module = (error.name or "").partition(".")[0]
     return ConfigError(_words(module)) if module in EXTRAS else None
 

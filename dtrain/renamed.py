@@ -1,6 +1,6 @@
-"""Names of version 0.1.0 before its folders were ordered, and what they are called now.
+"""Names of version 0.1.0 from before its folders were reordered, and their current ones.
 
-Where a person writes an old name it is refused with the new one; where a stored configuration holds one it is read.
+On the command line an old name is refused with the new one; in a stored configuration it is translated.
 """
 
 from __future__ import annotations
@@ -25,4 +25,4 @@ CHOICES: Mapping[str, str] = {
     f"sync={name}": f"sync=every_step compress={name}"
     for name in ("bf16", "int4_ef", "int8", "int8_ef", "powersgd_ef", "sign_ef", "topk_ef")
 }
-"""Choices of configurations that were names for two others."""
+"""Choices that stood for two others."""

@@ -96,7 +96,7 @@ class ForegroundJob(Job):
             "cancelled": "the run was stopped by a signal; the same command goes on from its last checkpoint",
             "failed": f"the run failed; what its ranks said: {self.folder}/logs",
         }
-        killed = f"the command has ended without a word (was it killed?); the logs: {self.folder}/logs"
+        killed = f"the command has ended without a record (was it killed?); the logs: {self.folder}/logs"
         last_lines = [line for line in tail(log, 4096).splitlines() if line.strip()][-3:] if state == "lost" else []
         return "\n".join([words.get(state, killed), *(f"  {line}" for line in last_lines)])
 

@@ -102,7 +102,7 @@ def _how(records: Sequence[RankRecord]) -> str:
         hosts = ", ".join(sorted({record.host for record in silent}))
         asked = f"did {hosts} fail" if len(silent) < len(records) else f"did srun, mpirun or {hosts} fail"
         numbers = ", ".join(str(record.rank) for record in silent[:8]) + (", ..." if len(silent) > 8 else "")
-        return f"rank{'s' * (len(silent) > 1)} {numbers} left no word of how it ended ({asked}?)"
+        return f"rank{'s' * (len(silent) > 1)} {numbers} wrote no exit record ({asked}?)"
     if any(record.exit_code == CHECKPOINTED for record in records):
         return "it was asked to stop, and checkpointed"
     return "all ranks ended well" if records else "no rank left a record"

@@ -1,4 +1,4 @@
-"""A row of `dtrain bench hooks`, and the table that people read."""
+"""A row of `dtrain bench hooks`, and the table of them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class HookRow(Row):
     """``op``: the hook. ``bytes``: of the fp32 gradient. ``optimal_bytes``: of an all-reduce of it, per rank.
 
     ``wire_bytes``: payload that a rank sends for one exchange, exactly; for torch's hooks what the interface counted.
-    ``error``: of the first exchange, off the mean, as a share of its norm. ``encode``, ``exchange``, ``decode``: shares
-    of the exchange's time, what is combined and coded again counted as decode; zeros where nobody clocks.
+    ``error``: of the first exchange, its distance from the mean relative to the mean's norm. ``encode``, ``exchange``,
+    ``decode``: fractions of the exchange's time, with combining and encoding again in decode; zeros where it is not
+    timed.
     """
 
     wire_bytes: int
@@ -41,7 +42,7 @@ class HookRow(Row):
 
 
 def line(row: HookRow, others: Sequence[HookRow]) -> str:
-    """One row under ``HEAD``; ``others``: rows so far, among which that of torch's fp32 all-reduce is looked for."""
+    """One row under ``HEAD``; ``others``: the rows so far; torch's fp32 all-reduce among them is the baseline."""
     plain = next((other for other in others if other.op == BASELINE and other.bytes == row.bytes), None)
     faster = f"{plain.p50_ms / row.p50_ms:.2f}x" if plain is not None else "-"
     link = f"{row.of_link:.1%}" if row.link_mbit else "-"
@@ -55,7 +56,7 @@ def line(row: HookRow, others: Sequence[HookRow]) -> str:
 
 
 def summary(rows: Sequence[HookRow]) -> list[str]:
-    """What follows the table: what its figures are, and what is wrong with the measurement."""
+    """The lines below the table: what its figures are, and what is wrong with the measurement."""
     if not rows:
         return ["no row was finished"]
     link = f"{rows[0].link_mbit:g} Mbit/s" if rows[0].link_mbit else "not known (bench.link=100mbit tells it)"

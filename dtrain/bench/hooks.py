@@ -52,7 +52,7 @@ POWERSGD_RANK = 4  # that of powersgd_ef
 LEAST_WARMUP = 4
 """Exchanges before the first that is timed: torch's PowerSGD hook sends its first ones in full."""
 ROUND_OFF = {"torch.all_reduce": 1e-5, "torch.fp16": 2e-3, "torch.bf16": 2e-2, AS_ALL_REDUCE: 1e-5}
-"""Of the largest value: how far an element may be off what it must be, where the transport orders the sum."""
+"""Tolerance of an element, relative to the largest value, where the transport orders the sum."""
 
 
 class Weight(nn.Module):
@@ -80,13 +80,13 @@ class Clock:
         self.encode = self.exchange = self.decode = 0.0
 
     def shares(self) -> tuple[float, float, float]:
-        """Of encode, exchange and decode, in all; zeros if nothing was clocked."""
+        """The fractions of encode, exchange and decode; zeros if nothing was timed."""
         total = self.encode + self.exchange + self.decode
         return (self.encode / total, self.exchange / total, self.decode / total) if total else (0.0, 0.0, 0.0)
 
 
 class ClockedChannel(Channel):
-    """A channel that clocks what it performs for gradients, over the transports of another one."""
+    """A channel over the transports of another one, which times its exchanges of gradients."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__({**channel.transports, "shard": SelfTransport()})
@@ -101,10 +101,10 @@ class ClockedChannel(Channel):
 
 
 class Hook(Protocol):
-    """A hook at work on a model."""
+    """A hook attached to a model."""
 
     def exchange(self) -> None:
-        """One backward pass, at whose end the gradient is there."""
+        """One backward pass, with the exchange of its gradient."""
 
     def after(self) -> None:
         """What follows a step and is not timed."""
@@ -113,19 +113,19 @@ class Hook(Protocol):
         """Flat, after `exchange`."""
 
     def wrong(self, first: Tensor) -> int:
-        """Elements of ``first``, the flat result of the first exchange, that are not what they must be."""
+        """Elements of ``first``, the flat result of the first exchange, that are wrong."""
 
     clock: Clock
 
     def sent_bytes(self) -> int:
-        """Payload that this rank has sent so far, counted exactly; 0 where nobody counts."""
+        """Payload that this rank has sent so far, counted exactly; 0 where it is not counted."""
 
     def close(self) -> None:
-        """Let the model go."""
+        """Detach from the model."""
 
 
 def gradient(rank: int, numel: int, device: torch.device) -> Tensor:
-    """``[rows, columns]`` near square: normal values whose sizes differ by row, the same on any device."""
+    """``[rows, columns]`` near square: normal values whose scale differs by row, the same on any device."""
     columns = 2 ** round(math.log2(max(1, numel)) / 2)
     rows = max(1, numel // columns)
     generator = torch.Generator().manual_seed(1000 + rank)
@@ -210,7 +210,7 @@ class _Ours(_OnDDP):
         self.attached.detach()
 
     def _simulated(self, like: Tensor) -> Tensor:
-        """What the first exchange must have made, from what all ranks had, by one process."""
+        """The correct result of the first exchange, simulated here from the gradients of all ranks."""
         world, fqn = self.channel.places["replicate"].size, "weight"
         shape = tuple(self.model.module.weight.shape)
         lie = matrices({fqn: Segment(fqn, 0, like.numel())}, {fqn: shape})
@@ -261,7 +261,7 @@ def disagreeing(values: Tensor) -> int:
 
 
 def error(first: Tensor, place: Place) -> float:
-    """How far the first exchange's result is off the mean, as a share of the mean's norm."""
+    """The first exchange's error: its distance from the mean, relative to the mean's norm."""
     expected = _mean(first, place)
     return float((first.double() - expected).norm() / expected.norm())
 

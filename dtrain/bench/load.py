@@ -1,7 +1,6 @@
-"""Who kept the processors busy while a row was measured: our ranks, or somebody else. Read from /proc.
+"""What kept the processors busy while a row was measured: our ranks, or other programs. Read from /proc.
 
-A machine is known by the identity of its boot, so that the hosts of a `dtrain cluster`, which are one machine, count
-as one.
+A machine is identified by its boot id, so that the hosts of a `dtrain cluster`, which are one machine, count as one.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ SHORTEST_SECONDS = 0.5  # the kernel counts in ticks of 10 ms, so a shorter time
 
 @dataclass(frozen=True)
 class Load:
-    """Of one rank's machine, in shares of all its cores.
+    """The load of one rank's machine, as fractions of all its cores.
 
-    ``busy``: everything. ``worked``: what processes and other guests of the host took, without interrupts, to which
-    the network's own work belongs. ``ours``: what this rank alone took.
+    ``busy``: everything. ``worked``: processes and other guests of the host, without interrupts, which include the
+    network's own work. ``ours``: this rank alone.
     """
 
     machine: str

@@ -22,13 +22,13 @@ from dtrain.comm.transports.json_gather import told_by_all
 
 __all__ = ["Bench", "RankReport", "row"]
 
-ASKED_EVERY = 16  # iterations, and after the 1st, 2nd, 4th and 8th: asking takes a collective of its own
+VOTE_EVERY = 16  # iterations, and after the 1st, 2nd, 4th and 8th: a vote takes a collective of its own
 SYNCHRONISATIONS = 10
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank says of a row. ``seconds``: of each iteration. ``sent_bytes``: per iteration, of this rank."""
+    """One rank's figures of a row. ``seconds``: of each iteration. ``sent_bytes``: per iteration, of this rank."""
 
     seconds: list[float]
     interface: str
@@ -78,11 +78,11 @@ class Bench:
         votes = 0
         while len(times) < settings.iterations:
             times.append(self._once(case))
-            if len(times) in (1, 2, 4, 8) or len(times) % ASKED_EVERY == 0:
+            if len(times) in (1, 2, 4, 8) or len(times) % VOTE_EVERY == 0:
                 votes += 1
                 if self._anybody(time.perf_counter() - began > settings.seconds):
                     break
-        self._synchronise()  # what a sender has left to its kernel is on the wire when the receivers have it
+        self._synchronise()  # what is in a sender's kernel has been sent once the receivers have it
         interface, sent = wire.busiest(before, wire.sent())
         load = self._watch.since(began)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -111,7 +111,7 @@ class Bench:
         dist.barrier(group=self._control)
 
     def _anybody(self, over: bool) -> bool:
-        """Whether any rank says so: all must leave the loop together."""
+        """Whether ``over`` on any rank: all must leave the loop together."""
         flag = torch.tensor([int(over)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
         return bool(flag)

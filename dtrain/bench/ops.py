@@ -31,13 +31,13 @@ COMM = ("comm.all_reduce", "comm.all_gather", "comm.all_to_all", "comm.broadcast
 OPS = (*NATIVE, *COMM)
 GROUPS: Mapping[str, tuple[str, ...]] = {"all": OPS, "native": NATIVE, "comm": COMM}
 
-SENTINEL = 101  # in a buffer before its op: no value that any op brings
+SENTINEL = 101  # fills a buffer before its op; no op results in it
 VALUES = 97
 LARGEST_SUM = 100
 
 
 def bus_factor(op: str, world: int) -> float:
-    """Of algorithm bandwidth, to bus bandwidth: also the optimum of bytes sent per rank, over S.
+    """Bus bandwidth over algorithm bandwidth; also the optimal bytes sent per rank, over S.
 
     >>> bus_factor("all_reduce", 4), bus_factor("comm.all_gather", 4)
     (1.5, 0.75)
@@ -50,7 +50,7 @@ class Case:
     """One op at one size.
 
     ``bytes``: of the whole buffer, after it was cut to equal shares. ``reset`` makes the buffers as they were before,
-    ``run`` performs the op, and ``wrong`` counts the values that are not what they must be after it.
+    ``run`` performs the op, and ``wrong`` counts the wrong values after it.
     """
 
     bytes: int

@@ -25,8 +25,8 @@ class Row:
     ``backend``: gloo, nccl or mpi. ``bytes``: S, of the whole buffer. ``sent_bytes``: per iteration, what ``interface``
     of the busiest host counted per rank, headers included. ``optimal_bytes``: what an optimal algorithm sends per rank.
     ``link_mbit``: the rate of a link, 0 if it is not known. ``slowest_by``: how much more time the slowest rank took
-    than the median one, as a share. ``wrong``: values that were not what they must be. ``cpu_busy``, ``cpu_foreign``:
-    shares of all cores, and ``invalid``: why the row says nothing about the link, empty if it does.
+    than the median one, as a share. ``wrong``: how many values were wrong. ``cpu_busy``, ``cpu_foreign``: shares of all
+    cores, and ``invalid``: why the row says nothing about the link, empty if it does.
     """
 
     op: str
@@ -61,7 +61,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What tells rows of one sweep apart, and finds the same row in another."""
+        """Identifies a row within a sweep, and the same row in another."""
         return self.op, self.backend, self.dtype, self.world, self.bytes
 
 
@@ -97,7 +97,7 @@ def read_as(path: Path, kind: type[R]) -> list[R]:
 
 
 def compare(rows: Iterable[Row], baseline: Sequence[Row]) -> list[tuple[Row, float]]:
-    """The rows that an older sweep has too, each with how many times as long its median takes now."""
+    """The rows that an older sweep has too, each with its median over the older one."""
     old = {row.key: row.p50_ms for row in baseline}
     return [(row, row.p50_ms / old[row.key]) for row in rows if old.get(row.key)]
 

@@ -1,4 +1,4 @@
-"""What `dtrain bench` measures: a few numbers, given as bench.KEY=VALUE."""
+"""The settings of `dtrain bench`, given as bench.KEY=VALUE."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Settings:
 
     @classmethod
     def read(cls, path: Path) -> Settings:
-        """What `write` wrote into a folder, from the file there. Raises ``ConfigError`` for what is damaged."""
+        """Read the file that `write` wrote. Raises ``ConfigError`` for what is damaged."""
         try:
             return shaped(cls, json_in(path))
         except Damaged as error:
@@ -68,12 +68,12 @@ class Settings:
 
 
 def parse(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[Settings, list[str]]:
-    """The settings, with the names of groups of ops replaced by their ops, and the words that are not about them.
+    """The settings, with groups of ops replaced by their ops, and the remaining words.
 
-    ``groups``: what there is to measure by the names of groups, everything under "all".
+    ``groups``: the ops of each group; "all" has every op.
 
     Raises:
-        ConfigError: an unknown key (with the nearest one), an unknown op, a value that cannot be.
+        ConfigError: an unknown key (with the nearest one), an unknown op, an invalid value.
     """
     values: dict[str, object] = {}
     others = []
@@ -95,7 +95,7 @@ def parse(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[Se
 
 
 def link_mbit(text: str) -> float:
-    """Mbit/s of 10^6 of a rate such as 100mbit or 2.5gbit; 0 for "none".
+    """A rate such as 100mbit or 2.5gbit in Mbit/s of 10^6; 0 for "none".
 
     Raises:
         ConfigError: it is no rate.

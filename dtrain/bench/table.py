@@ -1,4 +1,4 @@
-"""A sweep as a person reads it."""
+"""A sweep as text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stands_out(row: Row) -> bool:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """What follows the table: what its figures are, fits, and what is wrong with the measurement."""
+    """The lines below the table: what its figures are, fits, and what is wrong with the measurement."""
     if not rows:
         return ["no row was finished"]
     link = f"{rows[0].link_mbit:g} Mbit/s" if rows[0].link_mbit else "not known (bench.link=100mbit tells it)"

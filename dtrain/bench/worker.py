@@ -30,7 +30,7 @@ __all__ = ["main"]
 
 
 def main(what: str, path: Path) -> None:
-    """Sweep everything that is to be measured over every size."""
+    """Measure every op, or every hook, at every size."""
     settings = Settings.read(path)
     device = _device()
     native = "nccl" if device.type == "cuda" else "gloo"
@@ -77,7 +77,7 @@ def _measured(
 
 
 def _cases(what: str, settings: Settings) -> Iterator[tuple[str, int]]:
-    """Collectives size by size, as a fit wants them; of hooks all at one size, as a person compares them."""
+    """Collectives op by op, as fits need them; hooks size by size, as they are compared."""
     if what == "hooks":
         hooks = [name for name in settings.ops if name not in NCCL_ONLY or dist.get_backend() == "nccl"]
         yield from ((name, size) for size in settings.sizes() for name in hooks)

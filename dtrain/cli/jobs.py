@@ -186,7 +186,7 @@ def _status(jobs: Sequence[Job], chosen: argparse.Namespace) -> int:
     for record in RankRecord.all(job.folder):
         how = "runs" if record.ended is None else f"ended with {record.signal or f'exit code {record.exit_code}'}"
         if record.ended is None and state not in ("running", "lost"):
-            how = "left no word of how it ended"
+            how = "wrote no exit record"
         beat = beats.get(record.rank)
         seen = f", last sign of life {time.time() - beat.time:.0f} s ago" if beat and record.ended is None else ""
         print(f"  rank {record.rank} on {record.host}: attempt {record.attempt + 1} {how}{seen}")

@@ -1,4 +1,4 @@
-"""``dtrain members``: the store at which replicas meet that come and go."""
+"""``dtrain members``: the store at which the replicas of an elastic run meet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ examples:
 
 def add(verbs: Verbs) -> None:
     """Add ``members``."""
-    parser = add_verb(verbs, "members", does="serve the store at which replicas meet that come and go", epilog=EPILOG)
+    parser = add_verb(
+        verbs, "members", does="serve the store at which the replicas of an elastic run meet", epilog=EPILOG
+    )
     parser.add_argument("--port", type=int, default=29400, help="0: any free one (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at, 0.0.0.0: all (default: %(default)s)")
     parser.add_argument("--secret-file", metavar="FILE", help="holds the secret; made if there is none")

@@ -1,4 +1,4 @@
-"""Checks of one machine. Each takes what it needs, asks the system, and returns what it finds; none takes long."""
+"""Checks of one machine. Each returns its findings, and none takes long."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FREE_GB, WRITE_MB, SLOW_MB_PER_S, OPEN_FILES, SHM_MB = 5.0, 64, 20.0, 1024, 64
 
 
 def local_findings(folder: Path, *, hosts: int = 1) -> list[Finding]:
-    """Everything that this machine can be asked alone. ``folder``: where runs are to go; it exists.
+    """All checks that need no other machine. ``folder``: where runs are to go; it exists.
 
-    ``hosts``: how many there are in all; what is harmless on one machine may stand in the way of several.
+    ``hosts``: how many there are in all; what is harmless on one machine may be a problem between several.
     """
     host = socket.gethostname()
     return [
@@ -72,7 +72,7 @@ def _here(address: str) -> bool:
 
 
 def port(host: str) -> Iterator[Finding]:
-    """A listening socket must be had."""
+    """It must be possible to listen at a port."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             yield Finding(host, "port", "ok", f"{listener.getsockname()[1]} is free")
@@ -81,7 +81,7 @@ def port(host: str) -> Iterator[Finding]:
 
 
 def interfaces(host: str) -> Iterator[Finding]:
-    """Which interfaces there are besides the loopback; several may need a choice."""
+    """The interfaces besides the loopback; several may need a choice."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
     names = sorted(name for line in lines if (name := line.partition(":")[0].strip()) != "lo")
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
@@ -133,7 +133,7 @@ def limits(host: str) -> Iterator[Finding]:
 
 
 def backend(host: str) -> Iterator[Finding]:
-    """What carries collectives here."""
+    """The backend of collectives here."""
     import torch
 
     if torch.cuda.is_available():

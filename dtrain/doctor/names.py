@@ -1,7 +1,7 @@
-"""Names of hosts, both ways: every host's name leads to an address, and the address back to that host.
+"""Host names, forward and reverse: every host's name resolves to an address, and the address back to that host.
 
-torch and ssh look names up both ways. An address that leads back to another host sends ranks to the wrong place; one
-that leads nowhere makes each of these look-ups wait for a name server.
+torch and ssh do both look-ups. An address that resolves back to another host sends ranks to the wrong place; one that
+does not resolve makes each look-up wait for a name server.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def names(host: str, others: Sequence[str]) -> list[Finding]:
 
 
 def _back(host: str, addresses: dict[str, str]) -> list[Finding]:
-    """The way back, from address to name. The loopback's is localhost, and no other host's."""
+    """Reverse look-ups, of all addresses but the loopback's."""
     wrong, nameless, late = [], [], []
     deadline = time.monotonic() + PATIENCE_SECONDS
     checked = {address: name for address, name in addresses.items() if not address.startswith("127.")}
@@ -77,7 +77,7 @@ def _names_of(address: str) -> list[str]:
 
 
 def _anothers(host_names: Sequence[str], address: str, name: str, everybody: set[str]) -> str | None:
-    """The name that an address leads back to, if it is another host's; a second name of the same host is none."""
+    """The name that an address resolves back to, if it is another host's; None for any name of the same host."""
     if _short(name) in map(_short, host_names):
         return None
     official = host_names[0]
@@ -86,7 +86,7 @@ def _anothers(host_names: Sequence[str], address: str, name: str, everybody: set
     try:
         leads_to = {str(entry[4][0]) for entry in socket.getaddrinfo(official, None, socket.AF_INET)}
     except OSError:
-        return None  # nobody's, as it leads nowhere
+        return None  # no host's, as it does not resolve
     return official if address not in leads_to else None
 
 

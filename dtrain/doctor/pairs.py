@@ -1,4 +1,4 @@
-"""Every pair of hosts, in rounds of disjoint pairs: latency, bandwidth, and how far their clocks are apart.
+"""Every pair of hosts, in rounds of disjoint pairs: latency, bandwidth and clock skew.
 
 Plain sockets with time limits, so that a dead link is a finding and not a hang.
 """
@@ -38,7 +38,7 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What one host measured with another. ``skew_seconds``: the other's clock less its own. ``error``: why not."""
+    """What one host measured with another. ``skew_seconds``: the other's clock less its own. ``error``: or why not."""
 
     peer: int
     latency_ms: float = 0.0
@@ -67,7 +67,7 @@ class Server:
                 try:
                     self._answer(connection)
                 except OSError:
-                    continue  # the other side says what was wrong
+                    continue  # the other side reports what was wrong
 
     def _answer(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -109,7 +109,7 @@ def exchange(peer: int, address: str, port: int) -> Exchange:
 
 
 def _bandwidth(connection: socket.socket) -> float:
-    """Mbit/s: a little first, which tells how much keeps the link busy for a moment."""
+    """Mbit/s, from a transfer of about SEND_SECONDS, whose size a small first one determines."""
     rate = _rate(connection, FIRST_BYTES)
     enough = int(min(MOST_BYTES, max(FIRST_BYTES, rate * SEND_SECONDS)))
     rate = _rate(connection, enough)
@@ -118,7 +118,7 @@ def _bandwidth(connection: socket.socket) -> float:
 
 
 def _rate(connection: socket.socket, count: int) -> float:
-    """Bytes per second of sending ``count``, until the other side says that it has them."""
+    """Bytes per second of sending ``count``, until the other side acknowledges them."""
     block = bytes(BLOCK)
     started = time.perf_counter()
     connection.sendall(struct.pack("Q", count))

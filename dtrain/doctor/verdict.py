@@ -1,4 +1,4 @@
-"""From what each host found to what is told: who is slow, whose clock is off, who differs. Pure."""
+"""From each host's report to the verdict: slow hosts, clock skew, different versions. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIGNS = {"ok": "ok", "warning": "WARNING", "problem": "PROBLEM"}
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank wrote."""
+    """One rank's report."""
 
     rank: int
     host: str
@@ -27,7 +27,7 @@ class Report:
 
 
 def findings(reports: Sequence[Report], world: int) -> list[Finding]:
-    """All findings: each host's own, and those that only all together show."""
+    """All findings: each host's own, and those that only a comparison shows."""
     hosts = {report.rank: report.host for report in reports}
     out = [finding for report in reports for finding in report.findings]
     for rank in sorted(set(range(world)) - set(hosts)):
@@ -73,7 +73,7 @@ def _slow(reports: Sequence[Report], hosts: Mapping[int, str]) -> list[Finding]:
 
 
 def render(all_findings: Sequence[Finding], reports: Sequence[Report]) -> str:
-    """A line per finding, what is wrong last, so that it is what remains on the screen."""
+    """A line per finding, problems last, so that they remain on the screen."""
     order = {"ok": 0, "warning": 1, "problem": 2}
     lines = []
     for finding in sorted(all_findings, key=lambda finding: order[finding.level]):
@@ -88,5 +88,5 @@ def render(all_findings: Sequence[Finding], reports: Sequence[Report]) -> str:
     count = sum(finding.level == "problem" for finding in all_findings)
     warned = sum(finding.level == "warning" for finding in all_findings)
     more = f", but mind {'the warning' if warned == 1 else f'{warned} warnings'} above" if warned else ""
-    lines.append(f"{count} problem{'s' * (count != 1)}" if count else f"nothing stands in the way{more}")
+    lines.append(f"{count} problem{'s' * (count != 1)}" if count else f"no problems found{more}")
     return "\n".join(lines)

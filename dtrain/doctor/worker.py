@@ -1,6 +1,6 @@
 """One host of `dtrain doctor`: ``python -m dtrain.doctor.worker FOLDER``. It leaves FOLDER/doctor/rank-K.json.
 
-The hosts find each other through a store at MASTER_ADDR; whoever does not come is named, and nobody waits for long.
+The hosts meet at a store at MASTER_ADDR; those that do not come are named, and none waits for long.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _round_over(store: object, number: int, rank: int, present: list[int]) -> No
     try:
         store.wait([f"round/{number}/{other}" for other in present], SECONDS)
     except Exception:
-        return  # its own exchanges tell what is wrong
+        return  # its own exchanges show what is wrong
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a run tells people: one line while it runs, a closing summary, and a record of where it ran."""
+"""A run's output for people: a progress line, a closing summary, and a record of where it ran."""

@@ -1,4 +1,4 @@
-"""Runs beside each other: how they stand, what they were computed with, what they ended with."""
+"""A table of runs: their states, the settings in which they differ, their closing figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["compared", "differing", "settings_of"]
 COLUMNS = ("loss", "validation_loss", "tokens_per_second", "sent_bytes_per_rank")
 MOST_KEYS = 8
 APART = ("run.", "launcher.")
-"""Sections in which runs differ without computing anything else."""
+"""Sections that do not affect results."""
 
 
 def compared(runs: Sequence[tuple[str, Path]], settings: Mapping[Path, Mapping[str, object]] | None = None) -> str:
@@ -24,7 +24,7 @@ def compared(runs: Sequence[tuple[str, Path]], settings: Mapping[Path, Mapping[s
     rows: list[tuple[str, ...]] = [("run", "state", *keys, *COLUMNS)]
     for name, folder in runs:
         state, stored = _state(folder), json_in(folder / "summary.json")
-        # What has begun again since it was summed up is not what the figures are of.
+        # The summary of a run that has started again since is stale.
         summary = stored if isinstance(stored, dict) and state not in ("pending", "running", "failed") else {}
         values = [shown(settings.get(folder, {}).get(key)) for key in keys]
         rows.append((name, state, *values, *(_figure(summary.get(column)) for column in COLUMNS)))
@@ -47,7 +47,7 @@ def settings_of(folder: Path) -> dict[str, object]:
 
 
 def differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
-    """The keys whose values are not the same in all runs, at most `MOST_KEYS`: those of what makes something first."""
+    """The keys whose values differ between runs, at most `MOST_KEYS`; for another ``_target_`` only that."""
     all_keys = list(dict.fromkeys(key for values in settings for key in values))
     varying = (key for key in all_keys if len({repr(values.get(key)) for values in settings}) > 1)
     keys = [key for key in varying if not key.startswith(APART)]

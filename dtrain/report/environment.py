@@ -1,4 +1,4 @@
-"""environment.json: where and with what a run was made, so that it can be made again."""
+"""environment.json: where and with what a run was computed, so that it can be reproduced."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SETTINGS = {
     "UCX": "NET_DEVICES TLS",
 }
 KEPT = frozenset(f"{family}_{name}" for family, names in _SETTINGS.items() for name in names.split())
-"""Variables whose values are kept: names of settings that are known, never a pattern, which keys and passwords fit."""
+"""Variables whose values are recorded: known settings by name, never a pattern that keys and passwords could match."""
 NOT_KEPT = "(not kept)"
 
 
@@ -62,7 +62,7 @@ def record() -> dict[str, object]:
 
 
 def _without_values(word: str) -> str:
-    """A word of the command line; of those that set variables of the ranks the key alone.
+    """A word of the command line, without its value if it sets variables of the ranks.
 
     >>> _without_values("launcher.environment=[HF_TOKEN=hf_x]"), _without_values("train.steps=3")
     ('launcher.environment=(not kept)', 'train.steps=3')

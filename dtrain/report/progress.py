@@ -1,6 +1,6 @@
-"""One line that says how a run is doing, shown by the launching process from what rank 0 writes to metrics.jsonl.
+"""The progress line of a run, shown by the launching process from what rank 0 writes to metrics.jsonl.
 
-Where nobody looks on, rank 0 prints the same lines into its log, by `printer`.
+Where no process shows it, rank 0 prints the same lines into its log, by `printer`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Progress:
         self._view.close(self._state.line())
 
     def say(self, text: str) -> None:
-        """Print a line of its own above the progress, for example that the workers are started again."""
+        """Print a line of its own above the progress, for example that the workers restart."""
         self._view.say(text)
 
     def _follow(self) -> None:
@@ -106,7 +106,7 @@ def printer(steps: int, stream: TextIO | None = None) -> Callable[[Row], None]:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line. If whoever read it has left (``| head``), this and all that follows goes nowhere: a run goes on."""
+    """Print a line. If its reader has left (``| head``), this and all later output is dropped: the run continues."""
     stream = stream or sys.stdout
     try:
         stream.write(text + "\n")
@@ -120,7 +120,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 class _State:
-    """What the rows have told so far."""
+    """The rows so far."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -138,7 +138,7 @@ class _State:
         self._rows.append(row)
 
     def note(self, row: Row) -> bool:
-        """Whether this row has not been seen yet: a cut file is read again from its start."""
+        """Whether this row is new: a truncated file is read again from its start."""
         result = tuple(row.get(name) for name in ("step", "validation_loss", "decision", "loss", "seconds"))
         seen = result in self._seen
         self._seen.add(result)
@@ -165,7 +165,7 @@ class _State:
 
 
 def _message(row: Row) -> str | None:
-    """What a row says that is not of a training step."""
+    """The message of a row that is not a training step's; None for one that is."""
     if "validation_loss" in row:
         return f"step {row.get('step')}: validation loss {_figure(row, 'validation_loss')}"
     if "decision" in row:
@@ -220,7 +220,7 @@ class _Plain:
 
 
 class _Live:
-    """One line that is drawn again and again, by rich."""
+    """One line that rich redraws."""
 
     def __init__(self, stream: TextIO, steps: int) -> None:
         self._stream = stream

@@ -21,15 +21,15 @@ GAP = " " * 6
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The figures that a run ends with. None: it was not measured, or it is no finite number.
+    """The figures that a run ends with. None: not measured, or not finite.
 
-    run                    what the run is called, for example the last two parts of its folder
+    run                    its name, for example the last two parts of its folder
     loss                   token-weighted mean over all ranks, at the last step
     validation_loss        of what ``evaluated`` names: "parameters" or "anchor parameters"
     tokens_per_second      over all ranks
-    sent_bytes_per_rank    over the slow links; ``dense_bytes_per_rank``: what every step with dense fp32 had sent
-    compute_utilization    share of the time spent computing, 0 to 1
-    exposed_fraction       share of the time spent waiting for communication, 0 to 1
+    sent_bytes_per_rank    over the slow links; ``dense_bytes_per_rank``: what dense fp32 in every step would have sent
+    compute_utilization    fraction of the time spent computing, 0 to 1
+    exposed_fraction       exposed communication as a fraction of the time, 0 to 1
     parameters_digest      SHA-256 of the exported parameters
     """
 
@@ -51,7 +51,7 @@ class Summary:
     parameters_digest: str
 
     def write(self, path: Path) -> None:
-        """Write JSON: the whole file or, if the process dies meanwhile, what was there before."""
+        """Write JSON, atomically."""
         figures = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in dataclasses.asdict(self).items()
@@ -78,7 +78,7 @@ def read(path: Path) -> Summary:
 
 
 def _figure(figures: Mapping[str, object], name: str) -> Any:
-    """One figure, of the type that the summary has it in. Raises ValueError for another one."""
+    """One figure, of its type in `Summary`. Raises ValueError for another type."""
     kind = get_type_hints(Summary)[name]
     if kind is int:
         return strict_json.integer(figures, name)

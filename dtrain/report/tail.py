@@ -1,4 +1,4 @@
-"""Follows a metrics.jsonl that grows in another process, and that a restart may cut."""
+"""Follows a metrics.jsonl that another process appends to, and that a restart may truncate."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Tail:
         self.past = self.rows()
 
     def rows(self) -> list[Row]:
-        """The new rows, in order; torn lines wait until they are whole.
+        """The new rows, in order; an incomplete line is left for the next call.
 
-        After a cut the file is another one and is read from its start: the step goes back.
+        A truncated file is a new one and is read from its start: the step goes back.
         """
         try:
             file = self._path.open("rb")

@@ -1,4 +1,4 @@
-"""What tests of distributed code need, ours and our users': worker processes that stay, laws for compressors, replicas
+"""Tools for tests of distributed code, ours and our users': persistent worker processes, laws for compressors, replicas
 without models.
 """
 

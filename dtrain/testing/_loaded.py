@@ -1,4 +1,4 @@
-"""What worker processes have imported when they start: torch, and what its optimizers and FSDP would load later."""
+"""Preloaded in worker processes: torch, and what its optimizers and FSDP would import later."""
 
 import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401

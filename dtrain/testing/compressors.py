@@ -28,9 +28,9 @@ KEY = Key(seed=1, step=2, rank=3, fqn="w", phase=FIRST_PHASE)
 def check_compressor(compressor: Compressor) -> None:
     """Raise ``AssertionError``, saying what is wrong, unless ``compressor`` keeps the contract of `Compressor`.
 
-    Checked: declared bytes and shapes, which must not depend on values; rows that are coded for themselves; the same
-    bytes for the same key, and no global random generator touched; inputs left alone; zeros stay zeros; what is not
-    finite breaks no other row, and does not come out of a contraction finite; the contraction, the mean, the
+    Checked: declared bytes and shapes, which must not depend on values; rows that are coded independently; the same
+    bytes for the same key, and no global random generator touched; inputs left alone; zeros stay zeros; a value that is
+    not finite affects no other row, and a contraction does not return it finite; the contraction, the mean, the
     homogeneity and the linearity that it declares.
     """
     assert not isinstance(compressor, type), f"{compressor.__name__} is a class; give one of its instances"

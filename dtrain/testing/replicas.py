@@ -1,7 +1,7 @@
-"""Replicas that train a small problem with SGD as threads of this process: syncs at work, bit by bit, without links.
+"""Replicas that train a small problem with SGD as threads of this process, to test syncs bitwise without a network.
 
 `Replica` is the seam to a model, `dtrain.comm.pieces.Pieces`, without a model: flat parameters whose gradients are a
-function. Whatever `attach` would make of a sync is tried on it, with any number of replicas and no process group.
+function. What `attach` makes of a sync runs on it, with any number of replicas and no process group.
 
     >>> from dtrain import diloco
     >>> replicas = Replicas(diloco(every_steps=2), world=3)
@@ -35,7 +35,7 @@ Parameters = dict[str, Tensor]
 Gradient = Callable[[int, int, str, Tensor], Tensor]
 """(rank, step, fqn, parameter) -> gradient."""
 SIZES = (1, 7, 61)
-"""Of the parameters, where nothing else is given."""
+"""Sizes of the parameters by default."""
 
 
 def draw(seed: int, numel: int) -> Tensor:
@@ -44,12 +44,12 @@ def draw(seed: int, numel: int) -> Tensor:
 
 
 def quadratic(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
-    """Of a bowl that is other for each rank, with noise that is other for each step."""
+    """The gradient of a quadratic that differs by rank, with noise that differs by step."""
     return (1 + 0.3 * rank) * (x - draw(rank, x.numel())) + 0.1 * draw(1000 * rank + step, x.numel())
 
 
 def common(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
-    """The same data on all ranks."""
+    """The same gradient on all ranks."""
     return quadratic(0, step, fqn, x)
 
 
@@ -114,7 +114,8 @@ class Replica:
 class Replicas:
     """``world`` of them under one sync, each in a thread.
 
-    ``gradient``: of (rank, step, fqn, parameter), other on each rank by default; ``start``: the first parameters, flat.
+    ``gradient``: of (rank, step, fqn, parameter), which differs by rank by default; ``start``: the first parameters,
+    flat.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Replicas:
         self._threads.shutdown()
 
     def train(self, steps: int) -> None:
-        """So many steps on every rank."""
+        """Train for ``steps`` steps on every rank."""
         self.all(lambda rank: self._train(rank, steps))
 
     def _train(self, rank: int, steps: int) -> None:
@@ -173,7 +174,7 @@ class Replicas:
         return self.kept(0, "anchor")
 
     def resumed(self) -> Replicas:
-        """Others that go on from the states of these."""
+        """New replicas that resume from the states of these."""
         states = self.all(lambda rank: copy.deepcopy(self.attached[rank].state_dict()))
         lr = float(self.pieces[0].optimizer.param_groups[0]["lr"])
         others = Replicas(self.spec, self.world, gradient=self.gradient, lr=lr, start=self.start)
@@ -184,7 +185,7 @@ class Replicas:
 
 
 def equal(one: Named, other: Named) -> bool:
-    """To the bit: a NaN equals itself, and 0 differs from -0."""
+    """Bitwise: a NaN equals itself, and 0 differs from -0."""
     return one.keys() == other.keys() and all(torch.equal(_bits(one[fqn]), _bits(other[fqn])) for fqn in one)
 
 

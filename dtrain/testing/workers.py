@@ -1,4 +1,4 @@
-"""Worker processes that stay: each job runs in a fresh gloo process group, without paying for imports again."""
+"""Persistent worker processes: each job runs in a fresh gloo process group, without paying for imports again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class WorkerPool:
     def run(self, function: Callable[..., R], *arguments: object, world: int = 0, seconds: float = 120) -> list[R]:
         """Call ``function(*arguments)`` in ``world`` processes (all, by default) that form the default process group.
 
-        Returns what each rank returned. Raises ``RuntimeError`` with the traceback of the rank that caused it all, or
+        Returns what each rank returned. Raises ``RuntimeError`` with the traceback of the rank that caused it, or
         ``TimeoutError`` naming the ranks that have not answered; all processes are then replaced before the next job.
         """
         world = world or self.size
@@ -88,7 +88,7 @@ class WorkerPool:
 
 
 class Forked:
-    """``function(*arguments)`` in a process of its own, which may come and go; see `WorkerPool` for what is pickled."""
+    """``function(*arguments)`` in a process of its own, which may be killed; see `WorkerPool` for what is pickled."""
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self._process = _context().Process(target=function, args=arguments, daemon=True)
@@ -152,7 +152,7 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     frozen = 0
     while True:
-        if len(sys.modules) > frozen:  # what they hold stays: collections, a fifth of all time, need not look at it
+        if len(sys.modules) > frozen:  # modules stay, so collections, a fifth of all time, need not scan them
             gc.collect()
             gc.freeze()
             frozen = len(sys.modules)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: rank 0 looks, everybody hears the same answer."""
+"""Which checkpoint a run resumes from: rank 0 chooses it for all ranks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _log = logging.getLogger("dtrain.train.checkpoint")
 def find_checkpoint(config: Config, tell: Callable[[str], None] = lambda text: None) -> Path | None:
     """The newest usable checkpoint of the run folder, else what ``run.resume`` points to; None for a fresh start.
 
-    A damaged one is set aside, ``tell`` is called with a sentence about it on rank 0, and an older one is taken. A run
-    that was restarted goes on from its own checkpoints even with ``run.resume=never``, which forbids only to begin in a
-    folder that has a run.
+    A damaged one is set aside, ``tell`` is called with a message on rank 0, and an older one is taken. A restarted run
+    resumes from its own checkpoints even with ``run.resume=never``, which only forbids starting in a folder that has a
+    run.
 
     Raises ``ResumeError`` as `look`, on all ranks.
     """
@@ -37,7 +37,7 @@ def find_checkpoint(config: Config, tell: Callable[[str], None] = lambda text: N
         try:
             path = look(Path(config.run.dir), config.run.resume, set_aside=True, tell=note)
             answer = {"path": str(path) if path is not None else None}
-        except Exception as error:  # the others are waiting; they must not wait for a rank that is gone
+        except Exception as error:  # the other ranks wait for the answer
             answer = {"error": f"{error}"}
     answer = told_by_all(answer)[0]
     if "error" in answer:
@@ -58,10 +58,10 @@ def look(
     crc: bool = True,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
-    """The checkpoint that the run in ``folder`` goes on from. ``set_aside``, ``crc``, ``tell``: see `newest`.
+    """The checkpoint that the run in ``folder`` resumes from. ``set_aside``, ``crc``, ``tell``: see `newest`.
 
     Raises ``ResumeError`` if the run had checkpoints of which none is usable, if ``resume`` is a path without one, and
-    for one that cannot be read though nothing says that it is damaged.
+    for one that cannot be read but need not be damaged.
     """
     reports: list[str] = []
 
@@ -94,7 +94,7 @@ def look(
 
 
 def none_left(folder: Path, reports: Sequence[str]) -> str:
-    """What to say of a run that had checkpoints, of which none can be used, and what can be done."""
+    """The message for a run none of whose checkpoints is usable, with the ways out."""
     checkpoints = folder / "checkpoints"
     reasons = "".join(f"\n    {text}" for text in reports)
     aside = sorted(path.name for path in checkpoints.glob("step-*.corrupt-*"))

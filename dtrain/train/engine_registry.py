@@ -1,4 +1,4 @@
-"""The engines that there are, by name: the choices of ``engine.name``. No engine is imported before one is built.
+"""The engines by name: the choices of ``engine.name``. No engine is imported before one is built.
 
 An engine is built by ``(model, optimizer factory, mesh, options)``; see `dtrain.train.engines.engine`. `register` adds
 one: what builds it, or where that is, as "module:name".
@@ -25,7 +25,7 @@ _ENGINES: dict[str, str | Builder] = {
 
 
 def register(name: str, builder: str | Builder) -> None:
-    """From now on ``engine.name=NAME`` is this one, in this process."""
+    """Make ``engine.name=NAME`` mean this one, in this process."""
     _ENGINES[name] = builder
 
 
@@ -40,7 +40,7 @@ def names() -> tuple[str, ...]:
 
 
 def builder(name: str) -> Builder:
-    """What builds an engine. Raises ``ValueError`` for an unknown name."""
+    """The builder of an engine. Raises ``ValueError`` for an unknown name."""
     if name not in _ENGINES:
         raise ValueError(f"engine is {name!r}; choose one of {', '.join(names())}")
     place = _ENGINES[name]

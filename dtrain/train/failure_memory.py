@@ -1,4 +1,4 @@
-"""Whether a failure must come again: by its kind, and by what a rank remembers of the attempt before.
+"""Whether a failure is transient or recurs: by its kind, and by a rank's record of the last attempt's failure.
 
 RUN/logs/failed-rank-K.json    the step and the error of rank K's last failure; gone at the next launch of the run
 """
@@ -25,7 +25,7 @@ class Failed:
     error: str
 
     def again(self, folder: Path, rank: int) -> bool:
-        """Whether this rank's last failure was the same; from now on this one is its last."""
+        """Whether this rank's last failure was the same; records this one in its place."""
         path = folder / "logs" / f"failed-rank-{rank}.json"
         record = {**asdict(self), "error": re.sub(r"0x[0-9a-f]+", "", self.error)}
         with contextlib.suppress(OSError, ValueError):
@@ -38,15 +38,15 @@ class Failed:
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether it need not happen again. Errors of ours say so by their exit code; disks and links may be back."""
+    """Whether it may be transient. Our own errors carry that in their exit code; disks and links may recover."""
     of_links = type(error).__module__.startswith("torch.distributed") or CONSEQUENCE.search(str(error)) is not None
     return isinstance(error, DtrainError | OSError) or of_links
 
 
 def final(error: Exception, *, step: int, rank: int, folder: Path) -> DtrainError | None:
-    """What to raise instead, so that nobody starts the run again; None if a restart may help, as far as is known.
+    """The error that keeps launchers from restarting the run; None if a restart may help.
 
-    ``step``: how many were done, 0 where the run did not even begin.
+    ``step``: the number of completed steps, 0 also where set-up failed.
     """
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
     what = f"{type(error).__name__}: {error}{notes}"
@@ -58,6 +58,6 @@ def final(error: Exception, *, step: int, rank: int, folder: Path) -> DtrainErro
 
 
 def forget(folder: Path) -> None:
-    """A new launch begins: its code, data or machine may be others."""
+    """Delete the records at a new launch, whose code, data or machine may differ."""
     for path in folder.glob("logs/failed-rank-*.json"):
         path.unlink(missing_ok=True)

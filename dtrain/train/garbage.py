@@ -1,7 +1,7 @@
-"""Python's garbage collection, kept away from what stays: modules, and what they made while they were loaded.
+"""Keep Python's garbage collector away from objects that stay: modules, and what they made while they were loaded.
 
-A process that has loaded torch holds a quarter of a million objects. Each full collection looks at all of them, for an
-eighth of a second in which the other ranks wait for this one; while modules are loaded it is a quarter of the time.
+A process that has loaded torch holds a quarter of a million objects. Each full collection scans all of them, for an
+eighth of a second in which the other ranks wait; during imports it takes a quarter of the time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Nothing is collected within it, and nothing that is there at its end will be looked at again."""
+    """Disable collection within the block, and exempt what exists at its end from later ones (`gc.freeze`)."""
     gc.disable()
     try:
         yield

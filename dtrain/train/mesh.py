@@ -22,7 +22,7 @@ from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import SelfTransport, Transport
 from dtrain.launchers.probe import HANG_SECONDS, note_collective
 
-# The probe ends a rank that hangs, with its stacks, and looks every few seconds; it is to be the first to do so.
+# The probe ends a hanging rank and writes its stacks; it looks every few seconds and must act before this timeout.
 PROBE_FIRST_SECONDS = 30.0
 
 
@@ -65,7 +65,7 @@ def build_mesh(replicas: int, shards: int, transport: Literal["torch", "mpi"] = 
     """Create the groups of a run. Collective; the default process group must exist and hold replicas x shards ranks.
 
     ``transport``: what carries the replicate axis; everything else stays with torch.distributed. Raises ``ValueError``
-    if the group is of another size, ``RuntimeError`` if there is no MPI or it counts the ranks in another way.
+    if the group is of another size, ``RuntimeError`` if there is no MPI or it numbers the ranks differently.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if world != replicas * shards:
@@ -99,7 +99,7 @@ def _over_mpi(replicas: int, shards: int, rank: int) -> MpiTransport:
 
 
 def patience(backend: str) -> timedelta:
-    """How long a collective of torch waits: torch's own time, or longer where launcher.hang_seconds is.
+    """The timeout of torch's collectives: torch's own, or longer where launcher.hang_seconds is.
 
     >>> patience("gloo")
     datetime.timedelta(seconds=1800)

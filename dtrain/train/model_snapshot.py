@@ -1,9 +1,9 @@
-"""Between a run in memory and its checkpoint: what is captured from engine and sync, and how it goes back.
+"""Capture a run's state from engine and sync for a checkpoint, and restore it.
 
-parameters, optimizer.NAME   replicated or per worker, as the sync says of the live parameters
+parameters, optimizer.NAME   replicated or per worker, as the sync declares for the live parameters
 sync.NAME                    as the sync declares for each name
 numbers, rng, buffers        the sync's counters; each rank's generators; each replica's buffers
-opaque, NAME of FQN          what a sync keeps of another shape than the parameter
+opaque, NAME of FQN          sync state of another shape than the parameter
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def capture(attached: Attached, model: nn.Module) -> RankState:
 
 
 def wanted(pieces: Pieces) -> dict[str, Segment]:
-    """The segments to load: what the engine must be given, which on DDP is more than what it answers for."""
+    """The segments to load: all that the engine holds, which on DDP is more than it owns."""
     return _with_empty(pieces, dict(pieces.held))
 
 

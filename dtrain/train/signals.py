@@ -1,4 +1,4 @@
-"""Being asked to stop, noticed even while the main thread sits in a collective.
+"""Stop requests, noticed even while the main thread blocks in a collective.
 
 A Python signal handler runs on the main thread, between two bytecodes: not while that thread waits inside C++ for a
 peer. The C level of CPython notes the signal at once and writes its number to the wakeup file descriptor, from which a
@@ -102,7 +102,7 @@ class StopRequest:
                     self._tell(first)
 
     def _tell(self, number: int) -> None:
-        """At once, from this thread: the main one may sit in a collective for minutes."""
+        """At once, from this thread: the main one may block in a collective for minutes."""
         now = datetime.datetime.now().isoformat(sep=" ", timespec="milliseconds")
         text = f"{now} {signal.Signals(number).name}: stopping at the next agreed step\n"
         with contextlib.suppress(OSError):
@@ -119,10 +119,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def overheard(tell: Callable[[int], None]) -> Iterator[None]:
-    """Call ``tell`` with the number of every stop signal that comes meanwhile: at once, on a thread of its own.
+    """Within the block, call ``tell`` with the number of every stop signal, at once, on a thread of its own.
 
-    What a signal does is left to its handler, which whoever runs within installs (see `dtrain.launchers.local`).
-    Main thread only, as all that has to do with signals.
+    What a signal does is left to the handlers that the code in the block installs (see `dtrain.launchers.local`). Main
+    thread only.
     """
     read, write = socket.socketpair()
     write.setblocking(False)
@@ -156,8 +156,8 @@ def _pass(number: int, frame: FrameType | None) -> None:
 def _in_forked_child() -> None:
     """A forked child (a loader's worker) shares our socket: SIGTERM to the child would look like one to us.
 
-    SIGTERM works on it as before, since loaders end their workers with it. The others it leaves to its parent: Slurm
-    and the terminal send them to every process of a job, and a loader whose worker died takes the step down with it.
+    SIGTERM works on it as before, since loaders end their workers with it. It ignores the others: Slurm and the
+    terminal send them to every process of a job, and a dead worker fails its loader and the step.
     """
     global _open
     if _open is None:

@@ -28,13 +28,13 @@ class Clock:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Clock:
-        """The time that the launcher says is left; none if it says nothing."""
+        """With the time that the launcher says is left, if it says so."""
         text = variables.get(SECONDS_LEFT, "")
         return cls(float(text) if text.isdecimal() else None)
 
     def due(self, seconds_between: float) -> bool:
-        """Whether to stop now, if the next occasion comes in ``seconds_between``. A checkpoint may take twice as long
-        as the longest so far.
+        """Whether to stop now, if the next chance comes in ``seconds_between``. A checkpoint may take twice as long as
+        the longest so far.
         """
         if self._end is None:
             return False

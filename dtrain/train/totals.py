@@ -1,4 +1,4 @@
-"""What a run has cost so far: tokens, seconds, bytes. Goes on over resumes: rank 0's figures are in the checkpoint."""
+"""What a run has cost so far: tokens, seconds, bytes. Survives a resume: rank 0's figures are in the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dtrain.launchers import strict_json
 class Account:
     """The figures of one rank. ``seconds``: within training steps; evaluation and checkpoints are not in them.
 
-    ``exposed_seconds``: those of them in which this rank stood waiting for others. ``computing_seconds``: forward,
-    backward and optimizer, less what was exposed communication.
+    ``exposed_seconds``: those of exposed communication. ``computing_seconds``: forward, backward and optimizer, without
+    exposed communication.
     """
 
     def __init__(self, sync: Meter, control: Meter) -> None:
@@ -25,7 +25,7 @@ class Account:
         self.computing_seconds = 0.0
         self.exposed_seconds = 0.0
         for meter in self.meters:
-            meter.restart()  # what the set-up cost is no figure of training
+            meter.restart()  # set-up is not part of training
 
     @property
     def sent_bytes(self) -> int:
@@ -54,7 +54,7 @@ class Account:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """The part of a step in which the model is computed on."""
+        """The part of a step that computes."""
         started, waited = time.perf_counter(), self._waited
         yield
         self.computing_seconds += time.perf_counter() - started - (self._waited - waited)
@@ -70,7 +70,7 @@ class Account:
         }
 
     def restore(self, record: Mapping[str, object]) -> None:
-        """Undo `record`. Raises ``ResumeError`` for what is none."""
+        """Undo `record`. Raises ``ResumeError`` for an invalid one."""
         try:
             figures = {name: strict_json.number(record, name) or 0 for name in self.record()}
         except ValueError as error:

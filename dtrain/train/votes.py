@@ -1,8 +1,8 @@
-"""What all ranks tell each other beside training: a few numbers a step, on a gloo group and thread of their own.
+"""Control messages between all ranks: a few numbers a step, on a gloo group and thread of their own.
 
 The exchange of a step is started at its end and read when the next one is due, so a slow link delays no step unless
-its round trip takes longer than the steps between two exchanges. Everybody reads it at the same step, so everybody
-comes to the same decision there.
+its round trip takes longer than the steps between two exchanges. All ranks read it at the same step, so all come to the
+same decision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dtrain.comm.ops import AllGather, Flow
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank says of a step. ``stop``: the number of the signal that asked it to stop, or 0."""
+    """One rank's report of a step. ``stop``: the number of the signal that asked it to stop, or 0."""
 
     stop: int
     loss: float
@@ -37,7 +37,7 @@ class Control:
         self._under_way = self.channel.start(_gather([report.stop, report.loss, report.tokens]), "control")
 
     def collect(self) -> Report | None:
-        """The last report that was started, of all ranks together; None if there is none under way.
+        """The last report that was started, combined over all ranks; None if none is under way.
 
         ``stop``: the first signal in rank order; ``loss``: the token-weighted mean; ``tokens``: the sum.
         """
@@ -54,7 +54,7 @@ class Control:
         return [sum(column) for column in zip(*self.rows(numbers, "evaluation"), strict=True)]
 
     def rows(self, numbers: Sequence[float], label: str) -> list[list[float]]:
-        """What each rank has given, in rank order: ``[world][len(numbers)]``. Blocks."""
+        """Each rank's numbers, in rank order: ``[world][len(numbers)]``. Blocks."""
         return self.channel.run(_gather(numbers), label)
 
     def barrier(self) -> None:

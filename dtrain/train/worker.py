@@ -1,9 +1,9 @@
 """One worker process of ``dtrain train``: ``python -m dtrain.train.worker RUN/config.yaml``, started by a launcher.
 
 It loads the frozen configuration, joins the process group that its environment describes (RANK, WORLD_SIZE,
-MASTER_ADDR, ...), trains, and ends with 0 when rank 0 has left ``outcome.json``. To an elastic launcher any other code
-means: start all again. Code 2 (bad configuration, or what would come again) no launcher repeats. Under Slurm and MPI
-the exit code itself says 75 (checkpointed, run me again) or 130 (ended by the user).
+MASTER_ADDR, ...), trains, and ends with 0 when rank 0 has left ``outcome.json``. An elastic launcher restarts all ranks
+after any other code; after 2 (bad configuration, or an error that would recur) no launcher does. Under Slurm and MPI
+the exit code is 75 (checkpointed, run again) or 130 (ended by the user) where that applies.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def main(arguments: list[str]) -> int:
         for loaded in (Path(path).parent, Path(path)):
             trusted.require_own(loaded)
     except FileNotFoundError:
-        pass  # load() says it better
+        pass  # load() raises the better error
     except trusted.Untrusted as error:
         raise ConfigError(str(error)) from error
     config = load(Path(path))
     check_interface(os.environ.get(INTERFACE, ""), (name for _, name in socket.if_nameindex()))
-    # `dtrain train` on one machine shows the rows of metrics.jsonl itself; elsewhere they are looked for in the log.
+    # `dtrain train` on one machine shows the rows of metrics.jsonl itself; elsewhere they belong in the log.
     watched = "TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT not in os.environ
     cuda = torch.cuda.is_available()
     if cuda:
@@ -94,10 +94,10 @@ def main(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep others out of the run folder while rank 0 writes there, unless whoever launched it does (`launchers.lock`).
+    """Hold the lock of the run folder on rank 0, unless its launcher does (`launchers.lock`).
 
     Raises:
-        ConfigError: somebody else trains in it.
+        ConfigError: another run trains in it.
     """
     locked = os.environ.get(HELD)
     if os.environ.get("RANK", "0") != "0" or (locked and os.path.realpath(locked) == os.path.realpath(folder)):
@@ -112,7 +112,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def closing(outcome: Outcome, folder: Path) -> str:
-    """The last words of rank 0's log: the summary, or at which step a signal ended the run."""
+    """The last lines of rank 0's log: the summary, or at which step a signal ended the run."""
     from dtrain.report import summary
     from dtrain.train.time_limit import TIME_LIMIT
 
@@ -125,10 +125,10 @@ def closing(outcome: Outcome, folder: Path) -> str:
 
 
 def check_interface(wanted: str, interfaces: Iterable[str]) -> None:
-    """Whether this host has the network interfaces that gloo is told to use: gloo's own error names no key.
+    """Check that this host has the network interfaces that gloo is to use: gloo's own error names no key.
 
     Raises:
-        ConfigError: it has not, so that starting again is of no use.
+        ConfigError: it lacks one, so that a restart is useless.
     """
     names = sorted(interfaces)
     missing = [name for name in wanted.split(",") if name and name not in names]

@@ -227,7 +227,7 @@ def test_a_run_in_the_foreground_is_a_job(tmp_path: Path, capsys: pytest.Capture
             holder.stdout.close()
     capsys.readouterr()
     assert main(["jobs", "why", str(folder)]) == 0
-    assert "has ended without a word" in capsys.readouterr().out
+    assert "has ended without a record" in capsys.readouterr().out
     foreground.began(folder, ["dtrain"], 2)
     foreground.ended(folder, 1, "rank 1 failed: ValueError: no")
     assert main(["jobs", "why", str(folder)]) == 0

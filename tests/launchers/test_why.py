@@ -173,7 +173,7 @@ def test_a_host_that_went_away_is_named_while_the_job_waits(tmp_path: Path) -> N
     records = [killed(0, "SIGTERM"), ended(1, exit_code=None, message="")]
     records[1] = dataclasses.replace(records[1], ended=None)
     text = told(tmp_path, records, {}, state="pending", waits_for="Resources")
-    assert text.splitlines()[0] == "attempt 1: rank 1 left no word of how it ended (did n1 fail?)"
+    assert text.splitlines()[0] == "attempt 1: rank 1 wrote no exit record (did n1 fail?)"
 
 
 def test_a_rank_that_has_ended_hangs_nowhere(tmp_path: Path) -> None:

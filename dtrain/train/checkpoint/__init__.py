@@ -1,4 +1,4 @@
-"""Checkpoints that no engine owns: crash-safe to write, readable on any mesh.
+"""Engine-independent checkpoints: crash-safe to write, readable on any mesh.
 
 `write` (all ranks), `newest` and `load` (resume), `export` and `digest` (what a run leaves behind).
 """

@@ -1,7 +1,7 @@
-"""One replica's parameters, whole, in fp32: for a file that anybody can load, and for a digest that tests compare.
+"""One replica's unsharded parameters in fp32: for a file that any program can load, and for a digest that tests
+compare.
 
-Exported is what the method calls the model: the anchor ("sync.anchor") of each parameter that has one, else the
-parameter itself, of replica 0.
+Exported is the anchor ("sync.anchor") of each parameter that has one, else the parameter itself, of replica 0.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def digest(named_tensors: Mapping[str, Tensor]) -> str:
 def export(path: Path, out: Path) -> str:
     """Write the parameters of step folder ``path`` to the safetensors file ``out``; returns their `digest`.
 
-    The file appears at once and whole. Buffers (replica 0's) are in it too, in their own dtype, so that it loads as a
-    state dict; they are not part of the digest. Its metadata hold the step, the digest, that of all tensors, and the
-    model's ``meta``.
+    The file appears atomically. Buffers (replica 0's) are in it too, in their own dtype, so that it loads as a state
+    dict; they are not part of the digest. Its metadata hold the step, the digest, that of all tensors, and the model's
+    ``meta``.
 
     Raises CheckpointError as `full_parameters`, or if a buffer has a parameter's name.
     """

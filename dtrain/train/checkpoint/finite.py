@@ -1,6 +1,6 @@
-"""Whether what a checkpoint holds, or would hold, is finite: a run that goes on from a NaN has lost all before it.
+"""Whether a checkpoint's content is finite: a run that resumes from a NaN has lost all earlier work.
 
-Looked at are parameters, the optimizer's state and the sync's, of every rank. Buffers are not: a mask of -inf is one.
+Checked are parameters, optimizer state and sync state of every rank. Buffers are not: a mask may hold -inf.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def first_not_finite(state: RankState) -> tuple[str, str] | None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Without a second tensor of its size; integers are finite.
+    """Whether all elements are finite, as integers are; allocates no second tensor of that size.
 
     >>> all_finite(torch.tensor([1.0, float("-inf")])), all_finite(torch.empty(0)), all_finite(torch.tensor([7]))
     (False, True, True)

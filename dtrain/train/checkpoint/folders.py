@@ -1,11 +1,11 @@
-"""The names inside ``checkpoints/``, and what may be done to a folder without ever losing the last good checkpoint.
+"""The names inside ``checkpoints/``, and operations on them that never lose the last good checkpoint.
 
 step-0000001200/                    complete: it got this name by one rename, after everything in it was on disk
 step-0000001200.tmp-<attempt>/      being written, or left by an attempt that died: never read
 step-0000001200.replaced-<attempt>/ complete: moved aside while a rerun puts its own step 1200 in place
-step-0000001200.deleting-<attempt>/ on its way out: never read
-step-0000001200.corrupt-<n>/        was found damaged; kept for a person to look at
-latest                              the name of the last commit, for people; nothing here believes it
+step-0000001200.deleting-<attempt>/ being deleted: never read
+step-0000001200.corrupt-<n>/        damaged; kept for inspection
+latest                              the name of the last commit, for people; never read here
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def marked(path: Path, mark: str, attempt: str) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Finish or undo what an attempt that died left behind. Only one process may do this, and nobody may be writing.
+    """Finish or undo what a dead attempt left behind. Only one process may call this, while none writes.
 
     A rerun that died between moving an old step aside and putting its own in place: the old one gets its name back.
     """
@@ -86,7 +86,7 @@ def discard(path: Path) -> None:
 
 
 def doom(path: Path) -> Path:
-    """Take a folder's name away, so that deleting it needs not be atomic; returns where it is now."""
+    """Rename a folder so that deleting it need not be atomic; returns its new path."""
     n = 0
     while (doomed := marked(path.with_name(path.name.partition(".")[0]), "deleting", str(n))).exists():
         n += 1
@@ -107,7 +107,7 @@ def set_aside(path: Path) -> Path:
 def write_text_durably(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Replace a file's whole content: temporary file, fsync, rename, fsync of the folder.
 
-    ``mode``: what the umask leaves of it; `OWNERS` for a file that tells ranks what to run.
+    ``mode`` is subject to the umask; `OWNERS` for a file that determines what ranks run.
     """
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:

@@ -1,8 +1,7 @@
 """``manifest.json``: which file of a checkpoint holds which elements. Written last, so its presence means "complete".
 
-The text is one JSON object with a ``crc32`` over the rest of it, so that a flipped byte in an offset is noticed as
-surely as one in a tensor. A later format must keep that sum: an older dtrain then says "unknown format" and not
-"damaged".
+The text is one JSON object with a ``crc32`` over the rest of it, so that a flipped byte in an offset is detected like
+one in a tensor. A later format must keep that sum: an older dtrain then reports "unknown format", not "damaged".
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ MANIFEST = "manifest.json"
 
 _CHUNK = 1 << 22
 _ITEM_BYTES = {name: dtype.itemsize for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype)}
-"""By the names that manifests have them under."""
+"""By their names in manifests."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def check_files(folder: Path, manifest: Manifest, *, crc: bool) -> None:
 def check_complete(manifest: Manifest) -> None:
     """Raise CheckpointError unless each section holds every element of each parameter that it lists.
 
-    Done before the commit, because a hole that is found at the resume is found too late.
+    Called before the commit: a hole found at the resume is found too late.
     """
     if any(file.kinds != manifest.kinds for file in manifest.files):
         raise CheckpointError("the ranks declare different sections or kinds; they must be equal on all ranks")
@@ -201,7 +200,7 @@ class Holder:
 
 
 def holders_of(files: Iterable[RankFile], section: str) -> dict[str, list[Holder]]:
-    """Map fqn -> who holds which elements of it in ``section``, in the order of the elements, then of the ranks."""
+    """Map fqn -> its holders in ``section``, ordered by offset, then by rank."""
     holders: dict[str, list[Holder]] = {}
     for file in files:
         for fqn, (dtype, dim) in file.sections.get(section, {}).items():
@@ -233,7 +232,7 @@ def crc32_of(path: Path) -> int:
 
 
 def _damage(path: Path, error: OSError) -> Exception:
-    """A file that is gone or unreadable is damage; anything else (rights, a stale mount) must not be taken for it."""
+    """A file that is gone or unreadable is damage; anything else (permissions, a stale mount) must not be."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):
         return CheckpointError(f"{path} cannot be read: {error.strerror}")
     return error
@@ -274,7 +273,7 @@ def _file_to_json(file: RankFile) -> dict[str, object]:
 
 
 def _file_from_json(body: object) -> RankFile:
-    """Raises KeyError, TypeError or ValueError for what is no description of a rank's file."""
+    """Raises KeyError, TypeError or ValueError for an invalid description of a rank's file."""
     if not isinstance(body, dict):
         raise TypeError(f"a file is described by {body!r:.80}")
     pairs = {fqn: _integers(pair, 2) for fqn, pair in strict_json.object_of(body, "segments").items()}
@@ -302,7 +301,7 @@ def _file_from_json(body: object) -> RankFile:
 
 
 def _integers(value: object, count: int | None = None) -> tuple[int, ...]:
-    """A list of integers that are not negative, of ``count`` of them."""
+    """A list of ``count`` non-negative integers."""
     if not isinstance(value, list) or any(type(entry) is not int or entry < 0 for entry in value):
         raise ValueError(f"{value!r:.80} is no list of integers")
     if count is not None and len(value) != count:
@@ -311,7 +310,7 @@ def _integers(value: object, count: int | None = None) -> tuple[int, ...]:
 
 
 def _numbers(body: dict[str, object]) -> dict[str, int | float]:
-    """What a rank's file says of its numbers."""
+    """The numbers in the description of a rank's file."""
     section = "numbers" if "numbers" in body else "integers"
     numbers = strict_json.object_of(body, section)
     for name in numbers:

@@ -1,6 +1,6 @@
-"""Finding the newest intact checkpoint, and reading this rank's part of it on any mesh.
+"""Find the newest intact checkpoint, and read this rank's state from it on any mesh.
 
-What comes back exactly, and what by translation:
+What is restored exactly, and what by translation:
 
     what                    as many replicas as before          another number of replicas
     replicated sections     exact                               exact
@@ -13,8 +13,8 @@ What comes back exactly, and what by translation:
                             the same too, else empty
     opaque                  the same                            empty: begun anew
 
-The mean keeps what error feedback needs kept: the sum that the residuals add to the next average.
-How the parameters are cut may differ freely: pieces are put together from whichever files hold their elements.
+The mean preserves what error feedback needs: the sum that the residuals add to the next mean. Parameters may be sharded
+differently: pieces are assembled from whichever files hold their elements.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def verify(path: Path, *, crc: bool = True) -> Manifest:
 def newest(
     folder: Path, *, crc: bool = True, set_aside: bool = False, tell: Callable[[str], None] = _log.warning
 ) -> Path | None:
-    """The step folder in ``folder`` that was committed last and is intact; None if there is none.
+    """The last committed step folder in ``folder`` that is intact; None if there is none.
 
-    Every damaged folder that it meets, or one that holds NaN or Inf, is skipped, and ``tell`` is called with a sentence
-    about it. With ``set_aside`` (for one process only, rank 0, before anybody writes: it then tells the others) it is
-    also renamed to ``*.corrupt-<n>`` if an older one is intact, and what dead attempts left is cleared first. ``crc``
-    reads every byte of the candidate; without it only names and sizes are checked.
+    A folder that is damaged, or holds NaN or Inf, is skipped, and ``tell`` is called with a message. With ``set_aside``
+    (rank 0 only, before any rank writes) it is also renamed to ``*.corrupt-<n>`` if an older one is intact, and
+    leftovers of dead attempts are cleared first. ``crc`` reads every byte of the candidate; without it only names and
+    sizes are checked.
 
-    Raises ResumeError if a candidate has a format that this dtrain does not know, and OSError for a folder that cannot
-    be read for another reason than damage: going on from an older checkpoint would be wrong then.
+    Raises ResumeError if a candidate has an unknown format, and OSError for a folder that cannot be read but need not
+    be damaged: resuming from an older checkpoint would be wrong then.
     """
     if set_aside:
         folders.recover(folder)
@@ -114,12 +114,12 @@ def load(
 ) -> RankState:
     """This rank's state from step folder ``path``, cut along ``segments``, on whatever mesh ``place`` is in.
 
-    ``segments`` names every parameter of the model, empty segments included. Only the elements asked for are read.
-    ``RankState.translated`` says what did not come back exactly (see the table above): log it.
+    ``segments`` names every parameter of the model, empty segments included. Only the requested elements are read.
+    ``RankState.translated`` lists what was not restored exactly (see the table above): log it.
 
     Raises ResumeError if the checkpoint is of another model (the first differences are listed) or of an unknown
-    format, CheckpointError if files are missing or damaged or hold too little. File sizes are checked, CRCs are not:
-    `newest` or `verify` did that, once for all ranks.
+    format, CheckpointError if files are missing, damaged or incomplete. File sizes are checked, CRCs are not: `newest`
+    or `verify` did that, once for all ranks.
     """
     manifest = read_manifest(path)
     _same_model(path, manifest, shapes)

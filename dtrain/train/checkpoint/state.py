@@ -1,4 +1,4 @@
-"""What one rank puts into a checkpoint and gets back, in words that no engine owns.
+"""One rank's state in a checkpoint, independent of the engine.
 
 Tensors are keyed by section and fully qualified name (FQN) and cut along the rank's `Segment`s, so that any engine
 can read what any other one wrote, on any mesh.
@@ -63,9 +63,9 @@ class RankState:
       A section may leave out parameters. Both "parameters" and what belongs to a method ("sync.residual") are sections.
     - ``kinds``: one `Kind` per section, equal on all ranks.
     - ``numbers``: equal on all ranks of a replica. ``rng``: this rank's own, any shape. ``buffers``: whole tensors,
-      equal on all ranks of a replica (BatchNorm statistics). ``opaque``: this rank's own, any shape, good for this way
-      of cutting the model only (the factors of a low-rank method).
-    - ``translated``: filled by `load` only: what did not come back exactly, and how it was made instead. Empty after
+      equal on all ranks of a replica (BatchNorm statistics). ``opaque``: this rank's own, any shape, valid only for
+      this way of sharding the model (the factors of a low-rank method).
+    - ``translated``: set by `load` only: what was not restored exactly, and how it was derived instead. Empty after
       a resume on a mesh with the same number of replicas and shards. `write` ignores it.
 
     Raises CheckpointError at construction, and again in `write`, for tensors that do not fit their segments.

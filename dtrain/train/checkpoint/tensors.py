@@ -1,4 +1,4 @@
-"""Files of tensors: with the rights that the umask gives, and with a digest by which a reader knows them again."""
+"""Files of tensors, with the permissions of the umask and a digest that readers verify."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ META = "meta"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, on disk when this returns. Contiguous tensors that share no memory.
+    """Write a safetensors file durably. Tensors must be contiguous and share no memory.
 
-    Raises OSError where the file system does not take it. safetensors puts a file of its own in the place, which only
-    its owner may read, whatever the umask says.
+    Raises OSError where the file system refuses it. safetensors replaces the file by one that only its owner may read,
+    whatever the umask; the mode is restored.
     """
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
     try:
@@ -63,9 +63,9 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file, which must be those that its `DIGEST` names, where it has one.
+    """(tensors, metadata) of a safetensors file, verified by its `DIGEST` if it has one.
 
-    Raises CheckpointError for a file that is missing, none, or changed since it was written.
+    Raises CheckpointError for a file that is missing, not safetensors, or changed since it was written.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -21,10 +21,10 @@ EXPORTED = Path("export") / "model.safetensors"
 def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[str, Tensor]:
     """Tensors by name. ``path``: a safetensors file, a checkpoint (RUN/checkpoints/step-N), or a run with an export.
 
-    What stands beside them of digests is compared: the CRC-32 of a checkpoint's files, the digests in an export.
-    ``parameters``: which of the names are parameters, the others being buffers; all of them by default.
+    Stored digests are verified: the CRC-32 of a checkpoint's files, the digests in an export. ``parameters``: which of
+    the names are parameters, the others being buffers; all of them by default.
 
-    Raises CheckpointError for what is none of them, is damaged, or has parameters that are NaN or Inf.
+    Raises CheckpointError for anything else, for damage, and for parameters that are NaN or Inf.
     """
     file = path / EXPORTED if (path / EXPORTED).exists() else path
     if file.is_dir():
@@ -37,7 +37,7 @@ def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[st
     recorded = metadata.get(tensors.PARAMETERS_DIGEST)
     if tensors.META in metadata and not recorded and tensors.DIGEST not in metadata:
         raise CheckpointError(f"{file} is an export of dtrain without its digest: it is damaged, so take another copy")
-    # Exports of earlier versions have no other digest, and it says nothing of buffers.
+    # Exports of earlier versions have only this digest, which does not cover buffers.
     if recorded and tensors.DIGEST not in metadata and recorded != digest(selected):
         raise CheckpointError(
             f"{file} does not hold the parameters that it was written with: their digest was {recorded[:16]}..., and "
@@ -49,9 +49,9 @@ def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[st
 
 
 def put_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Copy ``weights`` into ``model``; what the model has of buffers and they have not stays.
+    """Copy ``weights`` into ``model``; buffers that they lack stay as they are.
 
-    Raises CheckpointError where they are of another model.
+    Raises CheckpointError where they belong to another model.
     """
     parameters = dict(model.named_parameters())
     buffers, names = dict(model.named_buffers()), model.state_dict(keep_vars=True).keys()

@@ -1,13 +1,13 @@
-"""Writing a checkpoint that is either wholly there or not there at all, whichever process dies at whichever moment.
+"""Write a checkpoint atomically, whichever process dies at whichever moment.
 
-    every rank    its tensors -> rank-00003.safetensors, fsync; what they are -> rank-00003.done, fsync
+    every rank    its tensors -> rank-00003.safetensors, fsync; their description -> rank-00003.done, fsync
     barrier
     rank 0        checks all done-files, writes manifest.json last, fsync; renames the folder: this is the commit;
                   fsync of the parent; `latest`
     barrier
     rank 0        deletes old checkpoints
 
-One folder has one writing run at a time. Until the rename nothing that a reader looks at has changed.
+Only one run may write to a folder at a time. Nothing that readers look at changes before the rename.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ RANK0_STAGES = frozenset({"folder", "manifest", "aside", "renamed", "latest", "p
 
 
 class PartMissing(CheckpointError):
-    """Rank 0's word that another rank did not write its part. A consequence: the cause is what that rank raised."""
+    """Raised on rank 0 where another rank did not write its file. The cause is what that rank raised."""
 
 
 _log = logging.getLogger("dtrain.train.checkpoint")
@@ -109,11 +109,11 @@ def write(
     - ``barrier``: returns when every rank has called it (twice the longest write is a good timeout). A rank that fails
       still calls it each time and raises afterwards, so the others do not hang; a checkpoint that lacks a rank's
       pieces is not committed.
-    - ``meta``: what JSON can hold; comes back in the manifest. Rank 0's counts.
+    - ``meta``: JSON values, stored in the manifest; rank 0's are used.
     - ``attempt``: equal on all ranks, another one after each restart (TORCHELASTIC_RESTART_COUNT), so that a rank of
       a dead attempt that is still writing cannot meet this one's files.
     - ``resumed_from``: the step folder that this run was started from; it is never deleted and never overwritten.
-    - ``keep``: so many checkpoints stay, at least 2; the newest is among them.
+    - ``keep``: how many of the newest checkpoints stay, at least 2.
 
     A step folder that exists already (this run was taken back to an older step, and reaches that step again) is
     replaced: a crash at any moment leaves the old or the new one.
@@ -198,7 +198,7 @@ def _write_rank(commit: _Commit, state: RankState) -> None:
     rank = commit.place.rank
     pieces = _pieces(state, commit.place)
     path = commit.partial / data_name(rank)
-    # Exclusive: should a rank of a dead attempt have got here first, that is an error and not a mixture.
+    # Exclusive: a file of a rank of a dead attempt is an error, and must not be overwritten.
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     named = {f"{section}{SEPARATOR}{name}": tensor for (section, name), tensor in pieces.items()}
     tensors.save(path, _unshared(named))

@@ -2,10 +2,10 @@
 
     overrides -> compose -> Config -> validate -> to_yaml -> run.dir/config.yaml -> load (every rank)
 
-``check_resume`` says whether a stored run may go on under another configuration; ``instantiate`` makes the data set,
-the sync and the optimizer from their ``_target_`` mappings, ``build_model`` the model.
+``check_resume`` decides whether a stored run may resume under another configuration; ``instantiate`` makes the data
+set, the sync and the optimizer from their ``_target_`` mappings, ``build_model`` the model.
 
-They are loaded when they are first used: only what composes needs hydra, and the commands that do not start without it.
+Names are loaded on first use, so that commands that compose nothing start without hydra.
 """
 
 from __future__ import annotations

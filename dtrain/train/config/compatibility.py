@@ -1,4 +1,4 @@
-"""What may differ between a stored run and the one that goes on from it; everything else is refused, key by key."""
+"""Which keys may differ between a stored run and the one that resumes it; all others are refused, key by key."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from dtrain.errors import ResumeError
 from dtrain.train.config.schema import Config
 
 MAY_CHANGE_AT_RESUME: Mapping[str, str] = {
-    "run.*": "where a run lives has no part in what it computes",
-    "launcher.*": "how workers start has no part in what they compute; their number is the mesh's",
-    "mesh.*": "a checkpoint is cut by FQN and range of elements, and is put together for any mesh",
+    "run.*": "where a run lives does not affect results",
+    "launcher.*": "how workers start does not affect results; their number is the mesh's",
+    "mesh.*": "a checkpoint is stored by FQN and range of elements, and is assembled for any mesh",
     "engine.*": "a checkpoint does not depend on the engine",
-    "train.steps": "a run may be made longer or shorter; the schedule of the learning rate follows from there on",
-    "train.stop_after_steps": "where a run pauses leaves its schedule as it is",
-    "train.checkpoint_every_steps": "checkpoints only record",
-    "train.keep_checkpoints": "checkpoints only record",
-    "train.evaluat*": "evaluation only looks",
-    "train.log_every_steps": "logging only looks",
+    "train.steps": "a run may be made longer or shorter; the learning rate follows the new schedule from there on",
+    "train.stop_after_steps": "where a run pauses does not change its schedule",
+    "train.checkpoint_every_steps": "writing checkpoints does not affect results",
+    "train.keep_checkpoints": "writing checkpoints does not affect results",
+    "train.evaluat*": "evaluation is read-only",
+    "train.log_every_steps": "logging is read-only",
     "train.agree_every_steps": "how often stopping is agreed on changes when a run can stop, not what it computes",
     "train.max_skipped_steps": "the limit only decides when to give up",
-    "sync.verify_every": "comparing replicas only looks",
-    "sync.tie": "it decides what happens where replicas differ, which nobody plans for",
-    "sync.log": "a log only records; one in another folder begins where the run goes on",
-    "train.microbatch_size": "the same examples in other pieces: equal to round-off, and another mesh may need it",
+    "sync.verify_every": "comparing replicas is read-only",
+    "sync.tie": "it only decides what happens where replicas differ",
+    "sync.log": "a log only records; one in another folder begins where the run resumes",
+    "train.microbatch_size": "the same examples in other microbatches: equal to round-off, and another mesh may need it",
 }
 """Patterns of keys that may change at a resume, each with the reason. ``*`` stands for anything."""
 
 WHERE_THE_DATA_LIE = ("data.path", "data.root", "data.folder", "data.dir", "data.file")
-"""May change too, where the digest says that the data are the same."""
+"""May change too, if the digest shows that the data are the same."""
 
 ABSENT = "(absent)"
 
@@ -57,9 +57,9 @@ def differences(old: Config, new: Config) -> list[Difference]:
 
 
 def check_resume(old: Config, new: Config, *, same_data: bool = False) -> None:
-    """Refuse to go on from a run of ``old`` under ``new`` if anything differs that would change what is computed.
+    """Refuse to resume a run of ``old`` under ``new`` if a difference would change what is computed.
 
-    ``same_data``: a digest says that the data are the same, wherever they lie now.
+    ``same_data``: a digest shows that the data are the same, wherever they are now.
 
     Raises:
         ResumeError: listing each such key with its old and its new value, and what to do.
@@ -68,7 +68,7 @@ def check_resume(old: Config, new: Config, *, same_data: bool = False) -> None:
     changed = [d for d in differences(old, new) if not any(fnmatch.fnmatchcase(d.key, p) for p in may)]
     if not changed:
         return
-    refused = _without_the_insides(changed, dataclasses.asdict(old), dataclasses.asdict(new))
+    refused = _by_target(changed, dataclasses.asdict(old), dataclasses.asdict(new))
     lines = "".join(f"\n    {difference}" for difference in refused)
     plain = [f"{d.key}={_value(d.old)}" for d in refused if not d.key.endswith("_target_") and d.old != ABSENT]
     folder = old.run.dir or "the stored run"
@@ -84,16 +84,14 @@ def check_resume(old: Config, new: Config, *, same_data: bool = False) -> None:
 
 
 def _weights(new: Config, folder: str) -> str:
-    """What to begin with instead of going on: the checkpoint that was asked for, or the run."""
+    """What to start from instead of resuming: the requested checkpoint, or one of the run."""
     return new.run.resume if new.run.resume not in ("auto", "never") else f"{folder}/checkpoints/step-N"
 
 
-def _without_the_insides(
-    changed: Sequence[Difference], old: Mapping[str, object], new: Mapping[str, object]
-) -> list[Difference]:
-    """One difference, that of its ``_target_``, for a mapping that is made by something else now.
+def _by_target(changed: Sequence[Difference], old: Mapping[str, object], new: Mapping[str, object]) -> list[Difference]:
+    """Report a mapping whose ``_target_`` has changed as one difference.
 
-    Its keywords belong to the one target or to the other: nobody can give them back one by one.
+    Its keywords belong to one target or the other, so they cannot be restored one by one.
     """
     others = {d.key.removesuffix("._target_") for d in changed if d.key.endswith("._target_")}
     kept: list[Difference] = []
@@ -114,7 +112,7 @@ class _Target(str):
 
 
 def _made_by(values: Mapping[str, object], place: str) -> object:
-    """What a key holds: the ``_target_`` of a mapping that has one."""
+    """The value of a key; for a ``_target_`` mapping its target."""
     value: object = values
     for key in place.split("."):
         value = value.get(key, ABSENT) if isinstance(value, Mapping) else ABSENT
@@ -122,7 +120,7 @@ def _made_by(values: Mapping[str, object], place: str) -> object:
 
 
 def _value(value: object) -> str:
-    """A value as an override writes it."""
+    """A value as written in an override."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):

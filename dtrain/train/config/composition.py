@@ -1,8 +1,8 @@
 """From a command line to one frozen ``Config``, and between ``Config`` and YAML.
 
-hydra composes the YAML files of ``configs/`` by the choices of the command line. Keys and values are ours: hydra names
-no nearest key, reads text by a grammar that most paths break, and wants a ``+`` before a keyword that a target takes
-but its YAML file does not list.
+hydra composes the YAML files of ``configs/`` by the choices of the command line. dtrain parses keys and values itself:
+hydra suggests no nearest key, its grammar rejects most paths as text, and it requires ``+`` before a keyword that a
+target takes but its YAML file does not list.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def folder() -> Path:
 def compose(words: Sequence[str] = (), *, name: str = "") -> Config:
     """The configuration that a command line names: ``compose(["@exp.yaml", "engine=zero2", "train.steps=50"])``.
 
-    A word is ``group=choice``, ``key=value``, ``@FILE`` (what a YAML file says: see `dtrain.train.config.files`) or
-    ``@FOLDER`` (choices of one's own: ``FOLDER/sync/mine.yaml`` is ``sync=mine``). Later ones win.
+    A word is ``group=choice``, ``key=value``, ``@FILE`` (the settings of a YAML file: see `dtrain.train.config.files`)
+    or ``@FOLDER`` (custom choices: ``FOLDER/sync/mine.yaml`` is ``sync=mine``). Later words win.
 
-    An empty ``run.dir`` is filled in: ``runs/YYYY-mm-dd/HH-MM-SS-<name>``, a folder that is not there yet (and may be
-    by the time that it is made: `run_folder.made`); ``name`` is that of the sync if it is empty.
+    An empty ``run.dir`` becomes ``runs/YYYY-mm-dd/HH-MM-SS-<name>``, a folder that does not exist yet
+    (`run_folder.made` resolves races); an empty ``name`` is the sync's.
 
     Raises:
-        ConfigError: an unknown key or choice (with the nearest one there is), a value of another type, a syntax error.
+        ConfigError: an unknown key or choice (with the nearest valid one), a value of the wrong type, a syntax error.
     """
     return compose_named(words, name=name)[0]
 
 
 def compose_named(words: Sequence[str], *, name: str = "") -> tuple[Config, bool]:
-    """The same, and whether the words say where the run lives."""
+    """As `compose`, and whether the words set ``run.dir``."""
     config, sync = _composed(words)
     named = bool(config.run.dir)
     config = config if named else _with_default_folder(config, name or sync)
@@ -83,7 +83,7 @@ def compose_named(words: Sequence[str], *, name: str = "") -> tuple[Config, bool
 
 
 def _composed(words: Sequence[str]) -> tuple[Config, str]:
-    """The configuration, whose ``run.dir`` may be empty, and the choice of its sync."""
+    """The configuration, whose ``run.dir`` may be empty, and the name of its sync."""
     with _hydra(words) as composition:
         composed, sync = composition.applied(), composition.sync()
     config = _at_home(_frozen(composed))
@@ -93,7 +93,7 @@ def _composed(words: Sequence[str]) -> tuple[Config, str]:
 
 
 def alternatives(words: Sequence[str]) -> list[list[str]]:
-    """The words that each word of a sweep stands for: one, or several for ``key=a,b,c``.
+    """The words that each word of a sweep expands to: one, or several for ``key=a,b,c``.
 
     Raises:
         ConfigError: a word that cannot be read.
@@ -124,8 +124,8 @@ def load(path: str | Path) -> Config:
     """The configuration that ``to_yaml`` wrote.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, lacks a section, has keys or values that this version does not
-            know, or looks something up: in the environment of whoever reads it.
+        ConfigError: the file is missing, is not YAML, lacks a section, has keys or values unknown to this version, or
+            contains an interpolation, which would be resolved in the reader's environment.
     """
     stored = mapping_of(path)
     stored = OmegaConf.create(cast("dict[str, object]", _renamed(OmegaConf.to_container(stored, resolve=False))))
@@ -137,7 +137,7 @@ def load(path: str | Path) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_explained(error) or str(error).splitlines()[0]}") from error
     config = _frozen(cast(DictConfig, merged), strict=False)
-    # What dtrain writes has every section; without one, the defaults would pass for what a run was computed with.
+    # dtrain writes every section; a missing one would silently become the defaults.
     if lost := [f.name for f in dataclasses.fields(Config) if not isinstance(plain.get(f.name), dict)]:
         raise ConfigError(
             f"{path} is damaged: it lacks {', '.join(lost)}; put a copy back (config-N.yaml beside it are earlier ones)"
@@ -146,7 +146,7 @@ def load(path: str | Path) -> Config:
 
 
 def _renamed(value: object) -> object:
-    """With the targets of earlier versions under the names that they have now."""
+    """Replace targets of earlier versions by their current names."""
     if isinstance(value, dict):
         return {
             key: RENAMED.get(inner, inner) if key == "_target_" and isinstance(inner, str) else _renamed(inner)
@@ -156,7 +156,7 @@ def _renamed(value: object) -> object:
 
 
 def _looked_up(value: object) -> Iterator[str]:
-    """Texts with an interpolation in them that is not escaped; keys have none."""
+    """The texts that contain an unescaped interpolation; keys cannot."""
     if isinstance(value, str):
         if re.search(r"(?<!\\)(?:\\\\)*\$\{", value):
             yield repr(value)
@@ -175,7 +175,7 @@ def dotted_keys(config: Config) -> list[str]:
 
 @contextlib.contextmanager
 def _hydra(words: Sequence[str], *, sweeps: bool = False) -> Iterator[_Composition]:
-    """A command line, read with dtrain's folder of YAML files, and with those that it names."""
+    """Parse a command line against dtrain's folder of YAML files and the folders that it names."""
     files = [word[1:] for word in words if word.startswith("@")]
     folders = [str(path) for path in map(_own_folder, files) if path is not None]
     _store_schema()
@@ -191,7 +191,7 @@ def _hydra(words: Sequence[str], *, sweeps: bool = False) -> Iterator[_Compositi
 
 
 def _store_schema() -> None:
-    """Where hydra looks beside the YAML files: the schema, and the launchers for which there is no such file."""
+    """Register with hydra the schema, and the launchers that have no YAML file."""
     store, schema = ConfigStore.instance(), composable(Config)
     store.store(name="schema", node=schema)
     for name in registry.names():
@@ -203,7 +203,7 @@ def _store_schema() -> None:
 
 
 def _of_the_sync(word: Word) -> Word:
-    """``compress=int8`` is what the sync compresses by."""
+    """``compress=int8`` means ``compress@sync.compress=int8``."""
     short = word.key == "compress" and word.package is None and not word.removes
     return replace(word, package="sync.compress") if short else word
 
@@ -219,7 +219,7 @@ def _groups(loader: Any) -> list[str]:
 
 
 def _distinct(folders: Sequence[str], ours: Mapping[str, set[str]]) -> None:
-    """Raise ``ConfigError`` where a folder has a choice of dtrain's own name: one of the two would not count."""
+    """Raise ``ConfigError`` where a folder redefines one of dtrain's choices: one of the two would be ignored."""
     for path in map(Path, folders):
         for group, options in ours.items():
             for option in sorted(options & {file.stem for file in (path / group).glob("*.yaml")}):
@@ -229,7 +229,7 @@ def _distinct(folders: Sequence[str], ours: Mapping[str, set[str]]) -> None:
 
 
 class _Composition:
-    """A command line at work: its choices, and its values in the order in which they are applied."""
+    """A parsed command line: its choices, and its values in the order in which they are applied."""
 
     def __init__(
         self, words: Sequence[str], loader: Any, folders: tuple[str, ...], ours: set[str], *, sweeps: bool
@@ -244,14 +244,14 @@ class _Composition:
                 self._read += map(_of_the_sync, words_of(os.path.expanduser(text[1:])))
         choices = {at: word for at, word in enumerate(self._read) if self._is_choice(word)}
         self._choices = {at: word for at, word in choices.items() if not self._within_later(at, choices)}
-        if sweeps:  # what is swept does not matter to what is asked then: the kinds of keys
+        if sweeps:  # the kinds of keys are the same for every swept choice
             first = {at: self._choice_values(word) for at, word in self._choices.items()}
             self._choices = {at: replace(word, text=first[at][0]) for at, word in self._choices.items()}
         chosen = tuple(map(self._chosen, self._choices.values()))
         self._composed, self._known = _run_hydra(chosen, folders, registry.names())
 
     def sync(self) -> str:
-        """The choice of a sync by its name, with that of a compressor which a word has chosen for it."""
+        """The name of the sync, followed by that of the compressor if a word chooses one."""
         compress = [word.text for word in self._choices.values() if word.package == "sync.compress"]
         return "-".join([self._known["sync"], *compress[-1:]])
 
@@ -263,7 +263,7 @@ class _Composition:
         for of_targets in (True, False):
             for at, word in values:
                 if _names_target(word) is of_targets and (not word.from_file or last.get(word.key, at) == at):
-                    with _told_with(word):
+                    with _with_origin(word):
                         _apply(composed, word)
                     self._choose_again(composed, at, word)
         return composed
@@ -285,7 +285,7 @@ class _Composition:
         return alternatives_of(word, "value", self._loader) if "," in word.text or "(" in word.text else [word.text]
 
     def _within_later(self, at: int, choices: Mapping[int, Word]) -> bool:
-        """Whether a choice of a file's is a part of what a later word chooses anew."""
+        """Whether a file's choice lies within a section that a later word chooses again."""
         place = choices[at].package or choices[at].key
         later = (word.package or word.key for other, word in choices.items() if other > at)
         return choices[at].from_file and any(place == key or place.startswith(f"{key}.") for key in later)
@@ -296,7 +296,7 @@ class _Composition:
         return word.package is not None or (word.key in self._groups and not word.text.lstrip().startswith("{"))
 
     def _chosen(self, word: Word) -> str:
-        """A choice as hydra takes it."""
+        """A choice as a hydra override."""
         name, value = word.key, word.text
         place = f"{word.origin}: " if word.origin else ""
         if name not in self._groups:
@@ -314,25 +314,25 @@ class _Composition:
                 raise ConfigError(f"{place}{word.given}: a run has one {name}; {command}")
             near = targets.hint(targets.closest(str(value), options))
             raise ConfigError(f"{place}{word.given}: there is no such choice{near} (there are {', '.join(options)})")
-        # Every group of ours has a choice already: there is nothing to add.
+        # Every group of dtrain's has a default choice already: only others need the "+".
         package = f"@{word.package}" if word.package is not None else ""
         return f"{'' if name in self._ours else '+'}{name}{package}={value}"
 
     def _sets(self, word: Word) -> list[str]:
-        """The keys that a choice sets; a mapping with a target is one."""
+        """The keys that a choice sets; a ``_target_`` mapping counts as one."""
         content = self._loader.repository.load_config(f"{word.key}/{word.text}").config
         plain = cast(dict[object, object], OmegaConf.to_container(content, resolve=False))
         place = word.package if word.package is not None else word.key
         return [place] if "_target_" in plain else [f"{place}.{key}" for key in plain]
 
     def _undone(self, at: int) -> bool:
-        """Whether what a file says is what a later choice sets."""
+        """Whether a later choice overrides this setting of a file."""
         word = self._read[at]
         later = [key for other, choice in self._choices.items() if other > at for key in self._sets(choice)]
         return word.from_file and any(word.key == key or word.key.startswith(key + ".") for key in later)
 
     def _choose_again(self, composed: DictConfig, at: int, word: Word) -> None:
-        """What a later choice sets within the mapping that a file has replaced."""
+        """Reapply what a later choice sets within a mapping that a file has just replaced."""
         for other, choice in self._choices.items() if word.from_file else ():
             for key in self._sets(choice) if other > at else ():
                 if key.startswith(word.key + "."):
@@ -345,8 +345,8 @@ def _names_target(word: Word) -> bool:
 
 
 @contextlib.contextmanager
-def _told_with(word: Word) -> Iterator[None]:
-    """Errors about what a file says begin with its name."""
+def _with_origin(word: Word) -> Iterator[None]:
+    """Prefix errors about a file's setting with the file's name."""
     try:
         yield
     except ConfigError as error:
@@ -356,7 +356,7 @@ def _told_with(word: Word) -> Iterator[None]:
 
 
 def _apply(composed: DictConfig, word: Word) -> None:
-    """Set, or take away, the key of a word; it exists, or the target of the mapping around it takes it."""
+    """Set or remove the key of a word. The key exists, or is a keyword of the target of its mapping."""
     key, chosen = word.key, _plain(composed)
     node, last = _around(word, chosen), key.rpartition(".")[2]
     exists = _has(node, last)
@@ -390,10 +390,10 @@ def _apply(composed: DictConfig, word: Word) -> None:
 
 
 def _around(word: Word, chosen: Mapping[str, object]) -> object:
-    """The mapping that holds the key of a word, or may hold it.
+    """The mapping that holds, or may hold, the key of a word.
 
     Raises:
-        ConfigError: there is none, or what makes it takes no such keyword.
+        ConfigError: there is none, or its target takes no such keyword.
     """
     key = word.key
     *path, last = key.split(".")
@@ -423,7 +423,7 @@ def _around(word: Word, chosen: Mapping[str, object]) -> object:
 
 
 def _kind(key: str, chosen: Mapping[str, object]) -> tuple[Kind, str | None]:
-    """What a key holds, and what it takes in words, by the schema or by the target of the mapping around it."""
+    """A key's kind and a description of its valid values, from the schema or from the target of its mapping."""
     *path, last = key.split(".")
     if not _open(key):
         hint: Any = Config
@@ -458,18 +458,18 @@ def _child(node: object, key: str) -> object:
 
 
 def _plain(composed: DictConfig) -> dict[str, object]:
-    """As nested dictionaries and lists, in which one can look for any key; what has no value yet is ``MISSING``."""
+    """As nested dictionaries and lists; values that are not set yet are ``MISSING``."""
     plain = cast(dict[str, object], OmegaConf.to_container(composed, resolve=False))
     return {key: _without_nothing(value) for key, value in plain.items() if key != "hydra"}
 
 
-@functools.lru_cache(maxsize=64)  # it takes a tenth of a second, and a sweep says the same words often
+@functools.lru_cache(maxsize=64)  # takes a tenth of a second, and the runs of a sweep share most choices
 def _run_hydra(
     choices: tuple[str, ...], folders: tuple[str, ...], launchers: tuple[str, ...]
 ) -> tuple[DictConfig, dict[str, str]]:
-    """What hydra makes of the choices, not to be written to, and the name of the choice of each group.
+    """What hydra composes from the choices (cached: do not modify), and the chosen name of each group.
 
-    ``launchers``: those that there are, whose keys are a part of the schema.
+    ``launchers``: all registered ones, as their keys are part of the schema.
     """
     try:
         composed = hydra_compose("config", overrides=list(choices), return_hydra_config=True)
@@ -489,7 +489,7 @@ def _run_hydra(
 
 
 def _explained(error: OmegaConfBaseException, key: str = "") -> str | None:
-    """An error of OmegaConf about a known key in our words: the key, the type it takes, the value that it was given."""
+    """An OmegaConf error about a known key, reworded: the key, its type, the value given. None for other errors."""
     key = error.full_key or key
     if isinstance(error, GrammarParseError):
         return f"{key}: text with ${{ names another key, as in ${{train.steps}}; for the characters themselves: \\${{"
@@ -505,7 +505,7 @@ def _explained(error: OmegaConfBaseException, key: str = "") -> str | None:
 
 
 def _frozen(composed: DictConfig, *, strict: bool = True) -> Config:
-    """``strict``: a key that its launcher does not take is refused, else left out."""
+    """``strict``: refuse keys that the launcher does not take, else drop them."""
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -542,7 +542,7 @@ def _built(cls: type[_T], values: Mapping[str, object]) -> _T:
 
 
 def _without_nothing(value: object) -> object:
-    """``{_target_: null}`` is how a YAML file of a group says null (see configs/compress/none.yaml)."""
+    """``{_target_: null}`` in the YAML file of a group means null (see configs/compress/none.yaml)."""
     if isinstance(value, dict):
         if "_target_" in value and value["_target_"] is None:
             return None
@@ -551,7 +551,7 @@ def _without_nothing(value: object) -> object:
 
 
 def _literal(value: object) -> object:
-    """Text as OmegaConf writes it so that it is read back as it is: what looks like an interpolation is none."""
+    """Escape text so that OmegaConf reads it back unchanged, not as an interpolation."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
     if isinstance(value, dict):
@@ -560,10 +560,10 @@ def _literal(value: object) -> object:
 
 
 def _at_home(config: Config) -> Config:
-    """The configuration with ``~/`` and ``~user/`` written out where text begins with it: the shell leaves it in words.
+    """Expand a leading ``~/`` or ``~user/``, which the shell leaves alone after ``key=``.
 
     Raises:
-        ConfigError: nobody is called so, in a path of the run's.
+        ConfigError: a path of ``run`` names an unknown user.
     """
 
     def home(value: object) -> object:

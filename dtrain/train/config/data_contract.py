@@ -1,7 +1,7 @@
-"""Whether what ``data._target_`` makes is a data set as the trainer needs it, tried on its first example.
+"""Check that ``data._target_`` makes a data set that the trainer can use, by its first example.
 
-Data sets are mostly of the user's own, so each thing that one may lack is told by its name, and an exception that it
-raises with the line that raised it: all of it would otherwise end every worker, some steps into the run.
+Data sets are mostly user code, so missing members are reported by name, and exceptions with the line that raised them;
+otherwise every worker would fail some steps into the run.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MEMBERS = {
 }
 
 DATA = "data.json"
-"""In the run folder: what the data set said of itself at the last launch."""
+"""In the run folder: the data set's description at the last launch."""
 
 _T = TypeVar("_T")
 
 
 def check_data(config: Config) -> tuple[object, dict[str, object]]:
-    """The training split, and what it says of itself.
+    """The training split and its description.
 
     Raises:
         ConfigError: it lacks a part of the contract, or raised an exception.
@@ -59,10 +59,10 @@ def check_data(config: Config) -> tuple[object, dict[str, object]]:
 
 
 def check_content(config: Config, data: object, description: Mapping[str, object]) -> None:
-    """Have a data set that can (``check_content()``) read all that it stands for, unless a launch of this run did.
+    """Have a data set with ``check_content()`` verify all of its content, unless an earlier launch of this run did.
 
     Raises:
-        DataError: it is not what its description says.
+        DataError: its content does not match its description.
     """
     check = getattr(data, "check_content", None)
     if not callable(check):
@@ -117,7 +117,7 @@ def _description(target: str, data: object) -> dict[str, object]:
 
 
 def _tried(target: str, what: str, call: Callable[[], _T]) -> _T:
-    """What a call of the data set's own code returns; its exceptions are told with the line that raised them."""
+    """What a call of the data set's own code returns; its exceptions are reported with the line that raised them."""
     try:
         return call()
     except DtrainError:

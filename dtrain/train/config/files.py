@@ -1,7 +1,7 @@
 """YAML files: a stored configuration, and those that a command line names: ``dtrain train @exp.yaml train.steps=50``.
 
-A file is read before anything is made of it: aliases that stand for more than they say, and nesting without end, are
-refused. What it says is taken key by key, as words are:
+A file is checked before it is used: aliases that expand to too many values, and unbounded nesting, are refused. Its
+settings are applied key by key, as words are:
 
     sync: diloco                 a choice of a group
     train: {steps: 50}           or train.steps: 50
@@ -76,10 +76,10 @@ def _beside(path: Path) -> str | None:
 
 
 def words_of(path: str) -> list[Word]:
-    """What the file of ``@PATH`` says, as words, in its order.
+    """The settings in the file of ``@PATH`` as words, in order.
 
     Raises:
-        ConfigError: as `mapping_of`; a key that is no text, or one of hydra's that has another form here.
+        ConfigError: as `mapping_of`; a key that is no text, or hydra syntax that is written differently here.
     """
     stored = mapping_of(path, "configuration file")
     try:
@@ -113,7 +113,7 @@ def _flat(node: Mapping[object, object], prefix: str, path: str) -> Iterator[Wor
 
 
 def _bound(root: Any) -> None:
-    """Raise ``ValueError`` where aliases make more of the document than it says, or it holds itself."""
+    """Raise ``ValueError`` where aliases expand the document to too many values, or make it contain itself."""
     sizes: dict[int, int] = {}
     inside: set[int] = set()
 

@@ -1,9 +1,9 @@
-"""The run folder before the workers start: is there a run to go on from, may it go on, and what is written down.
+"""The run folder before the workers start: whether there is a run to resume, whether it may, and what is recorded.
 
-run.dir/config.yaml        what this run is computed with; ranks load only this
-        config-K.yaml      what it was computed with before its K-th change
+run.dir/config.yaml        the configuration of this run; ranks load only this
+        config-K.yaml      the configuration before its K-th change
         environment.json   versions, git revision, devices, command line
-        data.json          what the data set said of itself, its digest above all
+        data.json          the data set's description, above all its digest
         checkpoints/step-*
 """
 
@@ -38,7 +38,7 @@ CONFIG, ENVIRONMENT, OUTCOME, CHECKPOINTS = (
 )  # fmt: skip
 
 IDENTITY = ("sha256", "digest", "vocab_size", "dtype", "count", "held_out")
-"""What of a description says that data are the same, in the words of our data sets; the first two are a digest."""
+"""The entries of a description that identify the data, as dtrain's data sets name them; the first two are digests."""
 
 
 def absolute(config: Config) -> Config:
@@ -51,17 +51,17 @@ def absolute(config: Config) -> Config:
     run = dataclasses.replace(config.run, dir=folder, resume=resume, weights=weights)
     log = {"log": str(Path(str(config.sync["log"])).absolute())} if config.sync.get("log") else {}
     path = config.data.get("path")
-    # A data set of somebody else's may mean something else by it, which is then no file here.
+    # A user's data set may mean something else by it, which is then no file here.
     there = Path(path).expanduser() if isinstance(path, str) and path else None
     data = {"path": str(there.absolute())} if there is not None and there.exists() else {}
     return dataclasses.replace(config, run=run, sync={**config.sync, **log}, data={**config.data, **data})
 
 
 def previous(config: Config) -> Path | None:
-    """The folder of the run that this one goes on from, by ``run.resume``; None for a fresh start.
+    """The folder of the run to resume, by ``run.resume``; None for a fresh start.
 
-    If ``run.dir`` has the run that was started from PATH, that one goes on: the same command, given again after it was
-    stopped, must not begin at PATH again.
+    If ``run.dir`` has the run that was started from PATH, that run is resumed: the same command, repeated after it was
+    stopped, must not start from PATH again.
 
     Raises:
         ResumeError: ``never`` with a run in ``run.dir``; a PATH without checkpoint; another run in ``run.dir``.
@@ -101,7 +101,7 @@ def previous(config: Config) -> Path | None:
 
 
 def check(config: Config, description: Mapping[str, object], folder: Path) -> None:
-    """Whether the run in ``folder`` may go on with this configuration and these data.
+    """Check that the run in ``folder`` may resume with this configuration and these data.
 
     Raises:
         ResumeError: listing what differs.
@@ -133,7 +133,7 @@ def other_data(folder: Path, description: Mapping[str, object]) -> str:
         stored, now = strict_json.read(folder / DATA), strict_json.parse(strict_json.dumps(description))
     except FileNotFoundError:
         return ""
-    if not has_digest(stored) and not has_digest(now):  # in somebody else's words: then all of it counts
+    if not has_digest(stored) and not has_digest(now):  # a user's own description: compare all of it
         return "" if stored == now else f"they were {stored} and are {now}"
     names = {"sha256": "digest"}
     changes = [
@@ -145,7 +145,7 @@ def other_data(folder: Path, description: Mapping[str, object]) -> str:
 
 
 def write(config: Config, description: Mapping[str, object]) -> Path:
-    """Write config.yaml (the one before it, if it differs, stays as config-K.yaml), environment.json and data.json.
+    """Write config.yaml (an earlier one that differs is kept as config-K.yaml), environment.json and data.json.
 
     Returns:
         The path of config.yaml.
@@ -174,7 +174,7 @@ def write(config: Config, description: Mapping[str, object]) -> Path:
 
 
 def without_values(config: Config) -> Config:
-    """The configuration as it is kept: of ``launcher.environment`` the values of known settings alone, not of keys."""
+    """The configuration as stored: ``launcher.environment`` with the values of known settings only, never secrets."""
     entries = [
         entry if (name := entry.partition("=")[0]) in KEPT else f"{name}={NOT_KEPT}"
         for entry in config.launcher.environment
@@ -184,11 +184,11 @@ def without_values(config: Config) -> Config:
 
 @contextlib.contextmanager
 def withdrawn_if_refused(folder: Path) -> Iterator[None]:
-    """Around `write` and a submission: what either leaves in ``folder`` goes again if the job is refused.
+    """Around `write` and a submission: undo what they leave in ``folder`` if the job is refused.
 
-    A run that never was must not bind the one after it. A folder that was empty before is emptied; in any other one
-    the configuration and the records are put back as they were. Refused means ``ValueError``: after any other error
-    nobody knows whether there is a job by now, and it would need its files.
+    A run that never started must not constrain the next one. A folder that was empty is emptied; in any other one the
+    configuration and the records are restored. Refused means ``ValueError``: after any other error the job may exist,
+    and would need its files.
     """
     before = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
     names = [name for name in before if name.startswith("config") or name in (ENVIRONMENT, DATA, OUTCOME)]
@@ -212,17 +212,17 @@ def withdrawn_if_refused(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep everybody else out of the run folder within the block: see `dtrain.launchers.lock`.
+    """Hold the lock of the run folder within the block: see `dtrain.launchers.lock`.
 
     Raises:
-        ConfigError: somebody trains in it, or holds a job that may start to; the folder is left as it was.
+        ConfigError: another run trains in it, or a job of it may still start; the folder is left as it was.
     """
     with contextlib.ExitStack() as stack:
         try:
             trusted.make_folder(folder)
             locks = stack.enter_context(held(folder, "a dtrain command"))
         except InUse as error:
-            without_job(folder)  # which tells more
+            without_job(folder)  # its error says more
             raise ConfigError(
                 f"run.dir={folder} is in use by another dtrain: wait, or choose another ({error.holder} holds it)"
             ) from error
@@ -241,7 +241,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def without_job(folder: Path) -> None:
-    """Raise ``ConfigError`` if the folder is that of a job which has not ended, or which nobody can ask about."""
+    """Raise ``ConfigError`` if the folder is that of a job which has not ended, or whose state cannot be found out."""
     try:
         job = holder(folder)
         state = job.state() if job is not None else "lost"
@@ -252,7 +252,7 @@ def without_job(folder: Path) -> None:
 
 
 def _unasked(folder: Path, error: SchedulerError) -> str:
-    """What to say of a folder whose job cannot be asked about from here."""
+    """The message for a folder whose job's state cannot be found out from here."""
     facts = Facts.read(folder)
     if open_job(facts).cluster_is_up():
         return (
@@ -266,12 +266,12 @@ def _unasked(folder: Path, error: SchedulerError) -> str:
 
 
 def in_its_own(config: Config) -> Config:
-    """The configuration in a run folder of its own, which is made, where the command line has named none."""
+    """The configuration with a new run folder, which is created; for command lines that name none."""
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(made(Path(config.run.dir)))))
 
 
 def made(folder: Path) -> Path:
-    """A new folder of this name, or with a number behind it: of runs that start at the same moment each has its own.
+    """Create a folder of this name, or with a number appended: runs that start at the same moment must not share one.
 
     Raises:
         ConfigError: it cannot be made.
@@ -289,7 +289,7 @@ def made(folder: Path) -> Path:
 
 
 def outcome(folder: Path) -> dict[str, object] | None:
-    """What rank 0 said when the run ended in order: ``reason``, ``signal``, ``step``; None if it did not end so."""
+    """What rank 0 recorded when the run ended normally: ``reason``, ``signal``, ``step``; None if it did not."""
     path = folder / OUTCOME
     if not path.is_file():
         return None
@@ -312,5 +312,5 @@ def _has_run(folder: Path) -> bool:
 
 
 def has_digest(description: Mapping[str, object]) -> bool:
-    """Whether a data set says by a digest which data it holds."""
+    """Whether a description identifies the data by a digest."""
     return "sha256" in description or "digest" in description

@@ -1,11 +1,11 @@
-"""The configuration as dataclasses: what the keys are called, their types, units and defaults.
+"""The configuration as dataclasses: keys, types, units and defaults.
 
     Config
-    ├── run        where the run lives and whether it goes on        ├── model   `_target_` and its keywords
+    ├── run        where the run lives and whether it resumes        ├── model   `_target_` and its keywords
     ├── mesh       replicas x shards                                 ├── data    `_target_` and its keywords
     ├── launcher   how the workers start: `dtrain.launchers`         ├── sync    `_target_` and its keywords
     ├── engine     what owns the shard axis                          └── optim   the inner optimizer and its schedule
-    └── train      steps, batches, and how often what happens
+    └── train      steps, batches and intervals
 
 The frozen classes are what a program reads. hydra composes into unfrozen twins of them (``composable``), as it cannot
 override frozen ones.
@@ -27,7 +27,7 @@ PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
 
 LAUNCHER_DEFAULTS = {"workers": 4, "max_restarts": 3}
-"""Where the command line starts from otherwise than a program that uses a launcher itself."""
+"""Defaults of the command line that differ from those of a program that uses a launcher itself."""
 
 Settings = dict[str, object]
 """A mapping with ``_target_``: any importable callable, and the keywords it is called with."""
@@ -35,15 +35,15 @@ Settings = dict[str, object]
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run lives and whether it goes on."""
+    """Where the run lives and whether it resumes."""
 
     dir: str = ""
     """The run folder; empty: ``runs/YYYY-mm-dd/HH-MM-SS-<sync>``."""
     resume: str = "auto"
-    """``auto`` goes on where ``dir`` left off, ``never`` refuses an existing run, PATH starts from another run's."""
+    """``auto`` resumes the run in ``dir``, ``never`` refuses an existing one, PATH starts from another run."""
     weights: str = ""
-    """Parameters to begin with, everything else anew: a safetensors file such as RUN/export/model.safetensors, a
-    checkpoint, or a run that has ended. Empty: the model's own first ones."""
+    """Initial parameters, with all other state new: a safetensors file such as RUN/export/model.safetensors, a
+    checkpoint, or a run that has ended. Empty: the model's own initialization."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,10 @@ class EngineConfig:
     precision: str = "fp32"
     activation_checkpointing: bool = False
     bucket_mib: float = 4.0
-    """Gradients are handed over in buckets of at most this many MiB."""
+    """The largest bucket of gradients that is exchanged, in MiB."""
     unused_parameters: bool = False
-    """Some steps leave parameters without a gradient (experts, parts that are switched off): it counts as zero then, on
-    every replica. ZeRO 1 and 2 and local updates need no word for it, and ZeRO 3 cannot do it."""
+    """Allow steps that leave parameters without a gradient (experts, disabled modules); it then counts as zero on every
+    replica. ZeRO 1 and 2 and local updates do not need it, and ZeRO 3 does not support it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, on what batches, and how often what happens. Steps are optimizer steps."""
+    """Length, batches and intervals. Steps are optimizer steps."""
 
     steps: int = 300
     seed: int = 1
@@ -107,14 +107,14 @@ class TrainConfig:
     """Examples of the validation split per evaluation, over all ranks; 0: no evaluation."""
     log_every_steps: int = 10
     agree_every_steps: int = 5
-    """How often the ranks agree on whether somebody was asked to stop."""
+    """How often the ranks agree on whether any of them was asked to stop."""
     max_skipped_steps: int = 20
     """Steps in a row that are skipped for NaN or Inf gradients before the run gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run, composed once and frozen to ``config.yaml``. The mappings are not to be written to."""
+    """One run, composed once and frozen to ``config.yaml``. Do not modify the mappings."""
 
     run: RunConfig = field(default_factory=RunConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -128,9 +128,9 @@ class Config:
 
 
 def types_of(section: type) -> dict[str, Any]:
-    """The types of the keys of a section, by their names; those of sections are classes that this takes again.
+    """The types of a section's keys by name; those of subsections are classes that this function takes.
 
-    ``launcher`` has the keys of all launchers: which one it is says one of them.
+    ``launcher`` has the keys of all launchers; its ``name`` says which one it is.
     """
     if section is Launcher:
         return {name: _composed(key.type) for name, key in registry.keys().items()}
@@ -138,7 +138,7 @@ def types_of(section: type) -> dict[str, Any]:
 
 
 def _composed(kind: Any) -> Any:
-    """The type of a value as hydra has it, which knows lists and no tuples of any length."""
+    """The type for hydra, which has lists but no variable-length tuples."""
     return list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]  # a type at runtime
 
 

@@ -1,4 +1,4 @@
-"""What was probably meant by a key that does not exist."""
+"""Suggestions for a key that does not exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dtrain.train.config import targets
 __all__ = ["keys_of", "unknown"]
 
 SECTIONS = ("train", "optim", "run", "mesh", "data", "model", "engine", "launcher", "sync")
-"""Which section is meant first where several have a key of one name: ``lr`` is the optimizer's."""
+"""Order of preference where several sections have a key of one name: ``lr`` is the optimizer's."""
 
 
 def keys_of(node: Mapping[str, object], prefix: str = "") -> Iterator[str]:
@@ -26,9 +26,9 @@ def keys_of(node: Mapping[str, object], prefix: str = "") -> Iterator[str]:
 def unknown(
     key: str, chosen: Mapping[str, object], takes: Sequence[str] | None = None, target: str = ""
 ) -> ConfigError:
-    """The error for a key that there is not, with the nearest one, or those that there are.
+    """The error for an unknown key, with the nearest one, or all valid ones.
 
-    ``takes``: the keywords of ``target``, which makes what the key would be a part of.
+    ``takes``: the keywords of ``target``, to whose mapping the key would belong.
     """
     section = key.rpartition(".")[0]
     more = [f"{section}.{name}" for name in takes or ()]
@@ -44,7 +44,7 @@ def unknown(
 
 
 def _nearest(key: str, keys: Sequence[str], *, anywhere: bool) -> str | None:
-    """The key that was probably meant; ``anywhere``: it may be in another section than the one that was named."""
+    """The key that was probably meant; ``anywhere``: also in another section than the given one."""
     section, _, last = key.rpartition(".")
     top = key.partition(".")[0]
     rank = {name: place for place, name in enumerate(SECTIONS)}
@@ -75,10 +75,7 @@ def _name(key: str) -> str:
 
 
 def _short_for(name: str, candidates: Iterator[str] | Sequence[str]) -> str | None:
-    """The other name that abbreviates this one, or the other way round: ``learning_rate`` and ``lr``, ``batch`` and ...
-
-    Only where one alone does.
-    """
+    """The candidate that abbreviates ``name``, or that it abbreviates (``lr``, ``learning_rate``); None if several."""
 
     def initials(words: str) -> str:
         return "".join(word[:1] for word in words.split("_"))

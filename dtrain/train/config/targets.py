@@ -35,7 +35,7 @@ _KINDS = {bool: "a truth value", int: "an integer", float: "a number", str: "tex
 
 
 def shown(value: object) -> str:
-    """A value with the kind that it is of: ``'abc' (text)``, ``1.5 (a number)``, ``null``."""
+    """A value with its kind: ``'abc' (text)``, ``1.5 (a number)``, ``null``."""
     return "null" if value is None else f"{value!r} ({_KINDS.get(type(value), type(value).__name__)})"
 
 
@@ -72,7 +72,7 @@ def admits(annotation: object, value: object) -> bool:
         return any(admits(argument, value) for argument in arguments if not _of_torch(argument)) or not expected(
             annotation
         )
-    if expected(annotation) is not None:  # a tuple of so many; YAML has lists only
+    if expected(annotation) is not None:  # a tuple of fixed length; YAML has only lists
         fits = isinstance(value, list | tuple) and len(value) == len(arguments)
         return fits and all(map(admits, arguments, cast("list[object]", value)))
     return True
@@ -82,7 +82,7 @@ def locate(target: object, where: str) -> Callable[..., object]:
     """The callable that a dotted path names.
 
     Raises:
-        ConfigError: no such module or name, with the nearest one that there is; or not callable.
+        ConfigError: no such module or name (with the nearest one), or not callable.
     """
     if not isinstance(target, str) or not all(name.isidentifier() for name in target.split(".")):
         raise ConfigError(f"{where}._target_ must be the path of a callable, as in torch.optim.AdamW, not {target!r}")
@@ -113,7 +113,7 @@ def locate(target: object, where: str) -> Callable[..., object]:
 
 
 def _nearest(name: str, prefix: str, owner: object) -> str | None:
-    """The most similar name in a module, under the one that it has now if it was there once."""
+    """The most similar name in a module; for one that has moved, its current path."""
     earlier = {old.rpartition(".")[2]: new for old, new in RENAMED.items() if old.rpartition(".")[0] == prefix}
     near = closest(name, [*_names(owner), *earlier])
     return earlier.get(near, near) if near is not None else None
@@ -124,7 +124,7 @@ def _names(owner: object) -> list[str]:
 
 
 def holds_text(annotation: object, default: object = inspect.Parameter.empty) -> Kind:
-    """What a keyword of this annotation holds: see `dtrain.train.config.words.Kind`. Without one, its default says."""
+    """The `dtrain.train.config.words.Kind` of a keyword with this annotation; without one, that of its default."""
     if annotation in (object, typing.Any, inspect.Parameter.empty):
         return "text" if isinstance(default, str) else "unknown"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -146,7 +146,7 @@ def holds_text(annotation: object, default: object = inspect.Parameter.empty) ->
 
 
 def kind_of_keyword(target: Callable[..., object], name: str) -> Kind:
-    """The same of a keyword of a callable; ``unknown`` for one that ``**keywords`` takes."""
+    """The kind of a callable's keyword; ``unknown`` for one that ``**keywords`` takes."""
     named, _ = keywords_of(target)
     try:
         default = inspect.signature(target).parameters[name].default
@@ -181,7 +181,7 @@ def mappings(settings: object, where: str) -> Iterator[tuple[str, Mapping[str, o
 
 
 def check(settings: Mapping[str, object], where: str) -> None:
-    """Refuse names that do not exist, keywords that the targets do not take, and values of another type.
+    """Refuse names that do not exist, keywords that the targets do not take, and values of the wrong type.
 
     Raises:
         ConfigError: with the dotted key, what is wrong, and the nearest valid name.
@@ -216,7 +216,8 @@ def instantiate(settings: Mapping[str, object], where: str = "settings", /, **ke
         keywords: passed on untouched (tensors are neither copied nor converted); they win over the mapping.
 
     Raises:
-        ConfigError: the target does not exist, or does not take these values. A DtrainError of its own passes through.
+        ConfigError: the target does not exist, or does not take these values. A DtrainError that it raises passes
+        through.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as build
@@ -238,9 +239,9 @@ def instantiate(settings: Mapping[str, object], where: str = "settings", /, **ke
 
 
 def _unlike_their_defaults(settings: Mapping[str, object], where: str) -> str:
-    """The settings of another kind than the default of their keyword: what a target without annotations stumbles over.
+    """Settings whose type is not that of their default: a likely cause of an error in a target without annotations.
 
-    Only told beside an error of the target's own: such a value may be meant, as text for a number may be.
+    Reported only beside the target's own error, as such a value may be intended.
     """
     with contextlib.suppress(ValueError, TypeError):  # some callables of C extensions show no signature
         defaults = {

@@ -1,4 +1,4 @@
-"""What types cannot say: ranges, and parts that do not fit each other or this machine. All are told at once."""
+"""Checks beyond types: ranges, and settings that do not fit each other or this machine. All are reported at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def validate(config: Config) -> dict[str, object]:
     """Check all that can be checked before anything is launched. Writes nothing.
 
     Returns:
-        What the data set says of itself (its ``describe()``): files, sizes, digest.
+        The data set's description (``describe()``): files, sizes, digest.
 
     Raises:
         ConfigError: naming every key that is out of range or does not fit, with its value and what would fit.
@@ -92,7 +92,7 @@ def _mesh(config: Config) -> Iterator[str]:
             f"the mesh is {replicas} replicas x {shards} shards = {world} ranks, but there are {workers} workers; set "
             f"launcher.workers={world}, or choose mesh.replicate and mesh.shard whose product is {workers}"
         )
-        return  # what else must fit the mesh depends on which of the two it will be
+        return  # what else must fit depends on which of the two is changed
     batch, micro = config.train.batch_size, config.train.microbatch_size
     if batch < 1:
         return
@@ -113,7 +113,7 @@ def _launcher(config: Config) -> Iterator[str]:
 
 
 def warnings(config: Config) -> list[str]:
-    """What will run, but most likely not as it was meant."""
+    """What will run, but most likely not as intended."""
     unlikely, steps = [], config.train.steps
     per_node = config.launcher.workers // max(1, config.launcher.nodes)
     if config.launcher.nodes > 1 and config.mesh.shard > per_node:
@@ -139,7 +139,7 @@ def _engine(config: Config) -> Iterator[str]:
 
 
 def _run_folder(config: Config) -> Iterator[str]:
-    """Nothing is written to find out: the nearest folder that exists must be a writable one."""
+    """The nearest existing folder must be writable; nothing is written."""
     path = Path(config.run.dir).absolute()
     existing = path
     while not existing.exists() and existing != existing.parent:
@@ -161,7 +161,7 @@ def _sync(config: Config) -> Sync:
 
 
 def _optimizer(config: Config, sync: Sync) -> None:
-    """Its own checks, and those of the sync, on a parameter of one element."""
+    """Run its own checks, and those of the sync, on a parameter of one element."""
     import torch
 
     optimizer = instantiate(config.optim.inner, "optim.inner", params=[torch.nn.Parameter(torch.zeros(1))])
@@ -181,13 +181,13 @@ def _optimizer(config: Config, sync: Sync) -> None:
 
 
 def _model(config: Config, data: object) -> None:
-    """Its own checks, on the meta device: nothing is allocated, however large the model."""
+    """Run its own checks on the meta device: nothing is allocated, however large the model."""
     import torch
 
     try:
         with torch.device("meta"):
             model = build_model(config.model, data)
-    except Exception:  # some models look at their values while they are made; and only a real one says what is wrong
+    except Exception:  # some models read their values in the constructor; and only a real one raises the real error
         model = build_model(config.model, data)
     embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
     sparse = [name for name, module in model.named_modules() if isinstance(module, embeddings) and module.sparse]

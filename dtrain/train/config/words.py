@@ -1,8 +1,8 @@
-"""The words of a command line, ``key=value``, and what their values are: hydra's grammar where the key is no text.
+"""The words of a command line, ``key=value``, and their values: by hydra's grammar, unless the key holds text.
 
-Text is everything after the first ``=``, as it is: paths hold ``~ = , ( )`` and letters of any language, and Slurm's
-settings brackets, commas and ampersands, all of which the grammar reads as its own. Quotes around the whole of it are
-taken off. A list of text is cut at its commas; the quotes of its elements may have been taken away by the shell.
+Text is everything after the first ``=``, verbatim: paths contain ``~ = , ( )`` and letters of any language, Slurm's
+settings brackets, commas and ampersands, all of which are syntax to the grammar. Quotes around the whole text are
+stripped. A list of text is split at its commas; the shell may have stripped the quotes of its elements.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dtrain.errors import ConfigError
 __all__ = ["Kind", "Word", "alternatives", "read", "value_of", "written"]
 
 Kind = Literal["text", "optional text", "texts", "unknown", "value"]
-"""What a key holds. ``texts``: a list of text. ``unknown``: nobody says, so it is text if it can be nothing else."""
+"""What a key holds. ``texts``: a list of text. ``unknown``: not declared, so text if it parses as nothing else."""
 
 FORM = re.compile(r"(?P<sign>[+~]{0,2})(?P<key>[^=@\s'\"\[\]{}(),]*)(?P<package>@[^=\s'\"]*)?", re.DOTALL)
 CLOSING = {"[": "]", "(": ")", "{": "}"}
@@ -33,7 +33,7 @@ MOST_VALUES = 10_000
 
 @dataclass(frozen=True)
 class Word:
-    """A word taken apart: ``+key@package=text``. ``value``: what a file says instead of text; ``origin``: that file."""
+    """A parsed word: ``+key@package=text``. ``value``: what a file sets instead of text; ``origin``: that file."""
 
     given: str
     sign: str
@@ -45,23 +45,23 @@ class Word:
 
     @property
     def removes(self) -> bool:
-        """Whether it takes its key away: ``~key``."""
+        """Whether it removes its key: ``~key``."""
         return "~" in self.sign
 
     @property
     def from_file(self) -> bool:
-        """Whether a file says it, and not the command line."""
+        """Whether it comes from a file, not from the command line."""
         return self.value is not UNREAD
 
 
 def read(given: str) -> Word:
-    """A word, taken apart.
+    """Parse a word.
 
     >>> read("data.path=~/a=b").text
     '~/a=b'
 
     Raises:
-        ConfigError: it has no ``=``, or something that is no key before it.
+        ConfigError: it has no ``=``, or no valid key before it.
     """
     try:
         given.encode()
@@ -79,7 +79,7 @@ def read(given: str) -> Word:
 
 
 def written(key: str, text: str) -> str:
-    """The word that gives ``key`` this text, whatever it holds.
+    """The word that sets ``key`` to this text, quoted where necessary.
 
     >>> written("run.dir", "runs/a=b"), written("run.dir", "it's"), written("run.dir", "'x'")
     ('run.dir=runs/a=b', "run.dir=it's", "run.dir='\\\\'x\\\\''")
@@ -89,10 +89,10 @@ def written(key: str, text: str) -> str:
 
 
 def value_of(word: Word, kind: Kind, expected: str | None) -> object:
-    """The value of a word for a key of this kind. ``expected``: what the key takes, in words, if it is known.
+    """The value of a word for a key of this kind. ``expected``: a description of its valid values, if known.
 
     Raises:
-        ConfigError: it cannot be read, or is several values.
+        ConfigError: it cannot be parsed, or stands for several values.
     """
     if word.from_file:
         elements = word.value if kind == "texts" and isinstance(word.value, list) else [word.value]
@@ -127,7 +127,7 @@ def value_of(word: Word, kind: Kind, expected: str | None) -> object:
 def huge_integer(value: object) -> str:
     """The first integer in it that has more than 64 bits, shortened; empty if there is none.
 
-    No key takes one, and it ends in an ``OverflowError`` wherever it meets a float or a tensor.
+    No key takes one: as a float or in a tensor it raises ``OverflowError``.
     """
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         digits = hex(value) if value.bit_length() > 8_192 else str(value)  # str() refuses thousands of digits
@@ -141,12 +141,12 @@ def huge_integer(value: object) -> str:
 
 
 def alternatives(word: Word, kind: Kind, loader: ConfigLoader) -> list[str]:
-    """The values of a sweep's word, each as the text of a word of its own; one for a word that has one value.
+    """The values of a sweep's word, each as text; one for a word that has one value.
 
-    ``loader`` knows the choices that ``glob(...)`` stands for.
+    ``loader`` expands ``glob(...)``.
 
     Raises:
-        ConfigError: it cannot be read, or is no set of values.
+        ConfigError: it cannot be parsed, or is no finite set of values.
     """
     if word.removes:
         return [word.text]
@@ -173,7 +173,7 @@ def alternatives(word: Word, kind: Kind, loader: ConfigLoader) -> list[str]:
 
 
 def _parsed(word: Word, loader: ConfigLoader | None = None) -> Override:
-    """Raises ``HydraException`` for what is none."""
+    """Raises ``HydraException`` for a syntax error."""
     package = f"@{word.package}" if word.package is not None else ""
     try:
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([f"{word.key}{package}={word.text}"])[0]
@@ -198,7 +198,7 @@ def _texts(word: Word) -> list[str]:
     """The elements of ``[a,"b",c=d]``.
 
     Raises:
-        ConfigError: it does not end, has empty elements, or means two things without quotes that the shell took away.
+        ConfigError: it is not closed, has empty elements, or is ambiguous without the quotes that the shell stripped.
     """
     text = word.text.strip()
     if _end(text, 0) != len(text) - 1:
@@ -220,13 +220,13 @@ def _texts(word: Word) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """As the grammar writes text that holds anything: backslashes count only before a quote."""
+    """Quote text for the grammar, in which backslashes count only before a quote."""
     text = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
     return "'" + re.sub(r"\\+\Z", lambda match: match[0] * 2, text) + "'"
 
 
 def _unquoted(text: str) -> str | None:
-    """What stands in quotes; None if not the whole of ``text`` does."""
+    """The text between the quotes; None if ``text`` is not quoted as a whole."""
     if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
         return None
     try:
@@ -239,7 +239,7 @@ def _unquoted(text: str) -> str | None:
 
 
 def _cut(text: str) -> list[str]:
-    """The parts between commas that stand in no quotes and no brackets. What opens and does not close is a character.
+    """Split at commas outside quotes and brackets. An opening sign that is not closed is an ordinary character.
 
     >>> _cut("'/a, b',/c[1,2],d(e")
     ["'/a, b'", '/c[1,2]', 'd(e']
@@ -262,7 +262,7 @@ def _cut(text: str) -> list[str]:
 
 
 def _end(text: str, start: int) -> int | None:
-    """Where the bracket at ``start`` is closed; None if it is not. What stands in quotes closes nothing."""
+    """Where the bracket at ``start`` is closed; None if it is not. Brackets in quotes do not count."""
     open_: list[str] = []
     quote = ""
     for at in range(start, len(text)):

@@ -29,7 +29,7 @@ def positions(step: int, *, batch_size: int, rank: int, world: int) -> range:
     """Global sample positions that ``rank`` of ``world`` reads in ``step`` (from 0).
 
     The ranks' shares are contiguous and equal; together they are ``step * batch_size`` up to
-    ``(step + 1) * batch_size`` for every ``world``, so that a run may go on with another number of ranks. Raises
+    ``(step + 1) * batch_size`` for every ``world``, so that a run may resume with another number of ranks. Raises
     ``ValueError`` where ``world`` does not divide ``batch_size``.
 
     >>> positions(3, batch_size=8, rank=1, world=2)

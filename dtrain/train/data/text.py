@@ -91,13 +91,13 @@ def check_window(split: str, block: int) -> None:
 
 
 def check_index(index: int, count: int) -> None:
-    """Raise ``IndexError`` outside of [0, count); what iterates over a data set ends there."""
+    """Raise ``IndexError`` outside of [0, count); this ends iteration over a data set."""
     if not 0 <= index < count:
         raise IndexError(f"example {index} of {count}")
 
 
 def window_count(tokens: int, block: int) -> int:
-    """How many windows of ``block`` inputs, each with the token after it, do not overlap in ``tokens``."""
+    """The number of non-overlapping windows of ``block`` inputs, each with the token after it, in ``tokens``."""
     return max(0, tokens - 1) // block
 
 
@@ -160,7 +160,7 @@ def read_file(file: Path) -> bytes:
 
 
 def held_out_names(names: Collection[str], held_out: float) -> frozenset[str]:
-    """The names, about ``held_out`` of them, whose hash falls below that share: a new name moves no other.
+    """The names whose hash is below ``held_out``, about that fraction of them: a new name moves no other.
 
     Of two names or more at least one is held out, the one with the lowest hash, and at least one is not; of a single
     one none is. Raises ``DataError`` where ``held_out`` is no share strictly between 0 and 1.

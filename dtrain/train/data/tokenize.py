@@ -22,7 +22,7 @@ Encode = Callable[[str, bytes], npt.NDArray[np.unsignedinteger]]
 def tokenize(
     *, source: str | Path, out: str | Path, tokenizer: str = "bytes", held_out: float = 0.05
 ) -> dict[str, object]:
-    """Write the tokens of the text files in ``source`` (a folder or a file) to the new folder ``out``; say what it is.
+    """Write the tokens of the text files in ``source`` (a folder or a file) to the new folder ``out``; describe it.
 
     ``tokenizer`` is "bytes" or the path of a ``tokenizer.json`` of the package ``tokenizers``. Files are joined in the
     order of their names without tokens between them, the held-out ones, chosen as ``ByteText`` does, at the end. One

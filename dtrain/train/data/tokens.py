@@ -44,7 +44,7 @@ AGAIN = "write it again with `dtrain data tokenize`"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What ``tokens.json`` says; ``held_out`` are ascending, disjoint ranges ``(start, stop)`` of tokens."""
+    """The content of ``tokens.json``; ``held_out`` are ascending, disjoint ranges ``(start, stop)`` of tokens."""
 
     version: int
     dtype: str
@@ -110,7 +110,7 @@ class TokenFile:
         }
 
     def check_content(self) -> None:
-        """Read all of ``tokens.bin``. Raises ``DataError`` where it is not what its description says."""
+        """Read all of ``tokens.bin``. Raises ``DataError`` where it does not match its description."""
         file, highest, sha = Path(self._path) / TOKENS, 0, hashlib.sha256()
         for start in range(0, len(self._tokens), CHUNK):
             chunk = self._tokens[start : start + CHUNK]
@@ -128,7 +128,7 @@ class TokenFile:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What ``tokens.json`` in ``folder`` says; ``DataError`` where it is missing, damaged or of another version."""
+    """Read ``tokens.json`` in ``folder``; ``DataError`` where it is missing, damaged or of another version."""
     file = folder / MANIFEST
     try:
         entries = strict_json.read(file)

@@ -1,4 +1,4 @@
-"""Engines: who owns the shard axis. DDP, FSDP2, and DeepSpeed ZeRO 1, 2 and 3."""
+"""Engines, which own the shard axis: DDP, FSDP2, and DeepSpeed ZeRO 1, 2 and 3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of a model, ``model(batch) -> scalar loss tensor``, held wherever an engine calls one."""
+"""The contract of a model, ``model(batch) -> scalar loss tensor``, checked wherever an engine calls one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ WRAPPED = "for example self.model(input_ids=batch[...], labels=batch[...]).loss"
 def loss_of(model: Callable[[Mapping[str, Tensor]], object], batch: Mapping[str, Tensor]) -> Tensor:
     """``model(batch)``, which must be a scalar floating-point tensor with a gradient (where gradients are enabled).
 
-    What the model raises passes through, with a note that says what the batch was: most of these errors are a key or a
-    shape that the model did not expect.
+    What the model raises passes through, with a note that describes the batch: most of these errors are an unexpected
+    key or shape.
 
     Raises:
-        ModelError: it is something else.
+        ModelError: it returned something else.
     """
     try:
         loss = model(batch)
@@ -48,7 +48,7 @@ def _how_to_wrap(model: object) -> str:
 
 
 def unused(names: Sequence[str]) -> ModelError:
-    """What to raise where these parameters have no gradient, and the engine would wait for one."""
+    """The error for parameters without a gradient, for which the engine would wait."""
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return ModelError(
         f"{listed or 'some parameters'} had no part in the loss of this step, and the other ranks wait for a gradient: "
@@ -75,7 +75,7 @@ def _wrong(loss: object) -> str:
 
 
 def described(value: object) -> str:
-    """Type and shape of a value, of what a tuple, list or mapping holds too.
+    """Type and shape of a value, also of the elements of a tuple, list or mapping.
 
     >>> described({"input": torch.zeros(2, 3), "weight": torch.tensor(1.0)})
     'input: Tensor[2, 3] of float32, weight: scalar Tensor of float32'

@@ -1,4 +1,4 @@
-"""DistributedDataParallel inside a replica: every rank holds everything, and its peers share its slice of the sync."""
+"""DistributedDataParallel inside a replica: every rank holds all parameters, and exchanges a slice with its peers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DDPEngine(TorchEngine):
             _use_all(model)
         self.ddp = DistributedDataParallel(
             model, process_group=mesh.engine_group, bucket_cap_mb=options.bucket_mib, gradient_as_bucket_view=True,
-            # Buckets then stay as they are, and are not built anew in the order in which this replica had gradients.
+            # It also keeps DDP from rebuilding its buckets in the order of this replica's gradients.
             find_unused_parameters=options.unused_parameters,
         )  # fmt: skip
         self.model = self.ddp
@@ -62,13 +62,13 @@ class DDPEngine(TorchEngine):
 
 
 def _use_all(model: nn.Module) -> None:
-    """Give every parameter a part in the loss, a zero: DDP's own search leaves out what other replicas alone used."""
+    """Add a zero of every parameter to the loss: DDP's own search misses those that only other replicas used."""
     forward = model.forward
 
     def with_all(batch: Batch) -> object:
         loss = forward(batch)
         if not isinstance(loss, Tensor) or loss.dim() or not torch.is_grad_enabled():
-            return loss  # whether it may be so is asked elsewhere
+            return loss  # `loss_of` checks it
         nothing = [p.reshape(-1)[:0].sum().float() for p in model.parameters() if p.requires_grad]
         return loss + torch.stack(nothing).sum()
 

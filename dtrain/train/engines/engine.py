@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine, and what all engines share.
+"""The interface of engines, and what all of them share.
 
 An engine owns the shard axis: it builds the model on its replica's ranks, runs forward and backward, clips by the norm
 over its shards, and hands its `Pieces` to the sync. It never communicates with other replicas.
@@ -26,11 +26,11 @@ OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Opt
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What every engine is told.
+    """Options of every engine.
 
     ``precision``: "fp32", or "bf16" with fp32 master parameters and fp32 reductions where the engine can.
-    ``bucket_mib``: size of the gradient groups that are handed over. ``clip_norm``: 0 leaves gradients as they are.
-    ``unused_parameters``: a parameter that has no part in a loss has the gradient zero.
+    ``bucket_mib``: size of the gradient buckets. ``clip_norm``: 0 leaves gradients as they are. ``unused_parameters``:
+    a parameter that does not contribute to a loss has the gradient zero.
     """
 
     precision: str
@@ -98,7 +98,7 @@ class TorchEngine(Engine):
             group["lr"] = value
 
     def close(self) -> None:
-        """Nothing of its own."""
+        """Nothing to free."""
 
     def _autocast(self) -> torch.autocast:
         """FSDP2 and DeepSpeed cast by themselves; DDP needs autocast for bf16."""

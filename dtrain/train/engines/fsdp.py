@@ -1,4 +1,4 @@
-"""FSDP2 on the shard axis: each block is a unit, the rest is the root; replicas are none of its business."""
+"""FSDP2 on the shard axis: each block is a unit, the rest is the root; it never communicates between replicas."""
 
 from __future__ import annotations
 

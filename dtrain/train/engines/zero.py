@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1, 2 and 3 on the shard axis, told through ``mpu`` that its data-parallel world is one replica."""
+"""DeepSpeed ZeRO 1, 2 and 3 on the shard axis; ``mpu`` makes one replica its data-parallel world."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ zero1, zero2, zero3 = (partial(ZeroEngine, stage=stage) for stage in (1, 2, 3))
 
 
 def _forget_deepspeed(module: nn.Module) -> None:
-    """Cut what leads from a module to its engine and groups, whose threads wake a hundred times a second under gloo.
+    """Cut a module's references to its engine and groups, whose threads wake a hundred times a second under gloo.
 
-    With DeepSpeed 0.19 and torch 2.13 the model of stage 3 is never freed: who holds it is nothing that ``gc`` can see.
+    With DeepSpeed 0.19 and torch 2.13 the model of stage 3 is never freed: ``gc`` does not see what holds it.
     """
     module._forward_hooks.clear()
     module._forward_pre_hooks.clear()

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, appended to; only a resume cuts it, to what its checkpoint knows."""
+"""metrics.jsonl: one JSON object per line, appended to; only a resume truncates it, to its checkpoint's step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, Value]
 
 
 def as_line(row: Mapping[str, Value]) -> str:
-    """One line of JSON with its newline; NaN and infinities become null, as JSON has no word for them.
+    """One line of JSON with its newline; NaN and infinities become null, as JSON lacks them.
 
     >>> as_line({"step": 3, "loss": float("nan")})
     '{"step": 3, "loss": null}\\n'

@@ -19,9 +19,9 @@ __all__ = ["MetricsWriter"]
 class MetricsWriter:
     """Appends rows to ``folder/metrics.jsonl`` and, from the first row on, to ``folder/tensorboard/``.
 
-    With ``enabled=False`` (every rank but one) it does nothing at all, so that callers need not ask. ``purge_step``: at
-    a resume, the first step that is trained again; TensorBoard then hides what an earlier process wrote from that step
-    on. Without the tensorboard package, or once it has failed, only the JSON lines are written. A context manager.
+    With ``enabled=False`` (every rank but one) it does nothing. ``purge_step``: at a resume, the first step that is
+    trained again; TensorBoard then hides what an earlier process wrote from that step on. Without the tensorboard
+    package, or once it has failed, only the JSON lines are written. A context manager.
     """
 
     def __init__(self, folder: Path, *, enabled: bool, purge_step: int | None = None) -> None:
@@ -37,7 +37,7 @@ class MetricsWriter:
             self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, row: Mapping[str, Value]) -> None:
-        """Write one row, which must have an integer ``step``. It is on its way to the disk when this returns."""
+        """Write one row, which must have an integer ``step``. It is flushed when this returns."""
         step = row.get("step")
         if not isinstance(step, int):
             raise ValueError(f"a row of metrics needs an integer step, got {dict(row)}")
@@ -67,7 +67,7 @@ class MetricsWriter:
         return self._events
 
     def _try(self, action: Callable[[], SummaryWriter | None]) -> None:
-        """What pictures are made of is not worth a run: the rows are in metrics.jsonl."""
+        """TensorBoard must not end a run: the rows are in metrics.jsonl."""
         try:
             self._events = action()
         except Exception as error:  # TensorBoard writes in a thread, and raises later whatever went wrong there
@@ -100,7 +100,7 @@ def _open_events(folder: Path, purge_step: int | None) -> SummaryWriter | None:
 
 
 def _drop_torn_end(path: Path) -> None:
-    """Else the first row would be glued to half a row of a process that was killed, and both be lost."""
+    """Else the first row would be joined to the torn row of a killed process, and both be lost."""
     if not path.exists() or not path.stat().st_size:
         return
     with path.open("rb+") as file:
