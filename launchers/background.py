@@ -55,13 +55,13 @@ def start(launcher: BackgroundLauncher, program: Program, *, folder: Path, name:
         (folder / stale).unlink(missing_ok=True)
     shutil.rmtree(rank_files(folder), ignore_errors=True)  # another job's
     command = command_of(program, folder, python=launcher.python)
-    # Its environment may hold what is nobody else's business.
+    # Its environment may hold secrets.
     content = json.dumps({"settings": dataclasses.asdict(cast(Any, launcher)), "program": command}) + "\n"
     trusted.write_private(folder / "background.json", content.encode())
     (folder / "logs").mkdir(exist_ok=True)
     argv = [sys.executable, "-P", "-m", "dtrain.launchers.background", launcher.name, str(folder)]
     with (folder / "logs" / "batch.log").open("ab") as log:
-        # The shell leaves at once, so that the job is nobody's child and outlives this process without a trace in it.
+        # The shell exits at once, so that the job is no child of this process and outlives it.
         started = subprocess.run(
             ["sh", "-c", 'setsid "$@" <&- >&2 & echo $!', "sh", *argv], stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=log, text=True, check=True, env=handed_on(os.environ, launcher.keeps),
@@ -88,19 +88,19 @@ class BackgroundJob(Job):
         return None if registry.job_class(facts.launcher).scheduled else cls(facts)
 
     def ask(self) -> State:
-        """Whether its process lives; a number that was given away again is another process."""
+        """Whether its process lives; one that has reused its id is another."""
         return "running" if self._is_ours() else "lost"
 
     def cancel(self) -> None:
-        """SIGTERM: the ranks get the time to checkpoint that the launcher was told to give them.
+        """SIGTERM: the ranks have the launcher's grace_seconds to checkpoint.
 
-        Raises ``LookupError`` where its number is that of another process, whatever the files of the folder say: that
-        one is left alone.
+        Raises ``LookupError`` where its id is that of another process, which is left alone, whatever the folder's files
+        say.
         """
         if began(self.id) is None:
             return  # it has ended
         try:
-            process = os.pidfd_open(int(self.id))  # its number is not given away while it is asked for
+            process = os.pidfd_open(int(self.id))  # keeps its id from being reused
         except ProcessLookupError:
             return
         try:
@@ -112,7 +112,7 @@ class BackgroundJob(Job):
             os.close(process)
 
     def _is_ours(self) -> bool:
-        """Whether the process of this number lives, is the user's, began when the job did, and runs this folder."""
+        """Whether the process of this id lives, is the user's, began when the job did, and runs this folder."""
         since = began(self.id)
         if since is None or self.facts.started not in ("", since):
             return False
@@ -128,7 +128,7 @@ class BackgroundJob(Job):
 
 
 def began(pid: str) -> str | None:
-    """What tells a living process of this machine from all others with its number: the boot, and its start in ticks."""
+    """What tells a living process of this machine from all others with its id: the boot, and its start in ticks."""
     if not re.fullmatch("[1-9][0-9]{0,9}", str(pid)):
         return None
     try:
@@ -192,7 +192,7 @@ class LocalLauncher(Keys):
 class MpiLauncher(Allocation, Keys):
     """Starts ``workers`` ranks under mpirun: on ``hosts``, on the nodes of a Slurm allocation, or on this machine.
 
-    With ``nodes`` and neither of the first two it is run within nodes that Slurm is asked for.
+    With ``nodes`` and neither of the first two it asks Slurm for nodes to run in.
     """
 
     name: str = "mpi"
@@ -227,7 +227,7 @@ class MpiLauncher(Allocation, Keys):
         return not self.hosts
 
     def allocation(self, variables: Mapping[str, str]) -> Sequence[str] | None:
-        """The nodes, where nobody has said which: then this process is no part of an allocation yet."""
+        """The nodes to ask for, where none are named and this process is in no allocation."""
         if not self._needs_nodes(variables):
             return None
         wanted = {
@@ -244,7 +244,7 @@ class MpiLauncher(Allocation, Keys):
         return [*super().problems(replicas), *self.unused_keys()]
 
     def unused_keys(self, variables: Mapping[str, str] = os.environ) -> list[str]:
-        """The keys that are for Slurm, and nothing is asked of it."""
+        """The keys for Slurm that are set although Slurm is not asked for nodes."""
         if self._needs_nodes(variables) or ALLOCATED in variables:
             return []
         changed = [
@@ -332,7 +332,7 @@ class _Stored:
 
 
 def stored(launcher: str, path: Path) -> tuple[BackgroundLauncher, tuple[str, ...]]:
-    """What `start` wrote: the launcher, and the program. Raises ``Damaged`` for anything else."""
+    """Read what `start` wrote: the launcher, and the program. Raises ``Damaged`` for anything else."""
     with trusted.opened(path) as file:
         content = shaped(_Stored, json_of(file.read().decode(errors="replace")))
     if not content.program:

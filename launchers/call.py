@@ -15,7 +15,7 @@ from dtrain.launchers.environment import Environment
 
 
 def main(folder: Path) -> None:
-    """Load, call, and store the result, whole or not at all."""
+    """Load, call, and store the result, atomically."""
     with trusted.opened(folder / "function.pkl") as file:
         sys.path += [path for path in pickle.load(file) if path not in sys.path]
         function = pickle.load(file)  # cloudpickle writes what pickle reads

@@ -1,8 +1,8 @@
-"""A copy of the code that a job runs, taken when it is submitted: what is edited afterwards does not change the job.
+"""A copy of the code that a job runs, taken when it is submitted, so that later edits do not change the job.
 
 The job's working directory stays what it was, so relative paths to data mean the same; its modules and its script are
-taken from the copy, which comes first on the module path. So that a program finds there all that it finds in place, the
-copy stands for the whole folder, every name in it once:
+taken from the copy, which comes first on the module path. So that a program finds all its files there, the copy
+has every name of the folder once:
 
     copied    what git knows or would add, up to 1 MiB; in packages everything up to 1 MiB, also what git ignores
               (generated files); whatever Python can import, up to 16 MiB (built modules)
@@ -35,7 +35,7 @@ ENVIRONMENTS = ("pyvenv.cfg", "conda-meta")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The code below ``root``, as it will be below ``code``. ``directory``: where the command was given."""
+    """The code below ``root``, to be copied below ``code``. ``directory``: where the command was given."""
 
     root: Path
     directory: Path
@@ -65,10 +65,10 @@ class Snapshot:
         return tuple(words)
 
     def take(self) -> None:
-        """Copy. Raises ``ValueError`` for more than a repository of code has; then there is no copy."""
+        """Take the copy. Raises ``ValueError`` if it would be too large; then there is no copy."""
         shutil.rmtree(self.code, ignore_errors=True)
         self.code.parent.mkdir(parents=True, exist_ok=True)
-        self.code.mkdir(mode=0o700)  # files keep their modes, but nobody else gets to them
+        self.code.mkdir(mode=0o700)  # files keep their modes, but no other user can reach them
         try:
             _Copying(self.root, self.code).folder(self.root, _tracked(self.root), package=False)
         except BaseException:
@@ -77,7 +77,7 @@ class Snapshot:
 
 
 class _Copying:
-    """One copy in the making. Counts what it takes, and refuses to take too much."""
+    """One copy being taken. Counts what it copies, and refuses to copy too much."""
 
     def __init__(self, root: Path, code: Path) -> None:
         self.root, self.code = root, code
@@ -91,7 +91,7 @@ class _Copying:
         """
         target = self.code / folder.relative_to(self.root)
         target.mkdir(exist_ok=True)
-        target.chmod(target.stat().st_mode & ~0o022)  # modules are loaded from here: nobody else writes to it
+        target.chmod(target.stat().st_mode & ~0o022)  # modules are loaded from here: no other user may write to it
         package, links = package or (folder / "__init__.py").exists(), {}
         for entry in list(os.scandir(folder)):
             path, place = Path(entry.path), target / entry.name
@@ -116,7 +116,7 @@ class _Copying:
         return path.name in LEFT_OUT or self.code.is_relative_to(path)
 
     def _goes_into(self, path: Path, tracked: frozenset[str] | None, *, package: bool) -> bool:
-        """Whether a folder is made anew and not linked."""
+        """Whether a folder is created and not linked."""
         if any((path / mark).exists() for mark in ENVIRONMENTS) or not os.access(path, os.R_OK | os.X_OK):
             return False
         if package or (path / ".git").exists() or (path / "__init__.py").exists():
@@ -132,7 +132,7 @@ class _Copying:
         return tracked if names is None else frozenset(str(place / name) for name in names)
 
     def _pointed_to(self, link: Path) -> str:
-        """Where a link's copy leads: as it says, unless that is nothing that is copied too."""
+        """Where a link's copy points: the same, unless its target is not copied too."""
         says = os.readlink(link)
         goal = Path(os.path.normpath(link.parent / says))
         within = [folder for folder in (goal, *goal.parents) if folder != self.root and self.root in folder.parents]
@@ -173,7 +173,7 @@ def _holds_code(folder: Path) -> bool:
 
 
 def _tracked(root: Path) -> frozenset[str] | None:
-    """What git knows or would add below ``root``, and the folders of that; None where git does not say."""
+    """What git knows or would add below ``root``, with its folders; None without an answer of git."""
     command = ["git", "-C", str(root), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=30, check=False)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 __all__ = ["BACKENDS", "Environment", "tasks_on_nodes"]
 
 CLUSTER = "DTRAIN_CLUSTER"
-"""Set on the hosts of a cluster of `dtrain cluster`: its name. From outside it says which one is meant."""
+"""Set on the hosts of a cluster of `dtrain cluster`: its name. Outside it selects one."""
 ALLOCATED = "DTRAIN_ALLOCATED"
-"""Set where the command has asked Slurm for the nodes around this process: then the keys for that were used."""
+"""Set where the command has asked Slurm for the nodes around this process, and so has used the keys for that."""
 SECONDS_LEFT = "DTRAIN_SECONDS_LEFT"
-"""Set as the ranks start: until the time limit. Seconds and no time of day, as the clocks of two machines differ."""
+"""Set as the ranks start: until the time limit. In seconds, not a time of day, as the clocks of machines differ."""
 RANK_OFFSET, WORLD = "DTRAIN_RANK_OFFSET", "DTRAIN_WORLD_SIZE"
 """Set where a job consists of several steps (``launcher.isolate=replica``): a rank's place among all steps."""
 
@@ -30,10 +30,11 @@ _USUAL = {
 
 @dataclass(frozen=True)
 class Backend:
-    """What starts ranks. ``variables``: field of `Environment` -> the variable that holds it, ``here``: that tells it.
+    """What starts ranks. ``variables``: field of `Environment` -> the variable that holds it; ``here``: the variable
+    that identifies the backend.
 
-    ``signals_all``: it signals every process of a rank itself, so that passing a signal on would deliver it twice.
-    ``mpi``: it is an mpirun.
+    ``signals_all``: it signals every process of a rank, so that forwarding a signal would deliver it twice. ``mpi``: it
+    is an mpirun.
     """
 
     variables: Mapping[str, str]
@@ -60,10 +61,10 @@ BACKENDS = {
     }, signals_all=True),
     "plain": Backend({**_USUAL, "here": "RANK"}),
 }  # fmt: skip
-"""In the order in which they are looked for: what started a process last is what counts, and mpirun and torchrun are
-started within a Slurm job, not the other way round."""
+"""In the order in which they are looked for: the innermost counts, and mpirun and torchrun are started within a Slurm
+job, not the other way round."""
 NOBODY = Backend({})
-"""Of a process that nobody launched."""
+"""For a process without a launcher."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Environment:
 
     @classmethod
     def read(cls, variables: Mapping[str, str] = os.environ) -> Environment:
-        """From environment variables; a process that nobody launched is rank 0 of 1.
+        """From environment variables; a process without a launcher is rank 0 of 1.
 
         Raises ``ValueError`` naming a variable that is missing or is no number.
 
@@ -147,7 +148,7 @@ class Environment:
 
 
 def tasks_on_nodes(text: str) -> list[int]:
-    """Slurm's short form of a list.
+    """Expand Slurm's short form of a list.
 
     >>> tasks_on_nodes("4(x2),3")
     [4, 4, 3]

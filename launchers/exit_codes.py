@@ -2,7 +2,7 @@
 
 0     finished, or stopped as asked
 1     failed; started again it may succeed
-2     a wrong configuration, or an error that would come again; a shell's 126 and 127, for no program, count as it
+2     a wrong configuration, or an error that would recur; a shell's 126 and 127, for no program, count as 2
 75    checkpointed after a signal from the scheduler, to be run again
 130   ended by the user, after a checkpoint
 """
@@ -18,11 +18,11 @@ __all__ = [
 
 FINISHED, FAILED, BAD_CONFIG, CHECKPOINTED, INTERRUPTED = 0, 1, 2, 75, 130
 NO_PROGRAM = (126, 127)
-"""With these a shell leaves that cannot start a program."""
+"""Exit codes of a shell that cannot start a program."""
 
 ENDED_WELL = (FINISHED, CHECKPOINTED, INTERRUPTED)
 NEVER_AGAIN = (BAD_CONFIG, *NO_PROGRAM)
-"""A rank that leaves so would do so again."""
+"""A rank that exits so would do so again."""
 
 ENDINGS = {
     FINISHED: "finished", BAD_CONFIG: "it cannot run, or would fail in the same way again",

@@ -1,4 +1,4 @@
-"""How ranks fail, which of them failed first, and the few lines that a person should read about it."""
+"""How ranks fail, which of them failed first, and a short report of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 TAIL_BYTES = 65536
 LOOPBACK = re.compile(r"remote=\[127\.[0-9.]+\]|connect\w*[^\n]{0,80}\b127\.0\.1\.1\b", re.IGNORECASE)
-# What a healthy rank says when another one is gone. It tells nothing about the cause.
+# What a healthy rank reports when another one is gone. It does not show the cause.
 CONSEQUENCE = re.compile(
     r"connection (was likely )?closed|connection reset|connection refused|connection aborted|broken pipe|socket closed"
     r"|socketTimeout|timed out (waiting|after)|application timeout caused pair closure|wait timeout|recvValue failed"
@@ -30,7 +30,7 @@ CONSEQUENCE = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """How one rank ended that did not end well: by ``exit_code`` or by ``signal``. ``time`` in seconds since 1970.
+    """How one rank failed: by ``exit_code`` or by ``signal``. ``time`` in seconds since 1970.
 
     ``consequence``: most likely it failed because another rank had failed.
     """
@@ -72,7 +72,7 @@ class Ending:
 
 
 def root_cause(ending: Ending) -> str:
-    """The text to print first after a launch that did not finish: rank, what, where, log, and who fell with it."""
+    """The text to print first after a launch that did not finish: rank, what, where, log, and which others failed."""
     if not ending.failures:
         how = f"stopped by {signal.Signals(ending.signal).name}" if ending.signal else "all ranks finished"
         return how
@@ -95,7 +95,7 @@ def root_cause(ending: Ending) -> str:
 
 
 def advice(message: str) -> str:
-    """What to do about an error that does not say so itself; empty for others."""
+    """The way out of known errors whose message has none; empty for others."""
     if LOOPBACK.search(message):
         return (
             "a host's name leads to its own loopback there, which no other host can reach: set launcher.interface to "
@@ -125,7 +125,7 @@ def read_error(path: Path) -> tuple[str, str] | None:
 
 
 def _is_time(value: object) -> bool:
-    """Whether the agent, which reads it too, takes it."""
+    """Whether torch's agent, which reads it too, accepts it."""
     if isinstance(value, str):
         return re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", value) is not None
     return isinstance(value, int | float) and abs(value) < 1e18

@@ -1,7 +1,7 @@
-"""Runs in the foreground of a terminal: a job whose launcher is the command itself, which every verb of jobs knows.
+"""Runs in the foreground of a terminal: jobs whose launcher is the command itself, for every verb of `dtrain jobs`.
 
 The command writes job.json when it begins and end.json when it ends, as other launchers do. A folder that has neither,
-of an older version or of a copy, is still a run: its lock and its summary say how it stands.
+of an older version or of a copy, is still a run: its lock and its summary show its state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REASONS = {**ENDINGS, CHECKPOINTED: "cancelled", INTERRUPTED: "cancelled"}
 
 
 def began(folder: Path, program: Sequence[str], workers: int) -> None:
-    """Write down that this command runs the job of ``folder``, whose lock it holds."""
+    """Record that this command runs the job of ``folder``, whose lock it holds."""
     (folder / "end.json").unlink(missing_ok=True)
     shutil.rmtree(rank_files(folder), ignore_errors=True)  # another job's
     facts = Facts(
@@ -48,18 +48,18 @@ def variables(folder: Path, hang_seconds: float) -> dict[str, str]:
 
 
 def ended(folder: Path, code: int, cause: str) -> None:
-    """Write down how it ended; ``cause``: what went wrong, in words, if anything did."""
+    """Record how it ended; ``cause``: what went wrong, in words, if anything did."""
     try:
         write_end(folder, code, REASONS.get(code, "failed"), job=str(os.getpid()), cause=cause)
-    except OSError as error:  # a full disk, or somebody has deleted the folder: how it ended has been told
+    except OSError as error:  # a full disk or a deleted folder: how it ended has been printed
         print(f"dtrain: warning: {folder}/end.json cannot be written: {error.strerror}", file=sys.stderr)
 
 
 class ForegroundJob(Job):
-    """A run that is its command's own; its id is the number of that process, 0 where it is not known."""
+    """A run of a command in the foreground; its id is that of the process, 0 if unknown."""
 
     def ask(self) -> State:
-        """Whether that process lives and holds the folder's lock: a number alone may be another's by now."""
+        """Whether that process lives and holds the folder's lock: process ids are reused."""
         if self._holds_lock():
             return "running"
         summed_up = (self.folder / "summary.json").is_file() and json_in(self.folder / "job.json") is None
@@ -70,7 +70,7 @@ class ForegroundJob(Job):
         if not self._holds_lock():
             return
         try:
-            process = os.pidfd_open(int(self.id))  # its number is not given away while it is asked for
+            process = os.pidfd_open(int(self.id))  # keeps its id from being reused
         except OSError:
             return
         try:

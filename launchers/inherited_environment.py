@@ -1,17 +1,17 @@
-"""What a job inherits from the environment that it is launched from, which may be that of another job's rank.
+"""What a job inherits from the environment that launches it, which may be that of another job's rank.
 
-Slurm, mpirun and torchrun tell a process its place by variables, and take their defaults from variables. Handed on, the
-former make every rank of the new job rank 0 of 1, and the latter beat what the new job asks for.
+Slurm, mpirun and torchrun give a process its rank by variables, and take their defaults from variables. If inherited,
+the former make every rank of the new job rank 0 of 1, and the latter override what the new job asks for.
 
-    handed on   all that is not named below, and of Slurm's own what tells where its cluster is (KEPT)
+    inherited   all that is not named below, and of Slurm's own those that locate its cluster (KEPT)
     dropped     the place of a rank: RANK, WORLD_SIZE, ..., TORCHELASTIC_*, OMPI_*, PMI_*, PMIX_*, and dtrain's own;
                 SLURM_*, SRUN_*, SALLOC_*, SBATCH_*, SQUEUE_*, SINFO_*, SCONTROL_*; and within a job of Slurm's which
                 GPUs that has. OMPI_MCA_* and PMIX_MCA_*, which users set, stay unless mpirun has set some itself
-    here        ranks on this machine also keep what tells the job around them (AROUND), which is theirs
+    here        ranks on this machine also keep what describes the job around them (AROUND), which is theirs
     mpirun      keeps the allocation that it shall use, and loses only the place in a job step
 
-sbatch's own defaults are part of what is asked for (`defaults_of_shell`): those that a key of dtrain's stands for serve
-where that is not set, and the others are not used, which `unused` says.
+sbatch's own defaults are part of the request (`defaults_of_shell`): one with a key of dtrain's applies where that is
+not set, and the others are not used, which `unused` reports.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Literal
 __all__ = ["DEFAULTS", "KEPT", "Kept", "become", "defaults_of_shell", "handed_on", "replaced", "unused"]
 
 Kept = Literal["job", "cluster", "allocation"]
-"""What of Slurm's own stays: what tells the job around, for ranks on this machine; only where the cluster is, for
-sbatch and what asks Slurm; or the allocation, for mpirun."""
+"""Which of Slurm's own variables stay: those of the job around, for ranks on this machine; only the cluster's, for
+sbatch and what asks Slurm; or the allocation's, for mpirun."""
 
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_HOME", "SLURM_ROOT")
 AROUND = (
@@ -55,13 +55,13 @@ DEFAULTS = {
     "SBATCH_ACCOUNT": "account", "SBATCH_PARTITION": "partition", "SBATCH_QOS": "qos",
     "SBATCH_RESERVATION": "reservation", "SBATCH_CONSTRAINT": "constraint",
 }  # fmt: skip
-"""Variables of sbatch's that serve where launcher.KEY is not set."""
+"""Variables of sbatch's that apply where launcher.KEY is not set."""
 DIRECTIVES = {"SBATCH_EXPORT": "export", "SBATCH_WCKEY": "wckey"}
 """Those that become a directive, where ``launcher.sbatch`` has none of the name."""
 
 
 def handed_on(variables: Mapping[str, str], kept: Kept, *, ours: bool = True) -> dict[str, str]:
-    """The variables without those of another job; see above. ``ours``: without dtrain's own for its ranks, too.
+    """The variables without those of another job; see above. ``ours``: also without dtrain's own for its ranks.
 
     >>> handed_on({"PATH": "/bin", "RANK": "3", "SLURM_PROCID": "3", "SLURM_CONF": "/etc/slurm.conf"}, "cluster")
     {'PATH': '/bin', 'SLURM_CONF': '/etc/slurm.conf'}
@@ -95,16 +95,16 @@ def replaced(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def become(variables: Mapping[str, str]) -> None:
-    """From now on this process has these variables and no others."""
+    """Replace the variables of this process by these."""
     for name in [name for name in os.environ if name not in variables]:
         del os.environ[name]
     os.environ.update(variables)
 
 
 def defaults_of_shell(variables: Mapping[str, str], given: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """What a site's or a user's shell asks of sbatch: settings by their names, and directives.
+    """The defaults for sbatch that a site's or a user's shell sets: settings by name, and directives.
 
-    ``given``: the names of the settings and directives that were given, and win.
+    ``given``: the names of the settings and directives that are set explicitly, and win.
     """
     settings = {key: variables[name] for name, key in DEFAULTS.items() if variables.get(name) and key not in given}
     directives = [f"{key}={variables[name]}" for name, key in DIRECTIVES.items() if variables.get(name)]
@@ -112,7 +112,7 @@ def defaults_of_shell(variables: Mapping[str, str], given: Sequence[str]) -> tup
 
 
 def unused(variables: Mapping[str, str]) -> list[str]:
-    """What is said of each default of sbatch's that the shell sets and no job gets."""
+    """A warning for each default of sbatch's that the shell sets and no job gets."""
     return [
         f"{name}={value} of this shell is not used: dtrain asks Slurm by launcher.* keys, any further directive by "
         "launcher.sbatch=[...]"

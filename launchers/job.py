@@ -1,4 +1,4 @@
-"""A job, whatever launched it: its id, its state, and everything that it leaves in its folder.
+"""A job of any launcher: its id, its state, and the files in its folder.
 
 launcher.submit(program, folder) -> Job        job.state()  wait()  logs()  cancel()  result()  why()
 
@@ -29,7 +29,7 @@ from dtrain.launchers.strict_json import Damaged, json_in, number_in, shaped
 __all__ = ["ENDED", "Facts", "Job", "JobFailed", "Program", "SchedulerError", "State", "command_of"]
 
 State: TypeAlias = Literal["pending", "running", "finished", "failed", "cancelled", "lost"]
-"""``lost``: the scheduler knows it no longer, and it has not said how it ended."""
+"""``lost``: the scheduler no longer knows it, and it has not recorded how it ended."""
 
 LONGEST_NAME = 255
 """Bytes of a file's name."""
@@ -40,7 +40,7 @@ Program: TypeAlias = Sequence[str] | Callable[[], object]
 
 
 class SchedulerError(RuntimeError):
-    """A scheduler refused or did not answer; the message is its own, and what was asked."""
+    """A scheduler refused or did not answer; the message is its own, with the request."""
 
 
 class JobFailed(RuntimeError):
@@ -51,9 +51,9 @@ class JobFailed(RuntimeError):
 class Facts:
     """What is known of a job since it was submitted. ``submitted``: seconds since 1970.
 
-    ``cluster``: Slurm's name of its cluster. ``came_up``: since when there was one of that name, for those of `dtrain
-    cluster`, whose numbers of jobs begin again each time; else 0. ``started``: what tells a process of this machine
-    from others that get its number later.
+    ``cluster``: Slurm's name of its cluster. ``came_up``: when that cluster started, for those of `dtrain cluster`,
+    whose job ids begin again each time; else 0. ``started``: what tells a process of this machine from later ones with
+    its id.
     """
 
     id: str
@@ -68,7 +68,7 @@ class Facts:
     started: str = ""
 
     def write(self) -> None:
-        """Into FOLDER/job.json, whole or not at all."""
+        """Write FOLDER/job.json, atomically."""
         path = Path(self.folder) / "job.json"
         new = path.with_suffix(".json.new")
         new.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -82,7 +82,7 @@ class Facts:
         if content is None and not path.exists():
             raise FileNotFoundError(f"there is no {path}")
         facts = cls.of(content)
-        # What the file says of its place is no more than what it says: another folder's processes are none of its own.
+        # The folder that the file names is not trusted: processes of another folder are not its own.
         try:
             same = os.path.samefile(facts.folder, folder)
         except (OSError, ValueError):
@@ -91,7 +91,7 @@ class Facts:
 
     @classmethod
     def of(cls, content: object) -> Facts:
-        """From what `write` has written, by this version or an older one.
+        """From what `write` wrote, in this version or an older one.
 
         Raises:
             Damaged: it is something else (a ``ValueError``).
@@ -105,10 +105,10 @@ class Facts:
 
 
 class Job(abc.ABC):
-    """One submitted job. The subclasses say how its scheduler is asked, and how it is cancelled."""
+    """One submitted job. The subclasses ask its scheduler, and cancel it."""
 
     scheduled: ClassVar[bool] = False
-    """A scheduler keeps it: it goes on without the command that submitted it, and is asked for on its cluster."""
+    """A scheduler runs it: it outlives the command that submitted it, and is asked for on its cluster."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
@@ -120,7 +120,7 @@ class Job(abc.ABC):
         return facts
 
     def is_here(self) -> bool:
-        """Whether its number means it here: it is of this machine, or of the cluster that is asked from here."""
+        """Whether its id is valid here: it is of this machine, or of the cluster that is asked from here."""
         return True
 
     def cluster_is_up(self) -> bool:
@@ -129,22 +129,22 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def ask(self) -> State:
-        """The state as the scheduler knows it, of a job that has not written down how it ended."""
+        """The state as the scheduler knows it, of a job that has not recorded how it ended."""
 
     @abc.abstractmethod
     def cancel(self) -> None:
-        """End it, for good: it checkpoints if it is given the time, and is not started again."""
+        """End it, for good: it checkpoints if there is time, and is not started again."""
 
     def nodes(self) -> str:
-        """Where it runs, as its scheduler writes it; empty where that is this machine, or nowhere yet."""
+        """Where it runs, in its scheduler's notation; empty for this machine, or if it has not started."""
         return ""
 
     def waits_for(self) -> str:
-        """Why it has not started, in its scheduler's word; empty where it has, or nobody says."""
+        """The scheduler's reason why it has not started; empty where it has, or without a reason."""
         return ""
 
     def end(self) -> dict[str, object] | None:
-        """How it ended: ``code`` (see `dtrain.errors`) and ``reason``; None while it goes on."""
+        """How it ended: ``code`` (see `dtrain.errors`) and ``reason``; None while it runs."""
         content = json_in(self.folder / "end.json")
         if not isinstance(content, dict) or str(content.get("job", self.id)) != self.id.partition("_")[0]:
             return None
@@ -184,8 +184,8 @@ class Job(abc.ABC):
     def result(self, seconds: float | None = None) -> list[object]:
         """Wait, and return what the function returned on each rank, in rank order.
 
-        Raises ``JobFailed`` with the root cause, ``TimeoutError``, and ``ValueError`` for a job that is no function,
-        and where somebody else can write to its folder.
+        Raises ``JobFailed`` with the root cause, ``TimeoutError``, and ``ValueError`` for a job that runs no function,
+        and where another user can write to its folder.
         """
         if not (self.folder / "function.pkl").is_file():
             raise ValueError(
@@ -212,7 +212,8 @@ class Job(abc.ABC):
 def command_of(program: Program, folder: Path, *, python: str = "") -> tuple[str, ...]:
     """The command line of one rank; a function is pickled into the job's folder first.
 
-    A bare ``python`` is ``python``, by default the interpreter of this process: what PATH names on a node is another.
+    A bare ``python`` is the argument ``python``, by default this process's interpreter: PATH on a node may name
+    another.
     """
     python = python or sys.executable
     if not callable(program):
@@ -221,6 +222,6 @@ def command_of(program: Program, folder: Path, *, python: str = "") -> tuple[str
     import cloudpickle
 
     trusted.make_folder(folder)
-    # The modules that the function needs are looked for where they were found here.
+    # The function's modules are imported from where they were found here.
     trusted.write_private(folder / "function.pkl", pickle.dumps(sys.path) + cloudpickle.dumps(program))
     return (python, "-P", "-m", "dtrain.launchers.call", str(folder))

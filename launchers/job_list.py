@@ -1,10 +1,10 @@
-"""Which jobs this user has submitted from this machine, so that ``dtrain jobs`` finds them by their id.
+"""The jobs that this user has submitted from this machine, so that ``dtrain jobs`` finds them by their id.
 
 A small file for each job, in $XDG_STATE_HOME/dtrain/jobs (~/.local/state by default), holds what was submitted; all
-else that is known of it stands in its folder. A folder that was deleted takes its job with it.
+else is in its folder. Deleting the folder removes the job.
 
-A number names a job of one cluster only: where that went down, or is not the one that is asked from here, the job is
-found by its folder alone. Where several jobs have one number or name, the one that has not ended is meant.
+An id names a job of one cluster only: where that went down, or is not the one that is asked from here, the job is found
+by its folder alone. Where several jobs have the same id or name, the one that has not ended is meant.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = [
 SWEEP = "sweep.json"
 """In the folder of a sweep: its runs."""
 RUN = "config.yaml"
-"""In the folder of a run: what it is computed with."""
+"""In the folder of a run: its configuration."""
 
 
 class Replaced(LookupError):
-    """The job has ended, and its folder went on as another one."""
+    """The job has ended, and its folder is another job's now."""
 
 
 def folder() -> Path:
@@ -43,7 +43,7 @@ def folder() -> Path:
 
 
 def add(facts: Facts) -> None:
-    """Remember a job, with the cluster that it was given to. Where that cannot be written down, a warning says so."""
+    """Record a job, with the cluster that it was given to; prints a warning where that fails."""
     located = registry.job_class(facts.launcher).located(facts)
     if located != facts:
         facts = located
@@ -84,7 +84,7 @@ def jobs() -> list[Job]:
 
 
 def replaced_by(job: Job) -> Facts | None:
-    """The job that its folder has gone on as; None where it is still its own."""
+    """The job whose folder it is now; None where it is still this job's."""
     try:
         now = Facts.read(job.folder)
     except (OSError, ValueError):
@@ -120,19 +120,19 @@ def find(name: str) -> Job:
 
 
 def resolve(name: str) -> list[Job]:
-    """The same; of the number of a job array all its elements, in order.
+    """As `find`; of a job array all elements, in order.
 
     Raises ``Replaced``, and ``LookupError`` naming the jobs that there are, or those that ``name`` may mean.
     """
     path = Path(name)
     if os.path.exists(path / "job.json") or os.path.exists(path / RUN):
         return [_in_folder(path.absolute())]
-    records = every()
+    started = every()
     if os.path.isfile(path / SWEEP):
-        runs = [job for job in records if path.resolve() in Path(job.folder).resolve().parents and not replaced_by(job)]
+        runs = [job for job in started if path.resolve() in Path(job.folder).resolve().parents and not replaced_by(job)]
         if runs:
             return sorted(runs, key=lambda job: job.facts.submitted)
-    matching = [job for job in records if name in (job.id, job.facts.name, job.id.partition("_")[0])]
+    matching = [job for job in started if name in (job.id, job.facts.name, job.id.partition("_")[0])]
     local = [job for job in matching if job.is_here()]
     current = [job for job in local if replaced_by(job) is None]
     if current:
@@ -177,7 +177,7 @@ def _in_folder(path: Path) -> Job:
 
 
 def _meant(name: str, matching: Sequence[Job]) -> list[Job]:
-    """Of several jobs with one number or name the one that is meant, where that is sure."""
+    """Of several jobs with the same id or name the one that is meant. Raises ``LookupError`` if unclear."""
     units: dict[tuple[str, ...], list[Job]] = {}
     for job in matching:  # newest first; the elements of an array are one
         number, array, _ = job.id.partition("_")

@@ -1,13 +1,13 @@
-"""A launcher: one frozen dataclass, whose fields are the keys of ``launcher`` that it takes, and what it can do.
+"""A launcher: one frozen dataclass, whose fields are the keys of ``launcher`` that it takes, and its capabilities.
 
-    launcher.problems()                                 what cannot be right, each with the value and the way out
+    launcher.problems()                                 invalid settings, each with the value and the way out
     launcher.check([folder])                            asks this machine, or the scheduler, whether it would start
     launcher.render(program, folder=..., name=...)      the script or the command, of a dry run
     launcher.start(program, folder=..., name=...)       starts it -> Job
     launcher.submit(program, folder=..., name=...)      problems, check and start, for programs
 
-What differs between launchers is asked of them: capabilities are class attributes, and nobody tests for a name. A new
-one is a dataclass that extends `Keys`, and a line of `dtrain.launchers.registry`.
+Launchers differ by their capabilities, which are class attributes; no code tests for a name. A new one is a dataclass
+that extends `Keys`, and a line of `dtrain.launchers.registry`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Allocation", "ArrayLauncher", "Keys", "Launcher", "at_least_one", "n
 
 
 class Readable(Protocol):
-    """The keys of every launcher, as others read them; `Keys` says what they mean."""
+    """The keys of every launcher, read-only; `Keys` defines them."""
 
     @property
     def name(self) -> str:
@@ -47,7 +47,7 @@ class Readable(Protocol):
 
     @property
     def grace_seconds(self) -> float:
-        """What the ranks have between a stop signal and SIGKILL."""
+        """The ranks' time between a stop signal and SIGKILL."""
 
     @property
     def threads_per_worker(self) -> int:
@@ -55,11 +55,11 @@ class Readable(Protocol):
 
     @property
     def hang_seconds(self) -> float:
-        """How long a rank may stand in one collective; 0: for ever."""
+        """How long a rank may block in one collective; 0: for ever."""
 
     @property
     def wait(self) -> bool:
-        """Whether a job that goes on by itself is to be followed to its end."""
+        """Whether to follow a job that runs on its own to its end."""
 
     @property
     def environment(self) -> tuple[str, ...]:
@@ -71,13 +71,13 @@ class Readable(Protocol):
 
 
 class Launcher(Readable, Protocol):
-    """How the ranks of a job start. Instances hold what was asked for; they are equal if that is."""
+    """How the ranks of a job start. Instances hold the settings, and are equal if these are."""
 
     job_class: ClassVar[type[Job]]
     keeps: ClassVar[Kept]
-    """What of the variables of a Slurm job around the command its own jobs take over."""
+    """Which variables of a Slurm job around the command its own jobs inherit."""
     here: ClassVar[bool]
-    """Its ranks run on this machine, with what is seen here; `dtrain train` starts them itself, and stays."""
+    """Its ranks run on this machine, with its files; `dtrain train` starts them itself, and stays."""
     has_mpi: ClassVar[bool]
     """mpirun starts its ranks, so MPI may carry their messages."""
     arrays: ClassVar[bool]
@@ -85,7 +85,7 @@ class Launcher(Readable, Protocol):
 
     @property
     def login_host(self) -> bool:
-        """Whether its commands run on the login host of a cluster, and are moved there where one is up here."""
+        """Whether its commands run on the login host of a cluster; they are moved there where one is up here."""
 
     @property
     def one_machine(self) -> bool:
@@ -93,7 +93,7 @@ class Launcher(Readable, Protocol):
 
     @property
     def same_files(self) -> bool:
-        """Whether its ranks start programs that are seen from here: no container, no other host's disks."""
+        """Whether its ranks see the programs of this machine: no container, no other host's disks."""
 
     def allocation(self, variables: Mapping[str, str]) -> Sequence[str] | None:
         """Options of ``salloc`` for the nodes that the command is to run in; None where it needs no such nodes."""
@@ -105,10 +105,10 @@ class Launcher(Readable, Protocol):
         """``environment`` as a dictionary, with what ``interface`` means."""
 
     def problems(self, replicas: int = 1) -> list[str]:
-        """What cannot be right wherever it runs, key by key. ``replicas``: of the program's mesh."""
+        """Settings that are invalid wherever it runs, key by key. ``replicas``: of the program's mesh."""
 
     def warnings(self) -> list[str]:
-        """What of the shell's settings it leaves unused."""
+        """Settings of the shell that it does not use."""
 
     def check(self, folders: Sequence[Path]) -> None:
         """Raise ``ValueError`` for what would be refused, or accepted and never start; nothing is written."""
@@ -119,8 +119,8 @@ class Launcher(Readable, Protocol):
     def start(self, program: Program, *, folder: Path, name: str = "job", replicas: int = 1) -> Job:
         """Start ``program`` once per rank, with its files in ``folder``; returns at once.
 
-        What `problems` and `check` say has been asked before. Raises ``ValueError`` for a request that is refused
-        (what, value, way out), ``RuntimeError`` where the scheduler did not answer. In both cases nothing was started.
+        Call `problems` and `check` before. Raises ``ValueError`` for a request that is refused (what, value, way out),
+        ``RuntimeError`` where the scheduler did not answer. In both cases nothing was started.
         """
 
 
@@ -159,7 +159,7 @@ def one_of(*choices: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """The keys that every launcher takes, and what most launchers do not do. Empty text and 0 mean: as the site has it.
+    """The keys that every launcher takes, and default capabilities. Empty text and 0 mean: the site's default.
 
     The command line starts from 4 workers and 3 restarts (`dtrain.train.config.schema`).
     """
@@ -172,11 +172,11 @@ class Keys:
     """How often all workers are started again from the last checkpoint when one dies; under Slurm, how many attempts
     in a row may make no progress."""
     grace_seconds: float = not_negative(60.0)
-    """What the workers have between SIGTERM and SIGKILL, to write a checkpoint."""
+    """The workers' time between SIGTERM and SIGKILL, to write a checkpoint."""
     threads_per_worker: int = at_least_one(1)
     """CPU cores of a rank."""
     hang_seconds: float = not_negative(600.0)
-    """A rank that stands in one collective for longer ends the attempt; 0: never."""
+    """A rank that blocks in one collective for longer ends the attempt; 0: never."""
     wait: bool = False
     """Follow a submitted job to its end."""
     environment: tuple[str, ...] = ()
@@ -222,7 +222,7 @@ class Keys:
         return {**interfaces, **{name: value for name, equals, value in pairs if equals}}
 
     def problems(self, replicas: int = 1) -> list[str]:
-        """Values out of range; if there are none, what does not go together."""
+        """Values out of range; if there are none, settings that do not fit each other."""
         return out_of_range(self) or [*self._malformed(), *self._uneven()]
 
     def warnings(self) -> list[str]:
@@ -259,10 +259,10 @@ class Keys:
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """The keys of launchers that ask Slurm for nodes. Empty text and 0 mean: as the site has it."""
+    """The keys of launchers that ask Slurm for nodes. Empty text and 0 mean: the site's default."""
 
     minutes: int = at_least_one(60, " minute")
-    """The time limit of one run of the job, which goes on after it."""
+    """The time limit of one run of the job, which resumes after it."""
     gpus_per_node: int = not_negative(0)
     memory_gib: int = not_negative(0)
     """Per node."""
@@ -275,14 +275,14 @@ class Allocation:
 
 
 def out_of_range(launcher: Keys) -> list[str]:
-    """The keys whose values are below what they may be, or none of those that there are, in words."""
-    wrong = []
+    """The keys whose values are too small or not among the choices, in words."""
+    problems = []
     for key in dataclasses.fields(launcher):
         value, least, choices = getattr(launcher, key.name), key.metadata.get("least"), key.metadata.get("choices")
         if least == 1 and value < 1:
-            wrong.append(f"launcher.{key.name} must be at least 1{key.metadata['unit']}, but is {value}")
+            problems.append(f"launcher.{key.name} must be at least 1{key.metadata['unit']}, but is {value}")
         elif least == 0 and not (value >= 0 and math.isfinite(value)):
-            wrong.append(f"launcher.{key.name} must be 0 or more, but is {value}")
+            problems.append(f"launcher.{key.name} must be 0 or more, but is {value}")
         elif choices and value not in choices:
-            wrong.append(f"launcher.{key.name} is {value} (there are {', '.join(choices)})")
-    return wrong
+            problems.append(f"launcher.{key.name} is {value} (there are {', '.join(choices)})")
+    return problems

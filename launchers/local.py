@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Ending", "Failure", "die_with_parent", "launch", "root_cause"]
 
-LAUNCHER_PID = "DTRAIN_LAUNCHER_PID"  # environment of the workers: whom to outlive on no account
+LAUNCHER_PID = "DTRAIN_LAUNCHER_PID"  # environment of the workers: the process that they must not outlive
 POLL_SECONDS = 0.05
-ROOT_SECONDS = 2.0  # after the first failure the others may still write down theirs: it can be the cause
+ROOT_SECONDS = 2.0  # after the first failure others may still record theirs, which can be the cause
 PEER_SECONDS = 10.0  # then SIGTERM, and this long until SIGKILL
 PR_SET_PDEATHSIG = 1
 # Appending, so that a restart keeps what came before: the agent itself opens log files with "w". `exec` keeps the pid.
@@ -63,7 +63,7 @@ INTO_LOG = 'exec "$@" >>"$DTRAIN_LOG" 2>&1 </dev/null'
 def die_with_parent() -> None:
     """Have the kernel kill this process when the process that launched it dies. Workers call it first thing.
 
-    Outside :func:`launch` (Slurm, a plain shell) it ties the process to its parent. It does nothing but on Linux.
+    Outside :func:`launch` (Slurm, a plain shell) it ties the process to its parent. It does nothing except on Linux.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -112,7 +112,7 @@ def launch(
             agent.run()
         except _Stopped:
             pass
-        except SignalException as quit_signal:  # SIGQUIT, the one signal that is left to torch's handler
+        except SignalException as quit_signal:  # SIGQUIT, the only signal left to torch's handler
             return run.ending("signalled", int(quit_signal.sigval))
         finally:
             agent._rdzv_handler.shutdown()
@@ -127,7 +127,7 @@ class _Stopped(Exception):
 
 @dataclass
 class _Run:
-    """What is known about the ranks of one launch. Knows nothing of torch."""
+    """The state of the ranks of one launch, independent of torch."""
 
     folder: Path
     workers: int
@@ -150,7 +150,7 @@ class _Run:
         return self.folder / "errors" / f"attempt-{self.attempt}" / f"rank-{rank}.json"
 
     def probe_file(self, rank: int) -> Path | None:
-        """What a rank under `dtrain.launchers.probe` leaves of its error; None where there is no probe."""
+        """The error file of a rank under `dtrain.launchers.probe`; None without a probe."""
         folder = self.environment.get(FOLDER)
         return Path(folder) / f"rank-{rank}.error" if folder else None
 
@@ -196,7 +196,7 @@ class _Run:
         self.wait(PEER_SECONDS)
 
     def sweep(self) -> None:
-        """End what ranks have left behind, loaders for instance: they hold ports, memory and files."""
+        """Kill processes that ranks have left behind, such as loaders: they hold ports, memory and files."""
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # each rank began a session of its own
@@ -211,7 +211,7 @@ class _Run:
         self.record(f"still running {self.grace_seconds:g} s after the signal, so it was killed")
 
     def settle(self) -> None:
-        """After a first failure: let the others write down theirs, then end them."""
+        """After a first failure: let the others record theirs, then end them."""
         if not self.wait(ROOT_SECONDS):
             self.cut_short.update(self.running())
             for rank in self.running():
@@ -254,7 +254,7 @@ class _Run:
 
     def ending(self, kind: Literal["finished", "signalled", "failed"], number: int | None) -> Ending:
         if self.failures and not any(not failure.consequence for failure in self.failures):
-            # Nobody else to blame: the earliest is the cause as far as anybody can tell.
+            # There is no other cause: take the earliest.
             self.failures[0] = replace(self.failures[0], consequence=False)
         return Ending(kind, number, max(self.attempt, 0), tuple(self.failures), tuple(self.earlier))
 
@@ -327,7 +327,7 @@ def _logs_specs(run: _Run) -> LogsSpecs:
 
 @contextlib.contextmanager
 def _agent_environment() -> Iterator[None]:
-    """What the agent reads from its own environment, and hands on to the ranks; put back afterwards."""
+    """Set what the agent reads from its own environment, and passes on to the ranks; restored afterwards."""
     wanted = {
         **handed_on(os.environ, "job"),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours; the list may not be empty
@@ -338,7 +338,7 @@ def _agent_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _agent_log(path: Path) -> Iterator[None]:
-    """The agent's own lines go to a file: the first thing on the terminal is to be the root cause."""
+    """Send the agent's own lines to a file, so that the terminal shows the root cause first."""
     logger = logging.getLogger("torch.distributed.elastic")
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))

@@ -1,13 +1,13 @@
-"""One trainer in one folder: the lock of a run folder, which whoever writes there holds for as long as it may.
+"""The lock of a run folder, so that only one run trains in it: held by the process that may write there.
 
     dtrain train, on this machine     the command itself, which no rank outlives
     Slurm, MPI, dtrain launch         rank 0, from before its program starts until after it has ended
-    while a job is being handed over  the command that does it; rank 0 waits for it
+    while a job is being submitted    the command that does it; rank 0 waits for it
 
 It is flock on FOLDER/.lock, so it ends with its process however that ends, and holds on all nodes of a shared file
 system that carries locks: NFS since version 4 or with lockd, Lustre mounted with ``flock``, GPFS, BeeGFS with locks on.
 NFS with ``nolock`` or ``local_lock``, and Lustre with ``localflock``, know the locks of one machine only; on Lustre
-without either there are none. There job.json alone says that a folder is taken, as far as its scheduler can be asked.
+without either there are none. There only job.json shows that a folder is in use, as far as its scheduler can be asked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class InUse(RuntimeError):
 def held(folder: Path, what: str, *, seconds: float = 0.0) -> Iterator[bool]:
     """Hold the lock of ``folder``, which exists, within the block; False where its file system has no locks.
 
-    ``what``: who holds it, in words, for the message of others. ``seconds``: how long to wait for it. Raises ``InUse``.
+    ``what``: the holder, for the error messages of others. ``seconds``: how long to wait for it. Raises ``InUse``.
     """
     deadline = time.monotonic() + seconds
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -1,8 +1,8 @@
-"""Ranks under mpirun: the line for Open MPI and for MPICH, signals that arrive, and no process left behind.
+"""Ranks under mpirun: the command line for Open MPI and MPICH, signals that arrive, and no process left behind.
 
     this process -> mpirun (a session of its own) -> its daemon on each host -> one process per rank
 
-Host names with the number of ranks on each are always given, so that rank = node-major order under both; by itself
+Host names with the number of ranks on each are always given, so that rank = node-major order under both; by default
 MPICH deals ranks out in turn where a Slurm allocation has fewer tasks than ranks. Within a Slurm allocation both start
 their daemons by srun, else by ssh. Signals (seen with Open MPI 5.0.11 and MPICH 5.0.2, also on further hosts):
 
@@ -58,7 +58,7 @@ CARRIERS: dict[Kind, dict[signal.Signals, signal.Signals]] = {
 CARRIED = "DTRAIN_CARRIED_SIGNALS"
 """Environment of the ranks: ``SIGURG=SIGTERM,...``; the wrapper of a rank takes the first to mean the second."""
 MARK = "DTRAIN_MPIRUN"
-"""Environment of the ranks: which run they belong to, by which what is left of it on this host is found."""
+"""Environment of the ranks: the run that they belong to, by which its processes on this host are found."""
 LAST: dict[Kind, signal.Signals] = {"openmpi": signal.SIGTERM, "mpich": signal.SIGKILL}
 """What makes mpirun end all ranks at once, on all hosts."""
 PR_SET_PDEATHSIG = 1
@@ -71,19 +71,19 @@ PORTS = range(20000, 32000)  # below those that the kernel gives to outgoing con
 
 
 class NoMpirun(RuntimeError):
-    """There is no mpirun, or it is one that dtrain does not know."""
+    """There is no mpirun, or one that dtrain does not know."""
 
 
 @dataclass(frozen=True)
 class Mpirun:
-    """An mpirun: where it is, and whose. Intel MPI and MVAPICH count as MPICH: they have its hydra."""
+    """An mpirun: its path and kind. Intel MPI and MVAPICH count as MPICH: they have its hydra."""
 
     path: str
     kind: Kind
     version: str
 
     def library(self) -> str | None:
-        """The folder of the MPI library that belongs to it, if that lies beside it; None for a system's own.
+        """The folder of its MPI library, if that lies beside it; None for the system's own.
 
         Ranks that load another library than their mpirun's do not find each other: each is alone.
         """
@@ -127,14 +127,14 @@ def find_mpirun(name: str = "mpirun") -> Mpirun:
 
 
 def _installed() -> str:
-    """Which mpiruns `make setup` has put beside this interpreter, in words; empty if none."""
+    """The mpiruns that `make setup` has put beside this interpreter, in words; empty if none."""
     paths = [Path(sys.prefix) / "mpi" / kind / "bin" / "mpirun" for kind in ("openmpi", "mpich")]
     settings = [f"launcher.mpirun={path}" for path in paths if path.exists()]
     return f"`make setup` installed some: {' or '.join(settings)}. " if settings else ""
 
 
 def identify(path: str, answer: str) -> Mpirun:
-    """Whose mpirun it is that says ``answer`` when it is asked for its version.
+    """The mpirun whose ``--version`` prints ``answer``. Raises `NoMpirun` for an unknown one.
 
     >>> identify("/usr/bin/mpirun", "mpirun (Open MPI) 4.1.4")
     Mpirun(path='/usr/bin/mpirun', kind='openmpi', version='4.1.4')
@@ -238,8 +238,8 @@ def line(
 ) -> list[str]:
     """The command that starts ``argv`` as ``ranks``, which `complete` has prepared.
 
-    It names variables only: mpirun must have them in its own environment. ``nodes``: those of the Slurm allocation that
-    it will run in. ``root``: whether root will run it. ``here``: the names of the host that it will run on.
+    It only names the variables: mpirun must have them in its own environment. ``nodes``: those of the Slurm allocation
+    that it will run in. ``root``: whether root will run it. ``here``: the names of the host that it will run on.
     """
     hosts = ",".join(f"{name}:{count}" for name, count in placed(ranks, nodes))
     words = [mpirun.path]
@@ -263,7 +263,7 @@ def line(
 def complete(
     mpirun: Mpirun, ranks: Ranks, *, nodes: Sequence[str] = (), inherited: Mapping[str, str] = os.environ
 ) -> Ranks:
-    """``ranks`` with all of their environment: where rank 0 waits, which MPI library to load, what signals mean.
+    """``ranks`` with their whole environment: where rank 0 waits, which MPI library to load, what signals mean.
 
     Raises ``ValueError`` for a port that is taken.
     """
@@ -285,7 +285,7 @@ def complete(
 
 
 def names_of_this_host() -> tuple[str, ...]:
-    """What this machine is called in lists of hosts."""
+    """The names of this machine in lists of hosts."""
     name = socket.gethostname()
     return ("localhost", "127.0.0.1", name, name.partition(".")[0])
 
@@ -310,7 +310,7 @@ class Ended:
 def run(mpirun: Mpirun, argv: Sequence[str], ranks: Ranks, *, log: Path, grace_seconds: float) -> Ended:
     """Run ``argv`` as ``ranks`` under mpirun and wait until all have ended, on this host to the last process.
 
-    What mpirun itself has to say is appended to ``log``. The first of SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP (as
+    The output of mpirun itself is appended to ``log``. The first of SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP (as
     SIGTERM) is passed on to the ranks; after ``grace_seconds`` what is left is killed. When this process is killed, so
     are they. Raises ``RuntimeError`` outside the main thread, ``ValueError`` for hosts and ports that cannot be used.
     """
@@ -362,7 +362,7 @@ def _end(process: subprocess.Popen[bytes], kind: Kind) -> None:
 
 
 def _sweep(mark: str) -> None:
-    """Wait for what belongs to this run on this host to go, and kill what does not go by itself."""
+    """Wait for this run's processes on this host to end, and kill those that do not."""
     deadline = time.monotonic() + SWEEP_SECONDS
     while left := _marked(mark):
         if time.monotonic() > deadline:
@@ -375,7 +375,7 @@ def _sweep(mark: str) -> None:
 def _marked(mark: str) -> list[int]:
     needle, pids = f"{MARK}={mark}".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
             if needle in path.read_bytes().split(b"\0"):
                 pids.append(int(path.parent.name))
     return pids
@@ -392,7 +392,7 @@ def carried(variables: Mapping[str, str] = os.environ) -> dict[signal.Signals, s
 
 
 def leave(code: int, backend: str) -> NoReturn:
-    """End the wrapper of a rank whose program ended with ``code``, so that the others are ended after a failure only.
+    """Exit the wrapper of a rank whose program ended with ``code``, so that only a failure ends the others.
 
     Open MPI ends all ranks when one leaves with any code but 0, and MPICH only when one is killed by a signal.
     """

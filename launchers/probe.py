@@ -1,17 +1,17 @@
-"""Watches one rank from inside, so that a person can be told why it failed or what it waits for.
+"""Watches one rank from inside, to report why it failed or what it waits for.
 
     python probe.py SCRIPT ARGUMENTS...     python probe.py -m MODULE ARGUMENTS...
 
 runs the program as Python itself would, with the probe in place. It needs nothing but the standard library, so any
 interpreter can run it by its path. Files, in the folder that DTRAIN_RANKS names (K is the rank):
 
-    rank-K.error   JSON: the exception that ended the rank, or the collective that it waited in for too long
-    rank-K.beat    JSON, every few seconds: where the main thread stands, since when, and in which collective
+    rank-K.error   JSON: the exception that ended the rank, or the collective in which it hung
+    rank-K.beat    JSON, every few seconds: the main thread's stack, since when, and in which collective
     rank-K.stack   text: all stacks, where the interpreter crashed or gave up
 
-The collectives come from torch's flight recorder, a ring buffer in which NCCL and gloo note each one, whoever called.
-What carries messages without torch, MPI, notes its own by `note_collective`; sends and receives over gloo, which the
-recorder leaves out, are noted by `dtrain.comm.transports.process_group`.
+The collectives come from torch's flight recorder, a ring buffer in which NCCL and gloo record each one. MPI, which
+works without torch, records its own by `note_collective`; sends and receives over gloo, which the recorder leaves out,
+are noted by `dtrain.comm.transports.process_group`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _noted: collections.deque[dict[str, Any]] = collections.deque(maxlen=int(RING_EN
 
 
 def note_collective(group: str, name: str, number: int, size: int, dtype: str) -> Callable[[], None]:
-    """Note a collective that torch does not know of, of ``size`` elements; call what is returned once it is over.
+    """Record a collective that torch does not know of, of ``size`` elements; call the returned function once it is
+    over.
 
     ``number`` counts the collectives of ``group``. Ranks are compared by the two, so all of them must count alike.
 
@@ -62,8 +63,8 @@ def note_collective(group: str, name: str, number: int, size: int, dtype: str) -
 class Probe:
     """Context manager: while it is open, a thread writes the heartbeat, and ends a rank that hangs in a collective.
 
-    ``hang_seconds``: how long a rank may stand in the same place with the same collective pending; 0: for ever. Then
-    it writes down what it waits for and leaves with exit code 1, so that the launcher ends the others.
+    ``hang_seconds``: how long a rank may stay at the same place with the same collective pending; 0: for ever. Then it
+    records what it waits for and exits with code 1, so that the launcher ends the others.
     """
 
     def __init__(self, folder: Path, rank: int, *, hang_seconds: float = 0.0, beat_seconds: float = 5.0) -> None:
@@ -76,7 +77,7 @@ class Probe:
 
     @classmethod
     def from_environment(cls) -> Probe | None:
-        """The probe that the launcher asked for; None where there is none to write for."""
+        """The probe that the launcher asked for; None if it asked for none."""
         folder = os.environ.get(FOLDER)
         if not folder:
             return None
@@ -106,7 +107,7 @@ class Probe:
         self._thread.join(JOIN_SECONDS)  # Python ends a thread that it catches inside torch by aborting the process
 
     def note(self, error: BaseException) -> None:
-        """Write down the exception that ends this rank. Leaving with exit code 0 is none, nor are 75 and 130."""
+        """Record the exception that ends this rank. Exit codes 0, 75 and 130 are none."""
         if isinstance(error, SystemExit) and (not error.code or error.code in ENDED_WELL):
             return
         cause = error.__cause__ or error.__context__
@@ -162,7 +163,7 @@ class Probe:
         os._exit(FAILED)
 
     def _write(self, kind: str, content: dict[str, object]) -> None:
-        """Whole or not at all: somebody may be reading it on another machine."""
+        """Atomically: another machine may be reading it."""
         path = self._files[kind]
         new = path.with_name(f"{path.name}.{os.getpid()}.new")
         new.write_text(json.dumps(content) + "\n")
@@ -174,7 +175,7 @@ def _text(frame: FrameType | None) -> list[str]:
 
 
 def _collectives() -> list[dict[str, Any]]:
-    """What torch has noted and what others have, oldest first."""
+    """The collectives that torch and others have recorded, oldest first."""
     # A rank runs this file as a program, and then `note_collective` is that of another copy of this module.
     copy = sys.modules.get("dtrain.launchers.probe")
     noted = [
@@ -199,7 +200,7 @@ def _ring() -> list[dict[str, Any]]:
 
 
 def _described(entry: dict[str, Any]) -> dict[str, object]:
-    """One collective as a person reads it, and as ranks can be compared by."""
+    """One collective in text, and in fields by which ranks can be compared."""
     name = str(entry.get("profiling_name", "")).partition(":")[2] or str(entry.get("profiling_name", "a collective"))
     number = entry.get("p2p_seq_id") if entry.get("is_p2p") else entry.get("collective_seq_id")
     group = " ".join(str(word) for word in entry.get("process_group", []) if word != "undefined")
@@ -224,18 +225,18 @@ def _entered(entries: list[dict[str, Any]]) -> dict[str, int]:
 def settle(limit: float = 5.0) -> None:
     """Wait, at most ``limit`` seconds, until the threads of gloo have let go of the tensors of their last collective.
 
-    Such a thread needs Python for that. Caught at it by the end of the interpreter it aborts a process that has done
-    all its work ("terminate called without an active exception"), torch 2.13 and before. Call it as the last thing.
+    Such a thread needs the GIL for that. If the interpreter ends meanwhile, it aborts the process after all its work
+    ("terminate called without an active exception"), torch 2.13 and before. Call it last.
     """
     deadline = time.monotonic() + limit
     idle = 0
     while idle < 3 and time.monotonic() < deadline:
         idle = idle + 1 if not _at_work("pt_gloo_runloop") else 0
-        time.sleep(0.002)  # and with it Python is theirs
+        time.sleep(0.002)  # releases the GIL
 
 
 def _at_work(name: str) -> bool:
-    """Whether a thread of this name runs or wants to."""
+    """Whether a thread of this name runs or is runnable."""
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has just ended
             if (task / "comm").read_text().strip() == name[:15]:
@@ -280,7 +281,7 @@ def main(arguments: list[str]) -> None:
             else:
                 runpy.run_path(program[0], run_name="__main__")
         except (_Missing, SyntaxError) as error:
-            # It would fail in the same way however often it is started.
+            # A restart would fail in the same way.
             traceback.print_exception(error, limit=None if isinstance(error, SyntaxError) else 0)
             raise SystemExit(BAD_CONFIG) from error
 

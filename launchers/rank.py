@@ -2,10 +2,10 @@
 
     srun, mpirun, torchrun -> this process (one per rank) -> the program, with RANK, WORLD_SIZE, MASTER_ADDR, ...
 
-It knows nothing of the program but how it ended. What the program prints is appended to FOLDER/logs/rank-K.log; how it
+It knows only how the program ended. What the program prints is appended to FOLDER/logs/rank-K.log; how it
 ended is left in FOLDER/ranks/rank-K.json; a Python program runs under `dtrain.launchers.probe`. Its exit code is the
-program's, or 128 + the number of the signal that killed it; but 0 for a program that left with 75 or 130, since every
-launcher ends the other ranks as soon as one has left with anything else, and they may still be on their way out.
+program's, or 128 + the number of the signal that killed it; but 0 for a program that exits with 75 or 130, since every
+launcher ends the other ranks once one exits with any other code, and they may still be checkpointing.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dtrain.launchers.records import ATTEMPT, RankRecord, rank_files
 from dtrain.launchers.stop_signals import STOP_SIGNALS
 
 RANK = ("-P", "-m", "dtrain.launchers.rank")
-"""The arguments of an interpreter that runs this. -P: a folder called dtrain in the working directory is no library."""
-LOCK_SECONDS = 120.0  # ranks of an attempt that has failed may still be on their way out, a command on its way back
+"""The arguments of an interpreter that runs this. -P: a folder dtrain in the working directory is not imported."""
+LOCK_SECONDS = 120.0  # ranks of a failed attempt, or the command that submitted, may still hold it
 
 
 def command(program: Sequence[str], folder: Path, python: str = "") -> list[str]:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 def run(folder: Path, program: Sequence[str], place: Environment) -> int:
     """Run ``program`` as the rank that ``place`` says, with its log and its record below ``folder``."""
     log, ranks = folder / "logs" / f"rank-{place.rank}.log", rank_files(folder)
-    with contextlib.suppress(trusted.Untrusted):  # that is told in the log
+    with contextlib.suppress(trusted.Untrusted):  # the log reports it
         trusted.make_folder(folder)
     for needed in (log.parent, ranks):
         needed.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def run(folder: Path, program: Sequence[str], place: Environment) -> int:
 
 
 def _alone(folder: Path, program: Sequence[str], output: int, place: Environment) -> int:
-    """The program's exit code. Rank 0 keeps all others out of the folder; the other ranks wait for it to meet them."""
+    """The program's exit code. Rank 0 holds the folder's lock; the other ranks wait for it at the rendezvous."""
     ours = {probe.FOLDER: str(rank_files(folder)), HELD: str(folder), "PYTHONUNBUFFERED": "1"}
     environment = {**os.environ, **place.export(), **ours}
     if place.rank:
@@ -108,7 +108,7 @@ def under_probe(program: Sequence[str]) -> list[str]:
 
 
 def _unreachable(place: Environment) -> str | None:
-    """Why this rank could never meet the others, in words; None if the name of their meeting point resolves."""
+    """Why this rank could never reach the others, in words; None if MASTER_ADDR resolves."""
     if place.world == 1:
         return None
     host = socket.gethostname()
@@ -160,9 +160,9 @@ def _spawn(command: list[str], environment: dict[str, str], output: int, place: 
 def _signals(
     child: subprocess.Popen[bytes], carried: Mapping[signal.Signals, signal.Signals], *, forward: bool
 ) -> Iterator[None]:
-    """The program decides what a signal means; this process only outlives it, to write down how it ended.
+    """The program decides what a signal means; this process only outlives it, to record how it ended.
 
-    ``carried``: signals that came in place of others, which the program is sent.
+    ``carried``: signals that stand for others, which the program is sent instead.
     """
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -193,7 +193,7 @@ def sent(words: Iterable[str]) -> list[str]:
 
 
 def received(words: Iterable[str]) -> list[str]:
-    """The words that `sent` was given.
+    """The inverse of `sent`.
 
     >>> received(sent([":", "", "::", "x"]))
     [':', '', '::', 'x']

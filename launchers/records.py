@@ -1,4 +1,4 @@
-"""What every rank leaves in FOLDER/ranks for whoever asks why a job ended, or what it is waiting for.
+"""The records of every rank in FOLDER/ranks, which show why a job ended, or what it is waiting for.
 
 rank-K.json      how rank K ended, or that it runs; written by `dtrain.launchers.rank`
 rank-K.error     the exception that ended it           rank-K.beat  its heartbeat; both by `dtrain.launchers.probe`
@@ -33,7 +33,7 @@ def rank_files(folder: Path) -> Path:
 
 
 def keep_attempt(folder: Path) -> None:
-    """Put the records of all ranks together in the file of their attempt, before another one begins."""
+    """Move the records of all ranks to the file of their attempt, before another one begins."""
     ranks = rank_files(folder)
     for path in sorted(ranks.glob("rank-*.json")):
         _keep(path)
@@ -42,9 +42,9 @@ def keep_attempt(folder: Path) -> None:
 
 
 def first_cause(folder: Path) -> str:
-    """The rank of the last attempt that failed by itself, and first, in words; empty if none did.
+    """The rank that failed first in the last attempt, not in consequence of another, in words; empty if none did.
 
-    What others say of one that was killed tells less, and comes before its record: ``KILLED_SECONDS``.
+    A killed rank is the cause of errors up to ``KILLED_SECONDS`` before its record: others notice it earlier.
     """
     over = sorted((record for record in RankRecord.all(folder) if record.ended is not None), key=_time)
     killed = next((r for r in over if (r.signal or "").startswith("SIG") and r.signal != "SIGTERM"), None)
@@ -63,7 +63,7 @@ def _time(record: RankRecord) -> float:
 
 
 def write_end(folder: Path, code: int, reason: str, *, job: str, cause: str | None = None) -> None:
-    """Write down how a job has ended, whole or not at all. ``job``: its number, ``cause``: what went wrong, if told."""
+    """Record how a job has ended, atomically. ``job``: its number, ``cause``: what went wrong, if known."""
     content: dict[str, object] = {"code": code, "reason": reason, "job": job, "time": int(time.time())}
     new = folder / "end.json.new"
     new.write_text(json.dumps(content if cause is None else {**content, "cause": cause}) + "\n")
@@ -71,7 +71,7 @@ def write_end(folder: Path, code: int, reason: str, *, job: str, cause: str | No
 
 
 def damaged(folder: Path) -> list[str]:
-    """Which of a job's records say nothing, as they are torn or not what they should be."""
+    """Which of a job's records are torn or damaged."""
     ranks = rank_files(folder)
     names = [path.name for path in ranks.glob("rank-*.json") if RankRecord.read(path) is None]
     names += [path.name for path in ranks.glob("rank-*.beat") if Beat.read(path) is None]
@@ -90,8 +90,8 @@ def _keep(path: Path) -> None:
 class RankRecord:
     """One rank's last attempt. Times in seconds since 1970; ``exit_code`` and ``signal`` are None while it runs.
 
-    ``message`` and ``traceback``: the exception that ended it, else the last words in its log. ``kind``: the class of
-    the exception, ``Hang`` for a collective that never came to an end, empty where nobody knows.
+    ``message`` and ``traceback``: the exception that ended it, else the last lines of its log. ``kind``: the class of
+    the exception, ``Hang`` for a collective that did not end, empty if unknown.
     """
 
     rank: int
@@ -109,7 +109,7 @@ class RankRecord:
 
     @classmethod
     def begin(cls, folder: Path, rank: int, *, host: str, attempt: int) -> RankRecord:
-        """Write down that the rank runs; what it left at its last attempt is kept with that."""
+        """Record that the rank runs; its record of an earlier attempt is kept with that attempt."""
         record = cls(rank=rank, host=host, attempt=attempt, pid=os.getpid(), started=time.time())
         last = cls.read(folder / f"rank-{rank}.json")
         if last is not None and last.attempt != attempt:
@@ -120,7 +120,7 @@ class RankRecord:
         return record
 
     def end(self, folder: Path, code: int, *, log: Path, log_start: int) -> None:
-        """Write down how it ended: ``code`` as subprocess reports it, -N for signal N."""
+        """Record how it ended: ``code`` as subprocess reports it, -N for signal N."""
         kind, message, trace, ended = "", "", "", time.time()
         try:
             error = shaped(_Error, json_in(folder / f"rank-{self.rank}.error"))
@@ -172,7 +172,7 @@ class RankRecord:
 
     @staticmethod
     def verdict(folder: Path, workers: int) -> int:
-        """The exit code of a job by what its ranks wrote: launchers know only that of those that they ended, too."""
+        """The exit code of a job by its ranks' records: a launcher's own mixes in the ranks that it ended."""
         codes = [record.exit_code for record in RankRecord.all(folder) if record.ended is not None]
         return exit_codes.verdict(codes, workers)
 
@@ -187,8 +187,8 @@ class RankRecord:
 class Beat:
     """A heartbeat: at ``time`` the main thread stood at ``stack`` and had done so since ``since``.
 
-    ``waiting``: the oldest collective that has not come to an end; ``number`` counts them in ``group``. ``entered``:
-    group -> the number of the last collective that the rank entered there.
+    ``what``: the oldest collective that has not ended; ``number`` counts them in ``group``. ``entered``: group -> the
+    number of the last collective that the rank entered there.
     """
 
     rank: int

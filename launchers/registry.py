@@ -1,4 +1,4 @@
-"""The launchers that there are, by name: the choices of ``launcher``, their keys, and the classes of their jobs.
+"""The launchers by name: the choices of ``launcher``, their keys, and the classes of their jobs.
 
 A launcher is imported when it is first asked for. `register` adds one: its class, or where it is, as "module:Class".
 """
@@ -35,11 +35,11 @@ class NoLauncher(ValueError):
 
 
 class UnusedKeys(ValueError):
-    """Keys are set that the launcher has no use for: they were meant."""
+    """Keys are set that the launcher does not use, although they were meant."""
 
 
 def register(name: str, launcher: str | type[Launcher]) -> None:
-    """From now on ``launcher=name`` is this one, in this process."""
+    """Make ``launcher=name`` mean this one, in this process."""
     _LAUNCHERS[name] = launcher
 
 
@@ -64,7 +64,7 @@ def job_class(launcher: str) -> type[Job]:
     """The class of the jobs of a launcher, by the name that job.json has."""
     if launcher == FOREGROUND:
         return cast(type[Job], _loaded(_FOREGROUND_JOB))
-    # What an unknown one started is asked for as a process of this machine, which it then is not: it is lost.
+    # A job of an unknown launcher is looked up as a process of this machine, and so is lost.
     return launcher_class(launcher if launcher in _LAUNCHERS else "local").job_class
 
 
@@ -102,11 +102,11 @@ def keys() -> dict[str, Key]:
 def made(values: Mapping[str, object], *, strict: bool = True) -> Launcher:
     """The launcher of these keys; ``name`` says which. Keys that it does not take must have their defaults.
 
-    ``strict``: else they may have any value, as earlier versions stored those of all launchers.
+    Unless ``strict`` they may have any value, as earlier versions stored the keys of all launchers.
 
     Raises:
         NoLauncher: there is none of this name.
-        UnusedKeys: each with its value and the launchers that have a use for it.
+        UnusedKeys: each with its value and the launchers that use it.
     """
     name = str(values.get("name", ""))
     launcher, all_keys = launcher_class(name), keys()

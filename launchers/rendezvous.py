@@ -1,11 +1,11 @@
-"""Where ranks meet, and nobody else: a store of torch that listens at one address, and the agent's view of it.
+"""The rendezvous of ranks: a store of torch that listens at one address only, and the agent's view of it.
 
-torch's own server listens on every interface, and its elastic agent unpickles what the rendezvous store says, so that
-whoever reaches the port of ``torchrun --standalone`` runs code as its user. Here the agent of one machine has a store
-that no other process sees, and the ranks get one that this process serves on the loopback interface, anew for each
-attempt: from the store of the one before gloo would read the addresses of dead processes.
+torch's own server listens on every interface, and its elastic agent unpickles what the rendezvous store returns, so
+that whoever reaches the port of ``torchrun --standalone`` runs code as its user. Here the agent of one machine has a
+store that no other process sees, and the ranks get one that this process serves on the loopback interface, anew for
+each attempt: from the store of the one before gloo would read the addresses of dead processes.
 
-torch is imported when it is needed: launchers start without it.
+torch is imported lazily: launchers start without it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ LOOPBACK = "127.0.0.1"
 EVERYWHERE = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
 TIMEOUT = timedelta(minutes=30)  # torch's own, for ranks that start late
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Variables that say on which network interface ranks listen for each other."""
+"""Variables that name the network interface of the ranks' connections."""
 
 
 def listening(host: str, port: int = 0) -> TCPStore:
-    """A store that this process serves at ``host`` alone, as long as it holds it. 0: any free port.
+    """A store that this process serves at ``host`` only, as long as the object lives. ``port`` 0: any free one.
 
     Raises ``OSError`` for an address that is not this machine's and for a port that is taken.
     """
@@ -90,13 +90,13 @@ def _where(name: str) -> str:
 
 
 def on_loopback(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What ranks of one machine need in their environment to listen there alone, unless theirs names an interface."""
+    """The environment with which ranks of one machine listen on loopback only, unless it names an interface already."""
     name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
     return {variable: name for variable in INTERFACES if name and not variables.get(variable)}
 
 
 def one_machine() -> RendezvousHandler:
-    """The rendezvous of an agent that is alone: nothing to wait for, and no port but the one for its ranks."""
+    """The rendezvous of a single agent: nothing to wait for, and no port but the one for its ranks."""
     from torch._C._distributed_c10d import HashStore
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 

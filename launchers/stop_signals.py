@@ -7,11 +7,11 @@ from types import FrameType
 
 __all__ = ["OF_A_RANK", "STOP_SIGNALS", "FirstSignal", "passed_on"]
 
-# SIGCONT is none of them: Slurm sends it together with SIGTERM, and it means nothing by itself.
+# SIGCONT is none of them: Slurm sends it together with SIGTERM, and alone it means nothing.
 OF_A_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Those that a rank understands."""
+"""Those that a rank handles."""
 STOP_SIGNALS = (*OF_A_RANK, signal.SIGHUP)
-"""Those that what launches ranks understands: a terminal that is closed sends SIGHUP."""
+"""Those that launchers understand: a terminal that is closed sends SIGHUP."""
 
 
 def passed_on(number: int) -> signal.Signals:
@@ -22,8 +22,8 @@ def passed_on(number: int) -> signal.Signals:
 class FirstSignal:
     """Context manager: ``number`` is 0, or that of the first stop signal that came within the block.
 
-    It does nothing else about it, so that no exception can fall into anybody's bookkeeping. SIGHUP stays ignored under
-    nohup. ``restored``: further signals whose handlers are put back at the end, as what runs within replaces them.
+    It only records the number, so that no exception can interrupt other code. SIGHUP stays ignored under nohup.
+    ``restored``: further signals whose handlers are put back at the end, as code in the block replaces them.
     """
 
     def __init__(self, *restored: signal.Signals) -> None:

@@ -1,10 +1,10 @@
-"""JSON in files, read as what it should be or not at all. Python takes more: NaN, 1e999, any number of digits.
+"""Strict JSON files: of the expected types or an error. Python accepts more: NaN, 1e999, any number of digits.
 
     read, parse       the object of a file or a text, exactly; anything else is a ValueError that says in what
     integer, number   one of its values, of the type that is asked for
     dumps             a text that `parse` takes
 
-Whoever asks why a job failed meets damaged files and files that may be anything:
+For damaged files, and files that may hold anything, as when diagnosing a failed job:
 
     json_in, json_of  what a file or a text holds, its own text made printable; None where it is no JSON
     shaped            a dataclass of that, by the types of its fields, or `Damaged`: a field that is missing and has no
@@ -32,12 +32,12 @@ __all__ = [
 ]  # fmt: skip
 
 WIDEST = 2**64
-"""Of an integer in a text."""
+"""The bound of integers in a text."""
 MOST_BYTES = 16 << 20
 LARGEST = 2.0**53
-"""Of a number: a time, a step, a process id. Beyond it floats count no longer, and dates, sleeps and formats fail."""
+"""The bound of a number: a time, a step, a process id. Beyond it floats are inexact and dates fail."""
 
-# What a terminal would obey, and halves of characters that cannot be written out again.
+# Control characters of terminals, and surrogates, which cannot be encoded.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 _T = TypeVar("_T")
@@ -64,7 +64,7 @@ def parse(text: str | bytes) -> dict[str, object]:
 
 
 def dumps(value: object, *, indent: int | None = None) -> str:
-    """One JSON text with a newline at its end. Raises ValueError or TypeError for what `parse` would not take."""
+    """One JSON text with a newline at its end. Raises ValueError or TypeError for what `parse` would refuse."""
     return json.dumps(value, indent=indent, allow_nan=False) + "\n"
 
 
@@ -98,17 +98,17 @@ def object_of(record: Mapping[str, object], name: str) -> dict[str, object]:
 
 
 class Damaged(ValueError):
-    """A record is not what it should be; the message says in what."""
+    """A record is not as it should be; the message says how."""
 
 
 def json_in(path: Path) -> object:
-    """What the JSON in a file says; None if there is no such file, it is too large, torn, or no JSON."""
+    """The JSON value in a file; None if there is no such file, or it is too large, torn, or not JSON."""
     text = _text_in(path)
     return None if text is None else json_of(text)
 
 
 def json_of(text: str) -> object:
-    """What a JSON text says, its own text made printable; None if it is none."""
+    """The value of a JSON text, its strings made printable; None if it is not JSON."""
     try:
         return _clean(_loads(text))
     except (ValueError, RecursionError, MemoryError):
@@ -116,12 +116,12 @@ def json_of(text: str) -> object:
 
 
 def lines_in(path: Path) -> list[object]:
-    """What each line of a file says, as `json_of`; an empty list if there is no file."""
+    """The value of each line of a file, as `json_of`; an empty list if there is no file."""
     return [json_of(line) for line in (_text_in(path) or "").splitlines() if line.strip()]
 
 
 def tail(path: Path, most: int) -> str:
-    """The end of a text file, at most so many bytes of it; empty if there is no such file."""
+    """The last ``most`` bytes of a text file at most; empty if there is no such file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return ""
@@ -221,7 +221,7 @@ def _clean(value: object) -> object:
 
 
 def _loads(text: str | bytes) -> object:
-    """Raises ValueError for what is no JSON, though Python's reader takes it, and RecursionError."""
+    """Raises ValueError also for non-JSON that Python's reader accepts, and RecursionError."""
     return json.loads(text, parse_constant=_refuse, parse_int=_bounded, parse_float=_finite)
 
 

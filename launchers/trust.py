@@ -1,9 +1,9 @@
 """Folders from which code is loaded: pickled functions, command lines, configurations, copies of code.
 
 Whoever can write there runs code as the user. So such a folder, and each file in it that is loaded, must belong to the
-user (or to root) and be writable by nobody else; it is asked when the folder is chosen, and again before anything is
+user (or to root) and be writable by nobody else; it is checked when the folder is chosen, and again before anything is
 loaded. Where owners and modes mean nothing (a bind mount, a file system without them), DTRAIN_TRUSTED_FOLDERS names
-folders, separated by colons, below which nothing is asked.
+folders, separated by colons, below which nothing is checked.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ WAY_OUT = "(chmod go-w, chown), or choose another folder of your own"
 
 
 class Untrusted(ValueError):
-    """Somebody else may have written what was to be loaded."""
+    """Another user may have written what was to be loaded."""
 
 
 def require_own(path: Path) -> None:
-    """Raise ``Untrusted`` where somebody else can write to a file or folder, ``FileNotFoundError`` if it is missing."""
+    """Raise ``Untrusted`` where another user can write to a file or folder, ``FileNotFoundError`` if it is missing."""
     path = path.resolve(strict=True)
     _require(path, path.stat())
 
@@ -32,7 +32,7 @@ def require_own(path: Path) -> None:
 def opened(path: Path) -> BinaryIO:
     """A file to load code from, whose folder is the user's own too. Raises as `require_own`, and ``OSError``.
 
-    What is asked is what is read: the file is opened first, in a folder that is held open.
+    The file is opened before it is checked, in a folder that is held open, so that no other can be swapped in.
     """
     folder = os.open(path.parent.resolve(strict=True), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -50,9 +50,9 @@ def opened(path: Path) -> BinaryIO:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that nobody else writes to, whatever the umask says, unless it is there.
+    """Make a folder that no other user can write to, whatever the umask, unless it exists.
 
-    Raises ``Untrusted`` where it is there and somebody else can write to it, and ``OSError``.
+    Raises ``Untrusted`` where it exists and another user can write to it, and ``OSError``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o755, exist_ok=True)
@@ -60,7 +60,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that its owner alone can read, in place of what stood there. Raises ``OSError``."""
+    """Write, or replace, a file that only its owner can read. Raises ``OSError``."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:

@@ -1,11 +1,11 @@
 """Why a job ended, or what it waits for: the earliest real error of all ranks first, equal ones together.
 
 a rank raised          its host, error and line; then who fell with it
-ranks hang             who has not entered the collective that the others wait in, and where that rank stands
-no rank has started    what srun or mpirun said
+ranks hang             which rank has not entered the collective that the others wait in, and its stack
+no rank has started    what srun or mpirun printed
 the scheduler did it   time limit, node failure, memory, cancelled: in its own words
 
-The attempts before the last one are told in a line each.
+The attempts before the last one are summarized in a line each.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def why(folder: Path, *, state: str, end: Mapping[str, object] | None, waits_for
     elif end is None and state in ("failed", "lost", "cancelled"):
         lines.append(f"Slurm says: {state}" if state != "lost" else "the scheduler does not know the job any longer")
     if not records and state in ("failed", "lost", "cancelled"):
-        lines += _said_by_the_starter(log)
-    lines += [line for line in _said_by_the_scheduler(log) if line not in lines]
+        lines += _starter_output(log)
+    lines += [line for line in _scheduler_output(log) if line not in lines]
     lines += _ends(earlier, last=last)
     if broken := _damaged(folder, ended=end is not None):
         lines.append(broken)
@@ -100,9 +100,9 @@ def _how(records: Sequence[RankRecord]) -> str:
         return f"rank {root.rank} on {root.host} failed: {root.message}"
     if silent:
         hosts = ", ".join(sorted({record.host for record in silent}))
-        asked = f"did {hosts} fail" if len(silent) < len(records) else f"did srun, mpirun or {hosts} fail"
+        question = f"did {hosts} fail" if len(silent) < len(records) else f"did srun, mpirun or {hosts} fail"
         numbers = ", ".join(str(record.rank) for record in silent[:8]) + (", ..." if len(silent) > 8 else "")
-        return f"rank{'s' * (len(silent) > 1)} {numbers} wrote no exit record ({asked}?)"
+        return f"rank{'s' * (len(silent) > 1)} {numbers} wrote no exit record ({question}?)"
     if any(record.exit_code == CHECKPOINTED for record in records):
         return "it was asked to stop, and checkpointed"
     return "all ranks ended well" if records else "no rank left a record"
@@ -125,7 +125,7 @@ def _ended_well(record: RankRecord) -> bool:
 
 
 def _consequence(record: RankRecord) -> bool:
-    """Whether it most likely failed because another rank had. A hang is one as long as anybody has a better reason."""
+    """Whether it most likely failed because another rank had. So is a hang if another rank has a better reason."""
     killed = record.signal in ("SIGTERM", "SIGKILL") or record.kind == "Hang"
     return killed or bool(CONSEQUENCE.search(record.message))
 
@@ -174,9 +174,9 @@ def _ranks(records: Sequence[RankRecord]) -> str:
 
 
 def _waiting(records: Sequence[RankRecord], beats: Sequence[Beat], *, now: float, live: bool = False) -> list[str]:
-    """Who waits for whom: the ranks that have not entered the collective in which others stand, and their stacks.
+    """Who waits for whom: the ranks that have not entered the collective in which others wait, and their stacks.
 
-    ``live``: the job goes on, so that a rank that has ended waits for nobody.
+    ``live``: the job still runs, so that a rank that has ended waits for nobody.
     """
     over = {record.rank: record for record in records if record.ended is not None and (live or _ended_well(record))}
     running = [beat for beat in beats if beat.rank not in over]
@@ -216,7 +216,7 @@ def _waiting(records: Sequence[RankRecord], beats: Sequence[Beat], *, now: float
 def _all_inside(
     records: Sequence[RankRecord], beats: Sequence[Beat], inside: Sequence[Beat], seconds: float
 ) -> list[str]:
-    """Nobody is missing in the collective: then its messages do not arrive."""
+    """No rank is missing in the collective: then its messages do not arrive."""
     first = min(inside, key=lambda beat: beat.since)
     unseen = [record for record in records if record.rank not in {beat.rank for beat in beats} and record.ended is None]
     lines = [f"rank {record.rank} on {record.host} has never given a sign of life" for record in unseen]
@@ -240,12 +240,12 @@ def _place(beat: Beat) -> list[str]:
     return [f"    {line}" for frame in ours[-6:] for line in frame.splitlines()]
 
 
-def _said_by_the_starter(log: Path) -> list[str]:
-    """What srun or mpirun said where no rank came to be: its errors, else its last lines, once each."""
-    said = [line.strip() for line in _last_attempt(log) if line.strip() and " dtrain: " not in line]
-    said = [line for line in said if line.strip("-=*# ")]  # frames around a message
-    errors = [line for line in dict.fromkeys(said) if ERROR.search(line)]
-    lines = errors or list(dict.fromkeys(said))[-6:]
+def _starter_output(log: Path) -> list[str]:
+    """What srun or mpirun printed where no rank started: its errors, else its last lines, once each."""
+    output = [line.strip() for line in _last_attempt(log) if line.strip() and " dtrain: " not in line]
+    output = [line for line in output if line.strip("-=*# ")]  # frames around a message
+    errors = [line for line in dict.fromkeys(output) if ERROR.search(line)]
+    lines = errors or list(dict.fromkeys(output))[-6:]
     return (
         ["no rank has started; the last words of what starts them:", *(f"  {line}" for line in lines[:12])]
         if lines
@@ -253,8 +253,8 @@ def _said_by_the_starter(log: Path) -> list[str]:
     )
 
 
-def _said_by_the_scheduler(log: Path) -> list[str]:
-    """Its last words, where it had any."""
+def _scheduler_output(log: Path) -> list[str]:
+    """The scheduler's last lines, if any."""
     words = [match.group(0) for line in _last_attempt(log) if (match := SCHEDULER.search(line))]
     return [f"  {line}" for line in dict.fromkeys(words)][-6:]
 

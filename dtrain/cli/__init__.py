@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 LAUNCHER_WORDS = ("launcher", "run.dir=", "@")
-"""How the words begin that a verb takes which trains nothing."""
+"""Prefixes of the words that verbs without training take."""
 
 
 class Command(Protocol):
@@ -32,7 +32,7 @@ def add_verb(verbs: Verbs, name: str, *, does: str, epilog: str = "") -> argpars
 
 
 def add_config_dir(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config-dir``, which `words_of` hands on as a word."""
+    """Add ``--config-dir``, which `words_of` turns into words."""
     parser.add_argument(
         "--config-dir", action="append", default=[], metavar="FOLDER",
         help="choices of your own: FOLDER/sync/mine.yaml is sync=mine; the same as @FOLDER",
@@ -43,7 +43,7 @@ def words_of(chosen: argparse.Namespace) -> list[str]:
     """The overrides of a command line, with its folders of choices.
 
     Raises:
-        ConfigError: such a folder is none.
+        ConfigError: such a folder does not exist.
     """
     for folder in chosen.config_dir:
         if not Path(folder).expanduser().is_dir():

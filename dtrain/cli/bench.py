@@ -106,7 +106,7 @@ def _hooks(chosen: argparse.Namespace) -> int:
 
 def _names(word: str, words: Sequence[str]) -> bool:
     """Whether ``words`` set the same key."""
-    return any(other.partition("=")[0] == word.partition("=")[0] for other in words)
+    return any(candidate.partition("=")[0] == word.partition("=")[0] for candidate in words)
 
 
 def _submitted(what: str, settings: Settings, words: Sequence[str]) -> tuple[Job, Path]:
@@ -122,7 +122,7 @@ def _submitted(what: str, settings: Settings, words: Sequence[str]) -> tuple[Job
     settings = _completed(settings, config.launcher)
     enter_launcher(config.launcher, sys.argv[1:])
     folder = Path(config.run.dir).absolute()
-    # What fails would fail again, and its rows would be there twice.
+    # A restart would fail again, and write its rows twice.
     launcher = config.launcher.replaced(max_restarts=0)
     require_sound(launcher)
     warn(launcher.warnings())
@@ -153,7 +153,7 @@ def _baseline(path: Path | None, kind: type[Row]) -> Sequence[Row]:
 
 
 def _completed(settings: Settings, launcher: Launcher) -> Settings:
-    """The settings, with what was left to be found out."""
+    """The settings, with "auto" resolved."""
     import dataclasses
 
     transport, link = settings.transport, settings.link
@@ -167,7 +167,7 @@ def _completed(settings: Settings, launcher: Launcher) -> Settings:
 
 
 def _cluster_link() -> str:
-    """The slowest link of the `dtrain cluster` that this is a host of, or "none" where nobody limits or knows it."""
+    """The slowest link of the `dtrain cluster` that this is a host of, or "none" where it is unlimited or unknown."""
     from dtrain.launchers.environment import CLUSTER
     from dtrain.slurm.devcluster.state import Facts
 
@@ -183,7 +183,7 @@ def _cluster_link() -> str:
 
 @dataclass(frozen=True)
 class Shown(Generic[R]):
-    """How rows of one kind look. ``line``: of a row, given those so far."""
+    """How to print rows of one kind. ``line``: of a row, given those so far."""
 
     kind: type[R]
     head: str
@@ -192,7 +192,7 @@ class Shown(Generic[R]):
 
 
 def _show(job: Job, folder: Path, baseline: Sequence[Row], how: Shown[R]) -> int:
-    """Print rows as they come; Ctrl-C, or SIGTERM, ends the job and keeps those that there are."""
+    """Print rows as they come; Ctrl-C, or SIGTERM, ends the job and keeps the rows so far."""
     from dtrain.bench import rows, table
     from dtrain.cli.follow import LOOK_SECONDS, exit_code, sigterm_interrupts
     from dtrain.launchers.job import ENDED

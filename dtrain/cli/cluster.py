@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from dtrain.slurm.devcluster import Facts
 
 EPILOG = """\
-While a cluster is up, `dtrain train launcher=slurm` and the other launcher commands run on its login host by
-themselves.
+While a cluster is up, `dtrain train launcher=slurm` and the other launcher commands run on its login host
+automatically.
 
 examples:
   dtrain cluster up --nodes 4 --bandwidth 100mbit
@@ -66,7 +66,7 @@ def add(verbs: Verbs) -> None:
 
 @contextlib.contextmanager
 def cluster_errors() -> Iterator[None]:
-    """A cluster's errors as ours: what cannot be had is a `ConfigError` (exit code 2), what failed is not (1)."""
+    """Translate a cluster's errors: a bad request is a `ConfigError` (exit code 2), a failure a `DtrainError` (1)."""
     from dtrain.slurm.devcluster import BadRequest, ClusterError
 
     try:
@@ -168,14 +168,14 @@ def _down(chosen: argparse.Namespace) -> int:
 
     _no_words(chosen)
     with cluster_errors():
-        there = left_behind()
-    if chosen.name is None and len(there) > 1 and not chosen.all:
-        raise ConfigError(f"several clusters are here ({', '.join(there)}): say which, with --name NAME, or --all")
-    names = there if chosen.all or chosen.name is None else [chosen.name]
-    unknown = [name for name in names if name not in there]
+        existing = left_behind()
+    if chosen.name is None and len(existing) > 1 and not chosen.all:
+        raise ConfigError(f"several clusters are here ({', '.join(existing)}): say which, with --name NAME, or --all")
+    names = existing if chosen.all or chosen.name is None else [chosen.name]
+    unknown = [name for name in names if name not in existing]
     if unknown or not names:
         raise ConfigError(
-            f"there is no cluster {' '.join(unknown)}".rstrip() + f" (there are {', '.join(there) or 'none'})"
+            f"there is no cluster {' '.join(unknown)}".rstrip() + f" (there are {', '.join(existing) or 'none'})"
         )
     for name in names:
         with cluster_errors():

@@ -1,4 +1,4 @@
-"""What a person is told who ends a run by Ctrl-C: at once what happens now, and then what there is to go on from."""
+"""Messages to a person who ends a run by Ctrl-C: what happens now, and then where the run can resume."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SAME_PRESS_SECONDS = 0.5  # a terminal, a shell and a wrapper may each pass on t
 
 
 class Stopping:
-    """For `dtrain.train.signals.overheard`: says what a stop signal leads to, and ends everything at the second Ctrl-C.
+    """For `dtrain.train.signals.overheard`: reports what a stop signal does, and ends everything at the second Ctrl-C.
 
-    The workers have got the first one from `dtrain.launchers.local`, which ignores those after it; ending this process
-    ends them too (see ``die_with_parent``), and checkpoints are crash-safe.
+    The workers get the first one from `dtrain.launchers.local`, which ignores later ones; ending this process ends them
+    too (see ``die_with_parent``), and checkpoints are crash-safe.
     """
 
     def __init__(self, config: Config, words: Sequence[str], progress: Progress) -> None:
@@ -37,17 +37,17 @@ class Stopping:
         if self._since is None:
             self._since = time.monotonic()
             step = last_checkpoint(self._config)
-            there = "there is no checkpoint yet" if step is None else f"the last checkpoint is step {step}"
-            self._progress.say(f"{signal.Signals(number).name}: {STOPPING}; Ctrl-C again ends at once ({there})")
+            hint = "there is no checkpoint yet" if step is None else f"the last checkpoint is step {step}"
+            self._progress.say(f"{signal.Signals(number).name}: {STOPPING}; Ctrl-C again ends at once ({hint})")
         elif number == signal.SIGINT and time.monotonic() - self._since > SAME_PRESS_SECONDS:
             self._progress.close()
             print(f"SIGINT again: ended at once; {goes_on_from(self._config, self._words)}", flush=True)
             sys.stderr.flush()
-            os._exit(INTERRUPTED)  # the main thread waits for the workers, whom nothing else would keep from going on
+            os._exit(INTERRUPTED)  # the main thread waits for the workers, which would continue otherwise
 
 
 def goes_on_from(config: Config, words: Sequence[str]) -> str:
-    """From where the same command goes on, and the command."""
+    """Where the same command resumes, and the command."""
     step = last_checkpoint(config)
     where = "there is no checkpoint, so the same command starts from step 0"
     if step is not None:
@@ -58,5 +58,5 @@ def goes_on_from(config: Config, words: Sequence[str]) -> str:
 
 
 def interruption(failure: Failure) -> bool:
-    """Whether a rank failed by nothing but the Ctrl-C: it had not come to where it watches for signals."""
+    """Whether a rank failed only by the Ctrl-C, which came before it watched for signals."""
     return failure.signal == "SIGINT" or failure.message.startswith("KeyboardInterrupt")

@@ -38,14 +38,14 @@ def _tokenize(chosen: argparse.Namespace) -> int:
     from dtrain.train.data.tokenize import tokenize
 
     values: dict[str, str] = {"tokenizer": "bytes", "held_out": "0.05"}
-    known = ("source", "out", "tokenizer", "held_out")
+    names = ("source", "out", "tokenizer", "held_out")
     for setting in chosen.words:
         key, equals, value = setting.partition("=")
-        if not equals or key not in known:
-            near = hint(closest(key, known))
-            raise ConfigError(f"{setting}: there is no such setting{near} (there are {', '.join(known)})")
+        if not equals or key not in names:
+            near = hint(closest(key, names))
+            raise ConfigError(f"{setting}: there is no such setting{near} (there are {', '.join(names)})")
         values[key] = value
-    missing = [key for key in known if not values.get(key)]
+    missing = [key for key in names if not values.get(key)]
     if missing:
         raise ConfigError(f"say what {missing[0]} is: dtrain data tokenize source=FOLDER out=FOLDER")
     try:

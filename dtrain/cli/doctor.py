@@ -50,7 +50,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
         if not word.lstrip("+").startswith(LAUNCHER_WORDS):
             raise ConfigError(f"{word}: doctor takes launcher=..., launcher.KEY=..., run.dir=FOLDER and @FILE")
     config, named = compose_named(words_of(chosen), name="doctor")
-    # A rank for each node: more would share what is measured.
+    # One rank per node: more would share what is measured.
     launcher = config.launcher.replaced(workers=config.launcher.nodes, max_restarts=0)
     enter_launcher(launcher, sys.argv[1:])
     folder = Path(config.run.dir).absolute()
@@ -77,8 +77,8 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a rank wrote, its parts still to be read."""
+class _StoredReport:
+    """A rank's report, its lists not yet checked."""
 
     host: str
     versions: dict[str, str]
@@ -87,22 +87,22 @@ class _Told:
 
 
 def read(folder: Path) -> list[Report]:
-    """What the ranks have left, in rank order."""
+    """The ranks' reports, in rank order."""
     from dtrain.doctor.finding import Finding
     from dtrain.doctor.pairs import Exchange
     from dtrain.doctor.verdict import Report
     from dtrain.launchers.strict_json import Damaged, json_in, number_in, shaped
 
-    out = []
+    reports = []
     for path in (folder / "doctor").glob("rank-*.json"):
         rank, content = number_in(path.name, "rank-{}.json"), json_in(path)
         if rank is None or not isinstance(content, dict):
             continue  # a rank without a report is a finding
         try:
-            whole = shaped(_Told, content)
-            findings = tuple(shaped(Finding, finding) for finding in whole.findings)
-            exchanges = tuple(shaped(Exchange, one) for one in whole.exchanges)
+            stored = shaped(_StoredReport, content)
+            findings = tuple(shaped(Finding, finding) for finding in stored.findings)
+            exchanges = tuple(shaped(Exchange, entry) for entry in stored.exchanges)
         except Damaged:
             continue
-        out.append(Report(rank, whole.host, whole.versions, findings, exchanges))
-    return sorted(out, key=lambda report: report.rank)
+        reports.append(Report(rank, stored.host, stored.versions, findings, exchanges))
+    return sorted(reports, key=lambda report: report.rank)

@@ -21,7 +21,7 @@ LOOK_SECONDS = 0.5
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Within the block SIGTERM does what Ctrl-C does, so that a command that is ended ends its job, too.
+    """Within the block SIGTERM acts as Ctrl-C does, so that ending the command ends its job, too.
 
     So does SIGHUP, by which a terminal that is closed ends what it has started, unless nohup keeps it away.
     """
@@ -47,8 +47,8 @@ def watched(
 ) -> bool:
     """Wait until the job has ended, and call ``look`` meanwhile and once after; False where that was interrupted.
 
-    Ctrl-C, SIGTERM, and SIGHUP without nohup, leave a job that a scheduler keeps as it is; any other is cancelled
-    (``stopping`` says so), and waited for until its ranks have left. ``display`` is open as long as nothing comes.
+    Ctrl-C, SIGTERM, and SIGHUP without nohup, leave a scheduler's job running; any other is cancelled (``stopping``
+    reports it), and waited for until its ranks have left. ``display`` is open as long as nothing comes.
     """
     try:
         with sigterm_interrupts(), display or contextlib.nullcontext():
@@ -86,7 +86,7 @@ def follow(job: Job, start: int = 0) -> int:
 
 
 def exit_code(job: Job) -> int:
-    """The exit code of a job that has ended; what went wrong is told on standard error, the root cause first."""
+    """The exit code of a job that has ended; what went wrong is printed to standard error, the root cause first."""
     state, end = job.state(), job.end()
     if state == "finished":
         return 0

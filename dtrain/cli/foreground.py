@@ -1,4 +1,4 @@
-"""A run that the command stays with: on this machine, where it starts the workers, or a job that it follows."""
+"""Runs in the foreground: workers that the command starts on this machine, or a job that it follows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def follow_run(config: Config, job: Job, words: Sequence[str]) -> int:
     """Show the progress of a job until it has ended, then its summary or what went wrong.
 
-    Ctrl-C, or SIGTERM, leaves a job that a scheduler keeps as it is and ends any other.
+    Ctrl-C, or SIGTERM, leaves a scheduler's job running and ends any other.
     """
     from dtrain.launchers.failure import Ending
     from dtrain.report.progress import Progress
@@ -91,9 +91,9 @@ def run_here(config: Config, words: Sequence[str], *, goes_on_from: Path | None)
 
 
 def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
-    """Say how the run ended, and the exit code for it. ``words``: the overrides that ``config`` was made of.
+    """Report how the run ended; returns the exit code for it. ``words``: the overrides that ``config`` was made of.
 
-    Workers cannot tell by their own exit code (any but 0 means restart to the elastic agent), so rank 0 leaves
+    Workers cannot report it by their exit code (any but 0 makes the elastic agent restart), so rank 0 writes
     outcome.json.
     """
     from dtrain.launchers.failure import root_cause, signal_name
@@ -123,10 +123,10 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
         step, last = outcome.get("step"), last_checkpoint(config)
         done = f"checkpointed at step {step}; the same command goes on"
         if outcome.get("withheld"):
-            there = f"step {last}, its last checkpoint," if last else "the start"
+            resume_point = f"step {last}, its last checkpoint," if last else "the start"
             done = (
                 f"left at step {step} without a checkpoint, as its last steps were skipped for gradients that are not "
-                f"finite; the same command goes on from {there} and would meet them again"
+                f"finite; the same command goes on from {resume_point} and would meet them again"
             )
         say(f"{name}: {done}:\n  {command(words, config)}")
         return INTERRUPTED if interrupted or number == signal.SIGINT else CHECKPOINTED

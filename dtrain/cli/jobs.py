@@ -1,4 +1,4 @@
-"""``dtrain jobs``: every launcher's jobs: what there is, how it goes, what it printed, why it failed."""
+"""``dtrain jobs``: list every launcher's jobs, show their states and logs, and diagnose failures."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _is_of_this_machine(chosen: argparse.Namespace) -> bool:
-    """Whether a folder is named whose job is no cluster's, so that it does not matter which of them are up."""
+    """Whether the job is named by a folder and belongs to no cluster, so that no cluster need be up."""
     from dtrain.launchers.job import Facts
     from dtrain.launchers.registry import job_class
 
@@ -112,7 +112,7 @@ def _list(jobs: Sequence[Job], *, everywhere: bool) -> int:
 
 
 def _table(names: Sequence[str]) -> str:
-    """The table of a sweep, or of all runs that the names mean."""
+    """The table of a sweep, or of all runs that the names stand for."""
     from dtrain.cli.sweep import FILE, table
     from dtrain.report.comparing import compared, settings_of
 
@@ -128,7 +128,7 @@ def _table(names: Sequence[str]) -> str:
 
 
 def _places(name: str) -> list[Path]:
-    """The folders that a name means: its own, those that fit a pattern, or that of a job or its sweep."""
+    """The folders that a name stands for: itself, those that match a pattern, or that of a job or its sweep."""
     from dtrain.cli.sweep import FILE
     from dtrain.launchers import job_list as registry
 

@@ -82,14 +82,14 @@ def _launch(chosen: argparse.Namespace) -> int:
         if not named:
             folder = run_folder.made(folder)
         log = folder / "logs" / "rank-0.log"
-        begin = log.stat().st_size if log.is_file() else 0  # what an earlier job has printed is not told again
+        begin = log.stat().st_size if log.is_file() else 0  # what an earlier job has printed is not shown again
         with run_folder.locked(folder), run_folder.withdrawn_if_refused(folder):
             job = launcher.start(chosen.program, folder=folder, name=chosen.name, replicas=replicas)
     return 0 if goes_on(job, launcher, str(folder)) else follow(job, begin)
 
 
 def _must_be_there(program: Sequence[str], launcher: Launcher) -> None:
-    """Raise ``ConfigError`` for a program that no rank could start, where the ranks see what is seen here."""
+    """Raise ``ConfigError`` for a program that no rank could start, where the ranks see this machine's files."""
     first, *rest = program
     if not launcher.same_files:
         return

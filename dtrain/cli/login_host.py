@@ -1,4 +1,4 @@
-"""Launcher commands go where they have to run by themselves: a cluster's login host, an allocation of nodes."""
+"""Moves launcher commands to where they have to run: a cluster's login host, or an allocation of nodes."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def enter_login_host(arguments: Sequence[str]) -> None:
 
 
 def enter_launcher(launcher: Launcher, arguments: Sequence[str], *, dry_run: bool = False) -> None:
-    """Become the same command where the launcher can work; return if that is here, and then out of any job.
+    """Become the same command where the launcher can work; return if that is here, without the variables of any job.
 
-    What builds a user's model here to check it, and what starts here, is no rank of the job that this may run in.
+    The checks, which build the user's model, and what starts here must not count as ranks of a job around them.
 
     Raises:
-        ConfigError: it needs nodes that nobody has named, and there is no Slurm to ask for them.
+        ConfigError: it needs nodes, none are named, and there is no Slurm to ask for them.
     """
     if not dry_run:
         if launcher.login_host:
@@ -51,8 +51,8 @@ def enter_launcher(launcher: Launcher, arguments: Sequence[str], *, dry_run: boo
         options = launcher.allocation(os.environ)
         if options is not None:
             _enter_allocation(launcher, options, arguments)
-    asked = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
-    become({**asked, **handed_on(os.environ, launcher.keeps)})
+    defaults = {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
+    become({**defaults, **handed_on(os.environ, launcher.keeps)})
 
 
 def _enter_allocation(launcher: Launcher, options: Sequence[str], arguments: Sequence[str]) -> None:

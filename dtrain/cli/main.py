@@ -1,4 +1,4 @@
-"""The command ``dtrain``: reads the command line, checks it before anything starts, and says how it ended."""
+"""The command ``dtrain``: reads the command line, checks it before anything starts, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Errors of ours are told in one line, others keep their traceback."""
+    """Run the command line; returns the exit code. Errors of dtrain's are one line, others keep their traceback."""
     # Modules of the user's (`_target_`: mine.Model) are found as the workers find them, from the current folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _reader_may_leave(*, goes_on: bool) -> Iterator[None]:
-    """Standard output may be closed by who reads it (``dtrain ... | head``): the rest of what is printed is dropped.
+    """Standard output may be closed by its reader (``dtrain ... | head``): later output is dropped.
 
-    What only prints ends there, by a ``BrokenPipeError``; a command that trains ``goes_on``.
+    A command that only prints ends there, by a ``BrokenPipeError``; one that trains ``goes_on``.
     """
     stream = sys.stdout
     if goes_on:
@@ -72,7 +72,7 @@ def _reader_may_leave(*, goes_on: bool) -> Iterator[None]:
 
 
 class _Outliving:
-    """A stream that writes to nowhere once nobody reads it any longer."""
+    """A stream that drops its output once its reader is gone."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -97,7 +97,7 @@ class _Outliving:
 
 
 def _drop(stream: TextIO) -> None:
-    """Have all further writes, that of the interpreter's end too, go to nowhere."""
+    """Drop all further writes, also those at the interpreter's exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -113,7 +113,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     if cut < len(given) and not getattr(chosen, "takes_program", False):
         parser.error(f"only launch and cluster exec take a program after --, but there is {program}")
     chosen.program = program
-    # argparse takes the words before an option for all that there are: `train engine=ddp --dry-run run.dir=x`.
+    # argparse stops collecting words at an option: `train engine=ddp --dry-run run.dir=x`.
     unknown = [word for word in more if word.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -1,4 +1,4 @@
-"""What is left of a run that was begun before: nothing, or the command that goes on with it, to be pasted."""
+"""Whether a run has anything left to train, and the command that resumes it, to be pasted."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ STOP_AFTER = "train.stop_after_steps"
 def nothing_left(config: Config, folder: Path | None) -> str | None:
     """Why the run needs no workers, in words; None if there is something to train. Changes nothing on disk.
 
-    ``folder``: the run that this one goes on from.
+    ``folder``: the run to resume.
 
     Raises:
-        ConfigError: the checkpoint is further than the run is asked to go.
+        ConfigError: the checkpoint is beyond the step at which the run is to end.
     """
     from dtrain.train.checkpoint.folders import step_of
     from dtrain.train.checkpoint_choice import look, own_checkpoint
@@ -68,21 +68,21 @@ def _summed_up(folder: Path) -> int | None:
 
 
 def command(words: Sequence[str], config: Config, *, to_the_end: bool = False) -> str:
-    """The command line that goes on with the run of ``config``, which the overrides ``words`` made: all of them.
+    """The command line that resumes the run of ``config``, which was made of the overrides ``words``: all of them.
 
-    Without ``run.resume=never``, which would refuse the run, and, to go on ``to_the_end``, without
+    Without ``run.resume=never``, which would refuse the run, and, to resume ``to_the_end``, without
     ``train.stop_after_steps``, which would stop it where it is.
     """
     from dtrain.train.config.words import written
 
-    given = {_key(word) for word in words}
+    keys = {_key(word) for word in words}
     undone = {"run.resume": "auto"} if config.run.resume == "never" else {}
     undone |= {STOP_AFTER: "0"} if to_the_end else {}
-    kept = [word for word in words if _key(word) not in undone]
-    kept += [f"{key}={value}" for key, value in undone.items() if key not in given]  # said as train={...}
-    if "run.dir" not in given:
-        kept.append(written("run.dir", _short(config.run.dir)))
-    return shlex.join([*_program(), "train", *kept])
+    remaining = [word for word in words if _key(word) not in undone]
+    remaining += [f"{key}={value}" for key, value in undone.items() if key not in keys]  # set as train={...}
+    if "run.dir" not in keys:
+        remaining.append(written("run.dir", _short(config.run.dir)))
+    return shlex.join([*_program(), "train", *remaining])
 
 
 def last_checkpoint(config: Config) -> int | None:

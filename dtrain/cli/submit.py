@@ -1,4 +1,4 @@
-"""Handing a job over to a launcher, from whichever verb."""
+"""Submits jobs to launchers, for all verbs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def worker(folder: str | Path) -> list[str]:
 
 
 def require_sound(launcher: Launcher, replicas: int = 1) -> None:
-    """Raise ``ConfigError`` for what cannot be right wherever the launcher runs it."""
+    """Raise ``ConfigError`` for settings that are invalid wherever the launcher runs."""
     if problems := launcher.problems(replicas):
         raise ConfigError("\n".join(problems))
 
 
 def warn(warnings: Sequence[str]) -> None:
-    """Tell what will run, but most likely not as it was meant."""
+    """Print what will run, but most likely not as intended."""
     for warning in warnings:
         print(f"dtrain: warning: {warning}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Around all that asks a launcher: what it refuses is a ``ConfigError``, where it fails a ``DtrainError``."""
+    """Around calls of a launcher: a refusal becomes a ``ConfigError``, a failure a ``DtrainError``."""
     try:
         yield
     except ValueError as error:
@@ -44,7 +44,7 @@ def refusals() -> Iterator[None]:
 
 
 def goes_on(job: Job, launcher: Launcher, what: str) -> bool:
-    """Print that a job was started, and what it runs; whether it goes on by itself, and is not to be followed."""
+    """Print that a job was started, and what it runs; whether it continues on its own, and is not to be followed."""
     print(f"job {job.id} ({launcher.name}): {what}", flush=True)
     if not job.scheduled or launcher.wait:
         return False

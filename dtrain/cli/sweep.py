@@ -84,7 +84,9 @@ def sweep(words: Sequence[str], train: Train, *, dry_run: bool) -> int:
     enter_launcher(configs[0].launcher, sys.argv[1:], dry_run=dry_run)
     descriptions = [validate(config) for config in configs]
     if not (dry_run or named) and (unused := run_folder.made(base)) != base:
-        return sweep([*words, written("run.dir", str(unused))], train, dry_run=False)  # another began at once
+        return sweep(
+            [*words, written("run.dir", str(unused))], train, dry_run=False
+        )  # another began at the same moment
     everything = list({run.folder: run for run in (*stored, *runs)}.values())
     if configs[0].launcher.arrays:
         return _array(base, runs, everything, configs, descriptions, dry_run=dry_run)
@@ -109,12 +111,12 @@ def sweep(words: Sequence[str], train: Train, *, dry_run: bool) -> int:
 
 
 def _placed(base: Path, combinations: Sequence[str], stored: Sequence[Run]) -> list[Run]:
-    """A folder for each combination: the one that it had when the sweep ran before, else one of a plain name."""
-    known = {run.values: run.folder for run in stored}
+    """A folder for each combination: the one from an earlier run of the sweep, else one of a plain name."""
+    folders = {run.values: run.folder for run in stored}
     taken = {run.folder for run in stored}
     runs = []
     for number, values in enumerate(combinations):
-        folder = known.get(values)
+        folder = folders.get(values)
         while folder is None:
             candidate = base / f"{number}-{_plain(values)}"
             if candidate not in taken:
@@ -209,9 +211,9 @@ def _stored(base: Path) -> list[Run]:
         name = Path(folder).name if isinstance(folder, str) else ""
         if not isinstance(values, str) or name in ("", ".."):
             raise ConfigError(f"{base / FILE} is damaged; delete it and give the command of the sweep again")
-        there = Path(str(folder)).resolve()
-        # Runs are below their sweep, whatever its file says: what is read there is shown, and trained on.
-        runs.append(Run(values, there if base.resolve() in there.parents else base / name))
+        location = Path(str(folder)).resolve()
+        # Runs must be below their sweep, whatever its file says: what is read there is shown, and trained on.
+        runs.append(Run(values, location if base.resolve() in location.parents else base / name))
     return runs
 
 

@@ -1,17 +1,17 @@
 """The attempts of a Slurm job, from within its batch script: where the ranks meet, and whether they start again.
 
-    job.sbatch (bash)    directives, environment, setup; it becomes this process
+    job.sbatch (bash)    directives, environment, setup; it execs this process
     this process         attempt -> start_ranks of the script (srun, a task for each rank) -> how did it end? -> again?
 
-After every attempt it decides by what the ranks wrote, and by what Slurm says of the job:
+After every attempt it decides by the ranks' records, and by Slurm's state of the job:
 
-    finished, wrong configuration, ended by the user     the job is over: end.json says how
+    finished, wrong configuration, ended by the user     the job is over: end.json records how
     a rank failed                                        again, here, unless max_restarts attempts had no progress
     time limit, preemption, a signal from Slurm          requeued: Slurm starts the script again
-    cancelled                                            over; and where nobody says who it was, it is not requeued
+    cancelled                                            over; where the cause is unknown, it is not requeued
 
-Slurm ends a job with SIGTERM to this process and to all that it has started. It stays, to see the ranks off and to
-write down how they ended; and what it asks in the meantime is not cut short, as no answer is not "start it again".
+Slurm ends a job with SIGTERM to this process and to all that it has started. It stays until the ranks have ended and
+their end is recorded; its own queries to Slurm ignore the signal, as a missing answer must not mean "restart".
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dtrain.launchers.records import ATTEMPT, RankRecord, first_cause, keep_atte
 __all__ = ["Job", "Over", "Slurm", "run"]
 
 PATIENCE = "DTRAIN_PATIENCE_SECONDS"
-"""Environment: for how long a controller that is silent is asked."""
+"""Environment: for how long to ask a controller that does not answer."""
 PATIENCE_SECONDS = 30.0
 STEPS_SECONDS = 600.0  # until the ranks of the attempt before have ended
 SHORT_SECONDS = 600.0  # an attempt that took longer counts as progress
@@ -45,7 +45,7 @@ LEAST_SECONDS = 120  # of the time limit, for another attempt here
 PORTS, FIRST_PORT = 12000, 20000
 
 Cause = Literal["signal", "slurm", "preemption", "limit", "user", "nobody"]
-"""Who ended the ranks: a signal or they themselves, Slurm (which starts the job again), ..., or nobody knows."""
+"""Who ended the ranks: a signal or they themselves, Slurm (which restarts the job), ...; ``nobody``: unknown."""
 
 Start = Callable[[Mapping[str, str]], int]
 """Starts all ranks with these variables, and waits for them; returns the largest exit code of srun."""
@@ -61,7 +61,7 @@ class Over(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What the script was told. ``address`` and ``port``: where the ranks meet; empty and 0: found out here."""
+    """The script's arguments. ``address`` and ``port``: where the ranks meet; empty and 0: chosen here."""
 
     folder: Path
     workers: int
@@ -71,7 +71,7 @@ class Job:
 
 
 class Slurm:
-    """This run of the job, and what Slurm says of it."""
+    """This run of the job, and Slurm's answers about it."""
 
     def __init__(self, variables: Mapping[str, str] = os.environ) -> None:
         self.id, self.nodes = variables["SLURM_JOB_ID"], variables.get("SLURM_JOB_NODELIST", "")
@@ -81,37 +81,37 @@ class Slurm:
         self._patience = float(variables.get(PATIENCE, PATIENCE_SECONDS))
 
     def head(self) -> str:
-        """The first node. Raises `Over` where nobody can name it."""
-        lines = self._said("scontrol", "show", "hostnames", self.nodes).splitlines()
+        """The first node. Raises `Over` if scontrol cannot name it."""
+        lines = self._output("scontrol", "show", "hostnames", self.nodes).splitlines()
         if not lines:
             raise Over(BAD_CONFIG, "scontrol cannot name the nodes of the job")
         return lines[0]
 
     def address_of(self, node: str) -> str:
-        """The address that Slurm knows a node by; empty if it does not say."""
-        match = re.search(r" NodeAddr=(\S+)", self._said("scontrol", "show", "node", "--oneliner", node))
+        """Slurm's address of a node; empty if unknown."""
+        match = re.search(r" NodeAddr=(\S+)", self._output("scontrol", "show", "node", "--oneliner", node))
         return match[1] if match else ""
 
     def seconds_left(self) -> int | None:
-        """Until the time limit; None without one, and where Slurm does not say."""
-        lines = self._said("squeue", "--noheader", "--jobs", self.id, "--format", "%L").splitlines()
+        """Until the time limit; None without one, or if unknown."""
+        lines = self._output("squeue", "--noheader", "--jobs", self.id, "--format", "%L").splitlines()
         return next((left for line in lines if (left := seconds_of(line)) is not None), None)
 
     def steps(self) -> frozenset[str] | None:
         """The job's steps, without those of Slurm itself; None where Slurm does not answer."""
-        asked = ("squeue", "--noheader", "--steps", "--jobs", ",".join(self._all), "--format", "%i")
-        said = self._asked(*asked)
-        if said is None:
+        query = ("squeue", "--noheader", "--steps", "--jobs", ",".join(self._all), "--format", "%i")
+        listed = self._query(*query)
+        if listed is None:
             return None
-        return frozenset(word for word in said.split() if re.search(r"\.[0-9]+$", word))
+        return frozenset(word for word in listed.split() if re.search(r"\.[0-9]+$", word))
 
     def cancel_steps(self, steps: frozenset[str]) -> None:
         """End job steps."""
-        self._asked("scancel", *sorted(steps))
+        self._query("scancel", *sorted(steps))
 
     def requeue(self) -> bool:
         """Have Slurm start the job again; whether it will."""
-        return self._asked("scontrol", "requeue", self.id, show=True) is not None
+        return self._query("scontrol", "requeue", self.id, show=True) is not None
 
     def who_ended_it(self) -> Cause:
         """Who ended the ranks, by the state of the job."""
@@ -123,7 +123,7 @@ class Slurm:
             return "preemption" if _preempted(fields) else "signal"
         if state in ("PREEMPTED", "TIMEOUT"):
             return "preemption" if state == "PREEMPTED" else "limit"
-        # COMPLETING, which tells no reason; but a requeue counts as a restart at once
+        # COMPLETING, without a reason; but a requeue counts as a restart at once
         restarts, left = fields.get("Restarts", ""), self.seconds_left()
         if restarts.isdecimal() and int(restarts) > self.restarts:
             return "slurm"
@@ -132,10 +132,10 @@ class Slurm:
         return "limit" if left is not None and left <= 1 else "user"
 
     def _fields(self) -> dict[str, str]:
-        """What Slurm says of the job, field by field; empty if the controller stays silent."""
+        """Slurm's record of the job, by fields; empty if the controller does not answer."""
         pause = self._patience / 10
         for _ in range(10):
-            line = next(iter(self._said("scontrol", "show", "job", "--oneliner", self.id).splitlines()), "")
+            line = next(iter(self._output("scontrol", "show", "job", "--oneliner", self.id).splitlines()), "")
             if line.strip():
                 fields: dict[str, str] = {}
                 for key, _, value in (word.partition("=") for word in line.split()):
@@ -144,11 +144,11 @@ class Slurm:
             time.sleep(pause)
         return {}
 
-    def _said(self, *command: str) -> str:
-        return self._asked(*command) or ""
+    def _output(self, *command: str) -> str:
+        return self._query(*command) or ""
 
-    def _asked(self, *command: str, show: bool = False) -> str | None:
-        """What a command of Slurm's prints; None where it fails. It is not ended by the signal that ends the job."""
+    def _query(self, *command: str, show: bool = False) -> str | None:
+        """What a command of Slurm's prints; None where it fails. It ignores the signal that ends the job."""
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=None if show else subprocess.DEVNULL,
@@ -176,19 +176,19 @@ def seconds_of(text: str) -> int | None:
 
 
 def _preempted(fields: Mapping[str, str]) -> bool:
-    """Since this run of the job began: then it was not the user, though nobody starts it again (CANCEL)."""
+    """Whether it was preempted in this run: then it was not the user, even if Slurm does not restart it (CANCEL)."""
     when = fields.get("PreemptTime", "")
     return when[:1].isdecimal() and when >= fields.get("StartTime", "")
 
 
 def run(job: Job, slurm: Slurm, start: Start) -> int:
-    """Run the ranks until the job is over, or is to go on when Slurm starts it again; returns the exit code."""
+    """Run the ranks until the job is over, or is to resume when Slurm restarts it; returns the exit code."""
     (job.folder / "end.json").unlink(missing_ok=True)
     try:
         address, others = meeting_point(job, slurm), slurm.steps() or frozenset()
         code = _attempt(job, slurm, start, address)
         while code is None:
-            _end_steps(slurm, others)  # ranks whose srun has died would train on beside the new ones
+            _end_steps(slurm, others)  # ranks whose srun has died would keep training beside the new ones
             code = _attempt(job, slurm, start, address)
         return code
     except Over as over:
@@ -215,7 +215,7 @@ def _attempt(job: Job, slurm: Slurm, start: Start, address: str) -> int | None:
     if who == "user":
         raise Over(ended, "cancelled")
     if who == "nobody":
-        # It may have been the user. This process is still there, so the ranks may start again, but the job may not.
+        # It may have been the user. This process still runs, so the ranks may restart, but the job may not.
         if ended == CHECKPOINTED:
             raise Over(ended, "checkpointed, but Slurm does not say why it was stopped: submit it again")
         who = "signal"
@@ -232,7 +232,7 @@ def _attempt(job: Job, slurm: Slurm, start: Start, address: str) -> int | None:
 
 
 def verdict(job: Job, srun: int) -> int:
-    """How the ranks ended, from what they wrote: srun alone tells the code of those that it killed, too."""
+    """How the ranks ended, by their records: srun's own code mixes in the ranks that it killed."""
     ended = RankRecord.verdict(job.folder, job.workers)
     return FAILED if ended == FINISHED and srun else ended
 
@@ -322,7 +322,7 @@ def say(text: str) -> None:
 
 
 def _started_by_bash(folder: Path) -> Start:
-    """By the function of the script, which knows the words of every srun."""
+    """By the script's function, which has the command line of every srun."""
 
     def start(variables: Mapping[str, str]) -> int:
         command = ["bash", "-c", 'start_ranks "$1"', "job.sbatch", str(folder)]
@@ -340,7 +340,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--address", default="")
     parser.add_argument("--port", type=int, default=0)
     job = Job(**vars(parser.parse_args(arguments)))
-    # A handler, and not SIG_IGN: srun and the ranks are not to be born deaf to it.
+    # A handler, and not SIG_IGN, which srun and the ranks would inherit.
     signal.signal(signal.SIGTERM, lambda *_: None)
     return run(job, Slurm(), _started_by_bash(job.folder))
 

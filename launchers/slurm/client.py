@@ -36,11 +36,11 @@ STATES: dict[str, State] = {
     "CANCELLED": "cancelled", "FAILED": "failed", "TIMEOUT": "failed", "NODE_FAIL": "failed",
     "BOOT_FAIL": "failed", "DEADLINE": "failed", "OUT_OF_MEMORY": "failed", "REVOKED": "failed",
 }  # fmt: skip
-"""One that is preempted is pending where Slurm or its script starts it again, and PREEMPTED where neither could."""
+"""A preempted job is PENDING where Slurm or its script restarts it, and PREEMPTED where neither could."""
 
 
 class SlurmError(SchedulerError):
-    """Slurm refused or did not answer; the message is its own, and what was asked."""
+    """Slurm refused or did not answer; the message is its own, with the request."""
 
 
 def ask(*command: str, seconds: float = SECONDS) -> str:
@@ -59,14 +59,14 @@ def ask(*command: str, seconds: float = SECONDS) -> str:
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{' '.join(command)} did not answer within {seconds:g} s: is slurmctld up?") from error
     if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-        if any(words in said for words in SILENT):
+        answer = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        if any(words in answer for words in SILENT):
             raise SlurmError(
-                f"{command[0]} {NO_CONTROLLER} ({said.splitlines()[0]}): it may be down for now, or this machine has "
+                f"{command[0]} {NO_CONTROLLER} ({answer.splitlines()[0]}): it may be down for now, or this machine has "
                 "Slurm's commands and is in no cluster. Go to the cluster's login host, name its slurm.conf in "
                 "SLURM_CONF, start a cluster on this machine with `dtrain cluster up`, or take another launcher"
             )
-        raise SlurmError(f"{command[0]}: {said}")
+        raise SlurmError(f"{command[0]}: {answer}")
     return done.stdout
 
 
@@ -85,7 +85,7 @@ def _word(job_id: str) -> str:
             answer = ask(*question)
         except SlurmError as error:
             if _unreachable(str(error)):
-                raise  # silence is no state
+                raise  # no answer is no state
             continue
         if question[0] == "scontrol":
             match = re.search(r"JobState=(\w+)", answer)
@@ -96,12 +96,12 @@ def _word(job_id: str) -> str:
     return ""
 
 
-def _unreachable(said: str) -> bool:
-    return NO_CONTROLLER in said or "did not answer" in said or "on PATH" in said
+def _unreachable(message: str) -> bool:
+    return NO_CONTROLLER in message or "did not answer" in message or "on PATH" in message
 
 
 def job_line(job_id: str) -> str:
-    """What ``scontrol show job`` says; empty once the controller has forgotten the job.
+    """What ``scontrol show job`` prints; empty once the controller has forgotten the job.
 
     Raises ``SlurmError`` where the controller does not answer.
     """
@@ -114,7 +114,7 @@ def job_line(job_id: str) -> str:
 
 
 def job_record(job_id: str) -> dict[str, str]:
-    """The same, field by field; empty, too, where the controller does not answer."""
+    """`job_line` by fields; also empty where the controller does not answer."""
     try:
         answer = job_line(job_id)
     except SlurmError:
@@ -123,7 +123,7 @@ def job_record(job_id: str) -> dict[str, str]:
 
 
 class Cluster(NamedTuple):
-    """A cluster. ``came_up``: seconds since 1970 for one of `dtrain cluster`, whose numbers begin again; else 0."""
+    """A cluster. ``came_up``: seconds since 1970 for one of `dtrain cluster`, whose job ids begin again; else 0."""
 
     name: str
     came_up: float
@@ -149,7 +149,7 @@ def since(name: str, configuration: str | None = None) -> float:
 
 @functools.cache
 def _configured(scontrol: str, configuration: str | None) -> str:
-    """ClusterName as the controller says it; empty if it does not answer."""
+    """The controller's ClusterName; empty if it does not answer."""
     try:
         match = re.search(r"^ClusterName\s*=\s*(\S+)", ask(scontrol, "show", "config"), re.MULTILINE)
     except SlurmError:
@@ -161,8 +161,7 @@ def _configured(scontrol: str, configuration: str | None) -> str:
 class Partition:
     """A partition as ``sinfo`` shows it.
 
-    ``nodes``: how many; None where it is written in a way that is not known here. ``minutes``: its time limit, None
-    without one.
+    ``nodes``: how many; None in an unknown notation. ``minutes``: its time limit, None without one.
     """
 
     name: str

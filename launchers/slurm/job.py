@@ -1,7 +1,7 @@
-"""A Slurm job, watched from outside. The script's own files say how it ended, so no accounting is needed.
+"""A Slurm job, watched from outside. The script's own files record how it ended, so no accounting is needed.
 
-Slurm's numbers begin again with every new cluster, and a controller forgets. So a number is believed only where the job
-that has it now writes the log that was asked for at its submission.
+Slurm's job ids begin again with every new cluster, and a controller forgets. So an id is trusted only where the job
+that has it now writes the log that was requested at the submission.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dtrain.launchers.slurm.client import SlurmError, ask, cluster, job_line, jo
 __all__ = ["Place", "SlurmJob", "place_of"]
 
 Place: TypeAlias = Literal["here", "elsewhere", "gone"]
-"""Of a job's cluster: asked from here; another one; none, as it went down, though its name may be up again."""
+"""Of a job's cluster: asked from here; another one; gone, although its name may be in use again."""
 
 
 def place_of(facts: Facts) -> Place:
@@ -35,7 +35,7 @@ class SlurmJob(Job):
     """A job, or an element of a job array (its id is then 12_3)."""
 
     scheduled: ClassVar[bool] = True
-    _ours = False  # Slurm has said so: a number is not given away again while its cluster is up
+    _ours = False  # confirmed by Slurm: ids are not reused while the cluster is up
 
     @classmethod
     def located(cls, facts: Facts) -> Facts:
@@ -48,11 +48,11 @@ class SlurmJob(Job):
         return place_of(self.facts) == "here"
 
     def cluster_is_up(self) -> bool:
-        """Of a cluster of `dtrain cluster`, whose files say so."""
+        """Whether a cluster of `dtrain cluster` is up, by its files."""
         return bool(self.facts.came_up) and since(self.facts.cluster) == self.facts.came_up
 
     def ask(self) -> State:
-        """The state as Slurm knows it; lost where its number is another job's now, or its cluster is gone."""
+        """The state as Slurm knows it; lost where its id is another job's now, or its cluster is gone."""
         place = place_of(self.facts)
         if place == "elsewhere" and cluster().name:
             raise SlurmError(self._elsewhere())
@@ -63,7 +63,7 @@ class SlurmJob(Job):
     def cancel(self) -> None:
         """``scancel``: the ranks get SIGTERM, and SIGKILL after the site's KillWait. It is not requeued.
 
-        Raises ``SlurmError`` where the number is not, or is no longer, this job's.
+        Raises ``SlurmError`` where the id is not, or is no longer, this job's.
         """
         self._must_be_ours()
         ask("scancel", self.id)
@@ -88,7 +88,7 @@ class SlurmJob(Job):
         return job_record(self.id) if place_of(self.facts) == "here" and self._known() else {}
 
     def _known(self) -> bool:
-        """Whether Slurm's job of this number is this one, or Slurm has forgotten it."""
+        """Whether Slurm's job of this id is this one, or Slurm has forgotten it."""
         if self._ours:
             return True
         line = job_line(self.id)
@@ -97,11 +97,11 @@ class SlurmJob(Job):
 
     def _is_in(self, line: str) -> bool:
         named = f" JobName={self.facts.name} " in line
-        if "%" in str(self.folder):  # which Slurm reads as its own
+        if "%" in str(self.folder):  # a placeholder of Slurm's
             return named
         logs = [f" StdOut={self.folder}/logs/batch.log"]
         if "_" in self.id:
-            # An element that waits has no number of its own yet, so only the folder of an array's logs is its mark.
+            # An element that waits has no id of its own yet, so only the folder of an array's logs identifies it.
             logs = [f" StdOut={parent / self.facts.name}-array/batch-" for parent in self.folder.parents]
         return named and any(log in line for log in logs)
 

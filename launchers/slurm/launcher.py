@@ -1,6 +1,6 @@
-"""``launcher=slurm``: its keys, what cannot be right about them, and submission, through submitit.
+"""``launcher=slurm``: its keys, their checks, and submission, through submitit.
 
-submitit's executor gets our sbatch text, and its wrapper around the ranks stays out: that one requeues from a signal
+submitit's executor gets our sbatch text, without submitit's wrapper around the ranks: that one requeues from a signal
 handler on rank 0; here the script does (`dtrain.launchers.slurm.attempt`), after all ranks have ended.
 """
 
@@ -32,7 +32,7 @@ from dtrain.launchers.slurm.script import Work, render
 
 __all__ = ["SlurmLauncher"]
 
-MOST_MINUTES = (2**31 - 1) // 60  # Slurm reads a time limit into 32 bits of seconds, and more comes out as nonsense
+MOST_MINUTES = (2**31 - 1) // 60  # Slurm keeps a time limit in 32 bits of seconds, which more would overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class SlurmLauncher(Allocation, Keys):
     isolate: str = one_of("none", "replica")
     """``replica``: a job step per replica, so that a dead one does not take the others with it."""
     signal_seconds: int = not_negative(120)
-    """The ranks are told this long before the time limit; 0: not at all."""
+    """How long before the time limit the ranks get a signal; 0: none."""
     address: str = ""
     """Where the ranks meet; empty: the job's first node."""
     port: int = not_negative(0)
@@ -71,7 +71,7 @@ class SlurmLauncher(Allocation, Keys):
 
     @property
     def components(self) -> tuple[Group, ...]:
-        """``groups``, read. Raises ``ValueError`` for one that is none, which `problems` names."""
+        """``groups``, parsed. Raises ``ValueError`` for an invalid one, which `problems` names."""
         return tuple(Group.parse(text) for text in self.groups)
 
     @property
@@ -100,7 +100,7 @@ class SlurmLauncher(Allocation, Keys):
         return True
 
     def problems(self, replicas: int = 1) -> list[str]:
-        """What cannot be right wherever it is submitted; each with the value and the way out."""
+        """Settings that are invalid wherever it is submitted; each with the value and the way out."""
         if problems := out_of_range(self):
             return problems
         try:
@@ -117,7 +117,7 @@ class SlurmLauncher(Allocation, Keys):
         ]
 
     def warnings(self) -> list[str]:
-        """The defaults of sbatch that the shell sets, and no key stands for."""
+        """The defaults of sbatch that the shell sets, and that no key covers."""
         return unused(os.environ)
 
     def check(self, folders: Sequence[Path]) -> None:
@@ -159,7 +159,7 @@ class SlurmLauncher(Allocation, Keys):
         return self.start_array(program, folders=folders, name=name)
 
     def asked(self) -> SlurmLauncher:
-        """What Slurm is asked for: this, and what sbatch would take from the shell for keys that are not set."""
+        """The request to Slurm: this, and what sbatch would take from the shell for keys that are not set."""
         given = [key for key in DEFAULTS.values() if getattr(self, key)]
         directives = [text.lstrip("-").partition("=")[0] for text in self.sbatch]
         defaults, more = defaults_of_shell(os.environ, [*given, *directives])
@@ -234,7 +234,7 @@ def _submit(work: Work, asked: SlurmLauncher) -> list[SlurmJob]:
     if work.code is not None:
         work.code.take()
     for folder in work.folders:
-        # Slurm opens the log before the script could make its folder, and says nothing if it cannot.
+        # Slurm opens the log before the script could make its folder, and reports no error if it cannot.
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         for stale in ("end.json", "attempts", "fruitless"):
             (folder / stale).unlink(missing_ok=True)
@@ -244,7 +244,7 @@ def _submit(work: Work, asked: SlurmLauncher) -> list[SlurmJob]:
         work.lists.write_text("".join(f"{folder}\n" for folder in work.folders))
     text = render(work, asked)
     for folder in work.folders:
-        trusted.write_private(folder / "job.sbatch", text.encode())  # its environment is nobody else's business
+        trusted.write_private(folder / "job.sbatch", text.encode())  # its environment may hold secrets
     number = _sbatch(text, work.lists.parent if work.array else work.folders[0] / "logs" / "sbatch", asked)
     jobs = []
     for index, folder in enumerate(work.folders):
@@ -259,7 +259,7 @@ def _submit(work: Work, asked: SlurmLauncher) -> list[SlurmJob]:
 
 
 def _check_names(name: str, folders: Sequence[Path]) -> None:
-    """Raise ``ValueError`` for names that a directive cannot hold: sbatch would speak of something else."""
+    """Raise ``ValueError`` for names that a directive cannot hold: sbatch's own error would be misleading."""
     if unwritable(name):
         raise ValueError(f"the job's name {name!r} holds {unwritable(name)}: choose another --name or run.dir")
     for folder in map(str, folders):
@@ -271,9 +271,9 @@ def _check_names(name: str, folders: Sequence[Path]) -> None:
 def _sbatch(text: str, folder: Path, settings: SlurmLauncher) -> str:
     """Submit through submitit; returns the job's number.
 
-    Raises ``ValueError`` with what sbatch said against the job, ``SlurmError`` where it could not say.
+    Raises ``ValueError`` with sbatch's objections to the job, ``SlurmError`` where it could not judge it.
     """
-    ask("sbatch", "--version")  # submitit's own words for a missing Slurm do not say what to do
+    ask("sbatch", "--version")  # submitit's own error for a missing Slurm has no way out
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -297,7 +297,7 @@ def _sbatch(text: str, folder: Path, settings: SlurmLauncher) -> str:
 
 
 def unwritable(text: str) -> str:
-    """The control character in a text that is to stand in one line of a batch script, in words; empty if none does."""
+    """The control character, in words, of a text that is to fit in one line of a batch script; empty if it has none."""
     forbidden = next((sign for sign in text if ord(sign) < 32 or ord(sign) == 127), "")
     return {"": "", "\n": "a line break"}.get(forbidden, f"the control character {forbidden!r}")
 

@@ -1,6 +1,6 @@
-"""What Slurm would refuse, or accept and never start, found out before anything is submitted; and what sbatch refuses.
+"""What Slurm would refuse, or accept and never start, found before the submission; and what sbatch refuses.
 
-Both are told with the keys of dtrain that made the directives, the value, and the way out.
+Both are reported with the keys of dtrain that made the directives, the values, and the way out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/scratch/local", "/local")
 
 
 def problems(settings: SlurmLauncher, folder: Path, *, one_machine: bool = False) -> list[str]:
-    """Everything that Slurm has against the job, each with the value and the way out; empty if nothing does.
+    """All objections of Slurm to the job, each with the value and the way out; empty if there are none.
 
     ``one_machine``: all nodes are hosts of this machine (`dtrain cluster`), which share all of its disks.
 
@@ -53,7 +53,7 @@ def _partition(settings: SlurmLauncher, known: list[Partition]) -> Iterator[str]
             whence = ", which SBATCH_PARTITION of this shell names" if shell else ""
             yield f"there is no partition {', '.join(missing)}{whence} (there are {names}); set launcher.partition"
             continue
-        # Of several the job takes the one that lets it start first, so one that will do is enough.
+        # Of several the job takes the one that lets it start first, so one valid one is enough.
         of_each = [
             list(_of_partition(settings, count, partition, names))
             for partition in known
@@ -81,11 +81,11 @@ def _of_partition(settings: SlurmLauncher, nodes: int, partition: Partition, nam
 def _cpus_of_nodes() -> dict[str, list[int]]:
     """Of each partition, the CPUs of each of its nodes; the default one is also called "".
 
-    Empty if nobody says; without those of which a line cannot be read, which are Slurm's to judge.
+    Empty without an answer; without partitions of which a line cannot be read, which Slurm has to judge.
     """
     try:
         answer = ask("sinfo", "--noheader", "--exact", "--format", "%P|%D|%c")
-    except SlurmError:  # the check is a kindness: Slurm has the last word
+    except SlurmError:  # the check is optional: Slurm decides
         return {}
     cpus_of: dict[str, list[int]] = {}
     unread: set[str] = set()
@@ -132,7 +132,7 @@ def too_many_cpus(settings: SlurmLauncher, known: Mapping[str, Sequence[int]]) -
 
 
 def _folder(folder: Path) -> Iterator[str]:
-    """A folder of a node's own disk is another one on every node, and lost with the node."""
+    """A folder on a node's own disk differs on every node, and is lost with the node."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -179,16 +179,16 @@ WORDS = {
     "array": ("array",),
     "sbatch": ("unrecognized option", "invalid option", "unknown option", "ambiguous", "requires an argument"),
 }
-"""What a directive is called in the errors of sbatch, where it does not name it."""
+"""What sbatch's errors call a directive that they do not name."""
 
 
 def unanswered(said: str) -> bool:
-    """Whether nobody was there to judge the job: then the same command may be taken later."""
+    """Whether no controller answered: then the same command may be accepted later."""
     return any(word.lower() in said.lower() for word in SILENCE)
 
 
 def told(said: str, settings: SlurmLauncher) -> str:
-    """The message for a person: each of sbatch's lines once, the keys it may mean, and the way out.
+    """The error message: each of sbatch's lines once, the keys that it may mean, and the way out.
 
     >>> from dtrain.launchers.slurm.launcher import SlurmLauncher
     >>> print(told("sbatch: error: Batch job submission failed: Invalid feature specification",
@@ -198,11 +198,13 @@ def told(said: str, settings: SlurmLauncher) -> str:
     """
     lines = dict.fromkeys(_bare(line) for line in said.splitlines() if line.strip())
     words = "; ".join(line for line in lines if not line.startswith('Try "sbatch')) or "it said nothing"
-    asked = _asked(settings)
+    directives = _settings_of(settings)
     speaks = [topic for topic, names in WORDS.items() if any(name in words.lower() for name in names)]
-    meant = [what for topic, what in asked if topic in speaks]
+    meant = [setting for topic, setting in directives if topic in speaks]
     surely = bool(meant)
-    meant = meant or [what for _, what in asked]  # "Requested node configuration is not available": any of them
+    meant = meant or [
+        setting for _, setting in directives
+    ]  # "Requested node configuration is not available": any of them
     whence = "This comes from" if surely else "It does not say which directive; those of this job come from"
     return (
         f"sbatch refused the job: {words}\n{whence} {', '.join(meant)}: change it, or leave it out; `sinfo` and "
@@ -214,7 +216,7 @@ def _bare(line: str) -> str:
     return line.strip().removeprefix("sbatch: ").removeprefix("error: ")
 
 
-def _asked(settings: SlurmLauncher) -> list[tuple[str, str]]:
+def _settings_of(settings: SlurmLauncher) -> list[tuple[str, str]]:
     """The topic of each directive that the job was given, and the key and value that made it."""
     return list(_keys(settings))
 

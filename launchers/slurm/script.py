@@ -1,4 +1,4 @@
-"""The sbatch text: a pure function of what is asked for, so that `--dry-run` prints it and golden files hold it."""
+"""The sbatch text: a pure function of the request, so that `--dry-run` prints it and golden files hold it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Work:
 
 
 def render(work: Work, settings: SlurmLauncher) -> str:
-    """The text for sbatch. Reads nothing but the template."""
+    """The text for sbatch. Reads only the template."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -78,12 +78,12 @@ def render(work: Work, settings: SlurmLauncher) -> str:
 
 
 def _interpreter(work: Work, settings: SlurmLauncher) -> str:
-    """The one of the batch script: that of the ranks, or where that is one of their container, of who submits."""
+    """The batch script's interpreter: the ranks' own, or where that is in their container, the submitter's."""
     return (work.python if settings.container else settings.python) or "python3"
 
 
 def _directives(work: Work, settings: SlurmLauncher) -> list[str]:
-    folder = str(work.lists.parent if work.array else work.folders[0]).replace("%", "%%")  # Slurm has signs of its own
+    folder = str(work.lists.parent if work.array else work.folders[0]).replace("%", "%%")  # Slurm's placeholders
     log = f"{folder}/batch-%a.log" if work.array else f"{folder}/logs/batch.log"
     first, *others = settings.components or [_whole(settings)]
     lines = {

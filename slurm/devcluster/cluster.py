@@ -32,19 +32,19 @@ def up(
     *, nodes: int = 4, bandwidth: str = "1gbit", latency: str = "none", name: str = "dev", cpus_per_node: int = 8,
     kill_wait: int = 5, bound: bool = False,
 ) -> Facts:  # fmt: skip
-    """Start a cluster and return when Slurm calls all its hosts idle. What fails half-way is taken down again.
+    """Start a cluster and return when Slurm reports all its hosts idle. A partial start is taken down again.
 
     Args:
         nodes: hosts that compute, c1 to cN; the login host comes on top.
         bandwidth: of every host's link, in both directions: "100mbit", "1gbit", "none".
         latency: one way, between any two hosts: "10ms", or "none" (the links are then bridged by the kernel).
         kill_wait: seconds between SIGTERM and SIGKILL, as Slurm's KillWait.
-        bound: to the process that calls: when it has ended without taking the cluster down, the next ``up`` of that
-            name does so first. Otherwise a cluster outlives whoever started it.
+        bound: to the calling process: if that has ended without taking the cluster down, the next ``up`` of that name
+        does so first. Otherwise a cluster outlives the process that started it.
 
     Raises:
         BadRequest: the machine lacks something, the name is taken, or a value makes no sense. Nothing was made.
-        ClusterError: something failed, a daemon did not start. What was made is gone again, or the message says what
+        ClusterError: something failed, a daemon did not start. What was made has been removed, or the message says what
             is left.
     """
     rate, seconds = state.parse_rate(bandwidth), state.parse_latency(latency)
@@ -79,12 +79,13 @@ def up(
 
 
 def _inherit(name: str) -> bool:
-    """Whether a cluster of that name is left of a process that has ended; it is then bound to this one."""
+    """Whether a process that has ended left a cluster of that name; it is then bound to this process."""
     owner = state.ROOT / name / OWNER
     if not owner.exists():
         return False
     with explained(f"cannot see whose cluster {name} is"), state.locked():
-        # Looked at again, under the lock: of two that find it at once, one inherits and the other finds that one alive.
+        # Checked again under the lock: of two processes that find it at once, one inherits, and the other finds that
+        # one alive.
         if not owner.exists() or state.alive(owner.read_text()):
             return False
         owner.write_text(state.this_process())
@@ -92,9 +93,9 @@ def _inherit(name: str) -> bool:
 
 
 def _take(name: str, *, bound: bool = False) -> None:
-    """Make the cluster's folder. Whoever makes it owns the name: two at once must not take each other down."""
+    """Make the cluster's folder. The process that makes it owns the name: two at once must not take each other down."""
     folder = state.ROOT / name
-    # Under the lock, as a cluster that goes away at the same time would put the old value of the kernel's setting back.
+    # Under the lock, as a cluster that ends at the same time would restore the old value of the kernel's setting.
     with explained(f"cannot begin cluster {name}"), state.locked():
         if links.namespaces(name) or folder.exists():
             raise BadRequest(f"cluster {name} is up, or left something behind: dtrain cluster down --name {name}")
@@ -166,7 +167,7 @@ def host_command(facts: Facts, argv: Sequence[str], host: str = "login") -> tupl
 
 
 def login_command(argv: Sequence[str], name: str | None = None) -> tuple[list[str], dict[str, str]]:
-    """The same on the login host of the cluster that is up. Raises ``ClusterError`` if that is not one."""
+    """`host_command` on the login host of the only cluster that is up. Raises ``ClusterError`` if there is not one."""
     return host_command(state.named(name), argv)
 
 
@@ -201,7 +202,7 @@ def cut(facts: Facts, only: Sequence[str], *, heal: bool = False) -> Facts:
 
 
 def _tell_switch(facts: Facts) -> None:
-    """Have the switch read the facts again. Raises ``ClusterError`` if it has ended, and its number is another's."""
+    """Have the switch read the facts again. Raises ``ClusterError`` if it has ended, even if its pid is reused."""
     try:
         words = Path(f"/proc/{facts.switch_pid}/cmdline").read_bytes().decode().split("\0")
     except OSError:
@@ -254,7 +255,7 @@ def _end(name: str) -> None:
 
 
 def _alive(names: Sequence[str]) -> list[int]:
-    """Processes of the cluster, less zombies: those wait for a parent that may be somebody else."""
+    """Processes of the cluster, without zombies, whose parent may be any process."""
     pids = []
     for pid in links.processes(names):
         with contextlib.suppress(OSError):

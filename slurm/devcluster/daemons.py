@@ -22,7 +22,7 @@ TUN = Path("/dev/net/tun")
 
 
 def check_machine(*, tun: bool = False) -> None:
-    """Raise ``BadRequest`` naming what a cluster needs and this machine lacks. ``tun``: it is to have a latency."""
+    """Raise ``BadRequest`` naming what a cluster needs and this machine lacks. ``tun``: it has links with latency."""
     if os.geteuid() != 0:
         raise BadRequest(
             "a cluster needs root: it makes network namespaces, and Slurm's daemons insist on setgroups; run "
@@ -44,7 +44,7 @@ def check_machine(*, tun: bool = False) -> None:
 
 
 def check_library() -> None:
-    """Raise ``BadRequest`` if what makes links is not installed."""
+    """Raise ``BadRequest`` if pyroute2, which makes links, is not installed."""
     try:
         import pyroute2  # noqa: F401
     except ImportError as error:
@@ -68,7 +68,7 @@ def slurm_conf(
 
 
 def start(folder: Path, pids: Mapping[str, int], nodes: Sequence[str]) -> None:
-    """Start the daemons; they go to the background by themselves once they are ready."""
+    """Start the daemons; they fork into the background once they are ready."""
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(1024))
@@ -99,26 +99,26 @@ def _daemon(pid: int, folder: Path, name: str, argv: Sequence[str]) -> None:
 
 
 def wait_until_idle(folder: Path, login: int, nodes: int) -> None:
-    """Return when Slurm calls every node idle. Raises ``ClusterError`` with the daemons' last errors."""
+    """Return when Slurm reports every node idle. Raises ``ClusterError`` with the daemons' last errors."""
     deadline = time.monotonic() + SECONDS
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     command = enter(login, ["sinfo", "--noheader", "--partition=main", "--Node", "--format=%N %t"], directory="/")
     while True:
-        said = subprocess.run(
+        done = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
             timeout=SECONDS,
         )  # fmt: skip
-        states = [line.split()[1] for line in said.stdout.splitlines() if line.count(" ") == 1]
+        states = [line.split()[1] for line in done.stdout.splitlines() if line.count(" ") == 1]
         if len(states) == nodes and all(state == "idle" for state in states):
             return
         if time.monotonic() > deadline:
             logs = " ".join(_last(folder, path.stem) for path in sorted(folder.glob("slurm*.log")))
-            raise ClusterError(f"after {SECONDS:g} s the nodes are {states or said.stderr.strip()}: {logs}")
+            raise ClusterError(f"after {SECONDS:g} s the nodes are {states or done.stderr.strip()}: {logs}")
         time.sleep(0.2)
 
 
 def _last(folder: Path, name: str) -> str:
-    """The last error in a daemon's log, which is the one that tells."""
+    """The last error in a daemon's log, which shows the cause."""
     path = folder / f"{name}.log"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     errors = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]

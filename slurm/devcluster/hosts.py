@@ -46,7 +46,7 @@ def hold(namespace: str, host: str, folder: Path) -> int:
 
 
 def spawn(command: Sequence[str], log: Path) -> None:
-    """Start a process that belongs to nobody: it outlives this one, and is no child of it."""
+    """Start a detached process: it outlives this one, and is no child of it."""
     with log.open("ab") as output:
         subprocess.run(
             ["setsid", "--fork", *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=True
@@ -54,16 +54,16 @@ def spawn(command: Sequence[str], log: Path) -> None:
 
 
 def wait_for(path: Path, log: Path, what: str) -> None:
-    """Return when ``path`` is there. Raises ``ClusterError`` with what the log says."""
+    """Return when ``path`` exists. Raises ``ClusterError`` with the end of the log."""
     deadline = time.monotonic() + SECONDS
     while not path.exists():
-        said = log.read_text(errors="replace").strip()
-        if said or time.monotonic() > deadline:
-            raise ClusterError(f"{what} did not start: {said[-500:] or 'no word from it'}")
+        output = log.read_text(errors="replace").strip()
+        if output or time.monotonic() > deadline:
+            raise ClusterError(f"{what} did not start: {output[-500:] or 'no word from it'}")
         time.sleep(0.01)
 
 
 def enter(pid: int, argv: Sequence[str], *, directory: str | None = None) -> list[str]:
-    """The command line that runs ``argv`` on the host that process ``pid`` holds, in this or that directory."""
+    """The command line that runs ``argv`` on the host of process ``pid``, in ``directory`` or the current one."""
     where = directory or os.getcwd()
     return ["nsenter", "--target", str(pid), "--net", "--uts", "--mount", f"--wd={where}", "--", *argv]

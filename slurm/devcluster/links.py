@@ -1,4 +1,4 @@
-"""Network namespaces and what joins them: a bridge in a namespace of its own, veth pairs, and token buckets.
+"""Network namespaces and what connects them: a bridge in a namespace of its own, veth pairs, and token buckets.
 
     host namespace            switch namespace
     eth0 (tbf out) -- veth -- port (tbf towards the host) -- bridge
@@ -34,7 +34,7 @@ def namespace(cluster: str, host: str) -> str:
 
 
 def namespaces(cluster: str) -> list[str]:
-    """Those that a cluster has, whatever became of it."""
+    """The namespaces of a cluster, in whatever state it is."""
     from pyroute2 import netns
 
     return sorted(name for name in netns.listnetns() if name.startswith(f"{PREFIX}-{cluster}-"))
@@ -93,7 +93,7 @@ def shape(switch: str, host_namespace: str, host: str, rate: Rate) -> None:
 
 
 def _inside(namespace: str) -> Any:
-    """A namespace that there is: without flags, pyroute2 would make one of a name that it does not find."""
+    """An existing namespace: without flags, pyroute2 would create one of an unknown name."""
     from pyroute2 import NetNS, netns
 
     if namespace not in netns.listnetns():

@@ -1,4 +1,4 @@
-"""What is known of a cluster that is up: one file, /run/dtrain/NAME/cluster.json, whole or not there."""
+"""The facts of a cluster that is up: one file, /run/dtrain/NAME/cluster.json, written atomically."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class ClusterError(RuntimeError):
 
 
 class BadRequest(ClusterError):
-    """What was asked for cannot be had: nothing was begun and nothing changed."""
+    """The request cannot be met: nothing was begun and nothing changed."""
 
 
 @contextlib.contextmanager
 def explained(doing: str) -> Iterator[None]:
-    """Turn whatever the system refuses within the block into a `ClusterError` that says what was being done."""
+    """Turn system errors within the block into a `ClusterError` that says what was being done."""
     try:
         yield
     except subprocess.TimeoutExpired as error:
@@ -68,7 +68,7 @@ def locked() -> Iterator[None]:
             continue  # removed just now
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            # Whoever held it may have removed the folder, and then this one is nobody's.
+            # The previous holder may have removed the folder, and then this handle is stale.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(ROOT)):
                     break
@@ -83,12 +83,12 @@ def locked() -> Iterator[None]:
 
 
 def this_process() -> str:
-    """The calling process, named so that no later one is taken for it: its number and when it began."""
+    """An identity of the calling process that no later one has: its pid and when it began."""
     return f"{os.getpid()} {_began(os.getpid())}"
 
 
 def alive(process: str) -> bool:
-    """Whether a process that `this_process` named still runs. A text cut off half-way names none."""
+    """Whether a process that `this_process` named still runs. A truncated text names none."""
     number, _, began = process.partition(" ")
     with contextlib.suppress(OSError, ValueError):
         return began != "" and _began(int(number)) == began
@@ -181,7 +181,7 @@ class Facts:
         return self.folder / "slurm.conf"
 
     def write(self) -> None:
-        """Whole or not at all."""
+        """Atomically."""
         new = self.folder / "cluster.json.new"
         new.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
         os.replace(new, self.folder / "cluster.json")
@@ -198,7 +198,7 @@ class Facts:
         return facts
 
     def _require_whole(self, name: str) -> None:
-        """Raises ``ValueError``, and whatever comes of values of other types."""
+        """Raises ``ValueError``, or other errors for values of other types."""
         named, rates = {*self.addresses}, [rate for rate in self.rates.values() if rate is not None]
         consistent = self.name == name and {*self.rates} == named >= {*self.hosts, *self.pids, *self.cut}
         counts = all(type(number) is int and number >= 0 for number in (self.switch_pid, *self.pids.values(), *rates))
@@ -210,7 +210,7 @@ class Facts:
 
     @property
     def alive(self) -> bool:
-        """Whether the process that holds its login host is still that: a number may have been given away again."""
+        """Whether the process that holds its login host still runs: pids are reused."""
         try:
             words = Path(f"/proc/{self.pids.get('login', 0)}/cmdline").read_bytes().split(b"\0")
         except OSError:

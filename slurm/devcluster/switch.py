@@ -123,13 +123,13 @@ class Switch:
             except BlockingIOError:
                 return
             if packet[HEADER] >> 4 != 4:
-                continue  # IPv6 looks for neighbours that there are not
+                continue  # IPv6's neighbour discovery
             target = self._by_address.get(packet[HEADER + 16 : HEADER + 20])
             if target is None or port.cut or target.cut:
                 continue
             size = len(packet) - HEADER
             port.out_free = max(now, port.out_free) + port.seconds(size)
-            # The receiver's link takes the bits as they come, unless it is slower or already busy.
+            # The receiver's link takes the bits as they arrive, unless it is slower or already busy.
             arrived = max(port.out_free, max(now, target.in_free) + target.seconds(size))
             if arrived - now > QUEUE_SECONDS + target.seconds(size):
                 continue

@@ -26,7 +26,7 @@ MAY_CHANGE_AT_RESUME: Mapping[str, str] = {
     "sync.verify_every": "comparing replicas is read-only",
     "sync.tie": "it only decides what happens where replicas differ",
     "sync.log": "a log only records; one in another folder begins where the run resumes",
-    "train.microbatch_size": "the same examples in other microbatches: equal to round-off, and another mesh may need it",
+    "train.microbatch_size": "the same examples in other microbatches: equal to round-off; another mesh may need it",
 }
 """Patterns of keys that may change at a resume, each with the reason. ``*`` stands for anything."""
 
