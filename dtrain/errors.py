@@ -13,10 +13,10 @@
     │   └── FailedTwice                 2   the same error at the same step, also after a restart
     └── WorkerFailed                    1   a worker process died and the restarts are used up
 
-``exit_code`` is what the command ``dtrain`` returns for the error, and what tells every launcher whether to start the
-ranks again: after 2 none does. Two further codes are no errors: ``CHECKPOINTED``
-(checkpointed after a signal from the scheduler, to be run again) and ``INTERRUPTED`` (ended by the user, after a
-checkpoint); see `dtrain.launchers.exit_codes`.
+``exit_code`` is what the command ``dtrain`` returns for the error, and by what every launcher decides on a restart:
+after 2 none restarts. Two further codes are no errors: ``CHECKPOINTED`` (checkpointed after a signal from the
+scheduler, to be run again) and ``INTERRUPTED`` (ended by the user, after a checkpoint); see
+`dtrain.launchers.exit_codes`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DataError(ConfigError):
 
 
 class ResumeError(ConfigError):
-    """A stored run that cannot go on under the configuration that was asked for; the differences are listed."""
+    """A stored run that cannot resume under the requested configuration; the differences are listed."""
 
 
 class ModelError(ConfigError):

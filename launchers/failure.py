@@ -76,15 +76,15 @@ def root_cause(ending: Ending) -> str:
     if not ending.failures:
         how = f"stopped by {signal.Signals(ending.signal).name}" if ending.signal else "all ranks finished"
         return how
-    root, *others = ending.failures
+    root, *later = ending.failures
     code = f"signal {root.signal}" if root.signal else f"exit code {root.exit_code}"
     lines = [f"rank {root.rank} failed: {root.message}"]
     lines.append(f"  at {root.where} ({code}, host {root.host})" if root.where else f"  {code}, host {root.host}")
     lines.append(f"  log: {root.log}")
     lines += [f"  -> {way_out}"] if (way_out := advice(root.message)) else []
-    same = sum(failure.message == root.message and not failure.consequence for failure in others)
-    consequence = sum(failure.consequence for failure in others)
-    for count, how in ((same, "in the same way"), (len(others) - same - consequence, "in another way: see their logs")):
+    same = sum(failure.message == root.message and not failure.consequence for failure in later)
+    consequence = sum(failure.consequence for failure in later)
+    for count, how in ((same, "in the same way"), (len(later) - same - consequence, "in another way: see their logs")):
         if count:
             lines.append(f"  {count} other rank{'s' * (count > 1)} failed {how}")
     if consequence:

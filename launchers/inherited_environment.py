@@ -101,14 +101,14 @@ def become(variables: Mapping[str, str]) -> None:
     os.environ.update(variables)
 
 
-def defaults_of_shell(variables: Mapping[str, str], given: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def defaults_of_shell(variables: Mapping[str, str], explicit: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The defaults for sbatch that a site's or a user's shell sets: settings by name, and directives.
 
-    ``given``: the names of the settings and directives that are set explicitly, and win.
+    ``explicit``: the names of the settings and directives that are set explicitly, and win.
     """
-    settings = {key: variables[name] for name, key in DEFAULTS.items() if variables.get(name) and key not in given}
+    settings = {key: variables[name] for name, key in DEFAULTS.items() if variables.get(name) and key not in explicit}
     directives = [f"{key}={variables[name]}" for name, key in DIRECTIVES.items() if variables.get(name)]
-    return settings, [text for text in directives if text.partition("=")[0] not in given]
+    return settings, [text for text in directives if text.partition("=")[0] not in explicit]
 
 
 def unused(variables: Mapping[str, str]) -> list[str]:

@@ -86,11 +86,11 @@ def jobs() -> list[Job]:
 def replaced_by(job: Job) -> Facts | None:
     """The job whose folder it is now; None where it is still this job's."""
     try:
-        now = Facts.read(job.folder)
+        current = Facts.read(job.folder)
     except (OSError, ValueError):
         return None
-    same = (now.id, now.launcher) == (job.id, job.facts.launcher) and now.submitted <= job.facts.submitted
-    return None if same else now
+    same = (current.id, current.launcher) == (job.id, job.facts.launcher) and current.submitted <= job.facts.submitted
+    return None if same else current
 
 
 def holder(path: Path) -> Job | None:

@@ -191,7 +191,7 @@ def _waiting(records: Sequence[RankRecord], beats: Sequence[Beat], *, now: float
     first = min(waiting, key=lambda beat: beat.since)
     with_it = [beat for beat in waiting if (beat.group, beat.number) == (first.group, first.number)]
     behind = [beat for beat in beats if beat not in with_it and beat.entered.get(first.group, 0) < first.number]
-    # Ranks that never were in this group, and wait in another one, wait for somebody too, or are not even members.
+    # Ranks that never entered this group, and wait in another one, wait for a rank too, or are no members.
     missing = [beat for beat in behind if not beat.what or first.group in beat.entered] or behind
     seconds = now - first.since
     if not missing:

@@ -80,7 +80,7 @@ class Bench:
             times.append(self._once(case))
             if len(times) in (1, 2, 4, 8) or len(times) % VOTE_EVERY == 0:
                 votes += 1
-                if self._anybody(time.perf_counter() - began > settings.seconds):
+                if self._any_rank(time.perf_counter() - began > settings.seconds):
                     break
         self._synchronise()  # what is in a sender's kernel has been sent once the receivers have it
         interface, sent = wire.busiest(before, wire.sent())
@@ -110,7 +110,7 @@ class Bench:
     def _synchronise(self) -> None:
         dist.barrier(group=self._control)
 
-    def _anybody(self, over: bool) -> bool:
+    def _any_rank(self, over: bool) -> bool:
         """Whether ``over`` on any rank: all must leave the loop together."""
         flag = torch.tensor([int(over)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)

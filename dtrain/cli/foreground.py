@@ -57,24 +57,24 @@ def run_here(config: Config, words: Sequence[str], *, goes_on_from: Path | None)
     from dtrain.report.progress import Progress, say
     from dtrain.train.signals import overheard
 
-    here = Path(config.run.dir)
+    folder = Path(config.run.dir)
     start = f"goes on from {goes_on_from}" if goes_on_from else "starts"
     mesh = f"{config.mesh.replicate} replicas x {config.mesh.shard} shards, {config.engine.name}"
     say(f"run {config.run.dir} {start}: {config.launcher.workers} workers, {mesh}")
-    foreground.began(here, command_of_worker(config), config.launcher.workers)
-    with Progress(here / "metrics.jsonl", steps=config.train.steps) as progress:
+    foreground.began(folder, command_of_worker(config), config.launcher.workers)
+    with Progress(folder / "metrics.jsonl", steps=config.train.steps) as progress:
 
         def tell(cause: Failure, restart: int) -> None:
             count = f"restart {restart} of at most {config.launcher.max_restarts}"
             progress.say(f"rank {cause.rank} failed: {cause.message} (log: {cause.log})")
             progress.say(f"{count}, from the last checkpoint")
 
-        ours = foreground.variables(here, config.launcher.hang_seconds)
+        ours = foreground.variables(folder, config.launcher.hang_seconds)
         with overheard(Stopping(config, words, progress)):
             ending = launch(
                 command_of_worker(config),
                 workers=config.launcher.workers,
-                log_folder=here / "logs",
+                log_folder=folder / "logs",
                 max_restarts=config.launcher.max_restarts,
                 grace_seconds=config.launcher.grace_seconds,
                 threads_per_worker=config.launcher.threads_per_worker,
@@ -84,9 +84,9 @@ def run_here(config: Config, words: Sequence[str], *, goes_on_from: Path | None)
     try:
         code = finish(config, ending, words)
     except DtrainError as error:
-        foreground.ended(here, error.exit_code, str(error))
+        foreground.ended(folder, error.exit_code, str(error))
         raise
-    foreground.ended(here, code, root_cause(ending) if ending.failures else "")
+    foreground.ended(folder, code, root_cause(ending) if ending.failures else "")
     return code
 
 
@@ -101,8 +101,8 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
     from dtrain.report.progress import say
     from dtrain.train.config import run_folder
 
-    here = Path(config.run.dir)
-    outcome = run_folder.outcome(here)
+    folder = Path(config.run.dir)
+    outcome = run_folder.outcome(folder)
     interrupted = ending.kind == "signalled" and ending.signal == signal.SIGINT
     if outcome is None and interrupted:
         if any(not (failure.consequence or interruption(failure)) for failure in ending.failures):
@@ -120,10 +120,10 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
     if outcome.get("reason") == "signal":
         number = outcome.get("signal")
         name = signal_name(number) if isinstance(number, int) else "a signal"
-        step, last = outcome.get("step"), last_checkpoint(config)
+        step, checkpoint = outcome.get("step"), last_checkpoint(config)
         done = f"checkpointed at step {step}; the same command goes on"
         if outcome.get("withheld"):
-            resume_point = f"step {last}, its last checkpoint," if last else "the start"
+            resume_point = f"step {checkpoint}, its last checkpoint," if checkpoint else "the start"
             done = (
                 f"left at step {step} without a checkpoint, as its last steps were skipped for gradients that are not "
                 f"finite; the same command goes on from {resume_point} and would meet them again"
@@ -135,9 +135,9 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
             f"stopped at step {outcome.get('step')} as asked; it goes on with a larger {STOP_AFTER}, or without it:\n"
             f"  {command(words, config, to_the_end=True)}"
         )
-    if (here / "summary.json").is_file():
+    if (folder / "summary.json").is_file():
         try:
-            say(summary.render(summary.read(here / "summary.json")))
+            say(summary.render(summary.read(folder / "summary.json")))
         except (OSError, ValueError) as error:
             raise DtrainError(f"{error}; the run itself has ended as it should") from error
     return 0

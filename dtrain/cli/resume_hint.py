@@ -31,26 +31,28 @@ def nothing_left(config: Config, folder: Path | None) -> str | None:
 
     if folder is None:
         return None
-    here, settings = Path(config.run.dir), config.train
+    run_dir, settings = Path(config.run.dir), config.train
     end = min(settings.steps, settings.stop_after_steps or settings.steps)
     key = "train.steps" if end == settings.steps else STOP_AFTER
-    path = look(here, config.run.resume, crc=False, tell=_warn)
+    path = look(run_dir, config.run.resume, crc=False, tell=_warn)
     if path is None or (step_of(path) or 0) < end:
         return None
-    path = look(here, config.run.resume)  # reads every byte, so only where it matters: a damaged one is no end
+    path = look(run_dir, config.run.resume)  # reads every byte, so only where it matters: a damaged one is no end
     step = (step_of(path) or 0) if path else 0
     if path is None or step < end:
         return None
-    if step > end or not own_checkpoint(path, here):
+    if step > end or not own_checkpoint(path, run_dir):
         raise ConfigError(
             f"{key}={end}, but {path} is at step {step} already: give a larger {key} to go on from there, or start "
             "from step 0: a run.dir that has no run yet, without run.resume"
         )
     if key == STOP_AFTER:
-        return f"already stopped: {here}, step {step}, as {STOP_AFTER}={end} asks; a larger one goes on, or none"
-    if _summed_up(here) != step:
+        return f"already stopped: {run_dir}, step {step}, as {STOP_AFTER}={end} asks; a larger one goes on, or none"
+    if _summed_up(run_dir) != step:
         return None  # it was killed between its last checkpoint and its summary
-    return f"already finished: {here}, step {step} of {end}; train.steps=... to go on, or another run.dir for a new run"
+    return (
+        f"already finished: {run_dir}, step {step} of {end}; train.steps=... to go on, or another run.dir for a new run"
+    )
 
 
 def _warn(text: str) -> None:

@@ -18,11 +18,11 @@ PATIENCE_SECONDS = 8.0  # for all addresses together: the other hosts wait for t
 WAY_OUT = "name all nodes in /etc/hosts or in DNS"
 
 
-def names(host: str, others: Sequence[str]) -> list[Finding]:
+def names(host: str, hosts: Sequence[str]) -> list[Finding]:
     """What ``host`` finds about the names of all hosts of the job."""
     addresses: dict[str, str] = {}
     missing, loopback = [], []
-    for name in others:
+    for name in hosts:
         try:
             resolved = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)}
         except OSError:
@@ -37,7 +37,7 @@ def names(host: str, others: Sequence[str]) -> list[Finding]:
     if missing:
         what = f"{', '.join(sorted(missing))} do not resolve"
         return [Finding(host, "other names", "problem", what, WAY_OUT), *_back(host, addresses)]
-    return [Finding(host, "other names", "ok", f"{len(others)} resolve"), *_back(host, addresses)]
+    return [Finding(host, "other names", "ok", f"{len(hosts)} resolve"), *_back(host, addresses)]
 
 
 def _back(host: str, addresses: dict[str, str]) -> list[Finding]:
@@ -52,7 +52,7 @@ def _back(host: str, addresses: dict[str, str]) -> list[Finding]:
         host_names = _names_of(address)
         if not host_names:
             nameless.append(f"{address} ({name})")
-        elif (official := _anothers(host_names, address, name, set(addresses.values()))) is not None:
+        elif (official := _other_host(host_names, address, name, set(addresses.values()))) is not None:
             wrong.append(f"{name} is {address}, but {address} is {official}")
     findings = []
     if wrong:
@@ -76,12 +76,12 @@ def _names_of(address: str) -> list[str]:
     return [official, *aliases]
 
 
-def _anothers(host_names: Sequence[str], address: str, name: str, everybody: set[str]) -> str | None:
+def _other_host(host_names: Sequence[str], address: str, name: str, hosts: set[str]) -> str | None:
     """The name that an address resolves back to, if it is another host's; None for any name of the same host."""
     if _short(name) in map(_short, host_names):
         return None
     official = host_names[0]
-    if _short(official) in map(_short, everybody):
+    if _short(official) in map(_short, hosts):
         return official
     try:
         leads_to = {str(entry[4][0]) for entry in socket.getaddrinfo(official, None, socket.AF_INET)}

@@ -149,19 +149,19 @@ class _State:
         if not self._rows:
             return STARTING
         first, last = self._rows[0], self._rows[-1]
-        parts = [f"step {self.step:,}/{self._steps:,}", f"loss {_figure(last, 'loss')}"]
+        fields = [f"step {self.step:,}/{self._steps:,}", f"loss {_figure(last, 'loss')}"]
         # With one row so far the cumulative figures are all there is.
         since = first if len(self._rows) > 1 else {}
         seconds = _difference(since, last, "seconds")
         if seconds:
-            parts.append(f"{(_difference(since, last, 'tokens') or 0) / seconds:,.0f} tokens/s")
+            fields.append(f"{(_difference(since, last, 'tokens') or 0) / seconds:,.0f} tokens/s")
         sent = _number(last, "sent_bytes")
         if sent is not None:
-            parts.append(f"sent {in_bytes(sent)} per rank")
+            fields.append(f"sent {in_bytes(sent)} per rank")
         exposed = _difference(since, last, "exposed_seconds")
         if seconds and exposed is not None:
-            parts.append(f"exposed communication {100 * exposed / seconds:.1f} %")
-        return "  ".join(parts)
+            fields.append(f"exposed communication {100 * exposed / seconds:.1f} %")
+        return "  ".join(fields)
 
 
 def _message(row: Row) -> str | None:

@@ -155,8 +155,8 @@ class Replicas:
     def _train(self, rank: int, steps: int) -> None:
         pieces, attached = self.pieces[rank], self.attached[rank]
         for _ in range(steps):
-            now = pieces.values.items()
-            pieces.gradients = {fqn: self.gradient(rank, attached.steps, fqn, x) for fqn, x in now}
+            parameters = pieces.values.items()
+            pieces.gradients = {fqn: self.gradient(rank, attached.steps, fqn, x) for fqn, x in parameters}
             attached.step()
 
     def live(self, rank: int) -> Parameters:
@@ -177,11 +177,11 @@ class Replicas:
         """New replicas that resume from the states of these."""
         states = self.all(lambda rank: copy.deepcopy(self.attached[rank].state_dict()))
         lr = float(self.pieces[0].optimizer.param_groups[0]["lr"])
-        others = Replicas(self.spec, self.world, gradient=self.gradient, lr=lr, start=self.start)
+        replicas = Replicas(self.spec, self.world, gradient=self.gradient, lr=lr, start=self.start)
         for rank in range(self.world):
-            others.pieces[rank].write(self.live(rank))
-        others.all(lambda rank: others.attached[rank].load_state_dict(states[rank]))
-        return others
+            replicas.pieces[rank].write(self.live(rank))
+        replicas.all(lambda rank: replicas.attached[rank].load_state_dict(states[rank]))
+        return replicas
 
 
 def equal(one: Named, other: Named) -> bool:

@@ -21,10 +21,10 @@ Place: TypeAlias = Literal["here", "elsewhere", "gone"]
 
 def place_of(facts: Facts) -> Place:
     """Where a job's cluster is, seen from here."""
-    here = cluster()
-    if facts.cluster in ("", here.name):
+    current = cluster()
+    if facts.cluster in ("", current.name):
         # One of `dtrain cluster` may have come up again under its old name.
-        same = facts.came_up in (0.0, here.came_up) and here.came_up <= facts.submitted
+        same = facts.came_up in (0.0, current.came_up) and current.came_up <= facts.submitted
         return "here" if same else "gone"
     if facts.came_up and since(facts.cluster) != facts.came_up:
         return "gone"
@@ -40,8 +40,8 @@ class SlurmJob(Job):
     @classmethod
     def located(cls, facts: Facts) -> Facts:
         """With the cluster that Slurm's commands talk to from here."""
-        here = cluster()
-        return dataclasses.replace(facts, cluster=here.name or facts.cluster, came_up=here.came_up)
+        current = cluster()
+        return dataclasses.replace(facts, cluster=current.name or facts.cluster, came_up=current.came_up)
 
     def is_here(self) -> bool:
         """Whether its cluster is the one that is asked from here."""

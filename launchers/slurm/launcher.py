@@ -27,7 +27,7 @@ from dtrain.launchers.launcher import Allocation, Keys, not_negative, one_of, ou
 from dtrain.launchers.slurm.client import SlurmError, ask
 from dtrain.launchers.slurm.group import Group
 from dtrain.launchers.slurm.job import SlurmJob
-from dtrain.launchers.slurm.refusal import problems, told, unanswered
+from dtrain.launchers.slurm.refusal import problems, refusal_message, unanswered
 from dtrain.launchers.slurm.script import Work, render
 
 __all__ = ["SlurmLauncher"]
@@ -292,7 +292,7 @@ def _sbatch(text: str, folder: Path, settings: SlurmLauncher) -> str:
     except (FailedJobError, FailedSubmissionError) as error:
         if unanswered(str(error)):
             raise SlurmError(f"sbatch could not submit the job: {error}") from error
-        raise ValueError(told(str(error), settings)) from error
+        raise ValueError(refusal_message(str(error), settings)) from error
     return str(job.job_id)
 
 

@@ -16,7 +16,7 @@ from dtrain.launchers.slurm.group import Group
 if TYPE_CHECKING:
     from dtrain.launchers.slurm.launcher import SlurmLauncher
 
-__all__ = ["problems", "told", "too_many_cpus", "unanswered"]
+__all__ = ["problems", "refusal_message", "too_many_cpus", "unanswered"]
 
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 MOST_NODES = 1 << 16
@@ -97,8 +97,8 @@ def _cpus_of_nodes() -> dict[str, list[int]]:
         if many is None or count is None or many > MOST_NODES:
             unread |= names
             continue
-        for known in names:
-            cpus_of.setdefault(known, []).extend([count] * many)
+        for partition in names:
+            cpus_of.setdefault(partition, []).extend([count] * many)
     return {name: cpus for name, cpus in cpus_of.items() if name not in unread}
 
 
@@ -182,29 +182,28 @@ WORDS = {
 """What sbatch's errors call a directive that they do not name."""
 
 
-def unanswered(said: str) -> bool:
+def unanswered(output: str) -> bool:
     """Whether no controller answered: then the same command may be accepted later."""
-    return any(word.lower() in said.lower() for word in SILENCE)
+    return any(word.lower() in output.lower() for word in SILENCE)
 
 
-def told(said: str, settings: SlurmLauncher) -> str:
+def refusal_message(output: str, settings: SlurmLauncher) -> str:
     """The error message: each of sbatch's lines once, the keys that it may mean, and the way out.
 
     >>> from dtrain.launchers.slurm.launcher import SlurmLauncher
-    >>> print(told("sbatch: error: Batch job submission failed: Invalid feature specification",
-    ...            SlurmLauncher(constraint="a100")))
+    >>> print(refusal_message("sbatch: error: Batch job submission failed: Invalid feature specification",
+    ...                       SlurmLauncher(constraint="a100")))
     sbatch refused the job: Batch job submission failed: Invalid feature specification
     This comes from launcher.constraint=a100 (--constraint): change it, or leave it out; ...
     """
-    lines = dict.fromkeys(_bare(line) for line in said.splitlines() if line.strip())
+    lines = dict.fromkeys(_bare(line) for line in output.splitlines() if line.strip())
     words = "; ".join(line for line in lines if not line.startswith('Try "sbatch')) or "it said nothing"
     directives = _settings_of(settings)
     speaks = [topic for topic, names in WORDS.items() if any(name in words.lower() for name in names)]
     meant = [setting for topic, setting in directives if topic in speaks]
     surely = bool(meant)
-    meant = meant or [
-        setting for _, setting in directives
-    ]  # "Requested node configuration is not available": any of them
+    # "Requested node configuration is not available" may mean any of them.
+    meant = meant or [setting for _, setting in directives]
     whence = "This comes from" if surely else "It does not say which directive; those of this job come from"
     return (
         f"sbatch refused the job: {words}\n{whence} {', '.join(meant)}: change it, or leave it out; `sinfo` and "

@@ -187,7 +187,7 @@ def _steps(work: Work, settings: SlurmLauncher) -> list[_Step]:
         shards = settings.workers // replicas
         steps = []
         for replica in range(replicas):
-            # By name of node, as Slurm would spread the steps in an order of its own, and ranks follow the nodes.
+            # At given nodes: Slurm would spread the steps in its own order, and ranks must follow the nodes.
             nodes, first = max(1, settings.nodes // replicas), replica * settings.nodes // replicas
             where = [f"--ntasks={shards}", "--exact", f"--nodes={nodes}", f"--relative={first}"]
             steps.append(step(replica * shards, *where, alone=False))

@@ -189,8 +189,8 @@ def shape(facts: Facts, bandwidth: str, only: Sequence[str] = ()) -> Facts:
 def cut(facts: Facts, only: Sequence[str], *, heal: bool = False) -> Facts:
     """Take the links of hosts down, or up again."""
     chosen = _known(facts, only)
-    now = set(facts.cut) - set(chosen) if heal else set(facts.cut) | set(chosen)
-    facts = dataclasses.replace(facts, cut=tuple(sorted(now)))
+    cut_hosts = set(facts.cut) - set(chosen) if heal else set(facts.cut) | set(chosen)
+    facts = dataclasses.replace(facts, cut=tuple(sorted(cut_hosts)))
     facts.write()
     if facts.switch_pid:
         _tell_switch(facts)

@@ -57,9 +57,9 @@ def open_tun(net: str) -> int:
     """A TUN device called eth0 within a namespace, as a file descriptor."""
     libc = ctypes.CDLL(None, use_errno=True)
     home = os.open("/proc/self/ns/net", os.O_RDONLY)
-    there = os.open(f"/run/netns/{net}", os.O_RDONLY)
+    target = os.open(f"/run/netns/{net}", os.O_RDONLY)
     try:
-        if libc.setns(there, CLONE_NEWNET):
+        if libc.setns(target, CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"cannot enter the namespace {net}")
         tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", b"eth0", IFF_TUN | IFF_NO_PI | IFF_VNET_HDR))
@@ -67,7 +67,7 @@ def open_tun(net: str) -> int:
     finally:
         libc.setns(home, CLONE_NEWNET)
         os.close(home)
-        os.close(there)
+        os.close(target)
     return tun
 
 

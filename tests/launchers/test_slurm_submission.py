@@ -9,7 +9,7 @@ import pytest
 
 from dtrain.cli.main import main
 from dtrain.launchers.slurm.launcher import SlurmLauncher
-from dtrain.launchers.slurm.refusal import problems, told, too_many_cpus, unanswered
+from dtrain.launchers.slurm.refusal import problems, refusal_message, too_many_cpus, unanswered
 from dtrain.train.config import load
 from dtrain.train.config.run_folder import withdrawn_if_refused
 
@@ -86,13 +86,15 @@ def test_a_refused_array_leaves_nothing(commands: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_words_of_sbatch_lead_to_the_key(said: str, how: dict[str, object], key: str) -> None:
-    text = told(f"sbatch: error: {said}\nsbatch: error: {said}", SlurmLauncher(**how))  # type: ignore[arg-type]
+    text = refusal_message(f"sbatch: error: {said}\nsbatch: error: {said}", SlurmLauncher(**how))  # type: ignore[arg-type]
     assert f"This comes from {key} (--" in text and "Try" not in text and text.count(said.splitlines()[0]) == 1
     assert "launcher.memory_gib" not in text
 
 
 def test_words_that_name_no_directive_lead_to_all_that_were_given() -> None:
-    text = told("sbatch: error: Requested node configuration is not available", SlurmLauncher(gpus_per_node=4))
+    text = refusal_message(
+        "sbatch: error: Requested node configuration is not available", SlurmLauncher(gpus_per_node=4)
+    )
     assert "It does not say which" in text and "launcher.gpus_per_node=4" in text and "launcher.nodes=1" in text
     assert unanswered("sbatch: error: Socket timed out on send/recv operation") and not unanswered("Invalid qos")
 

@@ -119,7 +119,7 @@ def write_text_durably(path: Path, text: str, *, mode: int = 0o666) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Return when a file's bytes are on disk, whoever wrote them."""
+    """Return when a file's bytes are on disk, whichever process wrote them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -52,8 +52,8 @@ def absolute(config: Config) -> Config:
     log = {"log": str(Path(str(config.sync["log"])).absolute())} if config.sync.get("log") else {}
     path = config.data.get("path")
     # A user's data set may mean something else by it, which is then no file here.
-    there = Path(path).expanduser() if isinstance(path, str) and path else None
-    data = {"path": str(there.absolute())} if there is not None and there.exists() else {}
+    data_path = Path(path).expanduser() if isinstance(path, str) and path else None
+    data = {"path": str(data_path.absolute())} if data_path is not None and data_path.exists() else {}
     return dataclasses.replace(config, run=run, sync={**config.sync, **log}, data={**config.data, **data})
 
 
@@ -66,38 +66,38 @@ def previous(config: Config) -> Path | None:
     Raises:
         ResumeError: ``never`` with a run in ``run.dir``; a PATH without checkpoint; another run in ``run.dir``.
     """
-    here, resume = Path(config.run.dir), config.run.resume
-    exists = _has_run(here)
+    folder, resume = Path(config.run.dir), config.run.resume
+    exists = _has_run(folder)
     if resume == "never":
         if exists:
             raise ResumeError(
-                f"run.dir={here} has a run already, and run.resume=never: choose another run.dir, or go on with "
+                f"run.dir={folder} has a run already, and run.resume=never: choose another run.dir, or go on with "
                 "run.resume=auto; nothing was overwritten"
             )
         return None
     if resume == "auto":
-        return here if exists else None
-    there = Path(resume)
-    if there.name.startswith("step-"):
-        there = there.parent.parent
-    if not _has_checkpoint(there) or (there != Path(resume) and not Path(resume).is_dir()):
+        return folder if exists else None
+    source = Path(resume)
+    if source.name.startswith("step-"):
+        source = source.parent.parent
+    if not _has_checkpoint(source) or (source != Path(resume) and not Path(resume).is_dir()):
         raise ResumeError(
             f"run.resume={resume} has no checkpoint: give a run folder with checkpoints/step-*, one of these folders, "
             "auto or never"
         )
-    if there == here and Path(resume) != here:
+    if source == folder and Path(resume) != folder:
         raise ResumeError(
             f"run.resume={resume} is a step of this very run: going back inside a run would mix two histories; give "
             "another run.dir to branch off there, or run.resume=auto to go on from the newest step"
         )
-    if exists and there != here:
-        if load(here / CONFIG).run.resume != resume:
+    if exists and source != folder:
+        if load(folder / CONFIG).run.resume != resume:
             raise ResumeError(
-                f"run.dir={here} has a run that did not start from run.resume={resume}: choose another run.dir, or go "
-                "on with run.resume=auto"
+                f"run.dir={folder} has a run that did not start from run.resume={resume}: choose another run.dir, or "
+                "go on with run.resume=auto"
             )
-        return here
-    return there
+        return folder
+    return source
 
 
 def check(config: Config, description: Mapping[str, object], folder: Path) -> None:
@@ -130,16 +130,16 @@ def other_data(folder: Path, description: Mapping[str, object]) -> str:
     Raises ValueError for a damaged record of them.
     """
     try:
-        stored, now = strict_json.read(folder / DATA), strict_json.parse(strict_json.dumps(description))
+        stored, current = strict_json.read(folder / DATA), strict_json.parse(strict_json.dumps(description))
     except FileNotFoundError:
         return ""
-    if not has_digest(stored) and not has_digest(now):  # a user's own description: compare all of it
-        return "" if stored == now else f"they were {stored} and are {now}"
+    if not has_digest(stored) and not has_digest(current):  # a user's own description: compare all of it
+        return "" if stored == current else f"they were {stored} and are {current}"
     names = {"sha256": "digest"}
     changes = [
-        f"the {names.get(name, name)} was {stored.get(name)} and is {now.get(name)}"
+        f"the {names.get(name, name)} was {stored.get(name)} and is {current.get(name)}"
         for name in IDENTITY
-        if stored.get(name) != now.get(name) and (name in stored or name in ("sha256", "digest"))
+        if stored.get(name) != current.get(name) and (name in stored or name in ("sha256", "digest"))
     ]
     return ", ".join(changes)
 
@@ -153,23 +153,23 @@ def write(config: Config, description: Mapping[str, object]) -> Path:
     Raises:
         ConfigError: the folder cannot be written to.
     """
-    here = Path(config.run.dir)
-    path = here / CONFIG
+    folder = Path(config.run.dir)
+    path = folder / CONFIG
     try:
-        trusted.make_folder(here)
+        trusted.make_folder(folder)
         text = to_yaml(without_values(config))
         if path.is_file() and path.read_text() != text:
-            number = 1 + sum(1 for _ in here.glob("config-*.yaml"))
-            os.replace(path, here / f"config-{number}.yaml")
+            number = 1 + sum(1 for _ in folder.glob("config-*.yaml"))
+            os.replace(path, folder / f"config-{number}.yaml")
         write_text_durably(path, text, mode=OWNERS)
-        write_text_durably(here / ENVIRONMENT, strict_json.dumps(record(), indent=2))
-        write_text_durably(here / DATA, strict_json.dumps(description, indent=2))
-        forget(here)
-        (here / OUTCOME).unlink(missing_ok=True)  # that of an earlier launch must not be taken for this one's
+        write_text_durably(folder / ENVIRONMENT, strict_json.dumps(record(), indent=2))
+        write_text_durably(folder / DATA, strict_json.dumps(description, indent=2))
+        forget(folder)
+        (folder / OUTCOME).unlink(missing_ok=True)  # that of an earlier launch must not be taken for this one's
     except trusted.Untrusted as error:
-        raise ConfigError(f"run.dir={here}: {error}") from error
+        raise ConfigError(f"run.dir={folder}: {error}") from error
     except OSError as error:
-        raise ConfigError(f"run.dir={here} cannot be written to: {error}; choose another run.dir") from error
+        raise ConfigError(f"run.dir={folder} cannot be written to: {error}; choose another run.dir") from error
     return path
 
 

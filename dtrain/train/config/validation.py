@@ -122,13 +122,13 @@ def warnings(config: Config) -> list[str]:
             "traffic, which no sync makes smaller, crosses the slow links; mesh.shard is best at most "
             f"{per_node} here"
         )
-    warmup, every = config.sync.get("warmup_steps", 0), config.sync.get("every_steps", 0)
+    warmup, period = config.sync.get("warmup_steps", 0), config.sync.get("every_steps", 0)
     if isinstance(warmup, int) and warmup >= steps:
         unlikely.append(f"sync.warmup_steps={warmup} is all of train.steps={steps}: the run ends in its warm-up")
-    elif isinstance(every, int) and isinstance(warmup, int) and every > steps - warmup:
+    elif isinstance(period, int) and isinstance(warmup, int) and period > steps - warmup:
         unlikely.append(
-            f"sync.every_steps={every} is more than the {steps - warmup} steps there are: the replicas train alone and "
-            "are combined once, at the end"
+            f"sync.every_steps={period} is more than the {steps - warmup} steps there are: the replicas train alone "
+            "and are combined once, at the end"
         )
     return unlikely
 

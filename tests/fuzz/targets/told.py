@@ -129,7 +129,7 @@ def refused(folder: Path) -> Case:
 
     def read(data: bytes) -> object:
         said = data.decode(errors="replace")
-        return refusal.unanswered(said), refusal.told(said, settings)
+        return refusal.unanswered(said), refusal.refusal_message(said, settings)
 
     def check(found: object, intact: bool) -> None:
         words = cast("tuple[bool, str]", found)[1]
