@@ -150,7 +150,7 @@ class LocalLauncher(Keys):
     here: ClassVar[bool] = True
 
     def problems(self, replicas: int = 1) -> list[str]:
-        """Also several nodes."""
+        """Also refuses several nodes."""
         if self.nodes > 1:
             return [f"launcher=local has one node, but launcher.nodes={self.nodes}: take launcher=slurm or mpi"]
         return super().problems(replicas)
@@ -240,7 +240,7 @@ class MpiLauncher(Allocation, Keys):
         return [f"--{name}={value}" for name, value in wanted.items() if value]
 
     def problems(self, replicas: int = 1) -> list[str]:
-        """Also keys of an allocation where none is asked for."""
+        """Also refuses keys of an allocation where none is asked for."""
         return [*super().problems(replicas), *self.unused_keys()]
 
     def unused_keys(self, variables: Mapping[str, str] = os.environ) -> list[str]:

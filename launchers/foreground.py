@@ -101,9 +101,9 @@ class ForegroundJob(Job):
         return "\n".join([words.get(state, killed), *(f"  {line}" for line in last_lines)])
 
     def _holds_lock(self) -> bool:
-        if self.id in ("0", str(os.getpid())):  # whoever asks does not run it
+        if self.id in ("0", str(os.getpid())):  # the process that asks does not run it
             return False
-        # A link in place of the lock would name any file, and whoever has that open.
+        # A link in place of the lock could name any file, and any process that has that open.
         lock = os.path.join(os.path.realpath(self.folder), LOCK)
         try:
             owner = Path(f"/proc/{self.id}").stat().st_uid

@@ -1,6 +1,6 @@
 """Strict JSON files: of the expected types or an error. Python accepts more: NaN, 1e999, any number of digits.
 
-    read, parse       the object of a file or a text, exactly; anything else is a ValueError that says in what
+    read, parse       the object of a file or a text, exactly; anything else is a ValueError that says why
     integer, number   one of its values, of the type that is asked for
     dumps             a text that `parse` takes
 

@@ -1,6 +1,6 @@
 """Why a job ended, or what it waits for: the earliest real error of all ranks first, equal ones together.
 
-a rank raised          its host, error and line; then who fell with it
+a rank raised          its host, error and line; then the ranks that failed with it
 ranks hang             which rank has not entered the collective that the others wait in, and its stack
 no rank has started    what srun or mpirun printed
 the scheduler did it   time limit, node failure, memory, cancelled: in its own words

@@ -231,7 +231,7 @@ class _Ours(_OnDDP):
 def _spec(name: str) -> EveryStep:
     choice, _, route = name.partition(":")
     chosen = compose(["sync=every_step", f"compress={choice}"]).sync
-    return cast(EveryStep, instantiate({**chosen, **({"route": route} if route else {})}, "sync"))  # which dense is
+    return cast(EveryStep, instantiate({**chosen, **({"route": route} if route else {})}, "sync"))
 
 
 def _clocked(flow: Flow[R], clock: Clock) -> Flow[R]:

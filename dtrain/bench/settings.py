@@ -54,7 +54,7 @@ class Settings:
         return [*sizes, self.max_bytes]
 
     def write(self, folder: Path) -> None:
-        """For the ranks."""
+        """Write the settings for the ranks."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
 

@@ -217,7 +217,7 @@ def _cancel(jobs: Sequence[Job], _: argparse.Namespace) -> int:
 
     for job in jobs:
         state = _state(job)
-        if state in ENDED and (len(jobs) > 1 or state != "lost"):  # of one that is lost more can be told
+        if state in ENDED and (len(jobs) > 1 or state != "lost"):  # cancel() reports more of a lost one
             print(f"job {job.id} has ended already")
             continue
         job.cancel()

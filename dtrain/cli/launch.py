@@ -63,7 +63,7 @@ def _launch(chosen: argparse.Namespace) -> int:
     launcher = config.launcher
     enter_launcher(launcher, sys.argv[1:], dry_run=chosen.dry_run)
     folder = Path(config.run.dir).absolute()
-    require_sound(launcher, replicas := launcher.nodes)  # of a program that is not ours
+    require_sound(launcher, replicas := launcher.nodes)  # as for a replica per node: the program's mesh is unknown
     warn(launcher.warnings())
     _must_be_there(chosen.program, launcher)
     if chosen.dry_run:

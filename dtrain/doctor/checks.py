@@ -35,7 +35,7 @@ def local_findings(folder: Path, *, hosts: int = 1) -> list[Finding]:
 
 
 def own_name(host: str, *, hosts: int = 1) -> Iterator[Finding]:
-    """The host's name must lead to an address that others can use, as gloo publishes it unless it has an interface."""
+    """The host's name must resolve to an address that others can reach: gloo publishes it if no interface is set."""
     try:
         addresses = sorted({entry[4][0] for entry in socket.getaddrinfo(host, None, socket.AF_INET)})
     except OSError as error:

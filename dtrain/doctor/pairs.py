@@ -38,7 +38,7 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What one host measured with another. ``skew_seconds``: the other's clock less its own. ``error``: or why not."""
+    """What one host measured with another. ``skew_seconds``: the other's clock less its own. ``error``: why not."""
 
     peer: int
     latency_ms: float = 0.0

@@ -181,7 +181,7 @@ class Facts:
         return self.folder / "slurm.conf"
 
     def write(self) -> None:
-        """Atomically."""
+        """Write cluster.json, atomically."""
         new = self.folder / "cluster.json.new"
         new.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
         os.replace(new, self.folder / "cluster.json")

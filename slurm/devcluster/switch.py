@@ -92,7 +92,7 @@ class Switch:
             port.bits, port.cut = facts.rates[host], host in facts.cut
 
     def serve(self) -> None:
-        """For ever."""
+        """Serve for ever."""
         while True:
             for tun, _ in self._poll.poll(self._timeout()):
                 self._read(self._by_tun[tun])

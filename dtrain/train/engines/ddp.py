@@ -44,7 +44,7 @@ class DDPEngine(TorchEngine):
                 (loss / len(microbatches)).backward()
             total += loss.detach().float() / len(microbatches)
         if self.ddp.require_backward_grad_sync and not self.options.unused_parameters:
-            # DDP would wait for them in the bucket that they are in, until the next forward pass.
+            # DDP would wait for them with their whole bucket until the next forward pass.
             names = [name for name, p in self.ddp.module.named_parameters() if p.requires_grad and p.grad is None]
             if names:
                 raise unused(names)
