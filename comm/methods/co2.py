@@ -1,19 +1,19 @@
-"""CO2 (Sun et al., ICLR 2024, arXiv:2401.16265): local steps with an average that is one round old, hidden whole.
+"""CO2 (Sun et al., ICLR 2024, arXiv:2401.16265): local steps, averaged one round late with full overlap.
 
-    m <- clip(momentum m + D / gap, -limit, limit);   anchor <- anchor - lr m        D: the mean delta of the last round
+    m <- clip(momentum m + D / gap, -limit, limit);   anchor <- anchor - lr m     D: mean pseudo-gradient, a round old
 
-The row of `local_update` with ``delay="stale"``, outer heavy ball, a penalty for the gap between the anchor that D was
-measured from and the one that it is applied to, and a momentum that is clipped. Without penalty and clip it is delayed
-DiLoCo with heavy ball; without the delay, too, it is SlowMo at a constant learning rate.
+`local_update` with ``delay="stale"``, outer heavy ball, clipped momentum, and a penalty for the gap between the anchor
+that D was measured from and the one it is applied to. Without penalty and clip it is delayed DiLoCo with heavy ball;
+without the delay as well, SlowMo at a constant learning rate.
 
 The paper's formula for the gap could not be checked. Ours follows its idea, gap-aware staleness (Barkai et al.): how
-far the anchor has moved meanwhile, in units of what the inner optimizer may move an element in a round,
+far the anchor has moved since, relative to how far the inner optimizer may move an element in a round,
 
     gap = 1 + |anchor now - anchor then| / (inner lr x H)           elementwise, for inner optimizers such as Adam
 
-or a number, or a rule of one's own.
-Communication: one round every H steps, behind all of the next round. Bytes: of one parameter exchange per round.
-Keeps: the anchor and the momentum; with another penalty than this gap, or without momentum, the last anchor, too.
+or a number, or the user's own function.
+Communication: one exchange every H steps, overlapped with the whole next round. Bytes: all parameters once per round.
+Keeps: the anchor and the momentum; with another penalty than this gap, or without momentum, also the last anchor.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS
 from dtrain.comm.state import Kind, State
 
 Gap: TypeAlias = Callable[[Tensor, Tensor, Round], Tensor]
-"""(anchor now [n], anchor then [n], the round) -> what to divide by, [n] or 0-dim, at least 1. Equal on all ranks."""
+"""(anchor [n], last anchor [n], the round) -> the divisor, [n] or 0-dim, at least 1. Equal on all ranks."""
 
 
-def gap_aware(now: Tensor, then: Tensor, this: Round) -> Tensor:
-    """See the module. 1 where the inner learning rate is 0."""
-    reach = this.inner_lr * this.every_steps
-    return (now - then).abs_().div_(reach).add_(1) if reach > 0 else now.new_ones(())
+def gap_aware(anchor: Tensor, last_anchor: Tensor, now: Round) -> Tensor:
+    """The gap in the module's formula; 1 where the inner learning rate is 0."""
+    reach = now.inner_lr * now.every_steps
+    return (anchor - last_anchor).abs_().div_(reach).add_(1) if reach > 0 else anchor.new_ones(())
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Constant:
 
     value: float
 
-    def __call__(self, now: Tensor, then: Tensor, this: Round) -> Tensor:
-        return now.new_full((), self.value)
+    def __call__(self, anchor: Tensor, last_anchor: Tensor, now: Round) -> Tensor:
+        return anchor.new_full((), self.value)
 
 
 @dataclass(frozen=True)
 class Penalized:
-    """``outer`` along deltas that are divided by their gap."""
+    """``outer`` along pseudo-gradients divided by their gap."""
 
     outer: OuterOptimizer
     gap: Gap
@@ -78,10 +78,10 @@ class Penalized:
         return self.gap is gap_aware
 
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
-        then = state.find(fqn, "then")
-        then = anchor if then is None else then
+        last_anchor = state.find(fqn, "then")
+        last_anchor = anchor if last_anchor is None else last_anchor
         state.stage(fqn, "then", anchor)
-        return self.outer.step(fqn, anchor, delta / self.gap(anchor, then, now), state, now)
+        return self.outer.step(fqn, anchor, delta / self.gap(anchor, last_anchor, now), state, now)
 
 
 @kernel
@@ -89,16 +89,16 @@ def gap_aware_step(
     delta: Tensor, reach: Tensor, anchor: Tensor, momentum: Tensor,
     *, lr: float, factor: float, nesterov: bool, clip: float | None,
 ) -> None:  # fmt: skip
-    """`momentum_step` by the delta over its gap, as `gap_aware` has it; ``reach`` [1, 1, 1]."""
+    """`momentum_step` along delta / `gap_aware`; ``reach`` [1, 1, 1] is inner lr times H."""
     gap = (lr * momentum).abs_().div_(reach).add_(1)
     momentum_step.function(delta / gap, anchor, momentum, lr=lr, factor=factor, nesterov=nesterov, clip=clip)
 
 
 @dataclass(frozen=True)
 class GapAware:
-    """`Penalized` by `gap_aware`, of a heavy ball, which knows how far the anchor has moved: lr times its momentum.
+    """`Penalized` by `gap_aware` around a heavy ball: the anchor has moved by lr times the momentum.
 
-    So nothing more is kept, and it is one pass over memory.
+    So no last anchor is kept, and a step is one pass over memory.
     """
 
     outer: Momentum
@@ -141,19 +141,19 @@ def co2(
     """CO2.
 
     Args:
-        every_steps: tau, the inner steps in a round, in which an exchange must fit to stay hidden; "auto": as many as
-            it takes, see `knobs`.
+        every_steps: tau, inner steps in a round, which hide an exchange that takes no longer; "auto": as many as that
+            takes, see `knobs`.
         lr: the outer learning rate.
         momentum: of the outer heavy ball, in [0, 1).
         gap: the penalty for staleness: "gap_aware", "none", a number of at least 1, or a rule.
-        clip: the largest element of the outer momentum by amount; None leaves it as it is.
-        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        clip: bound on the absolute value of the outer momentum's elements, or None.
+        compress: a compressor for the pseudo-gradients, ``error_feedback(...)`` of one, or None for fp32.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> co2().delay
     'stale'
 
-    Raises ``ValueError`` for numbers outside their range or another word for the gap. Source: arXiv:2401.16265.
+    Raises ``ValueError`` for numbers outside their range or an unknown gap. Source: arXiv:2401.16265.
     """
     heavy_ball = sgd(lr=lr, momentum=momentum, clip=clip)
     rule = _rule(gap)

@@ -1,13 +1,13 @@
 """DiLoCo whose exchange overlaps a whole round (Kale, Douillard and Donchev, arXiv:2502.12996), delayed or eager.
 
-    delayed    at the end of a round the parameters go back to the anchor; what they learned arrives a round later
-    eager      they step at once by what arrived, with their own part of it brought up to date:
+    delayed    at a round's end the parameters are reset to the anchor; the pseudo-gradient is applied a round later
+    eager      the outer step is taken at once along the last mean, in which this replica's share is brought up to date:
                outer step along  D(last) - d_i(last) / M + d_i / M
 
-The rows of `local_update` with ``delay="stale"`` and ``delay="eager"``. Eager anchors and momenta are each replica's
-own: they differ by what is still under way. With one replica, eager is DiLoCo.
-Communication: one round every H steps, behind all of the next round. Bytes: of one parameter exchange per round.
-Keeps: the anchor and the outer momentum; eager also the last delta.
+`local_update` with ``delay="stale"`` and ``delay="eager"``. Eager anchors and momenta differ between replicas by what
+is still under way. With one replica, eager is DiLoCo.
+Communication: one exchange every H steps, overlapped with the whole next round. Bytes: all parameters once per round.
+Keeps: the anchor and the outer momentum; eager also the last pseudo-gradient.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def delayed_diloco(
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
 ) -> LocalUpdate:
-    """DiLoCo one round late. For short rounds: it degrades as they grow.
+    """DiLoCo with each outer step one round late. For short rounds: it degrades as they grow.
 
     Args:
-        every_steps: H, the inner steps in a round, in which an exchange must fit to stay hidden; or "auto".
+        every_steps: H, inner steps in a round, which hide an exchange that takes no longer; or "auto", see `knobs`.
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default.
-        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        compress: a compressor for the pseudo-gradients, ``error_feedback(...)`` of one, or None for fp32.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> delayed_diloco(every_steps=20).overlap_steps
@@ -52,7 +52,7 @@ def eager_diloco(
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
 ) -> LocalUpdate:
-    """DiLoCo that steps with the last round's mean and its own fresh part. Arguments as for `delayed_diloco`.
+    """DiLoCo that steps along the last mean, with its own share up to date. Arguments as for `delayed_diloco`.
 
     >>> eager_diloco(every_steps=20).delay
     'eager'

@@ -1,12 +1,12 @@
-"""Deep Gradient Compression (Lin et al., arXiv:1712.01887): top-k with momentum that is corrected for the delay.
+"""Deep Gradient Compression (Lin et al., arXiv:1712.01887): top-k with momentum correction.
 
-    u = m u + g;   v = v + u;   send the largest of v;   where something was sent: v = 0, u = 0
+    u = m u + g;   v = v + u;   send the largest of v;   where it was sent: v = 0, u = 0
 
-Momentum is inside, so the inner optimizer is plain SGD. In the warm-up the density falls in five stages of equal length
-and equal ratio: 25, 8.3, 2.7, 0.91 and 0.30 %, and then 0.1 % (in the paper by another ratio, in four stages, an epoch
-each: 25, 6.25, 1.5625 and 0.4 %). The paper also clips each worker's own gradient before it is added up; here what is
-clipped is the result. And on the two-phase route the owner of a chunk keeps the largest of the mean once more.
-Communication: the two-phase route of `every_step`. Keeps: two fp32 numbers for each element, per worker.
+It has its own momentum, so the inner optimizer is plain SGD. In the warm-up the density falls by equal ratios in five
+stages of equal length: 25, 8.3, 2.7, 0.91 and 0.30 %, and then 0.1 % (in the paper in four stages, an epoch each: 25,
+6.25, 1.5625 and 0.4 %). The paper clips each replica's gradient before it accumulates; here the combined gradient is
+clipped. On the two-phase route the owner of a chunk applies top-k once more, to the mean.
+Communication: the two-phase route of `every_step`. Keeps: two fp32 numbers for each element, per replica.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STAGES = 5
 
 @dataclass(frozen=True)
 class MomentumCorrection(Feedback):
-    """The feedback of `dgc`: what is kept is a sum of momenta, and what was sent leaves both."""
+    """The feedback of `dgc`: the residual is a sum of momenta, and an element that was sent leaves both."""
 
     momentum: float
 
@@ -64,10 +64,11 @@ class Dgc(Sync):
         return self.exchange.bind(pieces, seed)
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        """Raise ``ValueError`` for another inner optimizer than plain SGD."""
         if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
             raise ValueError(
-                f"dgc has momentum of its own, so the inner optimizer must be SGD(momentum=0); it is {_told(optimizer)}"
+                f"dgc has momentum of its own, so the inner optimizer must be SGD(momentum=0); "
+                f"it is {_summary(optimizer)}"
             )
 
 
@@ -82,9 +83,9 @@ def dgc(
     """Deep Gradient Compression.
 
     Args:
-        density: the part of the elements that is sent in the end.
-        momentum: of each worker, before anything is left out.
-        warmup_steps: over which the density falls, in five equal stages, from a quarter to ``density``.
+        density: the fraction of the elements that is sent after the warm-up.
+        momentum: of each replica, applied before top-k.
+        warmup_steps: steps in which the density falls, in five equal stages, from a quarter to ``density``.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `every_step`.
 
     Raises ``ValueError`` for values outside their range, and when attached to another optimizer than plain SGD.
@@ -105,6 +106,6 @@ def dgc(
     return Dgc(every_step(compress=plan, verify_every=verify_every, tie=tie))
 
 
-def _told(optimizer: torch.optim.Optimizer) -> str:
+def _summary(optimizer: torch.optim.Optimizer) -> str:
     momenta = sorted({group.get("momentum", 0) for group in optimizer.param_groups})
     return f"{type(optimizer).__name__}, momentum {momenta}" if any(momenta) else type(optimizer).__name__

@@ -1,10 +1,10 @@
-"""DiLoCo (Douillard et al., arXiv:2311.08105): local AdamW, then an outer Nesterov step on the mean delta.
+"""DiLoCo (Douillard et al., arXiv:2311.08105): local AdamW, then an outer Nesterov step on the mean pseudo-gradient.
 
     for H steps:  parameters_i <- inner optimizer
     anchor <- outer(anchor, mean_i(anchor - parameters_i));   parameters_i <- anchor
 
-The row of `local_update` with outer Nesterov SGD. With one replica it is a lookahead optimizer, not the identity.
-Communication: one round every H steps. Bytes: of one (compressed) parameter exchange per round.
+`local_update` with outer Nesterov SGD. With one replica it is a lookahead optimizer, not the identity.
+Communication: one exchange every H steps. Bytes: all (compressed) parameters once per round.
 Keeps: the anchor and the outer momentum.
 """
 
@@ -34,13 +34,13 @@ def diloco(
     """DiLoCo.
 
     Args:
-        every_steps: H, the inner steps in a round; or "auto", see `knobs`.
+        every_steps: H, inner steps in a round; or "auto", see `knobs`.
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default, the paper's choice.
-        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
-        warmup_steps: steps of data parallelism before the first round; the paper's runs begin after 24,000 of 88,000.
+        compress: a compressor for the pseudo-gradients, ``error_feedback(...)`` of one, or None for fp32.
+        warmup_steps: steps of data parallelism before the first round; the paper takes 24,000 of 88,000.
         outer_state: "sharded" (1 / M of anchor and outer momentum on each of M replicas; fp32 only) or "offloaded" (in
             host memory between rounds); "replicated" by default.
-        utilization: the compute utilization that "auto" aims at, in (0, 1).
+        utilization: the target compute utilization of "auto", in (0, 1).
         route: "two_phase", or "all_reduce" in fp32; see `local_update`.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 

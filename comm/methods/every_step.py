@@ -2,14 +2,13 @@
 
     g_i  ->  (compress)  ->  peers  ->  combine  ->  the gradient that every replica steps with
 
-Communication: for each group of gradients that the backward pass finishes, one `two_phase` flow, or one native
-all-reduce; overlapped with the rest of the backward pass where the engine has gradients piece by piece.
-Bytes: `two_phase_bytes` of each group; every ``verify_every`` steps 16 more, see `guard`. Keeps: what the
-feedback keeps.
+Communication: one `two_phase` flow or native all-reduce for each group of gradients that the backward pass finishes,
+overlapped with the rest of it where the engine has gradients piece by piece.
+Bytes: `two_phase_bytes` of each group; every ``verify_every`` steps 16 more, see `guard`. Keeps: the feedback's state.
 
-A step of several backward passes has an exchange for each that is not in ``no_sync()``: feedback holds over all of them
-together. With `DistributedDataParallel.join`, a rank that has ended gives zeros and what its feedback still keeps; it
-takes the others' steps to have as many backward passes as its own last one.
+Of several backward passes in a step, each outside of ``no_sync()`` is exchanged; feedback covers their sum. With
+`DistributedDataParallel.join`, a rank that has run out of data sends zeros and its residual; it assumes that the peers'
+steps have as many backward passes as its own last one.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class EveryStep(Sync):
 def context_of(
     name: str, spec: EveryStep, pieces: Pieces, seed: int, more: Mapping[str, Kind] = MappingProxyType({})
 ) -> Context:
-    """Begin alike, with a method called ``name`` that exchanges as ``spec`` says and keeps ``more`` besides."""
+    """The begun context of a method called ``name`` that exchanges as ``spec`` says and also keeps ``more``."""
     context = Context(
         pieces, seed, description(name, spec.plan, spec), plan=spec.plan, kinds={**kinds_of(spec.plan), **more},
         parameters_kind="replicated",
@@ -72,7 +71,7 @@ def context_of(
 class ExchangedGradients(GradientSteps):
     """An `EveryStep` at work.
 
-    ``around``: what is exchanged in place of the gradients, see `Around`; by default they themselves.
+    ``around``: the flow to run in place of `combining`, see `Around`.
     """
 
     def __init__(self, spec: EveryStep, context: Context, around: Around | None = None) -> None:
@@ -80,7 +79,7 @@ class ExchangedGradients(GradientSteps):
         self.spec, self._around = spec, around
         self._all_finite = True
         self._handed = False
-        self._exchanges: dict[str, int] = {}  # of each parameter in this step
+        self._exchanges: dict[str, int] = {}  # how many of each parameter in this step
         self._passes = 1  # backward passes of the last step that were exchanged
         means = "parameters, optimizer state"
         self._guard = Guard(context, spec.tie, means, self._held, words=lambda: numbers_of(context.pieces.optimizer))
@@ -104,14 +103,14 @@ class ExchangedGradients(GradientSteps):
         return ok
 
     def weigh(self, tokens: int) -> None:
-        """Raises ``RuntimeError``: gradients are combined while backward goes on, before anybody knows the tokens."""
+        """Raises ``RuntimeError``: gradients are combined during backward, before the tokens are counted."""
         raise RuntimeError(
             f"{self.context.description.partition(':')[0]} counts all replicas alike; multiply each replica's loss by "
             "its tokens over the replicas' mean, or take a local update such as diloco(...), which has weigh(tokens)"
         )
 
     def stood_in(self) -> None:
-        """End the others' step here, too, when they have made as many backward passes as this rank in its last."""
+        """End the peers' step here, too, after as many backward passes as this rank's last step had."""
         if max(self._exchanges.values(), default=0) < self._passes:
             return
         self._begin_step()
@@ -139,7 +138,7 @@ class ExchangedGradients(GradientSteps):
             self._guard.verify(absent=absent)
 
     def exchanging(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
-        """One backward pass's gradients, or a group of them, to the mean of all replicas'; see `Exchange`."""
+        """Combine the gradients of one backward pass, or a group of them, over the replicas; see `Exchange`."""
         again = max((self._exchanges.get(fqn, 0) for fqn in gradients), default=0)
         self._exchanges |= dict.fromkeys(gradients, again + 1)
         if again:
@@ -178,14 +177,14 @@ class ExchangedGradients(GradientSteps):
 
 
 class Around(Protocol):
-    """What a method built on `EveryStep` exchanges in place of the gradients, and makes of what comes back."""
+    """The flow by which a method built on `EveryStep` gets from a replica's gradients to the combined ones."""
 
     def __call__(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]: ...
 
 
 @dataclass(frozen=True)
 class _Exchanged:
-    """What the pieces are handed of a method; see `Repeated`."""
+    """The exchange that the pieces call; see `Repeated`."""
 
     method: ExchangedGradients
     adds: bool
@@ -212,17 +211,17 @@ def every_step(
         compress: a compressor, ``error_feedback(...)`` of one, a plan, or None for full fp32.
         combine: the rule, rows [world, n] -> [n]; `mean` by default.
         route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own; linear ones only).
-        lossless: zstandard's level for all that is sent, for slow links between CPUs; None sends it as it is.
+        lossless: zstandard's level for all that is sent, for slow links between CPUs; None for no lossless coding.
         verify_every: steps between two comparisons of all replicas' parameters and optimizer state; 0 for none.
-        tie: what happens if they differ and none is in the majority, as with two replicas: "stop" raises, "first" goes
-            on with the first replica's.
+        tie: what happens if they differ without a majority, as with two replicas: "stop" raises, "first" takes the
+            first replica's.
 
     >>> from dtrain import every_step
     >>> from dtrain.compress import error_feedback, quantize
     >>> every_step(compress=error_feedback(quantize(bits=8))).route
     'two_phase'
 
-    Raises ``ValueError`` for choices that exclude each other, ``TypeError`` for something that is no compressor.
+    Raises ``ValueError`` for settings that exclude each other, ``TypeError`` for what is not a compressor.
     """
     plan, rule = as_plan(compress), mean() if combine is None else combine
     require_mean_for_low_rank(plan, rule)
@@ -230,7 +229,7 @@ def every_step(
         require_zstandard(lossless)
     require_summable(plan, rule, route)
     if route == "all_reduce" and lossless is not None:
-        raise ValueError("lossless codes parts, which an all-reduce does not have; use route='two_phase'")
+        raise ValueError("lossless codes messages, which an all-reduce has to add up; use route='two_phase'")
     require_guard(verify_every, tie, "steps")
     warn_of_loss(plan)
     return EveryStep(plan, rule, route, lossless, verify_every, tie)

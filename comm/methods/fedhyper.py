@@ -1,10 +1,10 @@
-"""FedHyper's learning rate for the outer step (Wang et al., arXiv:2310.03156): larger while rounds agree.
+"""FedHyper's learning rate for the outer step (Wang et al., arXiv:2310.03156): larger while successive rounds agree.
 
     a <- clip(a + kappa cos(D, D of the last round), -0.8, 4);    anchor <- anchor - (1 + a) D
 
-The original adds the product of whole models, whose size depends on theirs; the cosine does not. With kappa = 0 it is
-Local SGD (FedAvg). In each fragment on its own. Communication: with a sharded replica, 3 numbers over its shards.
-Keeps: the last mean delta, and one number for each fragment.
+The original adds the inner product over the whole model, which grows with its size; the cosine does not. With kappa =
+0 it is Local SGD (FedAvg). Each fragment has its own a. Communication: 3 numbers over the shards of a sharded replica.
+Keeps: the last mean pseudo-gradient, and a for each fragment.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class FedHyper:
         return {"last_delta": "replicated"}
 
     def look(self, fqn: str, delta: Tensor, state: State) -> Tensor:
-        """[3]: products with the last delta, of this one, of the last one; to be summed over all pieces."""
+        """[3]: <delta, last delta>, <delta, delta>, <last delta, last delta>; to be summed over all pieces."""
         last = state.get(fqn, "last_delta", delta)
         return torch.stack([torch.dot(delta, last), torch.dot(delta, delta), torch.dot(last, last)])
 
     def choose(self, sums: Tensor, scalar: float) -> float:
         """The next a."""
-        product, here, there = sums.tolist()
-        cosine = product / math.sqrt(here * there) if 0 < here * there < math.inf else 0.0
+        product, square, last_square = sums.tolist()
+        cosine = product / math.sqrt(square * last_square) if 0 < square * last_square < math.inf else 0.0
         return min(MOST, max(LEAST, scalar + self.kappa * cosine))
 
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
@@ -48,10 +48,10 @@ class FedHyper:
 
 
 def fedhyper(*, kappa: float = 0.1) -> FedHyper:
-    """An outer step whose learning rate follows how much the rounds agree.
+    """An outer step whose learning rate grows while successive pseudo-gradients agree.
 
     Args:
-        kappa: how fast; 0 leaves the learning rate at 1.
+        kappa: how fast it adapts; 0 leaves the learning rate at 1.
 
     >>> fedhyper().kinds
     {'last_delta': 'replicated'}

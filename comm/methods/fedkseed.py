@@ -1,13 +1,13 @@
-"""FedKSeed: the model is its first weights and K numbers, one along each of K directions that never change.
+"""FedKSeed: the model is its initial weights and K numbers, one along each of K fixed directions.
 
-    round     every machine, from the same weights, tau steps:   draw s of K;   g = SPSA along z_s;   w <- w - lr g z_s
-    then      all (s, g) are gathered;   A_s <- A_s + sum over machines i of share_i g      (share: of the tokens)
-              w <- w_0 - lr sum over s of A_s z_s                                           made anew, in the order of s
+    round     each replica, from the same weights, tau steps:   draw s of K;   g = SPSA along z_s;   w <- w - lr g z_s
+    then      all (s, g) are gathered;   A_s <- A_s + sum over replicas i of share_i g      (share: of the tokens)
+              w <- w_0 - lr sum over s of A_s z_s                                           rebuilt in order of s
 
 Source: Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under 18
-Kilobytes", arXiv:2312.06353. Here nobody is a server: every machine adds up A and makes the weights itself, so all have
-the same to the bit. The weights never leave the K dimensions around w_0: more steps need no more bytes, and K sets what
-can be learned. Sampling "pro" draws directions more often along which the loss was seen to change more.
+Kilobytes", arXiv:2312.06353. Here there is no server: every replica adds up A and rebuilds the weights, bitwise equal
+on all. The weights stay within K dimensions around w_0: more steps need no more bytes, and K bounds what is learned.
+Sampling "pro" prefers directions along which the loss has changed more.
 Communication: one all-gather a round. Bytes: 8 for each of its steps, and 4. Keeps: w_0, A; "pro": two numbers per s.
 """
 
@@ -40,7 +40,7 @@ from dtrain.comm.state import Numbers
 
 Sampling: TypeAlias = Literal["uniform", "pro"]
 LARGEST = 1000.0
-"""Beyond it a number counts no more for "pro"."""
+"""The largest absolute value that a number counts for "pro"."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ class FedKSeed(Sync):
         return Attached(context, FedKSeedRounds(self, context))
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        """Raise ``ValueError`` for another inner optimizer than plain SGD, and for weight decay."""
         require_plain_sgd(optimizer, "fedkseed")
         decay = max(group["weight_decay"] for group in optimizer.param_groups)
         if decay:
             raise ValueError(
-                f"fedkseed makes the weights anew from the first ones and a sum along {self.directions} directions, "
-                f"which weight decay ({decay}) is none of; set it to 0: optim.inner.weight_decay=0"
+                f"fedkseed rebuilds the weights from the first ones and a sum along {self.directions} directions, "
+                f"which cannot express weight decay ({decay}); set it to 0: optim.inner.weight_decay=0"
             )
 
 
 class FedKSeedRounds(Method):
-    """A `FedKSeed` at work. Within a round each replica goes its own way.
+    """A `FedKSeed` at work. Within a round the replicas' weights differ.
 
     ``sums``: the number along each direction, of all rounds. ``open``: direction and number of this round's steps.
     """
@@ -96,27 +96,27 @@ class FedKSeedRounds(Method):
         self._guard = Guard(context, spec.tie, means, self._held, words=lambda: f"{self.sums}")
         self.rounds = self.tokens = 0
         self.sums = [0.0] * spec.directions  # A
-        self.seen = [(0.0, 1)] * spec.directions  # for "pro": sum of amounts, and how many; one of 0 to begin with
+        self.seen = [(0.0, 1)] * spec.directions  # for "pro": sum and count of absolute values, from one 0
         self.open: list[tuple[int, float]] = []
-        self._borders: list[float] = []  # of the odds, added up; they change with the round
-        self._drawn = -1, 0  # the direction of a step
+        self._borders: list[float] = []  # cumulative sums of the odds, which change with the round
+        self._drawn = -1, 0  # a step and its direction
         for fqn, value in context.pieces.read().items():
             context.state.stage(fqn, "first", value)
         context.state.commit()
 
     def weigh(self, tokens: int) -> None:
-        """Say, before `step`, how many tokens this replica's step was made from; without it a step counts as one."""
+        """Set, before `step`, how many tokens this replica's step was made from; without it a step counts as one."""
         self.tokens += tokens - 1
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
         return self.forward.estimate(loss)
 
     def prepare(self) -> bool:
-        """Whether what was tried can be gone along; each replica for itself."""
+        """Whether this replica's estimate is usable. Replicas may differ."""
         if self.context.rate != self.rate:
             raise RuntimeError(
                 f"the learning rate was {self.rate!r} and is {self.context.rate!r}; fedkseed makes the weights from "
-                "sums over all steps, so it has one (optim.schedule=constant optim.warmup_steps=0)"
+                "sums over all steps, so it must be constant (optim.schedule=constant optim.warmup_steps=0)"
             )
         (number,), chosen = self.forward.taken(), self.chosen()
         usable = math.isfinite(single(self.rate * number))
@@ -134,7 +134,7 @@ class FedKSeedRounds(Method):
         self.forward.stepped()
 
     def after_step(self) -> None:
-        """At the end of a round gather, and make the weights anew."""
+        """At the end of a round gather, and rebuild the weights."""
         self.tokens += 1
         if len(self.open) == self.spec.every_steps:
             self._end_round()
@@ -175,12 +175,12 @@ class FedKSeedRounds(Method):
         self._borders, self._drawn = [], (-1, 0)
         if numbers["rate"] != self.rate:
             raise ValueError(
-                f"this run had the learning rate {numbers['rate']!r}, and its weights are sums along it; "
-                f"go on with it instead of {self.rate!r}"
+                f"this run had the learning rate {numbers['rate']!r}, by which all its sums are scaled; "
+                f"resume with it instead of {self.rate!r}"
             )
-        everything = range(self.spec.directions)
-        self.sums = [float(numbers.get(f"sum.{s}", 0.0)) for s in everything]
-        self.seen = [(float(numbers.get(f"seen.{s}", 0.0)), int(numbers.get(f"times.{s}", 1))) for s in everything]
+        directions = range(self.spec.directions)
+        self.sums = [float(numbers.get(f"sum.{s}", 0.0)) for s in directions]
+        self.seen = [(float(numbers.get(f"seen.{s}", 0.0)), int(numbers.get(f"times.{s}", 1))) for s in directions]
         self.open = [
             (int(numbers[f"own.{place}"]), float(numbers[f"own.{place}.number"]))
             for place in itertools.takewhile(lambda place: f"own.{place}" in numbers, itertools.count())
@@ -204,12 +204,12 @@ class FedKSeedRounds(Method):
     def _end_round(self) -> None:
         missing = self.spec.every_steps - len(self.open)
         seeds, numbers = zip(*self.open, *[(0, 0.0)] * missing, strict=True)
-        mine = (
+        payload = (
             torch.tensor(seeds, dtype=torch.int32),
             torch.tensor(numbers, dtype=torch.float32),
             torch.tensor([float(self.tokens)]),
         )
-        all_seeds, all_numbers, tokens = self.context.pieces.channel.run(_gathered(mine), "round")
+        all_seeds, all_numbers, tokens = self.context.pieces.channel.run(_gathered(payload), "round")
         total = float(tokens.double().sum())
         for worker in range(self.context.place.size):
             share = float(tokens[worker]) / total
@@ -243,16 +243,16 @@ def fedkseed(
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
 ) -> FedKSeed:
-    """Zeroth-order rounds along directions that never change; some kilobytes a round whatever the model's size.
+    """Zeroth-order rounds along fixed directions; a few kilobytes per round for a model of any size.
 
     Args:
-        every_steps: tau, the steps in a round.
-        directions: K. What is learned lies in their span; making the weights takes time in proportion.
-        eps: how far a direction is tried.
+        every_steps: tau, steps in a round.
+        directions: K. What is learned lies in their span; the time to rebuild the weights is proportional to K.
+        eps: the step along a direction in the finite difference.
         noise: "signs", or "normal" numbers.
-        sampling: "uniform", or "pro": in proportion to exp of how much the loss has changed along a direction, from the
-            least (0) to the most (1) of all.
-        verify_every: rounds between two comparisons of the weights that all replicas have made; 0 for none.
+        sampling: "uniform", or "pro": in proportion to exp of the mean absolute number of a direction, scaled to [0, 1]
+            over all of them.
+        verify_every: rounds between two comparisons of the replicas' rebuilt weights; 0 for none.
         tie: see `every_step`.
 
     >>> fedkseed().directions
@@ -267,21 +267,21 @@ def fedkseed(
         raise ValueError(f"eps is {eps!r}; give a small positive number such as 5e-4")
     if sampling not in ("uniform", "pro"):
         raise ValueError(f"sampling is {sampling!r}; choose 'uniform' or 'pro'")
-    Walk(0, noise=noise)  # refuses what makes no sense
+    Walk(0, noise=noise)  # raises for invalid settings
     require_guard(verify_every, tie, "rounds")
     return FedKSeed(every_steps, directions, eps, noise, sampling, verify_every, tie)
 
 
 def odds(amounts: list[float]) -> list[float]:
-    """How likely each direction is, up to a factor: exp of its amount, put between 0 and 1.
+    """The probability of each direction, up to a factor: exp of its amount, scaled to [0, 1].
 
-    >>> [round(each, 3) for each in odds([0.0, 3.0, 6.0])]
+    >>> [round(factor, 3) for factor in odds([0.0, 3.0, 6.0])]
     [1.0, 1.649, 2.718]
     """
     least, most = min(amounts), max(amounts)
     return [math.exp((amount - least) / (most - least + 1e-10)) for amount in amounts]
 
 
-def _gathered(mine: Payload) -> Flow[tuple[Tensor, ...]]:
-    everybody = yield AllGather(mine)
-    return tuple(everybody)
+def _gathered(payload: Payload) -> Flow[tuple[Tensor, ...]]:
+    gathered = yield AllGather(payload)
+    return tuple(gathered)

@@ -1,18 +1,19 @@
-"""Ferret: local steps by gradients, and of what they have moved a few numbers along directions drawn anew each time.
+"""Ferret: local steps by gradients; a round sends the pseudo-gradient's projections on random directions, redrawn.
 
-    each machine i     delta_i in blocks of b elements;   K_il directions for block l, as many as reduce the error most
-                       V_il: b x K_il signs from (run, round, machine, block);   gamma_il = V_il^T delta_il / K_il
-    everybody          D_l = a_l sum over i of share_i V_il gamma_il;   then the outer step
+    each replica i     delta_i in blocks of b elements;   K_il directions for block l, allotted for the least error
+                       V_il: b x K_il signs from (run, round, replica, block);   gamma_il = V_il^T delta_il / K_il
+    all replicas       D_l = a_l sum over i of share_i V_il gamma_il;   then the outer step
                        a_l = K_l / (K_l + b - 1), K_l = sum over i of K_il;   or 1, unbiased (``shrink="none"``)
 
-Source: Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large Language Models", arXiv:2409.06277. Of
-its code's three departures from the paper none is here: (1 / K) once and not a third of it, directions that are fresh
-for each machine and round, so that what they leave out averages over both, and who uses which needs no saying. The
-allocation is the one of least error for signs, K_il in proportion to sqrt(b) |delta_il|; with blocks alike the paper's.
-Numbers are sent as 8-bit integers with one scale: what they are off by is far below what a projection leaves out, and
-sums of signs times integers are exact, so that any processor's matrix product has the same bits.
-Cosine and norm of one machine's part (a = 1): sqrt(K / (K + d)) and sqrt((K + d) / K) for d elements: little, unless
-rounds are many. Communication: one all-gather a round. Bytes: ``directions``, one for each block, and 8.
+Source: Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large Language Models", arXiv:2409.06277. This
+follows the paper where its code departs from it: the factor 1 / K once, not a third of it; fresh directions per replica
+and round, so that projection errors average out over both; directions follow from the seed and are not communicated.
+K_il in proportion to sqrt(b) |delta_il| has the least error for signs; with equal blocks it is the paper's allocation.
+Numbers are sent as 8-bit integers with one scale: their rounding error is far below that of the projection, and sums of
+signs times integers are exact, so that matrix products on all processors agree bitwise.
+Cosine and relative norm of one replica's decoded delta (a = 1): sqrt(K / (K + d)) and sqrt((K + d) / K) for d elements:
+a weak estimate, unless rounds are many.
+Communication: one all-gather a round. Bytes: ``directions``, one for each block, and 8.
 Keeps: what a local update keeps.
 """
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 Shrink: TypeAlias = Literal["least_error", "none"]
 LEAST, MOST = 1, 255
-"""Directions of a block: how many are said in a byte."""
+"""Bounds of a block's number of directions, which is sent as one byte."""
 LARGEST = 127
 
 
@@ -76,7 +77,7 @@ class Ferret(LoopSpec, Sync):
         )
 
     def budget(self, pieces: Pieces) -> int:
-        """How many directions this rank has for what it holds. Raises ``ValueError`` for too few."""
+        """The number of directions of this rank, by its share of the elements. Raises ``ValueError`` for too few."""
         held = sum(segment.numel for segment in pieces.segments.values())
         total = sum(math.prod(shape) for shape in pieces.shapes.values())
         blocks = -(-held // self.block)
@@ -90,7 +91,7 @@ class Ferret(LoopSpec, Sync):
 
 
 class Projections:
-    """A `Reducer`: a few numbers of each delta, along directions drawn anew in each round."""
+    """A `Reducer` that sends the projections of each delta on directions redrawn in each round."""
 
     def __init__(self, spec: Ferret, context: Context, budget: int) -> None:
         self._spec, self._context, self._budget = spec, context, budget
@@ -105,7 +106,7 @@ class Projections:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Whose directions: of the run, in this round, for what this shard holds."""
+    """The directions of a run, in a round, for a shard."""
 
     random: SharedRandom
     round: int
@@ -120,21 +121,21 @@ class Drawn:
 def projected(
     values: Named, drawn: Drawn, place: Place, block: int, budget: int, shrink: Shrink, weight: float
 ) -> Flow[Combined]:
-    """The weighted mean of all peers' flat fp32 ``values``, as far as ``budget`` directions of each tell."""
+    """The weighted mean of all peers' flat fp32 ``values``, estimated from ``budget`` directions of each."""
     flat = torch.cat([value.float() for value in values.values()]) if values else torch.zeros(0)
     blocks = flat.split(block) if flat.numel() else ()
     finite = weight > 0 and all_finite(values)
-    needs = [float(part.norm()) * math.sqrt(part.numel()) if finite else 0.0 for part in blocks]
+    needs = [float(delta.norm()) * math.sqrt(delta.numel()) if finite else 0.0 for delta in blocks]
     counts = allotted(needs, budget) if blocks else []
     numbers = torch.cat([
-        drawn.block(place.rank, number, count, part.numel()).to(part.device) @ part / count
-        for number, (part, count) in enumerate(zip(blocks, counts, strict=True))
+        drawn.block(place.rank, number, count, delta.numel()).to(delta.device) @ delta / count
+        for number, (delta, count) in enumerate(zip(blocks, counts, strict=True))
     ]) if finite and blocks else flat.new_zeros(budget)  # fmt: skip
     scale = max(float(numbers.abs().max()) if budget else 0.0, torch.finfo(torch.float32).tiny) / LARGEST
     head = torch.tensor([scale, weight if finite else 0.0], device=flat.device)
     codes = (numbers / scale).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
-    how_many = torch.tensor(counts, dtype=torch.uint8, device=flat.device)
-    heads, all_codes, all_counts = yield AllGather((head, codes, how_many))
+    block_counts = torch.tensor(counts, dtype=torch.uint8, device=flat.device)
+    heads, all_codes, all_counts = yield AllGather((head, codes, block_counts))
 
     weights = [float(weight) for weight in heads[:, 1].tolist()]
     total = math.fsum(weights)
@@ -143,42 +144,43 @@ def projected(
     mean = torch.empty_like(flat)
     used = [rank for rank in range(place.size) if weights[rank] > 0]
     starts = dict.fromkeys(used, 0)
-    of_blocks = all_counts.to(torch.int64).tolist()
-    for number, part in enumerate(mean.split(block) if flat.numel() else ()):
-        part.zero_()
+    counts_of_rank = all_counts.to(torch.int64).tolist()
+    for number, block_mean in enumerate(mean.split(block) if flat.numel() else ()):
+        block_mean.zero_()
         for rank in used:
-            count = of_blocks[rank][number]
-            own = all_codes[rank][starts[rank] : starts[rank] + count].float()
+            count = counts_of_rank[rank][number]
+            rank_codes = all_codes[rank][starts[rank] : starts[rank] + count].float()
             starts[rank] += count
             # Integers below 2^24: exact in whatever order they are added up.
-            exact = own @ drawn.block(rank, number, count, part.numel()).to(part.device)
-            part.add_(exact.mul_(single(float(heads[rank, 0]) * weights[rank] / total)))
+            exact = rank_codes @ drawn.block(rank, number, count, block_mean.numel()).to(block_mean.device)
+            block_mean.add_(exact.mul_(single(float(heads[rank, 0]) * weights[rank] / total)))
         if shrink == "least_error":
-            part.mul_(single(shrinkage(sum(of_blocks[rank][number] for rank in used), part.numel())))
+            directions = sum(counts_of_rank[rank][number] for rank in used)
+            block_mean.mul_(single(shrinkage(directions, block_mean.numel())))
     return Combined(dict(_cut(mean, values)), all_finite({"": mean}))
 
 
 def allotted(needs: list[float], budget: int) -> list[int]:
-    """``budget`` directions for blocks in proportion to ``needs``, each within LEAST and MOST; in all just as many.
+    """``budget`` directions for blocks in proportion to ``needs``, each within LEAST and MOST.
 
     >>> allotted([3.0, 1.0, 0.0], 9)
     [6, 2, 1]
 
-    The caller sees to it that there is a way: LEAST to MOST for each.
+    The caller ensures that ``budget`` allows LEAST to MOST for each.
     """
     wanted = torch.tensor(needs, dtype=torch.float64)
     wanted = (wanted / wanted.max().clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=1e-9)
     low, high = 0.0, MOST / 1e-9
-    for _ in range(100):  # halved until there is no number between: the largest factor that the budget allows
+    for _ in range(100):  # bisection, to the last bit: the largest factor within the budget
         middle = (low + high) / 2
         fits = int((middle * wanted).clamp(LEAST, MOST).floor().sum()) <= budget
         low, high = (middle, high) if fits else (low, middle)
     real = (low * wanted).clamp(LEAST, MOST)
-    given = real.floor()
-    left = budget - int(given.sum())
-    nearest = (real - given).masked_fill(given >= MOST, -1.0).argsort(descending=True, stable=True)
-    given[nearest[:left]] += 1
-    return [int(count) for count in given]
+    counts = real.floor()
+    left = budget - int(counts.sum())
+    nearest = (real - counts).masked_fill(counts >= MOST, -1.0).argsort(descending=True, stable=True)
+    counts[nearest[:left]] += 1
+    return [int(count) for count in counts]
 
 
 def ferret(
@@ -191,15 +193,15 @@ def ferret(
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
 ) -> Ferret:
-    """Ferret: local updates of which a few kilobytes are told.
+    """Ferret: local updates that send a few kilobytes per round.
 
     Args:
         every_steps: inner steps in a round.
-        outer: the outer optimizer; plain SGD with a rate of 1 by default. What was shrunk is small: rates above 1 pay.
+        outer: the outer optimizer; plain SGD with a rate of 1 by default. Shrunk means are small: rates above 1 pay.
         directions: numbers that each replica sends in a round, a byte each; at least one for each block.
         block: elements of a block.
-        shrink: "least_error" takes what was heard for as much as can be known by it; "none" is unbiased, and of a norm
-            that is sqrt((K + d) / K) times as large as the delta's.
+        shrink: "least_error" scales the mean for the least squared error; "none" is unbiased, with a norm sqrt((K + d)
+            / K) times the delta's.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> ferret().directions
@@ -218,5 +220,5 @@ def ferret(
 
 
 def _cut(flat: Tensor, like: Named) -> Iterator[tuple[str, Tensor]]:
-    for part, (fqn, value) in zip(flat.split([value.numel() for value in like.values()]), like.items(), strict=True):
-        yield fqn, part.to(value.dtype)
+    for cut, (fqn, value) in zip(flat.split([value.numel() for value in like.values()]), like.items(), strict=True):
+        yield fqn, cut.to(value.dtype)

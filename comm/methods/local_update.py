@@ -1,26 +1,26 @@
-"""Local updates: replicas train alone for some steps, then combine how far they came. One loop for all methods.
+"""Local updates: replicas train alone for some steps, then combine their pseudo-gradients. One loop for all methods.
 
-A fragment is a part of the parameters; with P = 1 there is one, the whole. For each of them, every H inner steps:
+A fragment is a subset of the parameters; by default there is one, of all. For each of them, every H inner steps:
 
-    capture   d_i = anchor - parameters_i          returned at once, with `overlap_steps` = 0, or later:
-    encode    C(d_i), with feedback if asked
+    capture   d_i = anchor - parameters_i
+    encode    C(d_i), with feedback if set
     reduce    D = combined C(d_i), decoded by every rank from the same bytes
     apply     anchor, momentum = outer(anchor, D, momentum)           `overlap_steps` inner steps after the capture
     merge     parameters_i = mix parameters_i + (1 - mix) anchor
 
-A delayed method overlaps a whole round: at the end of each one the parameters go back to the anchor, what they had
-learned is on its way, and arrives a round later. An eager one does not go without its own part of it meanwhile:
+A delayed method overlaps a whole round: at its end the parameters are reset to the anchor, and the pseudo-gradient is
+applied a round later. An eager one applies its own share of it at once:
 
-    D_i = D(last round) + (d_i(this round) - d_i(last round)) / M     then anchor and momentum are each replica's own
+    D_i = D(last round) + (d_i(this round) - d_i(last round)) / M     anchors and momenta then differ by replica
 
-The anchor is state of its own, fp32; but for eager methods it is bitwise equal on all replicas. It is what is evaluated
-and exported. The inner optimizer's state stays where it is: neither averaged nor reset. A replica whose parameters are
-not finite is left out of the mean and goes back to the anchor. Before the first round there may be `warmup_steps` of
-data parallelism. Methods fill in this loop, each in its own file.
+The anchor is fp32 state, bitwise equal on all replicas except for eager methods. It is what is evaluated and exported.
+The inner optimizer's state is neither averaged nor reset. A replica whose parameters are not finite is left out of the
+mean and reset to the anchor. Before the first round there may be `warmup_steps` of data parallelism. The methods are
+settings of this loop, each in its own file.
 Communication: for each fragment and round `two_phase` flows, or native all-reduces, of some 4 million elements each,
-behind the inner steps if there is an overlap. Bytes: `two_phase_bytes` of them, weighted. Keeps: the anchor, the
-outer optimizer's state and the feedback's; while a fragment is under way, what feedback will keep, and at a checkpoint
-what arrived.
+hidden behind the inner steps of an overlap. Bytes: `two_phase_bytes` of them, weighted. Keeps: the anchor, the outer
+optimizer's state and the feedback's; while a fragment is under way, the feedback's next state, and in a checkpoint the
+combined values that have arrived.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from dtrain.comm.runtime.method import Sync
 
 @dataclass(frozen=True)
 class LocalUpdate(LoopSpec, Sync):
-    """A method of the family. Made by `local_sgd`, `diloco`, ..., or `local_update` for what has no name."""
+    """A local update method, made by `local_sgd`, `diloco`, ... or `local_update`."""
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
         return at_work(self, pieces, seed)
 
     def bind_members(self, pieces: Pieces, seed: int, members: Members) -> Attached:
-        """Raises ``ValueError`` for what keeps replicas together between their rounds."""
+        """Raises ``ValueError`` for settings that need fixed replicas."""
         return among_members(self, pieces, seed, members)
 
 
@@ -72,30 +72,30 @@ def local_update(
     utilization: float = 0.95,
     route: Route = "two_phase",
 ) -> LocalUpdate:
-    """The general loop, for combinations that have no name of their own.
+    """The general loop, for combinations without a name of their own.
 
     Args:
         every_steps: inner steps in a round; "auto": chosen in the first ten, see `knobs`.
         outer: the outer optimizer, for example ``nesterov(lr=0.7, momentum=0.9)``.
-        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        compress: a compressor for the pseudo-gradients, ``error_feedback(...)`` of one, or None for fp32.
         combine: the rule; the mean by default.
-        fragments: what is exchanged at different times; everything at once by default.
-        overlap_steps: inner steps that go on while a fragment is under way, or "auto".
-        mix: what the parameters of this replica count when they meet the new anchor, in [0, 1]; None: 0 with an overlap
-            of up to one step, 0.5 with a longer one.
+        fragments: the subsets of parameters that are exchanged at different times; all at once by default.
+        overlap_steps: inner steps made while a fragment is under way, or "auto".
+        mix: the weight of this replica's own parameters when the new anchor is merged, in [0, 1]; None: 0 with an
+            overlap of up to one step, 0.5 with a longer one.
         delay: "stale" and "eager" overlap a whole round; see the module.
         warmup_steps: steps of data parallelism before the first round.
         verify_every: rounds between two comparisons of what must be equal on all replicas (anchor, outer momentum; in
             the warm-up parameters and optimizer state, after as many times ``every_steps``); 0 for none.
-        tie: what happens if they differ and none is in the majority, as with two replicas: "stop" raises, "first" goes
-            on with the first replica's.
+        tie: what happens if they differ without a majority, as with two replicas: "stop" raises, "first" takes the
+            first replica's.
         outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas, "offloaded" keeps them in
             host memory between rounds; see `sharded` and `offloaded`.
-        utilization: what "auto" aims at: the part of the time in which nobody waits for the links, in (0, 1).
+        utilization: the target compute utilization of "auto", in (0, 1).
         route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own, with fewer passes over
             memory, for what is sent in fp32: no compressor, low rank, random-k).
 
-    Raises ``ValueError`` for numbers outside their range, ``TypeError`` for what is no outer optimizer.
+    Raises ``ValueError`` for numbers outside their range, ``TypeError`` for what is not an outer optimizer.
     """
     if not 0 < utilization < 1:
         raise ValueError(f"utilization is {utilization!r}; it lies between 0 and 1, for example 0.95")
@@ -151,11 +151,13 @@ def _require_shardable(spec: LocalUpdate) -> None:
             "is. Leave compress out, or keep the outer state replicated"
         )
     if spec.route != "two_phase":
-        raise ValueError("outer_state='sharded' goes in two phases by itself; leave route out")
+        raise ValueError("outer_state='sharded' has a two-phase route of its own; leave route out")
     if isinstance(spec.outer, Looking):
-        raise ValueError(f"{spec.outer} looks at all of a fragment, of which a replica has a part; use 'replicated'")
+        raise ValueError(
+            f"{spec.outer} needs a whole fragment, of which a replica keeps 1 / M; use outer_state='replicated'"
+        )
     if spec.overlaps:
         raise ValueError(
-            "outer_state='sharded' goes with rounds that are waited for; leave overlap_steps and delay out, or keep "
+            "outer_state='sharded' does not overlap rounds; leave overlap_steps and delay out, or keep "
             "the outer state replicated"
         )

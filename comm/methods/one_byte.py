@@ -1,13 +1,13 @@
-"""One byte per machine and sample: each tries a direction that all can make again, and tells how the loss changes.
+"""One byte per replica and sample: each tries a direction that all can regenerate, and sends how the loss changes.
 
-    own sample k      l+- = loss(parameters +- eps z_mk);   g_mk = (l+ - l-) / (2 eps), as a byte
-    everybody         all bytes are gathered;   parameters <- what `directions` makes of them
+    replica m, sample k    l+- = loss(parameters +- eps z_mk);   g_mk = (l+ - l-) / (2 eps), as a byte
+    all replicas           gather all bytes;   update the parameters by them, see `directions`
 
-Zeroth-order gradients (SPSA), distributed as in "Just One Byte" (Zelikman et al., arXiv:2306.10015), with what its code
-left out: the byte is all that anybody uses of g, the machine that found it included, so forward passes may differ from
-machine to machine and updates cannot. Forward passes only; nothing is kept but the parameters, of which a second copy
-exists while directions are tried: what is moved is the copy, so nothing has to be moved back.
-Communication: one all-gather a step. Bytes: ``samples`` of each machine. Keeps: counters; the log, if one is written.
+Zeroth-order gradients (SPSA), distributed as in "Just One Byte" (Zelikman et al., arXiv:2306.10015). Unlike in
+its code, the replica that computed g uses only the byte of it, too, so forward passes may differ between replicas and
+updates cannot. There are forward passes only, and no memory but the parameters and a second copy while directions are
+tried: the copy is moved, so nothing has to be moved back.
+Communication: one all-gather a step. Bytes: ``samples`` per replica. Keeps: counters; the log, if one is written.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class OneByte(Sync):
         return Attached(context, OneByteSteps(self, context, Machines(self, context)))
 
     def bind_members(self, pieces: Pieces, seed: int, members: Members) -> Attached:
-        """Raises ``ValueError`` without a log, from which machines that come catch up."""
+        """Raises ``ValueError`` without a log, from which newcomers catch up."""
         self.require_inner(pieces.optimizer)
         if not self.log:
-            raise ValueError("machines that come need the log of those that are there; give one_byte(log=FOLDER)")
+            raise ValueError("newcomers catch up from the members' log; give one_byte(log=FOLDER)")
         membership = Elastic(pieces, members)
         context = self._context("one_byte, elastic", pieces, seed, membership)
         model = agreement_digest(context.description, "", pieces).hex()
@@ -81,16 +81,18 @@ class OneByte(Sync):
 
     def _context(self, name: str, pieces: Pieces, seed: int, membership: Elastic | None) -> Context:
         plan = as_plan(None)
-        told = description(name, plan, self)
-        return Context(pieces, seed, told, plan=plan, kinds={}, parameters_kind="replicated", membership=membership)
+        return Context(
+            pieces, seed, description(name, plan, self), plan=plan, kinds={}, parameters_kind="replicated",
+            membership=membership,
+        )  # fmt: skip
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        """Raise ``ValueError`` for another inner optimizer than plain SGD."""
         require_plain_sgd(optimizer, "one_byte")
 
 
 class OneByteSteps(Method):
-    """A `OneByte` at work. ``machines``: who takes part, and what each writes down."""
+    """A `OneByte` at work. ``machines``: the replicas that take part, and their log."""
 
     counters = ("unusable",)
 
@@ -99,20 +101,20 @@ class OneByteSteps(Method):
         self.walk = spec.walk(context.seed)
         self.forward = ForwardSteps(context, self.walk, spec.eps, self._at)
         self.samples = self.walk.samples
-        self._step: Step | None = None  # the one under way; None if others had made it already
+        self._step: Step | None = None  # the present one; None if the peers had made it already
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
         return self.forward.estimate(loss)
 
     def prepare(self) -> bool:
-        """Gather everybody's bytes. False where nobody had anything usable."""
+        """Gather all replicas' bytes. False where none of them is usable."""
         codes = torch.tensor([encode(number) for number in self.forward.taken()], dtype=torch.uint8)
         gathered = self.machines.exchange(codes)
         self._step = None if gathered is None else self._step_of(gathered)
         return self._step is None or any(code & 0x7F for code in self._step.codes)
 
     def advance(self) -> None:
-        """Make the step, and write it down."""
+        """Make the step, and log it."""
         if self._step is not None:
             pieces, values = self.context.pieces, self.context.pieces.read()
             walk_on(values, pieces.segments, self.walk, self._step)
@@ -121,7 +123,7 @@ class OneByteSteps(Method):
         self.forward.stepped()
 
     def skip(self) -> None:
-        """As `advance`: a step of nothing is one, too, and has its weight decay."""
+        """As `advance`: a step without usable bytes is logged, too, and applies weight decay."""
         self.advance()
 
     def after_step(self) -> None:
@@ -130,15 +132,15 @@ class OneByteSteps(Method):
             self.verify()
 
     def verify(self) -> bool:
-        """Compare the digests of all machines; True: they are equal. Every rank must call it.
+        """Compare the digests of all replicas; True: they are equal. Every rank must call it.
 
-        Raises `ReplicasDiffer` if they are not: somebody had another learning rate, or computes something else. Nothing
-        is repaired: each machine's log says what its weights were.
+        Raises `ReplicasDiffer` if they are not: a replica had another learning rate, or its arithmetic differs. Nothing
+        is repaired: each replica's weights can be rebuilt from its log.
         """
         digest = torch.tensor([signed(self.context.digest())])
         digests = self.machines.gathered(digest, "verify")
         if digests is None:
-            return True  # a machine was lost; the next step finds a new epoch
+            return True  # a replica was lost; the next step begins a new epoch
         most, *others = groups_of(digests.flatten().tolist())
         if others:
             rate = self.context.pieces.optimizer.param_groups[0]["lr"]
@@ -175,14 +177,14 @@ class OneByteSteps(Method):
 
 
 class Machines:
-    """The replicas that there are, from beginning to end; each writes a log of its own, if any is asked for."""
+    """A fixed set of replicas; each writes its own log, if there is to be one."""
 
     def __init__(self, spec: OneByte, context: Context) -> None:
         self._context = context
         self.log: UpdateLog | None = None
         if spec.log:
             digest = context.digest()
-            if not context.pieces.channel.places["shard"].rank:  # a replica's log is for the first of its ranks
+            if not context.pieces.channel.places["shard"].rank:  # the first rank of a replica writes its log
                 path = Path(spec.log) / f"replica-{self.number}.log"
                 self.log = UpdateLog(path, Header(spec.walk(context.seed), dict(context.pieces.shapes), digest))
 
@@ -191,8 +193,8 @@ class Machines:
         return self._context.place.rank
 
     def exchange(self, codes: Tensor) -> Gathered | None:
-        everybody = self._context.pieces.channel.run(gathered(codes), "bytes")
-        return Gathered(everybody, 0, tuple(range(self._context.place.size)))
+        all_codes = self._context.pieces.channel.run(gathered(codes), "bytes")
+        return Gathered(all_codes, 0, tuple(range(self._context.place.size)))
 
     def gathered(self, value: Tensor, label: str) -> Tensor | None:
         return self._context.pieces.channel.run(gathered(value), label)
@@ -221,25 +223,25 @@ def one_byte(
     log: str = "",
     verify_every: int = 100,
 ) -> OneByte:
-    """Zeroth-order steps that cost one byte per machine and sample.
+    """Zeroth-order steps that cost one byte per replica and sample.
 
     Args:
-        eps: how far a direction is tried; an element moves by eps. 1e-3 for fp32.
-        samples: directions that each machine tries in a step.
+        eps: the step along a direction in the finite difference; an element moves by eps. 1e-3 for fp32.
+        samples: directions that each replica tries in a step.
         noise: "signs", or "normal" numbers.
-        seeds: "per_worker": the variance falls with the number of machines; or "common": all try the same direction.
-        rule: how numbers along a common direction become one: "mean", "median", "trimmed_mean" or "majority".
-        trimmed: of "trimmed_mean", how many of the largest and of the smallest are left out.
-        log: a folder for the run's `update_log`, of which each replica writes one, replica-N.log; empty: none.
-        verify_every: steps between two comparisons of all machines' weights, by digests of 8 bytes; 0: never.
+        seeds: "per_worker": the variance falls with the number of replicas; or "common": all try the same direction.
+        rule: how numbers along a common direction are combined: "mean", "median", "trimmed_mean" or "majority".
+        trimmed: how many of the largest and of the smallest numbers "trimmed_mean" leaves out.
+        log: a folder in which each replica writes its `update_log`, replica-N.log; empty: none.
+        verify_every: steps between two comparisons of all replicas' weights, by digests of 8 bytes; 0: never.
 
     >>> one_byte(samples=4).samples
     4
 
-    Raises ``ValueError`` for numbers outside their range and rules that need common directions.
+    Raises ``ValueError`` for numbers outside their range and for rules that need common directions.
     """
     if not 0 < eps < math.inf:
         raise ValueError(f"eps is {eps!r}; give a small positive number such as 1e-3")
-    Walk(0, samples, noise, seeds, rule, trimmed)  # refuses what makes no sense
+    Walk(0, samples, noise, seeds, rule, trimmed)  # raises for invalid settings
     require_guard(verify_every, "stop", "steps")
     return OneByte(eps, samples, noise, seeds, rule, trimmed, log, verify_every)

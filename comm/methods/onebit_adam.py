@@ -4,16 +4,16 @@
     then       m_i = b1 m + (1 - b1) g_i;   m = combined C(m_i), with error feedback
                x -= lr (clip(m / (sqrt(v) + eps), -c, c) + decay x)         v as the warm-up left it
 
-An element that had no gradient in the warm-up has v = 0: from then on it is not stepped but for its decay, as a code of
-few bits says of every element that it has a momentum. One that had next to none would be thrown far by it: c is the
-largest step of Adam itself, max(1, (1 - b1) / sqrt(1 - b2)). Both are ours; rows of an embedding that are first seen
-after the warm-up stay as they are, so it must be long enough to see what matters.
+An element without a gradient in the warm-up has v = 0: from then on it is only decayed, since a code of few bits gives
+every element a momentum. One with a tiny v would make huge steps: c is the largest step of Adam itself,
+max(1, (1 - b1) / sqrt(1 - b2)). Both rules are ours. Embedding rows that first occur after the warm-up are never
+trained, so it must be long enough to see what matters.
 
-Feedback around a gradient would go through Adam's variance, which is not linear; through a momentum it may go. m and v
-are divided by Adam's bias corrections of the last warm-up step. From the freeze on the inner optimizer is not stepped
-any more; its learning rate is still read in each step.
+Feedback around gradients would pass through Adam's variance, which is not linear; momenta are linear. m and v are
+divided by Adam's bias corrections of the last warm-up step. From the freeze on the inner optimizer is not stepped any
+more; its learning rate is still read in each step.
 Communication: the two-phase route of `every_step`; clipping after the freeze has no effect.
-Keeps: m and v, equal on all replicas, and what the feedback keeps.
+Keeps: m and v, equal on all replicas, and the feedback's state.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class OneBitAdam(Sync):
 
 
 class _FrozenAdam(Method):
-    """A `OneBitAdam` at work: the exchange of gradients in the warm-up, afterwards that of momenta."""
+    """A `OneBitAdam` at work: it exchanges gradients in the warm-up, momenta afterwards."""
 
     def __init__(self, spec: OneBitAdam, context: Context) -> None:
         self.context, self.warmup_steps = context, spec.warmup_steps
@@ -120,7 +120,7 @@ class _FrozenAdam(Method):
     def _combining(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]:
         if not self.frozen:
             mean = yield from self._gradients.combining(gradients, key, present)
-            # The square of more would leave no finite variance to be frozen.
+            # A larger square would leave no finite variance to freeze.
             return replace(mean, finite=mean.finite and is_keepable(*mean.values.values()))
         b1, state = self._group["betas"][0], self.context.state
         last = {fqn: state.get(fqn, "adam_m", gradient) for fqn, gradient in gradients.items()}
@@ -131,11 +131,11 @@ class _FrozenAdam(Method):
         combined = yield from self._gradients.combining(momenta, key, present)
         for fqn, momentum in combined.values.items():
             state.stage(fqn, "adam_m", momentum.clone())
-        new = {fqn: m - last[fqn] if key.again else m for fqn, m in combined.values.items()}  # it is added up
+        new = {fqn: m - last[fqn] if key.again else m for fqn, m in combined.values.items()}  # gradients add up
         return replace(combined, values={fqn: m.to(gradients[fqn].dtype) for fqn, m in new.items()})
 
     def _require_variance(self) -> None:
-        """Raise ``RuntimeError`` for a rank that ends in the warm-up."""
+        """Raise ``RuntimeError`` for a rank that runs out of data in the warm-up."""
         if not self.frozen:
             raise RuntimeError(
                 f"this rank has ended (model.join()) in step {self.context.steps}, within the {self.warmup_steps} "
@@ -144,19 +144,19 @@ class _FrozenAdam(Method):
             )
 
     def _freeze(self) -> None:
-        """Take over Adam's moments, bias corrections included."""
+        """Take over Adam's moments, divided by their bias corrections."""
         b1, b2 = self._group["betas"]
-        kept = self.context.pieces.optimizer_state()
-        moments = kept.get("exp_avg", {})
+        inner_state = self.context.pieces.optimizer_state()
+        moments = inner_state.get("exp_avg", {})
         if without := self.context.pieces.segments.keys() - moments.keys():
             raise RuntimeError(
                 f"the inner optimizer has no variance of {', '.join(sorted(without)[:3])} after {self.context.steps} "
                 "steps of warm-up; onebit_adam needs every parameter in use, and at least one step that was not skipped"
             )
         for fqn, m in moments.items():
-            made = float(kept["step"][fqn]) if "step" in kept else float(self.context.steps)
-            self.context.state.stage(fqn, "adam_m", working(m) / (1 - b1**made))
-            self.context.state.stage(fqn, "adam_v", working(kept["exp_avg_sq"][fqn]) / (1 - b2**made))
+            steps = float(inner_state["step"][fqn]) if "step" in inner_state else float(self.context.steps)
+            self.context.state.stage(fqn, "adam_m", working(m) / (1 - b1**steps))
+            self.context.state.stage(fqn, "adam_v", working(inner_state["exp_avg_sq"][fqn]) / (1 - b2**steps))
         self.context.state.commit()
 
     @property
@@ -166,7 +166,7 @@ class _FrozenAdam(Method):
 
 @dataclass(frozen=True)
 class _Joined:
-    """An exchange, and what must hold where a rank has ended (``model.join()``); see `Repeated`."""
+    """An exchange, and a check for where a rank has run out of data (``model.join()``); see `Repeated`."""
 
     exchange: Repeated
     require: Callable[[], None]
@@ -189,11 +189,11 @@ def onebit_adam(
     """1-bit Adam.
 
     Args:
-        warmup_steps: of plain Adam in fp32; 15 to 25 % of a run, until the variance stands still.
-        compress: what momenta are sent as afterwards; ``error_feedback(sign())`` by default.
+        warmup_steps: steps of plain Adam in fp32; 15 to 25 % of a run, until the variance is stable.
+        compress: a compressor for the momenta afterwards; ``error_feedback(sign())`` by default.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `every_step`.
 
-    Raises ``ValueError`` for a warm-up of less than a step, and when attached to another optimizer than Adam or AdamW.
+    Raises ``ValueError`` for a warm-up of no steps, and when attached to another optimizer than Adam or AdamW.
     Source: arXiv:2102.02888, algorithm 1.
     """
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 1:

@@ -1,8 +1,8 @@
 """Post-local SGD (Lin et al., arXiv:1808.07217): data parallelism first, Local SGD afterwards.
 
-The row of `local_update` with a warm-up. While gradients still differ much, and the inner optimizer's state with them,
-replicas stay together; later they meet every H steps.
-Communication: in the warm-up all gradients in fp32 at every step, then one round every H steps. Keeps: the anchor.
+`local_update` with a warm-up: replicas are kept equal while their gradients, and so the inner optimizer's state, still
+differ much.
+Communication: in the warm-up all gradients in fp32 at every step, then one exchange every H steps. Keeps: the anchor.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def post_local_sgd(
 ) -> LocalUpdate:
     """Average gradients for ``warmup_steps`` steps, then parameters every ``every_steps`` steps.
 
-    ``compress`` is for the parameters' deltas; the warm-up sends fp32. ``verify_every``, ``tie``: see `local_update`.
+    ``compress`` is for the pseudo-gradients; the warm-up sends fp32. ``verify_every``, ``tie``: see `local_update`.
 
     >>> post_local_sgd(every_steps=16, warmup_steps=1000).warmup_steps
     1000
 
-    Raises ``ValueError`` for numbers that are not whole, or negative. Source: arXiv:1808.07217.
+    Raises ``ValueError`` for numbers that are negative or not whole. Source: arXiv:1808.07217.
     """
     return local_update(
         every_steps=every_steps,

@@ -1,20 +1,20 @@
-"""FedAvg-M and SCAFFOLD-M (Cheng et al., arXiv:2306.16504): local steps that are told where the others go.
+"""FedAvg-M and SCAFFOLD-M (Cheng et al., arXiv:2306.16504): local steps directed by what all replicas did.
 
     step      parameters_i <- parameters_i - lr (beta (gradient_i - c_i + c) + (1 - beta) g)
     round     d_i = (anchor - parameters_i) / sum(lr);   D = mean_i d_i;   g <- D
               c_i <- mean gradient_i of the round;   c <- mean_i c_i;   anchor <- anchor - outer lr sum(lr) D
 
 FedAvg-M leaves c_i and c at zero; with beta = 1 it is Local SGD, and SCAFFOLD-M is SCAFFOLD (Karimireddy et al.,
-arXiv:1910.06378, its option II). For data that differ from replica to replica, where Local SGD ends beside the optimum.
+arXiv:1910.06378, its option II). For heterogeneous data, on which Local SGD does not reach the optimum.
 Every replica takes part in each round and steps by plain SGD, so the mean gradients follow from what is known already:
 
     mean gradient_i = (d_i - (1 - beta) g) / beta + c_i - c;   c <- (D - (1 - beta) g) / beta
 
-Where d_i is compressed, each replica takes for its own d_i what it has put into D: what was sent, less what a second
-phase lost of it, or EF21's estimate. c is then the mean of all c_i however much is lost; what each c_i is off is lost
-once, where otherwise every round's error would stay in c - mean c_i for good.
+Where d_i is compressed, each replica takes for d_i its contribution to D: what was sent, less the error of a second
+phase, or EF21's estimate. c is then the mean of all c_i whatever the error; otherwise every round's error would stay in
+c - mean c_i for good.
 
-Communication: one round every H steps. Bytes: of one parameter exchange per round, control variates cost none.
+Communication: one round every H steps. Bytes: of one parameter exchange per round, control variates add none.
 Keeps: anchor and g; with control variates c, and c_i of each replica; during a lossy round what was sent.
 """
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Noted(Feedback):
-    """No feedback, but what this replica has put into the mean is kept as ``told``: the mean of all is the result."""
+    """No feedback, but this replica's contribution to the mean is kept as ``told``; the mean of all is the result."""
 
     feeds_back: ClassVar[bool] = False
 
@@ -73,7 +73,7 @@ class Noted(Feedback):
 
 
 def noted(compression: Compression) -> Compression:
-    """``compression``, with `Noted` where it loses something that nobody feeds back."""
+    """``compression``, with `Noted` where it loses something and has no feedback."""
     exact = compression.compressor == cast("fp32") or compression.feedback.feeds_back
     return compression if exact else dataclasses.replace(compression, feedback=Noted())
 
@@ -99,28 +99,28 @@ class Directed(LoopSpec, Sync):
         parts.source = DirectedGradients(self, context)
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ``ValueError`` for an inner optimizer that does not go with it."""
+        """Raise ``ValueError`` for another inner optimizer than plain SGD."""
         groups = optimizer.param_groups
-        given = {name: {group.get(name) for group in groups} for name in ("lr", "momentum", "weight_decay")}
-        plain = isinstance(optimizer, torch.optim.SGD) and not any({*given["momentum"], *given["weight_decay"]})
-        if not plain or len(given["lr"]) > 1:
-            values = ", ".join(
-                f"{name}={' and '.join(map(str, some))}" for name, some in given.items() if some != {None}
+        settings = {name: {group.get(name) for group in groups} for name in ("lr", "momentum", "weight_decay")}
+        plain = isinstance(optimizer, torch.optim.SGD) and not any({*settings["momentum"], *settings["weight_decay"]})
+        if not plain or len(settings["lr"]) > 1:
+            described = ", ".join(
+                f"{name}={' and '.join(map(str, values))}" for name, values in settings.items() if values != {None}
             )
             raise ValueError(
-                f"{'scaffold_m' if self.control else 'fedavg_m'} steps by plain SGD, whose gradients it reads off from "
-                "what was moved; take torch.optim.SGD(lr=...) without momentum and weight decay and with one rate, not "
-                f"{type(optimizer).__name__}({values})"
+                f"{'scaffold_m' if self.control else 'fedavg_m'} steps by plain SGD, whose gradients follow from how "
+                "far it moved; take torch.optim.SGD(lr=...) without momentum and weight decay and with one rate, not "
+                f"{type(optimizer).__name__}({described})"
             )
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        own: dict[str, Kind] = {"control": "replicated", "own_control": "per_worker"} if self.control else {}
-        return {**super().kinds, "direction": "replicated", **own}
+        variates: dict[str, Kind] = {"control": "replicated", "own_control": "per_worker"} if self.control else {}
+        return {**super().kinds, "direction": "replicated", **variates}
 
     @property
     def weighs(self) -> bool:
-        return False  # c is the mean of all c_i only where all count alike
+        return False  # c is the mean of all c_i only where all weigh the same
 
 
 class DirectedGradients(OwnGradients):
@@ -141,18 +141,18 @@ class DirectedGradients(OwnGradients):
         return True
 
     def stepped(self) -> None:
-        self.moved += self._context.rate  # of a step that this replica skips, too: all must divide by the same
+        self.moved += self._context.rate  # also in a step that this replica skips: all must divide by the same
 
     def captured(self, values: Named) -> None:
         self._deltas = dict(values)
 
     def applying(self, fragment: Fragment, mean: Named | None) -> None:
         beta, state = self._spec.beta, self._context.state
-        for fqn, delta in (mean or {}).items() if self.moved else ():  # without a step nobody has learned anything
+        for fqn, delta in (mean or {}).items() if self.moved else ():  # without a step there is no pseudo-gradient
             direction, last = delta / self.moved, state.get(fqn, "direction", delta)
             if self._spec.control:
                 control, own_control = state.get(fqn, "control", delta), state.get(fqn, "own_control", delta)
-                gradient = (self._put_in(fqn) / self.moved - (1 - beta) * last) / beta
+                gradient = (self._contribution(fqn) / self.moved - (1 - beta) * last) / beta
                 state.stage(fqn, "own_control", gradient + own_control - control)
                 state.stage(fqn, "control", (direction - (1 - beta) * last) / beta)
             state.stage(fqn, "direction", direction)
@@ -165,12 +165,12 @@ class DirectedGradients(OwnGradients):
         self.moved = float(numbers["moved"])
 
     def directed(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
-        """What the optimizer is given in place of this replica's own gradients; nothing is sent."""
+        """What the optimizer steps with in place of this replica's own gradients; nothing is sent."""
         yield from ()
         beta, state, directed = self._spec.beta, self._context.state, {}
         for fqn, gradient in gradients.items():
             corrected = gradient
-            if fqn in self._met:  # of a further backward pass: the step has its direction already
+            if fqn in self._met:  # a further backward pass: the direction is added once a step
                 directed[fqn] = beta * corrected
                 continue
             self._met.add(fqn)
@@ -180,19 +180,19 @@ class DirectedGradients(OwnGradients):
             directed[fqn] = corrected if beta == 1 else beta * corrected + (1 - beta) * direction
         return Combined(directed, finite=True, present=None)
 
-    def _put_in(self, fqn: str) -> Tensor:
-        """What this replica has put into the round's mean."""
+    def _contribution(self, fqn: str) -> Tensor:
+        """This replica's part of the round's mean."""
         context = self._context
-        kept = context.plan.of(fqn, context.steps).feedback.kinds
-        name = next((name for name in ("told", "estimate") if name in kept), "")
+        kinds = context.plan.of(fqn, context.steps).feedback.kinds
+        name = next((name for name in ("told", "estimate") if name in kinds), "")
         sent = context.state.find(fqn, name)
         context.state.drop(fqn, "told")
-        return self._deltas[fqn] if sent is None else sent  # without: what is sent in full
+        return self._deltas[fqn] if sent is None else sent  # None: it was sent in full
 
 
 @dataclass(frozen=True)
 class _Directing:
-    """What the pieces are handed: see `Repeated` and `Private`."""
+    """The exchange that the pieces call: see `Repeated` and `Private`."""
 
     source: DirectedGradients
     adds: bool = True
@@ -218,9 +218,9 @@ def fedavg_m(
 
     Args:
         every_steps: inner steps in a round.
-        beta: what this replica's own gradient counts, in (0, 1]; 1 is Local SGD.
-        lr: of the outer step, in units of what the replicas moved.
-        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        beta: the weight of this replica's own gradient, in (0, 1]; 1 is Local SGD.
+        lr: the outer learning rate, relative to the mean of what the replicas moved.
+        compress: a compressor for the pseudo-gradients, ``error_feedback(...)`` of one, or None for fp32.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> fedavg_m(beta=0.5).beta
@@ -259,13 +259,14 @@ def scaffold_m(
 
 
 def _require_stable(plan: Plan) -> None:
-    """Raise ``ValueError`` for a running estimate that lags: the variates, which follow it, would swing ever wider."""
-    for each in plan.compressions:
-        weak = each.by_row is None or each.by_row.delta < WEAK
-        if weak and "estimate" in each.feedback.kinds:
+    """Raise ``ValueError`` for a running estimate that lags: the control variates, which follow it, would diverge."""
+    for compression in plan.compressions:
+        weak = compression.by_row is None or compression.by_row.delta < WEAK
+        if weak and "estimate" in compression.feedback.kinds:
             raise ValueError(
                 f"scaffold_m diverges where a running estimate (ef21, ef21w, econtrol) follows its deltas through "
-                f"{each.compressor}, which may lose more than half of them; use error_feedback(...) around it, or none"
+                f"{compression.compressor}, which may lose more than half of them; use error_feedback(...) around "
+                "it, or none"
             )
 
 
@@ -275,8 +276,8 @@ def _loop(every_steps: int, lr: float, plan: Plan, verify_every: int, tie: Tie) 
     return local_update(every_steps=every_steps, outer=sgd(lr=lr), compress=plan, verify_every=verify_every, tie=tie)
 
 
-def _directed(made: LoopSpec, beta: float, *, control: bool) -> Directed:
+def _directed(loop: LoopSpec, beta: float, *, control: bool) -> Directed:
     if not 0 < beta <= 1:
-        raise ValueError(f"beta is {beta!r}; what a replica's own gradient counts lies in (0, 1]")
-    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+        raise ValueError(f"beta is {beta!r}; the weight of a replica's own gradient lies in (0, 1]")
+    fields = {field.name: getattr(loop, field.name) for field in dataclasses.fields(loop)}
     return Directed(**fields, beta=float(beta), control=control)

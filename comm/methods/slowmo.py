@@ -2,12 +2,12 @@
 
     u <- momentum u + (anchor - mean_i parameters_i) / g;      anchor <- anchor - lr g u        g: the round's inner lr
 
-In the paper g is constant within a round. Here it is the mean over the round's steps: by the last one's
-rate a round whose rate falls to nothing would count as a huge one. Where g rises from one round to the next, as at a
-warm restart, u is multiplied by old g / new g first, so that the old momentum moves no further than it would have.
-The row of `local_update` with outer momentum in units of the inner learning rate, so that what was moved under another
-rate counts as much as it would now. With a constant rate it is outer heavy ball, and without momentum Local SGD.
-Communication: one round every H steps. Bytes: of one parameter exchange per round. Keeps: anchor and momentum.
+In the paper g is constant within a round. Here it is the mean over the round's steps: with the last
+step's, a round whose rate decays to 0 would count as a huge one. Where g rises from one round to the next, as at a warm
+restart, u is first multiplied by old g / new g, so that the old momentum moves no further than it would have.
+`local_update` with outer momentum in units of the inner learning rate, so that updates made at another rate count as
+they would now. With a constant rate it is outer heavy ball, and without momentum Local SGD.
+Communication: one exchange every H steps. Bytes: all parameters once per round. Keeps: anchor and momentum.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def slowmo(
         every_steps: inner steps in a round, 12 to 48 as a rule; or "auto", see `knobs`.
         lr: alpha, the slow learning rate.
         momentum: beta, the slow momentum, in [0, 1).
-        compress: a compressor for the deltas, ``error_feedback(...)`` of one, or None for fp32.
+        compress: a compressor for the pseudo-gradients, ``error_feedback(...)`` of one, or None for fp32.
         outer_state: "sharded" (1 / M of anchor and outer momentum on each of M replicas; fp32 only) or "offloaded" (in
             host memory between rounds); "replicated" by default.
-        utilization: the compute utilization that "auto" aims at, in (0, 1).
+        utilization: the target compute utilization of "auto", in (0, 1).
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> slowmo().outer

@@ -1,13 +1,13 @@
-"""SPARTA: at every step, or every few, a small part of the parameters is averaged over the replicas.
+"""SPARTA: at every step, or every few, a small fraction of the parameters is averaged over the replicas.
 
 Beton et al., 2025, openreview.net/forum?id=stFPf3gzq1.
 
     k of n coordinates by the shared seed;   parameters_i[k] <- mean_j parameters_j[k]
 
-Which coordinates: an affine walk through each parameter, other for each period, so that within a period of 1 / density
-exchanges each of them has its turn once. Nothing but values is sent. With density 1 it is Local SGD of one step.
-There is no anchor: the replicas hover around each other, and each evaluates its own parameters; at the end of training
-all of them are averaged.
+The coordinates: an affine walk through each parameter, redrawn for each period of 1 / density exchanges, in which each
+coordinate has its turn once. Only values are sent. With density 1 it is Local SGD of one step.
+There is no anchor: replicas differ, and each evaluates its own parameters; at the end of training all parameters are
+averaged.
 Communication: one `two_phase` flow. Bytes: density x 4 x 2 (M - 1) / M of each parameter. Keeps: nothing.
 """
 
@@ -57,7 +57,7 @@ class Sparta(Sync):
 
 
 class AveragedCoordinates(GradientSteps):
-    """A `Sparta` at work on one rank. ``left_out``: averages to which this replica gave nothing finite."""
+    """A `Sparta` at work on one rank. ``left_out``: averages without this replica, as its values were not finite."""
 
     counters = ("left_out",)
 
@@ -65,13 +65,13 @@ class AveragedCoordinates(GradientSteps):
         super().__init__(context)
         self.spec = spec
         self.left_out = 0
-        self._averaged: dict[str, Tensor] = {}  # what the last exchange has made equal: coordinates
+        self._averaged: dict[str, Tensor] = {}  # coordinates that the last exchange has made equal
         self._guard = Guard(
             context, spec.tie, "coordinates that were just averaged", self._held, replace=self._take_over
         )
 
     def close_round(self) -> bool:
-        """Average all parameters. It is for the end of training, and may be repeated."""
+        """Average all parameters, for the end of training; may be repeated."""
         self._average(1.0, 0)
         return True
 
@@ -116,8 +116,8 @@ class AveragedCoordinates(GradientSteps):
 
     def _take_over(self, values: Mapping[str, Tensor]) -> None:
         now = self.context.pieces.read()
-        right = {fqn: values.get(f"coordinates of {fqn}", now[fqn][at]) for fqn, at in self._averaged.items()}
-        self.context.pieces.write({**now, **_replaced({fqn: now[fqn] for fqn in right}, self._averaged, right)})
+        repaired = {fqn: values.get(f"coordinates of {fqn}", now[fqn][at]) for fqn, at in self._averaged.items()}
+        self.context.pieces.write({**now, **_replaced({fqn: now[fqn] for fqn in repaired}, self._averaged, repaired)})
 
 
 def turn(value: Tensor, density: float, number: int, key: Key) -> Tensor:
@@ -145,10 +145,10 @@ def _replaced(
 def sparta(
     *, density: float = 0.005, every_steps: int = 1, verify_every: int = VERIFY_STEPS, tie: Tie = "stop"
 ) -> Sparta:
-    """Average a part of the parameters at a time.
+    """Average a fraction of the parameters in each exchange.
 
     Args:
-        density: the part, in (0, 1].
+        density: the fraction, in (0, 1].
         every_steps: inner steps between two exchanges.
         verify_every: exchanges between two comparisons of what was averaged last, which is all that must be equal on
             all replicas; 0 for none.
@@ -160,7 +160,7 @@ def sparta(
     Raises ``ValueError`` for numbers outside their range.
     """
     if not 0 < density <= 1:
-        raise ValueError(f"density is {density!r}; the part that is averaged lies in (0, 1], for example 0.005")
+        raise ValueError(f"density is {density!r}; the fraction that is averaged lies in (0, 1], for example 0.005")
     if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
         raise ValueError(f"every_steps is {every_steps!r}; give a positive whole number of inner steps")
     require_guard(verify_every, tie, "exchanges")

@@ -1,10 +1,10 @@
-"""Streaming DiLoCo (Douillard et al., arXiv:2501.18512): DiLoCo fragment by fragment, behind the inner steps.
+"""Streaming DiLoCo (Douillard et al., arXiv:2501.18512): DiLoCo fragment by fragment, overlapped with inner steps.
 
     every H steps, each fragment p at a time of its own:      d = anchor_p - parameters_p, sent in few bits
     `overlap_steps` later:    anchor_p = outer(anchor_p, D);   parameters_p = mix parameters_p + (1 - mix) anchor_p
 
-The row of `local_update` with fragments, an overlap and a mix. The peak of what is sent at once is that of a fragment.
-Communication: one exchange for each fragment every H steps. Bytes: of one parameter exchange every H steps.
+`local_update` with fragments, an overlap and a mix. Peak traffic is that of one fragment.
+Communication: one exchange for each fragment every H steps. Bytes: all parameters once every H steps.
 Keeps: the anchor and the outer momentum.
 """
 
@@ -44,26 +44,26 @@ def streaming_diloco(
     Args:
         every_steps: H, the inner steps between two exchanges of a fragment, or "auto"; see `knobs`.
         layers_per_fragment: blocks in a fragment; 0 is one fragment with everything; or "auto".
-        overlap_steps: inner steps that go on while a fragment is under way; up to 5 cost next to nothing; or "auto".
-        mix: what a replica's own parameters count when they meet the new anchor; 0 with an overlap of up to one step
+        overlap_steps: inner steps made while a fragment is under way; up to 5 cost next to nothing; or "auto".
+        mix: the weight of a replica's own parameters when the new anchor is merged; 0 with an overlap of up to one step
             and 0.5 with a longer one, by default.
         outer: the outer optimizer; ``nesterov(lr=0.4, momentum=0.9)`` by default, the paper's choice.
-        compress: a compressor for the deltas, for example ``quantize(grid="e3m0")``, the paper's 4 bits.
+        compress: a compressor for the pseudo-gradients, for example ``quantize(grid="e3m0")``, the paper's 4 bits.
         warmup_steps: steps of data parallelism before the first round.
-        outer_state: "offloaded": in host memory, but for the fragment whose round begins or ends.
+        outer_state: "offloaded": in host memory, except for the fragment whose round begins or ends.
         pattern: "strided" (every P-th block) or "sequential" (neighbours).
         fragments_by_name: instead of blocks, shell patterns over parameter names, a list for each fragment.
         staggered: fragments take turns within the period; otherwise all are exchanged at once.
         first_round: "full": each fragment's first exchange comes after a whole period; "early": after its turn in the
             first period, as in torchft.
-        utilization: what "auto" aims at: the part of the time in which nobody waits for the links, in (0, 1).
+        utilization: the target compute utilization of "auto", in (0, 1).
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> streaming_diloco(every_steps=30).overlap_steps
     1
 
-    Raises ``ValueError`` for an overlap as long as the period and other numbers outside their range; and, where the
-    model is known, for fragments that do not hold every parameter once. Source: arXiv:2501.18512, algorithm 2.
+    Raises ``ValueError`` for an overlap as long as the period and other numbers outside their range; and, when
+    attached, for fragments that do not hold every parameter once. Source: arXiv:2501.18512, algorithm 2.
     """
     cut = fragments(
         layers_per_fragment,

@@ -72,7 +72,7 @@ def test_levels_that_zstandard_does_not_know_are_refused(level: object) -> None:
 
 
 def test_an_all_reduce_has_nothing_to_code() -> None:
-    with pytest.raises(ValueError, match="lossless codes parts, which an all-reduce does not have"):
+    with pytest.raises(ValueError, match="lossless codes messages, which an all-reduce has to add up"):
         every_step(compress=cast("bf16"), route="all_reduce", lossless=1)
     assert every_step(compress=error_feedback(topk(0.1)), lossless=1).lossless == 1
 

@@ -166,7 +166,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: local_update(every_steps=5, outer=sgd(), overlap_steps="auto", outer_state="sharded"),
-        "outer_state='sharded' goes with rounds that are waited for",
+        "outer_state='sharded' does not overlap rounds",
     ),
 ]
 

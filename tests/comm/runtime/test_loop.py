@@ -286,7 +286,7 @@ def test_something_that_is_no_compressor(name: str) -> None:
         ({"route": "ring"}, "route is 'ring'; choose 'two_phase' or 'all_reduce'"),
         ({"route": "all_reduce", "compress": quantize(bits=8)}, "is not linear, so an all-reduce cannot sum"),
         ({"route": "all_reduce", "compress": cast("bf16")}, "cannot weigh replicas; use route='two_phase'"),
-        ({"route": "all_reduce", "outer_state": "sharded"}, "goes in two phases by itself; leave route out"),
+        ({"route": "all_reduce", "outer_state": "sharded"}, "has a two-phase route of its own; leave route out"),
     ],
 )
 def test_a_route_that_rounds_cannot_take(chosen: dict[str, Any], words: str) -> None:

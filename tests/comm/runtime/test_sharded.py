@@ -104,8 +104,8 @@ def test_evaluation_shows_the_anchor_and_puts_the_parameters_back() -> None:
     ("arguments", "message"),
     [
         ({"compress": quantize(bits=8)}, "outer_state='sharded' sends parameters as they are"),
-        ({"overlap_steps": 1}, "outer_state='sharded' goes with rounds that are waited for"),
-        ({"delay": "stale"}, "outer_state='sharded' goes with rounds that are waited for"),
+        ({"overlap_steps": 1}, "outer_state='sharded' does not overlap rounds"),
+        ({"delay": "stale"}, "outer_state='sharded' does not overlap rounds"),
     ],
 )
 def test_what_it_does_not_go_with(arguments: dict[str, object], message: str) -> None:
