@@ -1,7 +1,7 @@
 """Whether an inner optimizer communicates: under a local update it must not, or it would keep the replicas equal.
 
-Those that are known are refused by name, at attach. Others are noticed in their first step, as process groups count
-their collectives.
+Known ones are refused by name, at attach. Others are detected in their first step, as process groups count their
+collectives.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ import torch
 import torch.distributed as dist
 
 KNOWN = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
-"""Optimizers, or what they are derived from, that send something in every step or some."""
+"""Optimizers, or base classes of them, that communicate in some steps."""
 
 
 def require_silent(optimizer: object) -> None:
     """Raise ``ValueError`` for an optimizer that is known to communicate."""
     if any(owner.__name__ in KNOWN for owner in type(optimizer).__mro__):
-        raise ValueError(_said(optimizer))
+        raise ValueError(_refusal(optimizer))
 
 
 class Listening:
-    """Notices an optimizer that sends something to ranks outside of ``replica``, once, in its first step."""
+    """Detects an optimizer that communicates with ranks outside of ``replica``, once, in its first step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, replica: Collection[int]) -> None:
         self._optimizer, self._replica = optimizer, set(replica)
         self._done = False
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Around a step. Raises ``RuntimeError`` behind it."""
+    def checked(self) -> Iterator[None]:
+        """A context for a step. Raises ``RuntimeError`` at its end."""
         if self._done:
             yield
             return
-        before = self._asked()
+        before = self._counts()
         yield
         self._done = True
-        if self._asked() != before:
-            raise RuntimeError(_said(self._optimizer))
+        if self._counts() != before:
+            raise RuntimeError(_refusal(self._optimizer))
 
-    def _asked(self) -> dict[str, int]:
-        """How many collectives each group has begun that reaches beyond the replica."""
+    def _counts(self) -> dict[str, int]:
+        """The number of collectives begun by each group that reaches beyond the replica."""
         beyond = [
             group
             for group in dist.distributed_c10d._world.pg_map
@@ -52,12 +52,12 @@ class Listening:
 
 
 def _begun(group: dist.ProcessGroup) -> int:
-    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]  # it has, since torch 1.10
+    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]  # there since torch 1.10
 
 
-def _said(optimizer: object) -> str:
+def _refusal(optimizer: object) -> str:
     return (
-        f"{type(optimizer).__name__} communicates by itself, in steps in which a local update leaves replicas to "
-        "themselves; give attach an optimizer that only steps, such as the one that it wraps (with fully_shard or "
+        f"{type(optimizer).__name__} communicates in its steps, and within a round of a local update replicas "
+        "do not; give attach an optimizer that only steps, such as the one that it wraps (with fully_shard or "
         "DeepSpeed its state is sharded within a replica), or use every_step(...)"
     )

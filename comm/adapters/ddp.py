@@ -1,9 +1,9 @@
-"""Adapts DistributedDataParallel: gradients are exchanged bucket by bucket, while backward goes on.
+"""Adapts DistributedDataParallel: gradients are exchanged bucket by bucket, during backward.
 
 The communication hook replaces DDP's own all-reduce: the gradient is averaged over the shard axis (each member gets
 its slice of each parameter), the slices go through the sync's exchange with the peers, and the shard axis gathers the
-result. With a shard axis of one, the slice is the whole parameter. All of it is cut per FQN, so DDP may rebuild its
-buckets after the first step without moving a bit.
+result. With a shard axis of one, the slice is the whole parameter. All of it is cut per FQN, so results stay bitwise
+equal when DDP rebuilds its buckets after the first step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dtrain.comm.pieces import Exchange, Repeated
 class DDPPieces(ModulePieces):
     """Pieces of a model in DDP. ``channel`` has both axes; together they span what DDP would average over.
 
-    Raises ``ValueError`` for DDP's mixed precision, which keeps the only slot for a hook to itself.
+    Raises ``ValueError`` for DDP's mixed precision, which takes the only hook.
     """
 
     def __init__(self, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
@@ -52,7 +52,7 @@ class DDPPieces(ModulePieces):
         self._under_way: list[Handle[None]] = []
         self._backward_ended = 0.0
         self._arrived: set[str] = set()  # in this pass through the buckets
-        self._handed: dict[str, Tensor | None] = {}  # in this step; whether not all is zero, where it may be unused
+        self._received: dict[str, Tensor | None] = {}  # in this step; if some may be unused: whether nonzero
 
     def set_gradient_exchange(self, exchange: Exchange | None) -> None:
         if exchange is not None or self.shard.size > 1:
@@ -60,8 +60,8 @@ class DDPPieces(ModulePieces):
             self._require_reduced()
             self._no_sync = self._no_sync or NoSyncWatch(self.model, self.parameters.values())
         self._exchange = exchange
-        # A replica of one rank that keeps its own gradients: without DDP's buckets, whose copies cost 4 % of a step. A
-        # static graph insists on them in its first step.
+        # A replica of one rank with local gradients skips DDP's buckets, whose copies cost 4 % of a step. A static
+        # graph needs them in its first step.
         self.model.require_backward_grad_sync = not self._keeps_its_own or self.model.static_graph
         slot = _SLOTS.get(self.model)
         if slot is None:
@@ -73,7 +73,7 @@ class DDPPieces(ModulePieces):
     def finish(self) -> None:
         super().finish()
         self._require_no_join()
-        self._require_all_handed()
+        self._require_all_received()
         self._require_exchanged()
         ended = [handle.ended_at for handle in self._under_way]
         for handle in self._under_way:
@@ -83,7 +83,7 @@ class DDPPieces(ModulePieces):
         self._require_still_there()
 
     def unused(self) -> set[str]:
-        # What another optimizer has stepped and cleared was not unused.
+        # A gradient that another optimizer has used and cleared was not unused.
         return {fqn for fqn in super().unused() if not self._was_used(fqn)}
 
     def step(self) -> None:
@@ -95,14 +95,14 @@ class DDPPieces(ModulePieces):
         super().skip()
 
     def _step_ends(self) -> None:
-        self._handed, self._arrived = {}, set()
+        self._received, self._arrived = {}, set()
         if self._earlier is not None:
             self._earlier.step_ended()
         if self._no_sync is not None:
             self._no_sync.step_ended()
 
     def detach(self) -> None:
-        """DDP has no way to take a hook out: from now on it averages over its own group, as it did without one."""
+        """DDP cannot remove a hook: from now on it averages over DDP's own group, as DDP does without one."""
         if self.model in _SLOTS:
             _SLOTS[self.model].pieces = None
         self.model.require_backward_grad_sync = True
@@ -119,12 +119,12 @@ class DDPPieces(ModulePieces):
         if self._keeps_its_own:  # DDP calls the hook nevertheless, as with a static graph in the first step
             future.set_result(buffer)
             return future
-        # What was frozen since DDP was built has its place in a bucket, and no name here.
+        # A parameter that was frozen since DDP was built is still in a bucket, but has no name here.
         names, views = [self.names.get(id(p), "") for p in bucket.parameters()], bucket.gradients()
         if len(names) != len(views):
             raise RuntimeError(f"DDP hands over {len(views)} gradients for {len(names)} parameters: {', '.join(names)}")
         gradients = {name: gradient for name, gradient in zip(names, views, strict=True) if name and gradient.numel()}
-        standing_in = torch._C._current_graph_task_id() < 0  # no backward pass: DDP.join gives zeros
+        standing_in = torch._C._current_graph_task_id() < 0  # no backward pass: zeros from DDP.join
         before: Named = {}
         if not standing_in:
             self._count(gradients)
@@ -159,27 +159,27 @@ class DDPPieces(ModulePieces):
 
     def _count(self, gradients: Mapping[str, Tensor]) -> None:
         for fqn, gradient in gradients.items():
-            self._handed[fqn] = gradient.any() if self._may_be_unused else None
+            self._received[fqn] = gradient.any() if self._may_be_unused else None
 
     def _was_used(self, fqn: str) -> bool:
-        """Whether this rank's backward pass gave a gradient for ``fqn`` in this step, whatever became of it since."""
-        if fqn not in self._handed:
+        """Whether this rank's backward pass gave a gradient for ``fqn`` in this step, even if it was cleared since."""
+        if fqn not in self._received:
             return False
-        nonzero = self._handed[fqn]
+        nonzero = self._received[fqn]
         return nonzero is None or bool(nonzero)
 
     def _require_reduced(self) -> None:
-        """Raise ``ValueError`` for trainable parameters that DDP was told to leave alone."""
-        left = {plain_name(name) for name in self.model.parameters_to_ignore} & self.trained.parameters.keys()
-        if left:
+        """Raise ``ValueError`` for trainable parameters that DDP ignores."""
+        ignored = {plain_name(name) for name in self.model.parameters_to_ignore} & self.trained.parameters.keys()
+        if ignored:
             raise ValueError(
-                f"DistributedDataParallel was told to ignore {', '.join(sorted(left))}, so their gradients would be "
-                "each rank's own; let it have them (_ddp_params_and_buffers_to_ignore, delay_all_reduce_named_params), "
+                f"DistributedDataParallel was told to ignore {', '.join(sorted(ignored))}, so their gradients would "
+                "not be averaged; let it have them (_ddp_params_and_buffers_to_ignore, delay_all_reduce_named_params), "
                 "freeze them, or train with a local update, each rank a replica"
             )
 
     def _require_no_join(self) -> None:
-        """Raise ``RuntimeError`` where a rank that has no more batches would only pretend that it goes on."""
+        """Raise ``RuntimeError`` for ``model.join()`` under a local update: rounds need equal numbers of steps."""
         config = self.model._join_config
         if self.trained.differ and config.enable and not config.throw_on_early_termination:
             raise RuntimeError(
@@ -188,45 +188,45 @@ class DDPPieces(ModulePieces):
                 "them together: join(throw_on_early_termination=True)"
             )
 
-    def _require_all_handed(self) -> None:
-        """Raise ``RuntimeError`` if DDP has kept gradients back: it waits for parameters that have none."""
+    def _require_all_received(self) -> None:
+        """Raise ``RuntimeError`` if DDP has withheld gradients: it waits for parameters that have none."""
         if self._keeps_its_own or self._may_be_unused:
             return
-        missing = [fqn for fqn in self.parameters if fqn not in self._handed]
+        missing = [fqn for fqn in self.parameters if fqn not in self._received]
         idle = [fqn for fqn in missing if self.parameters[fqn].grad is None]
-        if not missing or len(idle) == len(self.parameters) or not (self._handed or idle):
+        if not missing or len(idle) == len(self.parameters) or not (self._received or idle):
             return  # all of them, or none: no backward pass since the last step, or only under no_sync()
         frozen = [fqn for fqn in missing if not self.parameters[fqn].requires_grad]
-        if self._handed and not idle:
+        if self._received and not idle:
             raise RuntimeError(
                 f"DistributedDataParallel has not handed over the gradients of {len(missing)} parameters, {missing[0]} "
                 "the first: they were frozen when it was built (wrap the module in a new one), or had no part in the "
                 "last microbatch (find_unused_parameters=True)"
             )
-        what = "were frozen after attach" if frozen else "had no part in the loss"
+        reason = "were frozen after attach" if frozen else "had no part in the loss"
         raise RuntimeError(
-            f"{len(idle)} parameters {what}, {idle[0]} the first, so DistributedDataParallel has not handed over all "
+            f"{len(idle)} parameters {reason}, {idle[0]} the first, so DistributedDataParallel has not handed over all "
             "gradients of this step; build it with find_unused_parameters=True (static_graph=True where it is the same "
             "ones in every step)"
         )
 
     def _require_exchanged(self) -> None:
-        """Raise ``RuntimeError`` if something was added to exchanged gradients on this replica alone."""
-        if self._no_sync is not None and self._no_sync.pending and self._handed:
+        """Raise ``RuntimeError`` if local gradients were added after the exchange."""
+        if self._no_sync is not None and self._no_sync.pending and self._received:
             raise RuntimeError(
                 "the last backward pass of this step ran within no_sync(), so its gradient was not exchanged, and the "
                 "replicas would step apart; leave the last microbatch of a step outside of no_sync()"
             )
 
     def _require_still_there(self) -> None:
-        """Raise ``RuntimeError`` if a gradient that the optimizer shall step with was cleared before it could."""
-        gone = [fqn for fqn in self._handed if self.parameters[fqn].grad is None and self._was_used(fqn)]
+        """Raise ``RuntimeError`` if an exchanged gradient was cleared before the optimizer's step."""
+        gone = [fqn for fqn in self._received if self.parameters[fqn].grad is None and self._was_used(fqn)]
         outside = set() if self._may_be_unused else set(self.trained.outside)  # their own optimizer stepped and cleared
         self.trained.require_there(fqn for fqn in gone if fqn not in outside)
 
     @property
     def _may_be_unused(self) -> bool:
-        """Whether DDP gives its hook zeros for what no rank has used, and leaves those gradients as they were."""
+        """Whether DDP gives its hook zeros for parameters that no rank used, and leaves their gradients untouched."""
         return bool(self.model.find_unused_parameters or self.model.static_graph)
 
     @property
@@ -253,7 +253,7 @@ class DDPPieces(ModulePieces):
 
 
 class _Slot:
-    """The one hook that a DDP model takes in its life, and the pieces that it serves: None while none are attached."""
+    """The only hook that a DDP model can ever take, and the pieces that it serves; None while none are attached."""
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self.pieces: ref[DDPPieces] | None = None  # DDP's C++ holds the hook, where no garbage collector looks
@@ -286,7 +286,7 @@ def _averaged(bucket: GradBucket, group: dist.ProcessGroup) -> torch.futures.Fut
 
 
 class EarlierPasses:
-    """What further backward passes of a step find in the gradients: the results of the step's exchanges.
+    """The step's combined gradients so far, to which a further backward pass adds its own.
 
     DDP adds each pass to the gradient and gives its hook the sum. Where feedback compresses each pass alone, the two
     are separated again. Copies are made in steps of several exchanges only.
@@ -296,13 +296,13 @@ class EarlierPasses:
         self.parameters = parameters
         self._exchanged = False  # in this step
         self._kept: dict[str, Tensor] = {}
-        me = ref(self)  # the garbage collector does not see cycles through a parameter's hooks
+        weak_self = ref(self)  # the garbage collector does not see cycles through a parameter's hooks
         self._hooks: list[RemovableHandle] = [
-            parameter.register_hook(partial(_keep, me, fqn)) for fqn, parameter in parameters.items()
+            parameter.register_hook(partial(_keep, weak_self, fqn)) for fqn, parameter in parameters.items()
         ]
 
     def pass_ended(self) -> None:
-        """All gradients of a backward pass have been exchanged: what comes in this step adds to their results."""
+        """All gradients of a backward pass have been exchanged: further passes of this step add to the results."""
         self._exchanged = True
 
     def step_ended(self) -> None:
@@ -310,14 +310,14 @@ class EarlierPasses:
 
     def take(self, fqns: Collection[str]) -> dict[str, Tensor]:
         """What the gradients ``fqns`` held before this pass, flat; nothing in a step's first one."""
-        held = {}
+        earlier = {}
         for fqn in fqns if self._exchanged else ():
-            kept = self._kept.pop(fqn, None)
-            if kept is None and self.parameters[fqn].grad is not None:  # this pass has not reached it
-                kept = self.parameters[fqn].grad
-            if kept is not None:
-                held[fqn] = working(kept.detach().clone()).reshape(-1)
-        return held
+            gradient = self._kept.pop(fqn, None)
+            if gradient is None and self.parameters[fqn].grad is not None:  # this pass has not reached it
+                gradient = self.parameters[fqn].grad
+            if gradient is not None:
+                earlier[fqn] = working(gradient.detach().clone()).reshape(-1)
+        return earlier
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -325,8 +325,8 @@ class EarlierPasses:
         self._hooks = []
 
 
-def _keep(watching: ref[EarlierPasses], fqn: str, incoming: Tensor) -> None:
-    passes = watching()
+def _keep(weak_passes: ref[EarlierPasses], fqn: str, incoming: Tensor) -> None:
+    passes = weak_passes()
     if passes is None or not passes._exchanged or fqn in passes._kept:
         return
     gradient = passes.parameters[fqn].grad
@@ -335,11 +335,10 @@ def _keep(watching: ref[EarlierPasses], fqn: str, incoming: Tensor) -> None:
 
 
 class NoSyncWatch:
-    """Notices a backward pass within ``no_sync()`` that no exchanged one has followed: its gradient is a replica's own.
+    """Detects a backward pass within ``no_sync()`` that no exchanged one has followed: its gradient is only local.
 
-    Takes the place of ``model.no_sync`` until `remove`. Within the context nothing is hooked; the gradients behind it
-    are compared with those before it, by one number per parameter. ``pending``: something was added since the last
-    exchange.
+    Replaces ``model.no_sync`` until `remove`. Within the context nothing is hooked; gradients after it are compared
+    with those before it, by their version numbers. ``pending``: local gradients were added since the last exchange.
     """
 
     def __init__(self, model: DistributedDataParallel, parameters: Collection[Tensor]) -> None:

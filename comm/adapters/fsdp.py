@@ -1,9 +1,9 @@
 """Adapts FSDP2 (`fully_shard` on a one-dimensional shard mesh): gradients are exchanged unit by unit.
 
 FSDP2 reduce-scatters a unit's gradients over the shard axis and then calls the unit's all-reduce hook with this rank's
-flat gradient, before it becomes ``p.grad``. The hook starts the exchange with the peers (`fsdp_units`). Where nothing
-follows that would copy (same dtype, no gradient there yet), ``p.grad`` is a view of the hook's buffer, so the exchange
-may fill it later, while backward goes on; otherwise the result is added.
+flat gradient, before it becomes ``p.grad``. The hook starts the exchange with the peers (`fsdp_units`). Where FSDP2
+makes no copy after it (same dtype, no gradient yet), ``p.grad`` is a view of the hook's buffer, which the exchange may
+fill later, during backward; otherwise the result is added.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FSDPPieces:
 
     Args:
         model: the root; it and its units were given to ``fully_shard`` with a mesh of the shard axis only.
-        overlap: let exchanges go on behind backward. The caller then calls `finish` before it reads a gradient.
+        overlap: overlap exchanges with backward. The caller then calls `finish` before it reads a gradient.
 
     Raises ``ValueError`` for native HSDP (its all-reduce cannot be replaced) and for shards along another dim than 0.
     """
@@ -62,7 +62,7 @@ class FSDPPieces:
         return copied(values) if copy else values
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
-        _reshard(self.units)  # or a unit that is still gathered would go on with the old values
+        _reshard(self.units)  # or a unit that is still gathered would keep the old values
         with torch.no_grad(), self.trained.writing():
             for fqn, value in values.items():
                 _local(self.parameters[fqn].detach()).copy_(value)
@@ -70,7 +70,7 @@ class FSDPPieces:
     def set_gradient_exchange(self, exchange: Exchange | None) -> None:
         if exchange is None:
             return
-        assert isinstance(self.model, FSDPModule)  # `attach` sees to it
+        assert isinstance(self.model, FSDPModule)  # `attach` ensures it
         units = units_of(self.model, self.segments)
         self._passes = Passes(self.model, units, exchange, self.channel, overlap=self.overlap)
 
@@ -78,15 +78,15 @@ class FSDPPieces:
         self.trained.require_unchanged()
         if self._passes is not None:
             self._passes.finish()
-            self.trained.require_there(self._passes.given - set(self.trained.outside))
+            self.trained.require_there(self._passes.with_gradient - set(self.trained.outside))
 
     def gradients_finite(self) -> bool:
         grads = [p.grad for p in self.parameters.values()]
         return is_finite(*(_local(g) for g in grads if g is not None))
 
     def unused(self) -> set[str]:
-        exchanged = self._passes.given if self._passes is not None else set()
-        # What another optimizer has stepped and cleared was not unused.
+        exchanged = self._passes.with_gradient if self._passes is not None else set()
+        # A gradient that another optimizer has used and cleared was not unused.
         return {fqn for fqn, parameter in self.parameters.items() if parameter.grad is None and fqn not in exchanged}
 
     def step(self) -> None:

@@ -2,12 +2,12 @@
 
 FSDP2 calls the hook of one unit after the other, and only of units that ran. Which ones those are may differ between
 replicas: experts, a vision tower. So exchanges are paired by an order that all replicas have agreed on. A gradient that
-comes before its turn waits for it; one that never comes is sent as zeros, at the end of the backward pass. Where no
+is ready before its turn waits; one that never comes is sent as zeros, at the end of the backward pass. Where no
 replica has run a unit its gradient stays None, as it would without replicas.
 
-The order is that of replica 0's first step; in that step it is the modules' order, backwards. Where all replicas run
+The order is that of replica 0's first step; in that step it is the modules' order, reversed. Where all replicas run
 the same units in the same order, nothing ever waits. A unit that no replica ran in some pass is doubtful from then on:
-at the end of each pass the replicas tell each other whether it was run, one byte each, before it is sent.
+at the end of each pass the replicas gather whether they ran it, one byte each, before it is sent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NOTHING: Named = MappingProxyType({})
 
 
 class Unit:
-    """One of FSDP2's groups of parameters. Their places in its flat buffer are in private attributes only."""
+    """One of FSDP2's parameter groups. Only private attributes say where its flat buffer holds each parameter."""
 
     def __init__(self, group: Any, names: Mapping[int, str], segments: Mapping[str, Segment]) -> None:
         self.group, self.names, self.segments = group, names, segments
@@ -59,7 +59,7 @@ class Unit:
         return pieces
 
     def unsynced(self) -> bool:
-        """Whether a gradient waits here for a pass that reduces it."""
+        """Whether it holds a gradient that no pass has reduced yet."""
         for param in self._trained():
             waits = param.unsharded_accumulated_grad is not None
             if waits or (hasattr(param, "_unsharded_param") and param._unsharded_param.grad is not None):
@@ -67,7 +67,7 @@ class Unit:
         return False
 
     def zeros(self) -> dict[str, Tensor]:
-        """What a replica sends that did not run this unit."""
+        """The gradients that a replica sends for a unit that it did not run."""
         zeros = {}
         for param in self._trained():
             fqn = self.names[id(param.sharded_param)]
@@ -76,7 +76,7 @@ class Unit:
         return zeros
 
     def shows(self, flat: Tensor) -> bool:
-        """Whether ``p.grad`` will be a view of ``flat``, to be filled later: nothing that copies follows."""
+        """Whether ``p.grad`` will be a view of ``flat``, which may be filled later: FSDP2 makes no copy."""
         if self._divisor is not None:
             return False
         return all(
@@ -87,7 +87,7 @@ class Unit:
         )
 
     def require_shown(self, filled: Named) -> None:
-        """Raise ``RuntimeError`` unless the gradients are views of what was filled after the hook."""
+        """Raise ``RuntimeError`` unless the gradients are views of the buffers that were filled after the hook."""
         for param in self._trained():
             fqn = self.names[id(param.sharded_param)]
             gradient, piece = param.sharded_param.grad, filled.get(fqn)
@@ -105,7 +105,7 @@ class Unit:
             parameter, fqn = param.sharded_param, self.names[id(param.sharded_param)]
             local = parameter.to_local()
             if local.numel() and fqn not in values:
-                continue  # it came to train after attach
+                continue  # it became trainable after attach
             piece = values.get(fqn, local).to(device=local.device)
             if self._divisor is not None:
                 piece = piece / self._divisor
@@ -127,7 +127,7 @@ class Unit:
 
     @property
     def _divisor(self) -> float | None:
-        """What FSDP2 divides by after the hook, as it does where it reduces in fp16; None for nothing."""
+        """FSDP2's divisor after the hook, as where it reduces in fp16; None for none."""
         from torch.distributed.fsdp._fully_shard._fsdp_collectives import _get_gradient_divide_factors
 
         group = self.group
@@ -139,9 +139,9 @@ class Unit:
 
 
 def units_of(model: nn.Module, segments: Mapping[str, Segment]) -> list[Unit]:
-    """All units with something to train, alike on all ranks. Raises ``ValueError`` for one with several meshes."""
+    """All units with trainable parameters, the same on all ranks. Raises ``ValueError`` for one with several meshes."""
     names = {id(parameter): fqn for fqn, parameter in named_parameters(model)}
-    units: dict[int, Unit] = {}  # modules that were given to fully_shard together are one unit
+    units: dict[int, Unit] = {}  # modules given to fully_shard together are one unit
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -158,9 +158,9 @@ def units_of(model: nn.Module, segments: Mapping[str, Segment]) -> list[Unit]:
 
 
 class Passes:
-    """The exchanges of one backward pass after the other.
+    """The exchanges of successive backward passes.
 
-    ``overlap``: they run behind backward until `finish`; otherwise a unit whose turn it is waits in its hook, and the
+    ``overlap``: they overlap with backward until `finish`; otherwise a unit whose turn it is waits in its hook, and the
     others at the end of the pass.
     """
 
@@ -170,15 +170,15 @@ class Passes:
         self.root, self.units, self.exchange, self.channel, self.overlap = root, units, exchange, channel, overlap
         self.order = list(reversed(range(len(units))))
         self.agreed = False
-        self.doubtful: set[int] = set()  # those that no replica ran in some pass
+        self.doubtful: set[int] = set()  # units that no replica ran in some pass
         self._open = False  # whether a gradient has come in this pass
         self._arrivals: list[int] = []  # in this step
         self._parked: dict[int, dict[str, Tensor]] = {}
         self._sent: list[int] = []  # in this part of the pass, in which each unit is sent once
         self._under_way: list[_Sent] = []
-        self._present: dict[int, bool] = {}  # whether anybody had run it, in this pass
-        self.given: set[str] = set()  # parameters that have been given a gradient in this step
-        self._local = False  # whether nothing is sent at present, as behind a warm-up
+        self._present: dict[int, bool] = {}  # whether any replica ran it, in this pass
+        self.with_gradient: set[str] = set()  # parameters that got a gradient in this step
+        self._local = False  # whether nothing is sent at present, as after a warm-up
         self._exchanged = False  # in this step
         self._closed = 0  # passes of this step
         self._watched = -1
@@ -193,33 +193,33 @@ class Passes:
         if self._open or not self._closed:
             self._close()
         self._wait()
-        self._judge()
+        self._update_doubtful()
         if self._exchanged and any(unit.unsynced() for unit in self.units):
             raise RuntimeError(
                 "the last backward pass of this step ran with set_requires_gradient_sync(False), so its gradient waits "
                 "for another step; call set_requires_gradient_sync(True) before the last microbatch of a step"
             )
         if self._exchanged and not self.agreed:
-            seen = list(dict.fromkeys(reversed(self._arrivals)))[::-1]  # each where it came for the last time
+            seen = list(dict.fromkeys(reversed(self._arrivals)))[::-1]  # each at its last occurrence
             self.order, self.agreed = self.channel.run(_first_order(_merged(seen, self.order)), "set-up"), True
 
     def step_ended(self) -> None:
-        """What comes from now on belongs to the next step."""
-        self._closed, self._arrivals, self._exchanged, self.given = 0, [], False, set()
+        """Further gradients belong to the next step."""
+        self._closed, self._arrivals, self._exchanged, self.with_gradient = 0, [], False, set()
 
     def detach(self) -> None:
         for unit in self.units:
             unit.set_hook(None)
 
     def _arrived(self, number: int, flat: Tensor) -> None:
-        """The hook of a unit: ``flat`` is this replica's gradient, and the combined one is to be there afterwards."""
+        """The hook of a unit: ``flat`` is this replica's gradient, to be replaced by the combined one."""
         if self._closed and not self._open:
-            self._wait()  # FSDP2 is about to add to what is not there yet
-            self._judge()
+            self._wait()  # FSDP2 is about to add to results that have not arrived
+            self._update_doubtful()
         self._watch()
         self._open = True
         self._arrivals.append(number)
-        if number in self._sent:  # once more in one pass, as within reentrant checkpoints
+        if number in self._sent:  # again in one pass, as within reentrant checkpoints
             self._send_the_rest()
             self._wait()
         pieces = self.units[number].cut(flat)
@@ -234,7 +234,7 @@ class Passes:
                 self._start(number, gradients, into=pieces)
             else:
                 self._start(number, _taken(gradients, pieces))
-            self._go_on()
+            self._send_parked()
         else:
             self._parked[number] = _taken(gradients, pieces)
 
@@ -242,13 +242,13 @@ class Passes:
         """The unit whose turn it is."""
         return next((number for number in self.order if number not in self._sent and number not in self.doubtful), None)
 
-    def _go_on(self) -> None:
-        """Send what waited for its turn."""
+    def _send_parked(self) -> None:
+        """Send the parked gradients whose turn has come."""
         while (number := self._turn()) in self._parked:
             self._start(number, self._parked.pop(number))
 
     def _start(self, number: int, gradients: Named | None, into: Named = NOTHING) -> Handle[Combined]:
-        """Send ``gradients``, or zeros for None. The combined ones are copied ``into`` these, if there are any."""
+        """Send ``gradients``, or zeros for None. The combined ones are copied ``into`` the given tensors."""
         sent = self.units[number].zeros() if gradients is None else gradients
         handle = self.channel.start(_combined(self.exchange, sent, gradients is not None, into), "gradients")
         if not self.overlap:
@@ -258,13 +258,13 @@ class Passes:
         return handle
 
     def _send_the_rest(self) -> None:
-        """Send what was not sent in this part of the pass."""
+        """Send all units not yet sent in this part of the pass."""
         while (number := self._turn()) is not None:
             self._start(number, self._parked.pop(number, None))
         self._sent = []
 
     def _close(self) -> None:
-        """The pass has ended."""
+        """End the pass."""
         self._send_the_rest()
         if self.doubtful:
             self._wait()
@@ -273,10 +273,10 @@ class Passes:
         self._sent, self._open, self._closed = [], False, self._closed + 1
         if not self.overlap:
             self._wait()
-            self._judge()
+            self._update_doubtful()
 
     def _wanted(self) -> list[int]:
-        """Those of the doubtful that some replica has run in this pass."""
+        """The doubtful units that some replica has run in this pass."""
         doubtful = [number for number in self.order if number in self.doubtful]
         if self._local:
             return [number for number in doubtful if number in self._parked]
@@ -291,22 +291,22 @@ class Passes:
             if not self._local:
                 self._present[sent.number] = bool(combined.present) or self._present.get(sent.number, False)
             if combined.present or (self._local and sent.gradients is not None):
-                self.given.update(combined.values)
+                self.with_gradient.update(combined.values)
             if sent.into and self.overlap:
                 unit.require_shown(sent.into)
             elif not sent.into and (combined.present or (self._local and sent.gradients is not None)):
                 unit.add(combined.values)
         self._under_way = []
 
-    def _judge(self) -> None:
+    def _update_doubtful(self) -> None:
         """Units that no replica ran in a pass are doubtful from then on. All replicas see the same."""
-        if any(self._present.values()):  # otherwise nobody has run anything, which is refused elsewhere
+        if any(self._present.values()):  # otherwise no unit ran, which is refused elsewhere
             self.doubtful |= {number for number, present in self._present.items() if not present}
             self._exchanged = True
         self._present = {}
 
     def _watch(self) -> None:
-        """Be called at the end of this backward pass."""
+        """Have `_backward_ended` called at the end of this backward pass."""
         task = torch._C._current_graph_task_id()
         if task not in (-1, self._watched):
             self._watched = task
@@ -314,7 +314,7 @@ class Passes:
 
     def _backward_ended(self) -> None:
         self._watched = -1
-        # Within a reentrant checkpoint it is only the end of a block's; FSDP2's own callback comes before this one.
+        # Within a reentrant checkpoint only a block's backward ends; FSDP2's own callback comes before this one.
         inner = self.root._get_fsdp_state()._state_ctx.post_backward_final_callback_queued
         if self._open and not inner:
             self._close()
@@ -326,7 +326,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class _Sent:
-    """A unit's exchange under way. It keeps what another stream reads and writes until it has ended."""
+    """A unit's exchange under way. It keeps alive what another stream reads and writes until it has ended."""
 
     number: int
     handle: Handle[Combined]
@@ -339,9 +339,9 @@ def _address(tensor: Tensor) -> int:
 
 
 def _taken(gradients: Named, pieces: Named) -> dict[str, Tensor]:
-    """Copies of ``gradients``; FSDP2 goes on with -0.0 in ``pieces`` until the combined gradient is added.
+    """Copies of ``gradients``; FSDP2 gets -0.0 in ``pieces``, until the combined gradient is added.
 
-    x + -0.0 is x for every x, bit by bit.
+    x + -0.0 is x for every x, bitwise.
     """
     taken = {fqn: gradient.clone() for fqn, gradient in gradients.items()}
     for piece in pieces.values():
@@ -350,7 +350,7 @@ def _taken(gradients: Named, pieces: Named) -> dict[str, Tensor]:
 
 
 def _merged(seen: list[int], order: list[int]) -> list[int]:
-    """``seen``, and the others of ``order``, each behind what it follows there.
+    """``seen``, with the rest of ``order`` inserted, each after its predecessor there.
 
     >>> _merged([2, 0], [3, 2, 1, 0])
     [3, 2, 1, 0]
@@ -358,9 +358,9 @@ def _merged(seen: list[int], order: list[int]) -> list[int]:
     [3, 0, 2, 1]
     """
     merged = list(seen)
-    for place, number in enumerate(order):
+    for index, number in enumerate(order):
         if number not in merged:
-            merged.insert(merged.index(order[place - 1]) + 1 if place else 0, number)
+            merged.insert(merged.index(order[index - 1]) + 1 if index else 0, number)
     return merged
 
 
@@ -372,7 +372,7 @@ def _combined(exchange: Exchange, gradients: Named, present: bool, into: Named) 
 
 
 def _first_order(order: list[int]) -> Flow[list[int]]:
-    """The order of replica 0."""
+    """Replica 0's ``order``."""
     (numbers,) = yield Broadcast((torch.tensor(order, dtype=torch.int32),), source=0)
     return [int(number) for number in numbers.tolist()]
 

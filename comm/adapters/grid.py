@@ -1,4 +1,4 @@
-"""Which ranks are one replica, which are this rank's peers, and process groups of their own for both axes."""
+"""Which ranks are one replica, which are this rank's peers, and new process groups for both axes."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def own_groups(model: nn.Module, replicate_group: dist.ProcessGroup) -> dict[Axi
         )
     across = TorchTransport.between(peers)
     within = TorchTransport.between(replica) if len(replica) > 1 else None
-    made = [across] if within is None else [across, within]
+    transports = [across] if within is None else [across, within]
     positions: dict[int, tuple[list[int], list[int]]] = {}
-    for transport in made:
+    for transport in transports:
         for rank, its_replica, its_peers in told_by_all([dist.get_rank(), replica, peers], transport.group):
             positions[cast(int, rank)] = (cast(list[int], its_replica), cast(list[int], its_peers))
     try:
         _require_a_grid(replica, peers, positions)
     except ValueError:
-        for transport in made:
+        for transport in transports:
             transport.close()
         raise
     return {"replicate": across, "shard": within or SelfTransport()}
@@ -47,7 +47,7 @@ def _replica_of(model: nn.Module, peers: list[int]) -> list[int]:
     """The ranks that together are one replica, this one among them."""
     rank = dist.get_rank()
     if isinstance(model, FSDPModule):
-        cut = next((p for p in model.parameters() if isinstance(p, DTensor)), None)  # the adapter refuses without
+        cut = next((p for p in model.parameters() if isinstance(p, DTensor)), None)  # without one the adapter raises
         alone = cut is None or cut.device_mesh.ndim != 1
         return [rank] if cut is None or alone else sorted(dist.get_process_group_ranks(cut.device_mesh.get_group()))
     if hasattr(model, "zero_optimization_stage"):
@@ -76,9 +76,9 @@ def _replica_of(model: nn.Module, peers: list[int]) -> list[int]:
 
 
 def _require_a_grid(replica: list[int], peers: list[int], positions: Mapping[int, tuple[list[int], list[int]]]) -> None:
-    """Raise ``ValueError`` unless replicas are of one size, and their ranks have the same places among their peers.
+    """Raise ``ValueError`` unless replicas have one size, and their ranks the same positions among their peers.
 
-    ``positions``: the replica and the peers of each rank that was heard.
+    ``positions``: the replica and the peers of each rank, as gathered.
     """
     rank = dist.get_rank()
     for other_rank, (its_replica, its_peers) in sorted(positions.items()):

@@ -1,4 +1,4 @@
-"""Adapts a model whose parameters every rank holds whole: a plain module, for local updates.
+"""Adapts a plain module, whose parameters every rank holds whole, for local updates.
 
 Within a round of a local update replicas exchange nothing, so the model needs no wrapper: each rank is a replica, and
 steps from its own gradients. Methods that exchange gradients need DistributedDataParallel
@@ -37,7 +37,7 @@ class ModulePieces:
         self.segments = {segment.fqn: segment for segment in slices if segment.numel}
         self._sparse = sparse_modules(module)
         self._private: Exchange | None = None
-        self._given = False  # whether the private exchange has had this step's gradients
+        self._exchanged = False  # whether the private exchange has run in this step
         self._guard = StepGuard(optimizer)
         self.trained.claim()
 
@@ -64,20 +64,20 @@ class ModulePieces:
             self._private = exchange
         elif exchange is not None:
             raise TypeError(
-                "this sync exchanges gradients, and a plain module has nobody to hand them over during the backward "
+                "this sync exchanges gradients, and a plain module does not provide them during the backward "
                 "pass; wrap it in DistributedDataParallel or fully_shard. Local updates take it as it is, if they have "
                 "no warmup_steps, which are data parallelism"
             )
 
     def finish(self) -> None:
         self.trained.require_unchanged()
-        if self._private is None or self._given:
+        if self._private is None or self._exchanged:
             return
         gradients = {fqn: p.grad for fqn, p in self.parameters.items() if p.grad is not None}
         flat = {fqn: working(gradient.reshape(-1)) for fqn, gradient in gradients.items()}
         for fqn, value in self.channel.run(self._private(flat), "gradients").values.items():
             gradients[fqn].copy_(value.view(gradients[fqn].shape))
-        self._given = True
+        self._exchanged = True
 
     def gradients_finite(self) -> bool:
         grads = (p.grad for p in self.parameters.values() if p.grad is not None)
@@ -89,11 +89,11 @@ class ModulePieces:
     def step(self) -> None:
         with self._guard.opened(), self.trained.stepping():
             self.optimizer.step()
-        self._given = False
+        self._exchanged = False
         self.optimizer.zero_grad()
 
     def skip(self) -> None:
-        self._given = False
+        self._exchanged = False
         self.trained.clear()
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:

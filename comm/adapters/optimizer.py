@@ -45,7 +45,7 @@ class StepGuard:
             self._allowed = False
 
     def remove(self) -> None:
-        """From now on anybody may step."""
+        """The optimizer may be stepped directly again."""
         _GUARDED.discard(self._optimizer)
         self._hook.remove()
 
@@ -59,10 +59,10 @@ class StepGuard:
 
 
 def _is_dry(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step would move nothing and only make the optimizer's state: torch takes one before it loads into it.
+    """Whether a step would only create the optimizer's state: torch makes one before it loads a state.
 
-    ``torch.distributed.checkpoint.state_dict`` does so with zero gradients and rates of 0. Rates alone do not tell: a
-    warm-up begins with 0 too.
+    ``torch.distributed.checkpoint.state_dict`` does so with zero gradients and rates of 0. Rates alone are not
+    enough: a warm-up begins with 0 too.
     """
     if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
         return False
@@ -82,11 +82,11 @@ def is_scalar(tensor: Tensor) -> bool:
     return tensor.dim() == 0
 
 
-def require_elementwise(tensor: Tensor, parameter: Tensor, what: str) -> None:
+def require_elementwise(tensor: Tensor, parameter: Tensor, label: str) -> None:
     """Raise ``ValueError`` unless a state tensor is a number or has one element for each of its parameter."""
     if not is_scalar(tensor) and tensor.shape != parameter.shape:
         raise ValueError(
-            f"{what} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}; only elementwise "
+            f"{label} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}; only elementwise "
             "optimizers can be checkpointed, for example AdamW"
         )
 
@@ -94,9 +94,9 @@ def require_elementwise(tensor: Tensor, parameter: Tensor, what: str) -> None:
 def elementwise_state(
     optimizer: torch.optim.Optimizer, parameters: Named, local: Callable[[Tensor], Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """State by name and FQN. ``local`` turns a state tensor into this rank's part; numbers stay as they are.
+    """State by name and FQN. ``local`` turns a state tensor into this rank's piece; numbers stay as they are.
 
-    Raises ``ValueError`` for a state tensor of another shape than its parameter, and for one that is no tensor.
+    Raises ``ValueError`` for a state tensor of another shape than its parameter, and for one that is not a tensor.
     """
     state: dict[str, dict[str, Tensor]] = {}
     for fqn, parameter in parameters.items():
@@ -115,10 +115,9 @@ def load_elementwise_state(
     state: Mapping[str, Named],
     whole: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Undo `elementwise_state`. ``whole(piece, parameter)`` makes a piece what the optimizer keeps for a parameter."""
+    """Undo `elementwise_state`. ``whole(piece, parameter)`` makes of a piece the optimizer's tensor for a parameter."""
     optimizer.state.clear()
     for name, tensors in state.items():
         for fqn, value in tensors.items():
             parameter = parameters[fqn]
-            kept = value.clone() if is_scalar(value) else whole(value.clone(), parameter)
-            optimizer.state[parameter][name] = kept
+            optimizer.state[parameter][name] = value.clone() if is_scalar(value) else whole(value.clone(), parameter)

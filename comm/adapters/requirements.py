@@ -44,7 +44,7 @@ def require_call(optimizer: object, sync: object) -> None:
             f"sync is {sync!r}, which has bind() and not all of a sync; derive it from {Sync.__module__}.Sync"
         )
     if callable(getattr(optimizer, "bind", None)):
-        swapped = " (the two stand in each other's place)" if hasattr(sync, "param_groups") else ""
+        swapped = " (the two are swapped)" if hasattr(sync, "param_groups") else ""
         raise TypeError(
             f"attach got the sync {optimizer} where the optimizer belongs{swapped}; call attach(model, optimizer, "
             "sync), with None for the optimizer of a DeepSpeed engine"
@@ -61,7 +61,7 @@ def require_call(optimizer: object, sync: object) -> None:
 
 
 def require_servable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise what `attach` says that it raises for a model, or an optimizer of another one."""
+    """Raise the errors that `attach` documents for a model, and for an optimizer of another one."""
     for fqn, parameter in named_parameters(model):
         if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
             raise ValueError(f"{fqn} holds no numbers yet (lazy, or on the meta device); fill the model before attach")
@@ -103,17 +103,17 @@ def require_dense(sparse: list[str]) -> None:
 def _require_own_parameters(model: nn.Module, optimizer: Any) -> None:
     if optimizer is None:
         return
-    known = {id(parameter) for parameter in model.parameters()}
+    of_model = {id(parameter) for parameter in model.parameters()}
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
-    strange = sum(id(parameter) not in known for parameter in stepped)
-    if strange == len(stepped):
+    foreign = sum(id(parameter) not in of_model for parameter in stepped)
+    if foreign == len(stepped):
         raise ValueError(
-            f"{strange} of the optimizer's {len(stepped)} parameters are not the model's; make the optimizer from "
+            f"{foreign} of the optimizer's {len(stepped)} parameters are not the model's; make the optimizer from "
             "model.parameters(), with FSDP2 after fully_shard"
         )
-    if strange:
+    if foreign:
         raise ValueError(
-            f"{strange} of the optimizer's {len(stepped)} parameters are not the model's; if it steps several models, "
+            f"{foreign} of the optimizer's {len(stepped)} parameters are not the model's; if it steps several models, "
             "put them into one, for example nn.ModuleDict({'generator': g, 'discriminator': d}), and attach to that: a "
             "local update takes it as it is. Otherwise make the optimizer from model.parameters(), with FSDP2 after "
             "fully_shard"

@@ -29,7 +29,7 @@ class Trained:
 
     Args:
         optimizer: the one that the sync steps; None if its groups hold other tensors than parameters (DeepSpeed).
-        gathered_back: where an engine exchanges parameters for others in a forward pass (FSDP2): brings them back.
+        gathered_back: where an engine swaps parameters in a forward pass (FSDP2): swaps them back.
 
     ``outside``: names of those that ``optimizer`` does not step.
     """
@@ -46,7 +46,7 @@ class Trained:
         """Whether replicas differ between their rounds."""
         # DeepSpeed's stage 3 empties and fills parameters as it needs them.
         fixed = optimizer is not None
-        self._looks = [(p, p.dtype, p.device, p.shape if fixed else None) for p in self.parameters.values()]
+        self._properties = [(p, p.dtype, p.device, p.shape if fixed else None) for p in self.parameters.values()]
         self._ids = {id(p) for p in self.parameters.values()}
         stepped = None if optimizer is None else {id(p) for p in _stepped(optimizer)}
         self.outside = [
@@ -57,9 +57,9 @@ class Trained:
         self._require_free()
 
     def require_unchanged(self) -> None:
-        """Raise ``RuntimeError`` if there is something to train that was not there at attach, or it is of another kind.
+        """Raise ``RuntimeError`` for a trainable parameter that is new since attach, or has another dtype or shape.
 
-        What was frozen or taken out since then is no longer trained, and that is all.
+        Parameters that were frozen or removed since then are no longer trained, without an error.
         """
         if any(id(p) not in self._ids and p.requires_grad for p in _parameters(self.model)):
             if self._gathered_back is not None:
@@ -71,15 +71,15 @@ class Trained:
                     f"it alone. Freeze it (requires_grad_(False)), or {WAY_OUT}"
                 )
         if self.optimizer is not None:
-            strange = sum(p.requires_grad and id(p) not in self._ids for p in _stepped(self.optimizer))
-            if strange:
+            foreign = sum(p.requires_grad and id(p) not in self._ids for p in _stepped(self.optimizer))
+            if foreign:
                 raise RuntimeError(
-                    f"{strange} of the optimizer's parameters came into it after attach (add_param_group?), and are "
+                    f"{foreign} of the optimizer's parameters came into it after attach (add_param_group?), and are "
                     f"not those that the model had: every replica would train them alone. Leave them out, or {WAY_OUT}"
                 )
-        for p, dtype, device, shape in self._looks:
+        for p, dtype, device, shape in self._properties:
             if p.dtype != dtype or p.device != device or shape not in (None, p.shape):
-                name = next(name for name, known in self.parameters.items() if known is p)
+                name = next(name for name, parameter in self.parameters.items() if parameter is p)
                 raise RuntimeError(
                     f"{name} was {dtype} {tuple(shape or p.shape)} on {device} at attach, and is {p.dtype} "
                     f"{tuple(p.shape)} on {p.device}; convert and move the model before attach, or {WAY_OUT}"
@@ -88,7 +88,7 @@ class Trained:
             self._watch.require_in_order()
 
     def require_there(self, names: Iterable[str]) -> None:
-        """Raise ``RuntimeError`` if one of these, which were given a gradient in this step, has none any more."""
+        """Raise ``RuntimeError`` if one of these, whose gradients were exchanged in this step, has none any more."""
         gone = next((name for name in names if self.parameters[name].grad is None), None)
         if gone is not None:
             raise RuntimeError(
@@ -97,7 +97,7 @@ class Trained:
             )
 
     def warn_of_outside(self) -> None:
-        """Say which parameters the sync's optimizer does not step. Once, at attach."""
+        """Warn of parameters that the sync's optimizer does not step. Once, at attach."""
         if self.outside:
             when = (
                 "between backward() and sync.step(), or their steps of a round are lost"
@@ -112,9 +112,9 @@ class Trained:
             )  # fmt: skip
 
     def watch_outside(self) -> None:
-        """From now on notice when a parameter outside of the optimizer is stepped at the wrong time."""
+        """Detect from now on whether a parameter outside of the optimizer is stepped at the wrong time."""
         if self.outside:
-            # Gradients tell that a step has begun; where the engine sets them, the forward pass does.
+            # A gradient marks the beginning of a step; where the engine sets gradients, the forward pass does.
             self._watch = _Watch(self, None if self._gathered_back is None else self.model)
 
     def require_still(self) -> None:
@@ -124,13 +124,13 @@ class Trained:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Within it the sync steps its optimizer. Raises ``RuntimeError`` behind it if that one communicates."""
-        with self.writing(), nullcontext() if self.listening is None else self.listening.heard():
+        """A context for the optimizer's step. Raises ``RuntimeError`` at its end if the optimizer communicates."""
+        with self.writing(), nullcontext() if self.listening is None else self.listening.checked():
             yield
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within it the method itself writes to parameters; a write outside of it is another's."""
+        """A context for the method's own writes to parameters; others are those of another optimizer."""
         if self._watch is not None:
             self._watch.look()
         yield
@@ -138,17 +138,17 @@ class Trained:
             self._watch.mark()
 
     def clear(self) -> None:
-        """Forget all gradients, also those that no optimizer given to attach would clear."""
+        """Clear all gradients, also of parameters outside of the optimizer."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def claim(self) -> None:
-        """Until `release` no other sync may have the parameters."""
+        """Reserve the parameters for this sync until `release`."""
         for parameter in self.parameters.values():
             _CLAIMED[parameter] = ref(self)
 
     def release(self) -> None:
-        """From now on another sync may have the parameters."""
+        """Free the parameters for another sync."""
         for parameter in self.parameters.values():
             owner = _CLAIMED.get(parameter)
             if owner is not None and owner() is self:
@@ -172,11 +172,11 @@ _CLAIMED: Any = WeakTensorKeyDictionary()
 
 
 class _Watch:
-    """Whether parameters that another optimizer steps are stepped while their gradients are, not behind the round.
+    """Detects another optimizer that steps its parameters after the sync's step instead of before it.
 
-    Between two steps of the sync nothing may move before the next gradients are there: what moves then has left the
-    last round and is missing from it. A second optimizer is seen by what it does, written parameters; whoever loads
-    weights writes to all of them.
+    After a step of the sync nothing may move before the next gradients: such an update would be missing from the round
+    that has ended. A second optimizer is recognized by writes to its own parameters alone; loading weights writes to
+    all of them.
     """
 
     def __init__(self, trained: Trained, root: nn.Module | None) -> None:
@@ -220,7 +220,7 @@ class _Watch:
             hook.remove()
 
     def _moved(self) -> str:
-        """The name of one that has moved although those that the sync steps have not."""
+        """An outside parameter that has moved while those that the sync steps have not; empty for none."""
         now = self._now()
         if not self._versions or now[len(self._outside) :] != self._versions[len(self._outside) :]:
             return ""
@@ -232,10 +232,10 @@ class _Watch:
 
 def _weakly(watch: _Watch) -> Callable[..., None]:
     """A hook that does not keep ``watch`` alive."""
-    known = ref(watch)
+    weak_watch = ref(watch)
 
     def hook(*_: object) -> None:
-        alive = known()
+        alive = weak_watch()
         if alive is not None:
             alive.begun()
 

@@ -1,7 +1,7 @@
-"""What a model holds beside its trained parameters, frozen ones and buffers, made equal on all replicas at attach.
+"""Frozen parameters and buffers, made equal on all replicas at attach.
 
-DistributedDataParallel does so when it is built; FSDP2 and plain modules do not, and random features that each rank has
-drawn for itself would silently make every replica another model, for good.
+DistributedDataParallel does so when it is built; FSDP2 and plain modules do not, and random features drawn by each rank
+would silently make every replica another model, for good.
 Communication: 16 bytes of each replica. Where they differ also a hash of each tensor, and a broadcast of those that do.
 """
 
@@ -23,13 +23,13 @@ def untrained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """This rank's frozen parameters and buffers, in the model's own memory."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            yield from _here(name, getattr(parameter, "ds_tensor", parameter))  # the part that ZeRO 3 has left of it
+            yield from _here(name, getattr(parameter, "ds_tensor", parameter))  # this rank's partition under ZeRO 3
     for name, buffer in model.named_buffers():
         yield from _here(name, buffer)
 
 
 def equalized(model: nn.Module, place: Place) -> Flow[list[str]]:
-    """Give all replicas what replica 0 holds; returns the names of what differed.
+    """Copy replica 0's tensors to all replicas; returns the names of those that differed.
 
     Raises ``ValueError`` if they do not have the same frozen parameters and buffers.
     """

@@ -1,6 +1,6 @@
-"""What trainers put around a model or an optimizer: `attach` unwraps it, and leaves it out of names.
+"""Wrappers that trainers put around a model or an optimizer: `attach` removes them, also from names.
 
-Behind a wrapper stands the same model, so patterns, seeds, fragments and states of a sync must not depend on it:
+A wrapper does not change the model, so patterns, seeds, fragments and states of a sync must not depend on it:
 ``torch.compile`` puts ``_orig_mod`` into names, activation checkpointing ``_checkpoint_wrapped_module``.
 """
 
@@ -18,7 +18,7 @@ IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 """Submodules that torch adds to a name: those of ``torch.compile`` and ``checkpoint_wrapper``."""
 
 AROUND_MODELS = {"OptimizedModule": "_orig_mod", "_FabricModule": "_forward_module"}
-"""Classes that hand on to a model what they are called with, and where they keep it: torch.compile's, Fabric's."""
+"""Classes that forward calls to a model, and the attribute that holds it: torch.compile's, Fabric's."""
 
 AROUND_OPTIMIZERS = {
     "AcceleratedOptimizer": "optimizer",
@@ -43,16 +43,16 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:
-    """What DDP, ``fully_shard``, DeepSpeed or nobody made of the model, within what trainers put around that."""
+    """The model or its DDP, ``fully_shard`` or DeepSpeed wrapper, without what trainers put around it."""
     while isinstance(model, nn.Module) and (inner := _within(model, AROUND_MODELS)) is not None:
         model = inner
     return model
 
 
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The optimizer of torch within what trainers put around it.
+    """The torch optimizer, without what trainers put around it.
 
-    Raises ``TypeError`` for what is none, for several, and for a wrapper that is not known; ``ValueError`` for one that
+    Raises ``TypeError`` for what is not one, for several, and for an unknown wrapper; ``ValueError`` for one that
     communicates.
     """
     while (inner := _within(optimizer, AROUND_OPTIMIZERS)) is not None:
@@ -74,10 +74,10 @@ def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
         )
     require_silent(optimizer)
     inner = next((name for name, value in _attributes(optimizer) if isinstance(value, torch.optim.Optimizer)), None)
-    behind = f"; if it only hands on to the optimizer in .{inner}, give that one" if inner else ""
+    hint = f"; if it only wraps the optimizer in .{inner}, give that one" if inner else ""
     raise TypeError(
         f"attach got a {type(optimizer).__name__} for an optimizer, which is no torch.optim.Optimizer that was "
-        f"initialized (its step has no hooks){behind}"
+        f"initialized (its step has no hooks){hint}"
     )
 
 
@@ -89,5 +89,5 @@ def _within(wrapper: Any, known: dict[str, str]) -> Any:
     return None
 
 
-def _attributes(thing: Any) -> list[tuple[str, Any]]:
-    return list(vars(thing).items()) if hasattr(thing, "__dict__") else []
+def _attributes(wrapper: Any) -> list[tuple[str, Any]]:
+    return list(vars(wrapper).items()) if hasattr(wrapper, "__dict__") else []

@@ -1,10 +1,10 @@
 """Adapts DeepSpeed ZeRO 1, 2 and 3 (0.19): gradients are exchanged after backward, before DeepSpeed's own step.
 
-ZeRO has no hook during backward, so an every-step exchange is exposed; local updates are not affected. What `step`
-uses are DeepSpeed's own buffers, overwritten in place between ``backward`` and ``step``; what it steps from are its
-fp32 master copies. Stages 1 and 2 cut one flat group into partitions that cross parameter borders, stage 3 cuts each
-parameter; both end with padding. DeepSpeed has no public access to any of it: these are the attributes of 0.19, tested
-for each stage. Nothing here imports deepspeed.
+ZeRO has no hook during backward, so an every-step exchange is exposed; local updates are not affected. Combined
+gradients are written into DeepSpeed's own buffers between ``backward`` and ``step``; parameters are read from and
+written to its fp32 master copies. Stages 1 and 2 cut one flat group into partitions that cross parameter borders, stage
+3 cuts each parameter; both end with padding. DeepSpeed has no public access to any of it: these are the attributes of
+0.19, tested for each stage. Nothing here imports deepspeed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ZeroPieces(ABC):
         return is_finite(*(self._gradient(home) for home in self.homes.values()))
 
     def unused(self) -> set[str]:
-        return set()  # whatever was exchanged is stepped with
+        return set()  # every exchanged gradient is used
 
     def step(self) -> None:
         with self._guard.opened():
@@ -135,8 +135,8 @@ class ZeroPieces(ABC):
                 if is_scalar(value):
                     self.base.state[flat][name] = value.clone()
                     continue
-                kept = self.base.state[flat].setdefault(name, torch.zeros_like(flat))
-                kept[home.start : home.start + home.segment.numel] = value
+                flat_state = self.base.state[flat].setdefault(name, torch.zeros_like(flat))
+                flat_state[home.start : home.start + home.segment.numel] = value
         self.write(parameters)
 
     def detach(self) -> None:
@@ -221,7 +221,7 @@ class _Stage3(ZeroPieces):
         return piece[: home.segment.numel]
 
     def _publish(self) -> None:
-        # A parameter that is still gathered, after an evaluation for example, would hide what is written below.
+        # A parameter that is still gathered, after an evaluation for example, would hide the write below.
         self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)

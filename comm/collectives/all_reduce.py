@@ -1,7 +1,7 @@
 """The mean by one native all-reduce, for linear compressors of one dtype. The transport orders the summation.
 
-Bytes: those of a ring, 2 (W - 1) / W of the encoded size; a weighted mean and one that asks who was present send one
-element more. There is no vote beside the sum: a rank whose values cannot be used sends NaN.
+Bytes: those of a ring, 2 (W - 1) / W of the encoded size; a weighted mean, and one with ``present``, send one element
+more. There are no votes: a rank whose values cannot be used sends NaN.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def native_mean(
 def _reduced(
     sent: Payload, weight: float | None, present: bool | None, device: torch.device
 ) -> Flow[tuple[Payload, bool, bool | None]]:
-    """The mean of ``sent``, by weights if there are any; whether anybody counted; and whether anybody was present."""
+    """The mean of ``sent``, by ``weight`` if there is one; whether any rank counted; and whether any was present."""
     if weight is None and present is None:
         return (yield AllReduce(sent, "mean")), True, None
     if weight is None:
         like = sent[0] if sent else torch.empty(0, device=device)
         *means, share = yield AllReduce((*sent, like.new_full((1,), float(bool(present)))), "mean")
         return tuple(means), True, float(share) > 0
-    mine = torch.tensor([weight], device=device)
-    *sums, total = yield AllReduce((*(weight * tensor for tensor in sent), mine), "sum")
+    weight_tensor = torch.tensor([weight], device=device)
+    *sums, total = yield AllReduce((*(weight * tensor for tensor in sent), weight_tensor), "sum")
     return tuple(tensor.div_(total) for tensor in sums), float(total) > 0, present

@@ -1,8 +1,8 @@
 """An exchange: combine values over the peers, each compressed as its plan says. The one flow that every method calls.
 
 Values that are coded by rows take a route, two-phase or a native all-reduce; matrices of a compressor in two rounds go
-through means of their factors (`low_rank`). What goes out at the same time goes out as one message (`together`):
-PowerSGD's first factors with all that is not a matrix.
+through means of their factors (`low_rank`). Flows that run at the same time share their messages (`together`):
+PowerSGD's first factors go with all that is not a matrix.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _ByRow:
 
 
 def require_mean_for_low_rank(plan: Plan, rule: Aggregator) -> None:
-    """Raise ``ValueError`` for a rule over factors that mean nothing one by one, ``TypeError`` for what is no rule."""
+    """Raise ``ValueError`` for a compressor in two rounds and a rule other than the mean, ``TypeError`` for no rule."""
     if not callable(rule):
         raise TypeError(f"combine is {rule!r}; give a rule, rows [world, n] -> [n], such as mean()")
     low_rank = next((c.two_rounds for c in plan.compressions if c.two_rounds is not None), None)
@@ -106,7 +106,7 @@ def require_mean_for_low_rank(plan: Plan, rule: Aggregator) -> None:
 
 
 def require_summable(plan: Plan, rule: Aggregator, route: Route, *, weighted: bool = False) -> None:
-    """Raise ``ValueError`` for what a native all-reduce cannot carry. ``weighted``: replicas count differently."""
+    """Raise ``ValueError`` for what a native all-reduce cannot sum. ``weighted``: replicas may weigh differently."""
     if route not in ("two_phase", "all_reduce"):
         raise ValueError(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")
     if route == "two_phase":
@@ -132,20 +132,20 @@ def require_summable(plan: Plan, rule: Aggregator, route: Route, *, weighted: bo
 
 
 def consolidate(state: State, place: Place, key: Key) -> Flow[None]:
-    """Replace what each replica keeps for itself by the mean over the replicas."""
+    """Replace each replica's ``per_worker`` state by the mean over the replicas."""
     names = {name for name, kind in state.kinds.items() if kind == "per_worker"}
-    kept = {f"{name} of {f}": t for f, named in state.tensors.items() for name, t in named.items() if name in names}
-    means = yield from two_phase(kept, as_compression(None), rank_order_mean, place, key, state)
-    for which, value in means.values.items():
-        name, _, fqn = which.partition(" of ")
+    values = {f"{name} of {f}": t for f, named in state.tensors.items() for name, t in named.items() if name in names}
+    means = yield from two_phase(values, as_compression(None), rank_order_mean, place, key, state)
+    for label, value in means.values.items():
+        name, _, fqn = label.partition(" of ")
         state.stage(fqn, name, value.clone())
     state.commit()
 
 
 def together(flows: Sequence[Flow[R]]) -> Flow[list[R]]:
-    """Several flows as one: what they send at the same time is one message. Returns their results, in order.
+    """Run several flows in step, the ops of each turn as one message. Returns their results, in order.
 
-    They may have different numbers of ops, but those at the same place must be of one kind.
+    They may have different numbers of ops, but those of one turn must be of one kind.
     """
     results: list[R | None] = [None] * len(flows)
     replies: dict[int, Payload | None] = dict.fromkeys(range(len(flows)))
@@ -171,7 +171,9 @@ def _joined(ops: Sequence[Op]) -> Op:
     if len(ops) == 1:
         return first
     if any(type(op) is not type(first) or op.axis != first.axis for op in ops):
-        raise TypeError(f"flows that go together must send alike, these send {[type(op).__name__ for op in ops]}")
+        raise TypeError(
+            f"flows that share messages must yield ops of one kind; these yield {[type(op).__name__ for op in ops]}"
+        )
     if not isinstance(first, AllToAll | AllGather | AllReduce):
         raise TypeError(f"{type(first).__name__} cannot be joined with others")
     return replace(first, payload=tuple(tensor for op in ops for tensor in op.payload))

@@ -24,7 +24,7 @@ from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 
 DenseMean: TypeAlias = Callable[[Named, bool], Flow[Combined]]
-"""The mean over the peers of flat values, in full precision; the second argument says whether they may be used."""
+"""The mean over the peers of flat values, in full precision; the second argument: whether they may be used."""
 
 
 def low_rank_mean(
@@ -49,19 +49,19 @@ def low_rank_mean(
         usable = is_finite(*corrected.values())
     else:
         corrected = {fqn: torch.zeros_like(value) for fqn, value in values.items()}
-    whole = {fqn: matrices[fqn].view(value) for fqn, value in corrected.items()}
+    views = {fqn: matrices[fqn].view(value) for fqn, value in corrected.items()}
     starts = {
         fqn: compressors[fqn].start(matrices[fqn], replace(key, fqn=fqn), state, matrix)
-        for fqn, matrix in whole.items()
+        for fqn, matrix in views.items()
     }
-    # Thin matrices come first in products, and go transposed: with a thin one last CPUs take four times as long.
-    first = {fqn: (starts[fqn].T @ matrix.T).reshape(-1) for fqn, matrix in whole.items()}
+    # Thin matrices come first in products, transposed: CPUs take four times as long with a thin one last.
+    first = {fqn: (starts[fqn].T @ matrix.T).reshape(-1) for fqn, matrix in views.items()}
     means = yield from dense_mean(first, usable)
     bases = {
-        fqn: compressors[fqn].basis(mean.view(compressors[fqn].rank, whole[fqn].shape[0]).T)
+        fqn: compressors[fqn].basis(mean.view(compressors[fqn].rank, views[fqn].shape[0]).T)
         for fqn, mean in means.values.items()
     }
-    second = {fqn: bases[fqn].T @ matrix for fqn, matrix in whole.items()}  # B^T M_i [rank, columns]
+    second = {fqn: bases[fqn].T @ matrix for fqn, matrix in views.items()}  # B^T M_i [rank, columns]
     factors = yield from dense_mean({fqn: factor.reshape(-1) for fqn, factor in second.items()}, usable)
     results: dict[str, Tensor] = {}
     for fqn, value in values.items():

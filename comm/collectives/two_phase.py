@@ -1,19 +1,19 @@
-"""The two-phase route: how a value gets from every peer to every peer, encoded, at a cost that does not grow with them.
+"""The two-phase route: an all-reduce of encoded values, whose bytes per rank do not grow with the number of peers.
 
     first phase     encode one chunk for each destination, all-to-all; the owner of a chunk decodes all of it
                     and combines in rank order, in fp32
     second phase    the owner encodes what it combined, all-gather; every rank, the owner too, decodes the same bytes
 
 Bytes: 2 (W - 1) / W of the encoded size, what a ring all-reduce sends of the plain size. With the identity compressor
-it is the deterministic dense route: its bits do not depend on buckets, on timing or on the transport.
+it is the deterministic dense route: bitwise independent of buckets, timing and transport.
 
 Everything is cut per FQN, never per bucket: chunk j of a segment of n elements is its elements [j w, (j + 1) w) with
-w = ceil(n / W). Sent by each rank and message, besides the encoded chunks: one byte that says whether all was finite
-and, in the first phase, of which names and step it speaks (`mark`); in the first phase of a weighted mean four bytes,
-the weight.
+w = ceil(n / W). With the encoded chunks each rank sends its vote, one byte: whether all values were finite and, in the
+first phase, a digest of their names and step (`mark`); in the first phase of a weighted mean it is the weight, in four
+bytes.
 
-Where feedback keeps something, a value above `LARGEST` counts as one that is not finite, and a rank whose next state
-would not be finite says so in the second phase: no rank ever keeps what no step could be made from.
+With feedback, a value above `LARGEST` counts as one that is not finite, and a rank whose next state would not be finite
+votes against the result in the second phase: no rank ever keeps a state that no step could be made from.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DESCRIPTION_BYTES = 256
 class Combined:
     """What a collective returns: the combined values by FQN, and whether they may be used (the same on every peer).
 
-    ``present``: whether any peer had values of its own, where that was asked; None where nothing was sent at all.
+    ``present``: whether any peer had values of its own, if ranks said so; None where nothing was sent at all.
     """
 
     values: dict[str, Tensor]
@@ -66,13 +66,13 @@ def two_phase(
 ) -> Flow[Combined]:
     """Combine flat ``values`` over the peers. New feedback state is staged in ``state``.
 
-    Compressors see fp32. What that rounds of values in fp64 is the compressor's loss, and fed back with it.
-    ``weight``: of this rank in the mean. A rank of weight 0 gives zeros and is left out, as is one whose values are
+    Compressors see fp32; of fp64 values the rounding error is fed back with the compressor's.
+    ``weight``: of this rank in the mean. A rank of weight 0 sends zeros and is left out, as is one whose values are
     not finite; None: all weigh the same, and none may be left out. ``present``: False for zeros in place of values
     that this rank does not have; they count like any others. ``usable``: False for values that were computed from
-    what is not finite.
+    others that are not finite.
 
-    Raises ``RuntimeError`` on every peer where they came with different values (`mark`), without a ``weight``.
+    Raises ``RuntimeError`` on every peer if their names or steps differ (`mark`); not with a ``weight``.
     """
     world, device = place.size, device_of(values)
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
@@ -99,12 +99,12 @@ def two_phase(
 def _first_phase(
     values: Named, chosen: Mapping[str, Compression], world: int, key: Key, state: State, weight: float | None
 ) -> tuple[list[Payload], list[Tensor]]:
-    """What this rank sends of each value, a row for each rank; and `_measure` of each, unless there is a ``weight``."""
+    """This rank's payload of each value, a row for each rank; and `_measure` of each, unless there is a ``weight``."""
     payloads: list[Payload] = []
     measures: list[Tensor] = []
     for fqn, value in values.items():
         if weight is None:
-            measures.append(_measure(value, chosen[fqn]))  # here, so that what is encoded next is in the caches
+            measures.append(_measure(value, chosen[fqn]))  # here: the value is then in the caches when it is encoded
         coder, feedback, first = (
             coder_of(chosen[fqn], value),
             chosen[fqn].feedback,
@@ -140,7 +140,7 @@ def _second_phase(
 def _decoded(
     values: Named, chosen: Mapping[str, Compression], gathered: list[Payload], key: Key, world: int, state: State
 ) -> Combined:
-    """What all owners sent in the second phase, decoded: each tensor of ``gathered`` begins with the ranks."""
+    """The results, decoded from all owners' payloads of the second phase; dim 0 of ``gathered`` tensors is the rank."""
     results, sums = {}, []
     for (fqn, value), payload in zip(values.items(), gathered, strict=True):
         width, shared = chunk_width(value.numel(), world), replace(key, fqn=fqn).shared
@@ -150,12 +150,12 @@ def _decoded(
     return Combined(results, all_finite(results, sums))
 
 
-# ---- what ranks say beside their values ----------------------------------------------------------------------------
+# ---- votes ----------------------------------------------------------------------------------------------------------
 
 
 def mark(names: Iterable[str], step: int) -> int:
-    """A digest of what a message is about, 1 to `MARKS`: two that are not of the same names and step differ but for
-    one time in 127. It costs no byte, as it takes the place of the 1 that says that all is finite.
+    """A digest of a message's names and step, 1 to `MARKS`: different ones collide once in 127 times. It costs no byte,
+    as it replaces the 1 of a vote for finite values.
 
     >>> mark(["a", "b"], step=3) == mark(["a", "c"], step=3)
     False
@@ -166,14 +166,14 @@ def mark(names: Iterable[str], step: int) -> int:
 def _require_same_values(votes: Votes, values: Named, key: Key) -> Flow[tuple[Votes, bool]]:
     """The votes in the byte of each rank, and whether any rank was present.
 
-    Raises ``RuntimeError`` that says what each peer came with, if they do not speak of the same: all of them see it.
+    Raises ``RuntimeError`` with each peer's names and step, on all peers, if they differ.
     """
     statements = [int(statement) for statement in votes.weights]
     if len({(statement - 1) % MARKS for statement in statements if statement}) > 1:
         names = list(values)
         line = f"step {key.step}, {len(names)} values: {', '.join(names)}".encode()[:DESCRIPTION_BYTES]
-        mine = torch.tensor(list(line.ljust(DESCRIPTION_BYTES)), dtype=torch.uint8, device=device_of(values))
-        (lines,) = yield AllGather((mine,))
+        description = torch.tensor(list(line.ljust(DESCRIPTION_BYTES)), dtype=torch.uint8, device=device_of(values))
+        (lines,) = yield AllGather((description,))
         descriptions = [bytes(row.tolist()).decode(errors="ignore").strip() for row in lines]
         raise RuntimeError(
             "replicas were about to combine different values with each other: "
@@ -210,12 +210,12 @@ class Votes:
 
         A rank of weight 0 will count like any other the next time.
         """
-        mine = self.weights[self.place.rank]
-        return self.place.size if self.alike or mine <= 0 else sum(self.weights) / mine
+        weight = self.weights[self.place.rank]
+        return self.place.size if self.alike or weight <= 0 else sum(self.weights) / weight
 
 
 def vote(rows: int, finite: bool, weight: float | None, device: torch.device, statement: int = 1) -> Tensor:
-    """What a rank says of its values, to ``rows`` ranks: [rows, 1], one byte, or four for a weight.
+    """A rank's vote on its values, for ``rows`` ranks: [rows, 1], one byte, or four for a weight.
 
     ``statement``: the byte for values that are finite.
     """
@@ -253,7 +253,7 @@ def two_phase_bytes(numels: list[int], compressor: Compressor, world: int, *, we
 
 
 def coder_of(compression: Compression, value: Tensor) -> Compressor | _Double:
-    """What codes rows of ``value``, in fp32 or fp64."""
+    """The compressor of rows of ``value``, in fp32 or fp64."""
     compressor = compression.by_row
     assert compressor is not None, f"{compression.compressor} takes two rounds: see `exchange`"
     return _Double(compressor) if value.dtype == torch.float64 else compressor
@@ -261,7 +261,7 @@ def coder_of(compression: Compression, value: Tensor) -> Compressor | _Double:
 
 @dataclass(frozen=True)
 class _Double:
-    """A compressor of fp64 rows, made of one of fp32; the identity stays one."""
+    """A compressor of fp64 rows around one of fp32; the identity stays one."""
 
     single: Compressor
 
@@ -297,7 +297,7 @@ def _measure(value: Tensor, compression: Compression) -> Tensor:
 
 def all_staged_finite(chosen: Mapping[str, Compression], state: State) -> bool:
     """Whether all that feedback has staged is finite."""
-    staged = (state.staging.get(fqn, {}).values() for fqn, chosen_for in chosen.items() if chosen_for.feedback.kinds)
+    staged = (state.staging.get(fqn, {}).values() for fqn, compression in chosen.items() if compression.feedback.kinds)
     return is_finite(*(tensor for tensors in staged for tensor in tensors))
 
 

@@ -67,7 +67,7 @@ class Dgc(Sync):
         """Raise ``ValueError`` for another inner optimizer than plain SGD."""
         if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
             raise ValueError(
-                f"dgc has momentum of its own, so the inner optimizer must be SGD(momentum=0); "
+                "dgc has momentum of its own, so the inner optimizer must be SGD(momentum=0); "
                 f"it is {_summary(optimizer)}"
             )
 

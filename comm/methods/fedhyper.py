@@ -2,8 +2,8 @@
 
     a <- clip(a + kappa cos(D, D of the last round), -0.8, 4);    anchor <- anchor - (1 + a) D
 
-The original adds the inner product over the whole model, which grows with its size; the cosine does not. With kappa =
-0 it is Local SGD (FedAvg). Each fragment has its own a. Communication: 3 numbers over the shards of a sharded replica.
+The original adds the inner product over the model, which grows with its size; the cosine does not. With kappa = 0 it is
+Local SGD (FedAvg). Each fragment has its own a. Communication: 3 numbers over the shards of a sharded replica.
 Keeps: the last mean pseudo-gradient, and a for each fragment.
 """
 

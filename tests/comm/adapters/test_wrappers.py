@@ -74,7 +74,7 @@ def test_an_optimizer_is_found_within_what_trainers_put_around_it(wrapper: Any) 
     [
         (lambda o: [o, o], "a list of 2 optimizers and steps one"),
         (lambda o: {"a": o}, "a dict of 1 optimizers"),
-        (Duck, "hands on to the optimizer in .inner, give that one"),
+        (Duck, "wraps the optimizer in .inner, give that one"),
         (lambda o: 0.1, "attach got a float for an optimizer"),
     ],
 )
@@ -93,7 +93,7 @@ def test_a_model_is_found_within_what_trainers_put_around_it() -> None:
     ("arguments", "words"),
     [
         ((every_step(),), "got the sync EveryStep.* where the optimizer belongs"),
-        ((every_step(), torch.optim.SGD([nn.Parameter(torch.zeros(1))])), "stand in each other's place"),
+        ((every_step(), torch.optim.SGD([nn.Parameter(torch.zeros(1))])), "the two are swapped"),
         ((torch.optim.SGD([nn.Parameter(torch.zeros(1))]),), "attach got no sync"),
     ],
 )

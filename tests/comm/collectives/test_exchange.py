@@ -381,7 +381,7 @@ def test_flows_that_send_differently_do_not_go_together() -> None:
         yield AllReduce((torch.ones(1),))
         return []
 
-    with pytest.raises(TypeError, match="must send alike"):
+    with pytest.raises(TypeError, match="must yield ops of one kind"):
         simulate([together([waves(0, 1), other()])])
 
 
