@@ -1,1 +1,1 @@
-"""Aggregators: how combined. A rule makes one row of all ranks' rows."""
+"""Aggregators: rules that combine all ranks' rows into one."""

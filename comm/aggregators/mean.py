@@ -1,4 +1,4 @@
-"""The mean of the peers' rows, summed in rank order in fp32, so that its bits depend on nothing else."""
+"""The mean of the peers' rows, summed in rank order in fp32: bitwise the same everywhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Aggregator: TypeAlias = Callable[[Tensor], Tensor]
 def rank_order_mean(rows: Tensor) -> Tensor:
     """Mean over the leading dim of ``rows`` [world, n], added up from rank 0 to the last.
 
-    ``torch.sum`` chooses its order by shape and stride, and a ring by the bucket, so neither is reproducible enough.
+    ``torch.sum`` chooses its order by shape and stride, and a ring by the bucket, so neither is reproducible.
 
     >>> import torch
     >>> rank_order_mean(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))

@@ -78,7 +78,7 @@ class Float8(RowWise):
         blocks = to_blocks(rows, self.block)
         largest = torch.finfo(FP8[self.dtype]).max
         scale = blocks.abs().amax(-1, keepdim=True) / largest
-        # A scale that is denormal is so coarse that quotients go beyond the largest number.
+        # A denormal scale is so coarse that quotients may exceed the largest number.
         codes = scaled(blocks, scale).clamp_(-largest, largest).to(FP8[self.dtype]).view(torch.uint8)
         return codes.flatten(1)[:, : rows.shape[1]].contiguous(), scale.squeeze(-1)
 
@@ -102,7 +102,7 @@ def cast(dtype: str = "bf16", *, block: int = 512) -> Cast | Float8:
     >>> cast("bf16").row_bytes(10), cast("fp8_e4m3").row_bytes(10)
     (20, 14)
 
-    Raises ``ValueError`` for another dtype or a block that is no positive number. Source: the module's docstring.
+    Raises ``ValueError`` for another dtype or a block that is not a positive number. Source: the module's docstring.
     """
     if dtype in FP8:
         if not isinstance(block, int) or block < 1:

@@ -1,7 +1,7 @@
 """What a compressor is: a pure pair of functions on rows, with its properties and its exact wire bytes declared.
 
 Four Protocols. Every compressor is a `Compressor`, which codes rows, or a `TwoRoundCompressor`, whose two factors are
-means over all peers. What it may offer besides: `OnePass`, two steps in one pass over memory, and `Adjustable`, a
+means over all peers. It may also be `OnePass`, with two steps in one pass over memory, and `Adjustable`, with a
 setting that a plan may choose for each parameter.
 """
 
@@ -25,9 +25,8 @@ class Compressor(Protocol):
     Rows are independent: row ``j`` of what `encode` returns is all that is needed to decode row ``j``.
 
     On the two-phase route it codes twice: in the first phase each rank's own rows, one for each destination; in the
-    second (``key.second_phase``) one row, the mean of the decoded ones, which every rank decodes. What need not be done
-    to that mean again, or can be done better as it is of a known form, `encode` may leave out or do there: unbiased
-    random-k scales in the first phase only.
+    second (``key.second_phase``) one row, the mean of the decoded ones, which every rank decodes. The form of
+    that mean is known, so `encode` may treat it differently: unbiased random-k scales in the first phase only.
     """
 
     @property
@@ -57,10 +56,10 @@ class Compressor(Protocol):
 
 
 class OnePass(Protocol):
-    """What a compressor may offer besides: two steps in one pass over memory, with the bits of two."""
+    """Optional methods of a compressor: two steps in one pass over memory, bitwise equal to two passes."""
 
     def encode_sum(self, rows: Tensor, others: Tensor) -> tuple[Payload, Tensor] | None:
-        """``encode(rows + others)``, and ``rows + others`` less what it decodes to; None where it has to be two."""
+        """``encode(rows + others)``, and ``rows + others`` less what it decodes to; None if that takes two passes."""
 
     def encode_mean(self, payload: Payload, width: int, key: Key) -> tuple[Tensor, Payload]:
         """The mean [width] of the decoded rows, added up from the first to the last; and it encoded as one row."""
@@ -72,7 +71,7 @@ class TwoRoundCompressor(Protocol):
 
         first round     P = mean_i M_i Q        M_i [rows, columns] of peer i, Q = `start`, alike on all peers
         second round    R = mean_i B^T M_i      B = `basis` (P), orthonormal
-        result          B R                     and `keep` stages what the next `start` goes on from
+        result          B R                     and `keep` stages the next `start`
 
     Both means are linear in M_i, so only factors are sent and summed, never matrices. No contraction is promised for a
     single step. The collective is `dtrain.comm.collectives.low_rank`.
@@ -87,7 +86,7 @@ class TwoRoundCompressor(Protocol):
         """The names that it keeps, beside those of the feedback."""
 
     def pays(self, matrix: Matrix) -> bool:
-        """Whether the factors of this piece are small enough; otherwise it is sent as it is, in fp32."""
+        """Whether the factors of this piece are small enough; otherwise it is sent whole, in fp32."""
 
     def start(self, matrix: Matrix, key: Key, state: State, like: Tensor) -> Tensor:
         """Q [columns, rank], the same on all peers, in the dtype of ``like``."""
@@ -96,7 +95,7 @@ class TwoRoundCompressor(Protocol):
         """B [rows, rank] from P [rows, rank]; not finite where P is not."""
 
     def keep(self, fqn: str, factor: Tensor, start: Tensor, state: State) -> None:
-        """Stage what the next step starts from; ``factor`` is R [rank, columns], ``start`` is Q."""
+        """Stage the next step's `start`; ``factor`` is R [rank, columns], ``start`` is Q."""
 
 
 AnyCompressor: TypeAlias = Compressor | TwoRoundCompressor
@@ -107,10 +106,10 @@ class Adjustable(Protocol):
 
     @property
     def setting(self) -> str:
-        """In words, as "4 bits"."""
+        """For reports, such as "4 bits"."""
 
     def alternatives(self) -> Sequence[AnyCompressor]:
-        """The same compressor at each setting that a plan may choose, this one's among them."""
+        """The same compressor at each setting that a plan may choose, this one included."""
 
 
 def two_rounds(compressor: object) -> TwoRoundCompressor | None:
@@ -124,7 +123,7 @@ def adjustable(compressor: object) -> Adjustable | None:
 
 
 class RowWise:
-    """What most compressors declare: biased, homogeneous, not linear. Those that are otherwise say so."""
+    """What most compressors declare: biased, homogeneous, not linear. Others override it."""
 
     @property
     def unbiased(self) -> bool:

@@ -1,12 +1,12 @@
-"""Lossless coding of messages by zstandard: wraps a flow, which then sends the same in fewer bytes, for slow links.
+"""Lossless coding of messages by zstandard: wraps a flow and codes its messages in fewer bytes, for slow links.
 
-What goes to each rank is coded by itself, to a length of its own. All rows of an op must have one size, so the ranks
-agree on the longest first, and the others are padded. It pays where codes are far from random: sparse gradients,
+The row for each rank is coded separately, to its own length. All rows of an op must have one size, so the ranks first
+agree on the longest, and the others are padded. It pays where codes are far from random: sparse gradients,
 embeddings, 4-bit codes, bf16; hardly for 8-bit codes of normal values. Reductions are sent as they are.
 
 Every rank knows the plain size of a row, so nothing longer is ever decoded, and a CRC-32 of the code is compared first:
 a flipped bit would silently decode to other numbers.
-Communication: for each all-to-all and all-gather a gather of 8 bytes more, and 12 bytes before each part. Needs the
+Communication: for each all-to-all and all-gather another gather of 8 bytes, and 12 bytes before each code. Needs the
 package zstandard.
 """
 
@@ -27,7 +27,7 @@ HEAD = 12
 
 
 def packed(flow: Flow[R], level: int) -> Flow[R]:
-    """``flow`` with what it sends coded at zstandard's ``level``."""
+    """``flow``, with its messages coded at zstandard's ``level``."""
     try:
         op = next(flow)
         while True:
@@ -63,22 +63,22 @@ def _perform(op: Op, level: int) -> Flow[Payload]:
         try:
             decoded.append(_decode(row, payloads[0]))
         except ValueError as error:
-            raise ValueError(f"of what rank {rank} of the {op.axis} axis has sent, {error}") from None
+            raise ValueError(f"from rank {rank} of the {op.axis} axis: {error}") from None
     return tuple(torch.stack(list(column)) for column in zip(*decoded, strict=True))
 
 
 def _alike(payloads: Sequence[Payload], op: Op, level: int) -> Flow[Payload]:
     """``payloads``, coded, as one tensor [payloads, longest] uint8; each row begins with its length and its CRC-32.
 
-    Raises ``ValueError`` where a peer announces a code that is longer than any of such a payload can be.
+    Raises ``ValueError`` where a peer announces a longer code than such a payload can have.
     """
     import zstandard
 
     coder = zstandard.ZstdCompressor(level=level)
     blobs = [coder.compress(b"".join(_bytes(tensor) for tensor in payload)) for payload in payloads]
     longest = torch.tensor([max(len(blob) for blob in blobs)])
-    (everybody,) = yield AllGather((longest.to(op.payload[0].device),), axis=op.axis)
-    most, limit = int(everybody.max()), _longest(_plain_bytes(payloads[0]))
+    (lengths,) = yield AllGather((longest.to(op.payload[0].device),), axis=op.axis)
+    most, limit = int(lengths.max()), _longest(_plain_bytes(payloads[0]))
     if not 0 <= most <= limit:
         raise ValueError(
             f"a peer announces a lossless code of {most:,} bytes, where {limit:,} is the most that there can be: "
@@ -92,14 +92,14 @@ def _alike(payloads: Sequence[Payload], op: Op, level: int) -> Flow[Payload]:
 
 
 def _decode(row: Tensor, like: Payload) -> Payload:
-    """Undo `_alike` for one row. Raises ``ValueError`` for anything else than the code of a payload like ``like``."""
+    """Undo `_alike` for one row. Raises ``ValueError`` for what is not the code of a payload like ``like``."""
     raw = row.cpu().numpy().tobytes()
     length, checksum = int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:HEAD], "little")
     blob = raw[HEAD : HEAD + length]
     if len(blob) != length or zlib.crc32(blob) != checksum:
         raise ValueError(
             f"a lossless code of {length:,} bytes does not have the checksum it was sent with: it was damaged on its "
-            "way; look at the links and the memory of these machines, and go on from a checkpoint"
+            "way; look at the links and the memory of these machines, and resume from a checkpoint"
         )
     plain = bytearray(_inflated(blob, _plain_bytes(like)))
     payload, start = [], 0

@@ -1,14 +1,14 @@
-"""Low rank: PowerSGD (Vogels et al., arXiv:1905.13727), one step of power iteration from where the last one ended.
+"""Low rank: PowerSGD (Vogels et al., arXiv:1905.13727), one step of power iteration, begun where the last one ended.
 
     P = mean_i M_i Q;   P^ = orthonormal(P);   Q = mean_i M_i^T P^;   result P^ Q^T        M_i [rows, columns]
 
 It is linear in the M_i, so only the two factors are combined: r (rows + columns) numbers, however many peers.
 Under feedback a replica keeps M_i - P^ Q_i^T, the error of its own share. (PyTorch's hook keeps M_i - P^ Q^T, which
-grows without end where replicas' data differ. This form grows too, but slower: P^ follows the mean alone. What counts
-is the mean residual, which both keep bounded; `Attached.consolidate` gives every replica that mean.)
+grows without bound where replicas' data differ. This form grows too, but slower: P^ follows the mean alone. What
+matters is the mean residual, which both keep bounded; `Attached.consolidate` gives every replica that mean.)
 
 M_i is this rank's piece of a parameter in rows of its last dims; a row that a shard boundary cuts is filled with zeros.
-A parameter whose factors would not be smaller by ``min_rate`` is sent as it is, in fp32, as are all vectors.
+A parameter whose factors would not be smaller by ``min_rate`` is sent whole, in fp32, as are all vectors.
 Keeps: Q [columns, r], the same on all peers, besides what the feedback keeps.
 """
 
@@ -25,7 +25,7 @@ from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, State
 
 UNUSUAL = 2.0**32
-"""The largest magnitude, and one over the least, up to which a kept Q is used as it is."""
+"""A kept Q whose largest magnitude exceeds this, or is below 1 over it, is rescaled."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +52,29 @@ class LowRank:
         return min(matrix.rows, matrix.columns) > 1 and factors * self.min_rate < matrix.numel
 
     def start(self, matrix: Matrix, key: Key, state: State, like: Tensor) -> Tensor:
-        """Q [columns, rank] of the last step, or a random one that all peers draw alike, in the dtype of ``like``.
+        """Q [columns, rank] of the last step, or a random one, the same on all peers, in the dtype of ``like``.
 
-        Where the last step had another rank, its columns are kept as far as they go.
+        If the last step had another rank, the columns that both have are kept.
         """
-        kept = state.find(key.fqn, "q")
-        if kept is not None:
-            size = float(kept.abs().amax())
+        last = state.find(key.fqn, "q")
+        if last is not None:
+            size = float(last.abs().amax())
             if size > 0 and not 1 / UNUSUAL < size < UNUSUAL:  # only the span counts, and products must not overflow
-                kept = kept * 2.0 ** -max(math.frexp(size)[1], -120)  # no bit of that span changes
-        if kept is not None and kept.shape == (matrix.columns, self.rank):
-            return kept
+                last = last * 2.0 ** -max(math.frexp(size)[1], -120)  # no bit of that span changes
+        if last is not None and last.shape == (matrix.columns, self.rank):
+            return last
         generator = replace(key.shared, step=0, again=0, phase="powersgd").generator(torch.device("cpu"))
         fresh = torch.randn(matrix.columns, self.rank, generator=generator).to(like)
-        if kept is not None and kept.shape[0] == matrix.columns:
-            shared = min(self.rank, kept.shape[1])
-            fresh[:, :shared] = kept[:, :shared]
+        if last is not None and last.shape[0] == matrix.columns:
+            shared = min(self.rank, last.shape[1])
+            fresh[:, :shared] = last[:, :shared]
         return fresh
 
     def basis(self, mean: Tensor) -> Tensor:
         return orthonormal(mean)
 
     def keep(self, fqn: str, factor: Tensor, start: Tensor, state: State) -> None:
-        # From zeros no iteration would ever start again.
+        # Power iteration never leaves zeros.
         state.stage(fqn, "q", factor.T.contiguous() if bool(factor.any()) else start)
 
 

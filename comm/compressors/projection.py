@@ -1,12 +1,12 @@
-"""Projection: of each block of b elements, K numbers along directions that all ranks draw alike, of 1 and -1.
+"""Projection: of each block of b elements, K numbers along random directions of 1 and -1, the same on all ranks.
 
     V: b x K signs, drawn from (seed, step, FQN);   gamma = a / K V^T x;   x' = V gamma
-    a = K / (K + b - 1): the contraction that loses least;   a = 1: unbiased, of K + b - 1 over K times the square of x
+    a = K / (K + b - 1): the contraction of least error;   a = 1: unbiased, of K + b - 1 over K times the square of x
 
 All blocks of a row share V, so drawing it costs little. A mean of decoded rows lies in the span of V again, so
 the second phase fits gamma to it (least squares) and loses nothing. Decoding adds direction by direction: a sign
-times a number is exact, so every rank has the same bits, whatever its hardware. Blocks of up to 2 K elements are sent
-as they are.
+times a number is exact, so every rank has the same bits, on any hardware. Blocks of up to 2 K elements are sent in
+fp32.
 Communication: the two-phase route, or any: payloads may be summed. Keeps: nothing.
 Bytes: 4 K for each block. Source: Ferret (Shu et al., arXiv:2409.06277), equations 6 to 8, with signs for numbers.
 """
@@ -77,7 +77,7 @@ class Projection(RowWise):
         return -(-width // self.block)
 
     def _size(self, width: int) -> int:
-        """Elements of each block of a row: as many as `block`, or somewhat fewer so that all are alike."""
+        """Elements of each block of a row: at most ``block``, and the same for all."""
         return -(-width // max(1, self._count(width)))
 
     def _whole(self, width: int) -> bool:
@@ -98,7 +98,7 @@ class Projection(RowWise):
 
 
 def _fitted(gram: Tensor, products: Tensor) -> Tensor:
-    """The solution x of ``gram`` x = ``products``; the least one where some directions are linearly dependent."""
+    """The solution x of ``gram`` x = ``products``; the least-norm one where some directions are linearly dependent."""
     factors, pivots, _ = torch.linalg.lu_factor_ex(gram)
     if float(factors.diagonal().abs().amin()) > 1e-9 * float(gram[0, 0]):
         solution: Tensor = torch.linalg.lu_solve(factors, pivots, products)
@@ -108,7 +108,7 @@ def _fitted(gram: Tensor, products: Tensor) -> Tensor:
 
 
 def shrinkage(directions: float, size: int) -> float:
-    """The factor that brings a projection of ``size`` elements on random ``directions`` nearest to them.
+    """The factor of least error for a projection of ``size`` elements on random ``directions``.
 
     >>> shrinkage(32, 1025)
     0.030303030303030304
@@ -117,17 +117,17 @@ def shrinkage(directions: float, size: int) -> float:
 
 
 def projection(directions: int = 32, *, block: int = 1024, scaled: bool = False) -> Projection:
-    """Send a few numbers of each block, along random directions that a shared seed draws anew in each step.
+    """Send a few numbers of each block, along random directions that are redrawn from a shared seed in each step.
 
     Args:
         directions: K, numbers of each block.
-        block: elements of a block, more than twice as many.
+        block: elements of a block, more than 2 K.
         scaled: unbiased, of large variance. Under error feedback it must not be.
 
     >>> projection(32).row_bytes(2048)
     256
 
-    Raises ``ValueError`` for numbers that make nothing smaller.
+    Raises ``ValueError`` for numbers outside their range, or that would not compress.
     """
     for name, value in (("directions", directions), ("block", block)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -1,4 +1,4 @@
-"""Quantization in blocks: each element in 2 to 8 bits, beside fp32 numbers that its block shares.
+"""Quantization in blocks: each element in 2 to 8 bits, plus fp32 numbers that its block shares.
 
     max_min     levels min + k unit, unit = (max - min) / (2^bits - 1)       QSGD's, by each block's range, as in CGX
     symmetric   levels k / s, scale = max |x|, s = 2^(bits - 1) - 1
@@ -7,17 +7,17 @@
     natural     levels 0 and 2^-j, j = 0 ... 126, scale = max |x|            8 bits; Horvath et al., arXiv:1905.10988
 
     nearest       code = the nearest level of x (or of x / scale)
-    stochastic    one of its two neighbours by chance, so that the mean is x: unbiased
+    stochastic    one of its two neighbours at random, so that the mean is x: unbiased
 
-All but max_min lie around zero: the scale, and each element the sign and the index of a level. e3m0 and natural are one
-family: a sign, some bits of exponent, no mantissa. (The natural compression of the paper has no scale and sends 9 bits;
-with one, 7 bits of exponent reach from a block's largest element down to 2^-126 of it.)
+All but max_min are symmetric: a scale for each block, a sign and the index of a level for each element. e3m0 and natural
+are one family: a sign, some bits of exponent, no mantissa. (The natural compression of the paper has no scale and sends
+9 bits; with one, 7 bits of exponent reach from a block's largest element down to 2^-126 of it.)
 Communication: the two-phase route. Keeps: nothing. Bytes for a row of n elements: ceil(n * bits / 8), and for each
 block 8 (max_min) or 4.
 
-The kernels below are all of the arithmetic. `encode_nearest`, `encode_stochastic` and `decode_blocks` are its
-reference; those that do two steps in one pass are tested to give the bits of the two, and what `torch.compile` makes of
-any of them the bits of the same function run eagerly (tests/comm/test_kernels.py).
+All of the arithmetic is in the kernels below. `encode_nearest`, `encode_stochastic` and `decode_blocks` are its
+reference; those that do two steps in one pass are tested to be bitwise equal to the two, and compiled kernels to eager
+ones (tests/comm/test_kernels.py).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class BlockQuantizer(ABC):
     rounding: str
 
     numbers: ClassVar[int] = 1
-    """Of each block, beside its codes."""
+    """How many each block has, beside its codes."""
     homogeneous: ClassVar[bool] = True
     linear: ClassVar[bool] = False
 
@@ -86,14 +86,14 @@ class BlockQuantizer(ABC):
         return packed, self._by_block(numbers)
 
     def encode_sum(self, rows: Tensor, others: Tensor) -> tuple[Payload, Tensor] | None:
-        """``encode(rows + others)`` and what it leaves out of them, in one pass; None where rounding is random."""
+        """``encode(rows + others)`` and its error, in one pass; None where rounding is random."""
         if self.rounding != "nearest":
             return None
         packed, numbers = self._room(rows)
-        left = torch.empty_like(rows)
+        error = torch.empty_like(rows)
         payload = [(packed, self.bits, 8), (numbers, 0, self.numbers)]
-        self._run(encode_sum_nearest, [(rows, 1, 1), (others, 1, 1), *payload, (left, 1, 1)], rows.shape[1])
-        return (packed, self._by_block(numbers)), left
+        self._run(encode_sum_nearest, [(rows, 1, 1), (others, 1, 1), *payload, (error, 1, 1)], rows.shape[1])
+        return (packed, self._by_block(numbers)), error
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         packed, numbers = payload
@@ -127,7 +127,7 @@ class BlockQuantizer(ABC):
         return packed_bytes(width, self.bits, self.block) + 4 * self.numbers * -(-width // self.block)
 
     def _run(self, step: Kernel, laid: list[tuple[Tensor, int, int]], width: int, **constants: Constant) -> None:
-        # The sum in a norm is taken in another order when compiled, which would be another norm.
+        # Compiled, a norm sums in another order, with other bits.
         run = step.function if self.grid == "norm" else step
 
         def over(*views: Tensor) -> None:
@@ -136,7 +136,7 @@ class BlockQuantizer(ABC):
         by_blocks(over, laid, width, self.block)
 
     def _room(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """For codes [m, bytes] and numbers [m, numbers * blocks]."""
+        """Empty tensors for codes [m, bytes] and numbers [m, numbers * blocks]."""
         m, width = rows.shape
         packed = torch.empty(m, packed_bytes(width, self.bits, self.block), dtype=torch.uint8, device=rows.device)
         return packed, rows.new_empty(m, self.numbers * -(-width // self.block))
@@ -219,8 +219,8 @@ class Powers(BlockQuantizer):
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
 #
-# Of blocks [m, n, block] fp32, noise alike in [0, 1), packed [m, n, bytes of a block], numbers [m, n, 1 or 2]. Each
-# writes into its last arguments: ``packed`` and ``numbers``, ``left``, ``blocks`` or ``mean``.
+# Of blocks [m, n, block] fp32, noise of that shape in [0, 1), packed [m, n, bytes of a block], numbers [m, n, 1 or 2].
+# Each writes into its last arguments: ``packed`` and ``numbers``, ``error``, ``blocks`` or ``mean``.
 
 
 @kernel
@@ -231,24 +231,24 @@ def encode_nearest(blocks: Tensor, packed: Tensor, numbers: Tensor, *, grid: str
 
 @kernel
 def encode_stochastic(blocks: Tensor, noise: Tensor, packed: Tensor, numbers: Tensor, *, grid: str, bits: int) -> None:
-    """Codes of ``blocks``, rounded to either neighbour by chance."""
+    """Codes of ``blocks``, rounded to either neighbour at random."""
     _store(_coded(blocks, noise, grid, bits), packed, numbers, bits)
 
 
 @kernel
 def encode_sum_nearest(
-    blocks: Tensor, others: Tensor, packed: Tensor, numbers: Tensor, left: Tensor, *, grid: str, bits: int
+    blocks: Tensor, others: Tensor, packed: Tensor, numbers: Tensor, error: Tensor, *, grid: str, bits: int
 ) -> None:
-    """Codes of ``blocks + others``, and in ``left`` what they lose of it."""
+    """Codes of ``blocks + others``, and in ``error`` what they lose of it."""
     total = blocks + others
     coded = _coded(total, 0.5, grid, bits)
     _store(coded, packed, numbers, bits)
-    left.copy_(total - _decoded(*coded, grid, bits))
+    error.copy_(total - _decoded(*coded, grid, bits))
 
 
 @kernel
 def decode_blocks(packed: Tensor, numbers: Tensor, blocks: Tensor, *, grid: str, bits: int) -> None:
-    """``blocks`` of what was coded."""
+    """The decoded ``blocks``."""
     blocks.copy_(_unpacked(packed, numbers, blocks.shape[-1], grid, bits))
 
 
@@ -297,8 +297,8 @@ def _decoded(codes: Tensor, numbers: tuple[Tensor, ...], grid: str, bits: int) -
 def _store(coded: Coded, packed: Tensor, numbers: Tensor, bits: int) -> None:
     codes, of_block = coded
     packed.copy_(pack_bits(codes.to(torch.uint8), bits))  # which rounds down
-    for place, number in enumerate(of_block):
-        numbers[..., place : place + 1].copy_(number)
+    for index, number in enumerate(of_block):
+        numbers[..., index : index + 1].copy_(number)
 
 
 def _unpacked(packed: Tensor, numbers: Tensor, size: int, grid: str, bits: int) -> Tensor:
@@ -345,9 +345,9 @@ def _powers_codes(values: Tensor, offset: Tensor | float, levels: int) -> Tensor
 def _power_levels(codes: Tensor, levels: int) -> Tensor:
     number = codes.to(torch.int32)
     negative = number > levels
-    place = torch.where(negative, number - (levels + 1), number)
-    size = ((place - levels + 127) << 23).view(torch.float32)  # the bits of 2^(place - levels)
-    size = torch.where(place == 0, 0.0, size)
+    index = torch.where(negative, number - (levels + 1), number)
+    size = ((index - levels + 127) << 23).view(torch.float32)  # the bits of 2^(index - levels)
+    size = torch.where(index == 0, 0.0, size)
     return torch.where(negative, -size, size)
 
 
@@ -362,7 +362,7 @@ def quantize(
     Args:
         grid: "max_min" (uniform between a block's extremes), "symmetric" (uniform between plus and minus its largest
             magnitude), "qsgd" (the same with its norm), "e3m0" or "natural" (powers of two).
-        bits: of a code, 2 to 8, sign included; 8 by default. Powers of two have theirs: 4 and 8.
+        bits: of a code, 2 to 8, sign included; 8 by default. e3m0 has 4, natural 8.
         block: elements that share one scale: 8 bytes on the wire for max_min, 4 for the others.
         rounding: "nearest" (biased, least error) or "stochastic" (unbiased).
 
@@ -372,8 +372,8 @@ def quantize(
     Raises ``ValueError`` for values outside these ranges. Source: the module's docstring.
     """
     if grid not in GRIDS:
-        meant = f", or write quantize(bits={grid})" if isinstance(grid, int) else ""
-        raise ValueError(f"grid is {grid!r}; choose one of {', '.join(GRIDS)}{meant}")
+        hint = f", or write quantize(bits={grid})" if isinstance(grid, int) else ""
+        raise ValueError(f"grid is {grid!r}; choose one of {', '.join(GRIDS)}{hint}")
     if grid in FIXED_BITS:
         if bits not in (None, FIXED_BITS[grid]):
             raise ValueError(f"bits is {bits!r}; {grid} has {FIXED_BITS[grid]} bits, so leave it out")

@@ -60,6 +60,6 @@ def sign(*, block: int = 1024) -> Sign:
     >>> sign().row_bytes(8192)
     1056
 
-    Raises ``ValueError`` for a block that is no positive number. Source: the module's docstring.
+    Raises ``ValueError`` for a block that is not a positive number. Source: the module's docstring.
     """
     return Sign(checked_block(block))

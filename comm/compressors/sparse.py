@@ -4,8 +4,8 @@
     random-k   k elements drawn from (seed, step, FQN), the same on all ranks, so without indices; unscaled it is a
                contraction, scaled by width / k it is unbiased
 
-On the two-phase route each row is what goes to one rank, so k counts there: every rank's chunk gets its share. For
-random-k all rows keep the same places, in both phases, so that the second one loses nothing.
+On the two-phase route each row goes to one rank, so every rank's chunk has a k of its own. Random-k keeps the same
+indices in all rows and both phases, so that the second one loses nothing.
 Communication: the two-phase route; random-k any. Keeps: nothing.
 Bytes for k elements: top-k 4 + 2 (rows up to 65536 elements) or 4 + 4, random-k 4.
 """
@@ -23,7 +23,7 @@ from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
 SAMPLED_FROM = 1 << 16
-"""Rows at least this long are searched above a threshold that a sample of them suggests; the result is the same set."""
+"""Rows at least this long are searched above a threshold estimated from a sample; the result is the same set."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,23 @@ class TopK(RowWise):
         width = rows.shape[1]
         k = kept(self.density, width)
         if width < SAMPLED_FROM:
-            places = rows.abs().nan_to_num_(nan=torch.inf).topk(k, dim=1, sorted=False).indices
+            indices = rows.abs().nan_to_num_(nan=torch.inf).topk(k, dim=1, sorted=False).indices
         else:
-            places = torch.stack([largest(row, k) for row in rows]) if len(rows) else rows.new_zeros((0, k)).long()
-        places = places.sort(dim=1).values  # neighbours stay neighbours, and the order says nothing
-        return rows.gather(1, places), _narrow(places, width)
+            indices = torch.stack([largest(row, k) for row in rows]) if len(rows) else rows.new_zeros((0, k)).long()
+        indices = indices.sort(dim=1).values  # the order carries no information; sorted, neighbours stay neighbours
+        return rows.gather(1, indices), _narrow(indices, width)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
-        """Raises ``ValueError`` for places that such rows do not have."""
+        """Raises ``ValueError`` for indices that such rows do not have."""
         values, narrow = payload
-        places = _wide(narrow)
-        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < width:
+        indices = _wide(narrow)
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < width:
             raise ValueError(
-                f"a top-k payload holds places from {int(places.min())} to {int(places.max())} of rows of {width}: it "
-                "was damaged on its way, or the ranks were given different models or densities"
+                f"a top-k payload holds indices from {int(indices.min())} to {int(indices.max())} of rows of {width}: "
+                "it was damaged on its way, or the ranks were given different models or densities"
             )
         rows = torch.zeros(values.shape[0], width, device=values.device)
-        return rows.scatter_(1, places, values)
+        return rows.scatter_(1, indices, values)
 
     def row_bytes(self, width: int) -> int:
         return kept(self.density, width) * (4 + _index_dtype(width).itemsize)
@@ -96,18 +96,18 @@ class RandomK(RowWise):
         return [replace(self, density=density) for density in _densities(self.density)]
 
     def encode(self, rows: Tensor, key: Key) -> Payload:
-        values = rows.index_select(1, self._places(rows.shape[1], key, rows.device))
+        values = rows.index_select(1, self._indices(rows.shape[1], key, rows.device))
         return (values * self._factor(rows.shape[1]) if self.scaled and not key.second_phase else values,)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         (values,) = payload
         rows = torch.zeros(values.shape[0], width, device=values.device)
-        return rows.index_copy_(1, self._places(width, key, values.device), values)
+        return rows.index_copy_(1, self._indices(width, key, values.device), values)
 
     def row_bytes(self, width: int) -> int:
         return 4 * kept(self.density, width)
 
-    def _places(self, width: int, key: Key, device: torch.device) -> Tensor:
+    def _indices(self, width: int, key: Key, device: torch.device) -> Tensor:
         generator = replace(key.shared, phase="places").generator(torch.device("cpu"))
         chosen = torch.randperm(width, generator=generator)[: kept(self.density, width)]
         return chosen.sort().values.to(device)
@@ -120,7 +120,7 @@ def topk(density: float = 0.01) -> TopK:
     """Send the largest magnitudes.
 
     Args:
-        density: the part of the elements that is sent, in (0, 1]; at least one element of each row is.
+        density: the fraction of the elements that is sent, in (0, 1]; at least one element of each row is.
 
     >>> topk(0.01).row_bytes(1000)
     60
@@ -131,10 +131,10 @@ def topk(density: float = 0.01) -> TopK:
 
 
 def randk(density: float = 0.01, *, scaled: bool = False) -> RandomK:
-    """Send elements that a shared seed draws anew in each step, without indices.
+    """Send random elements, redrawn from a shared seed in each step, without indices.
 
     Args:
-        density: the part of the elements that is sent, in (0, 1]; at least one element of each row is.
+        density: the fraction of the elements that is sent, in (0, 1]; at least one element of each row is.
         scaled: multiply by 1 / density: unbiased, of large variance. Under error feedback it must not be.
 
     >>> randk(0.01).row_bytes(1000)
@@ -157,8 +157,8 @@ def kept(density: float, width: int) -> int:
 def largest(row: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest magnitudes of ``row`` [width], in any order.
 
-    A sample suggests a threshold that somewhat more than k elements should reach; those are searched. If fewer than k
-    do, all are searched, so a misleading sample costs time and nothing else.
+    A sample gives a threshold that somewhat more than k elements should reach; those are searched. If fewer than k do,
+    all are searched, so a misleading sample only costs time.
     """
     size = row.abs().nan_to_num_(nan=torch.inf)
     sample = size[:: max(1, row.numel() // 8192)]
@@ -176,7 +176,7 @@ def _densities(density: float) -> list[float]:
 
 def _checked(density: float) -> float:
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
-        raise ValueError(f"density is {density!r}; give the part of the elements that is sent, in (0, 1]")
+        raise ValueError(f"density is {density!r}; give the fraction of the elements that is sent, in (0, 1]")
     return float(density)
 
 
@@ -184,10 +184,10 @@ def _index_dtype(width: int) -> torch.dtype:
     return torch.int16 if width <= 1 << 16 else torch.int32
 
 
-def _narrow(places: Tensor, width: int) -> Tensor:
+def _narrow(indices: Tensor, width: int) -> Tensor:
     """Indices in as few bytes as ``width`` allows; 16 bits hold them unsigned."""
-    return places.to(torch.int32).to(_index_dtype(width))
+    return indices.to(torch.int32).to(_index_dtype(width))
 
 
-def _wide(places: Tensor) -> Tensor:
-    return places.long() & 0xFFFF if places.dtype == torch.int16 else places.long()
+def _wide(indices: Tensor) -> Tensor:
+    return indices.long() & 0xFFFF if indices.dtype == torch.int16 else indices.long()

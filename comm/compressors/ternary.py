@@ -2,11 +2,11 @@
 
     terngrad   x is clipped at c standard deviations; s = max |x|; sends s sgn(x) with probability |x| / s, else 0.
                Unbiased but for the clipping; its variance is far too large for error feedback. arXiv:1705.07878
-    compeft    keeps the signs of the largest magnitudes and gives all of them one size: their mean magnitude, or
+    compeft    keeps the signs of the largest magnitudes and gives all of them one magnitude: their mean, or
                alpha times the block's standard deviation as for parameter updates in arXiv:2311.13171
 
 Communication: the two-phase route. Bytes for a row of n elements: ceil(n / 4) + 4 * ceil(n / block). Keeps: nothing.
-ComPEFT's paper codes the places of what it keeps (Golomb), which is the smaller the sparser: 5.9 times smaller at 5 %.
+ComPEFT's paper Golomb-codes the indices of kept elements instead, which gains with sparsity: 5.9 times smaller at 5 %.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def compeft(*, density: float = 0.1, alpha: float | None = None, block: int = 20
     """ComPEFT's sparse signs.
 
     Args:
-        density: the part of each block that is kept, in (0, 1].
-        alpha: the common size in standard deviations; None for the mean magnitude of what is kept, which is a
+        density: the fraction of each block that is kept, in (0, 1].
+        alpha: the common magnitude in standard deviations; None for the mean magnitude of what is kept, which is a
             contraction and may go under error feedback.
         block: elements that share a scale.
 
@@ -136,14 +136,14 @@ def compeft(*, density: float = 0.1, alpha: float | None = None, block: int = 20
     Raises ``ValueError`` for values outside these ranges. Source: the module's docstring.
     """
     if not 0 < density <= 1:
-        raise ValueError(f"density is {density!r}; give the part of the elements that is kept, in (0, 1]")
+        raise ValueError(f"density is {density!r}; give the fraction of the elements that is kept, in (0, 1]")
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha is {alpha!r}; give a positive number of standard deviations, or None")
     return Compeft(checked_block(block), float(density), alpha)
 
 
 def _deviation(blocks: Tensor, counts: Tensor) -> Tensor:
-    """Standard deviation of the real elements of each block, [m, blocks, 1]; the filling is zeros."""
+    """Standard deviation of the real elements of each block, [m, blocks, 1]; the padding is zeros."""
     mean = blocks.sum(-1, keepdim=True) / counts
     square = blocks.square().sum(-1, keepdim=True) / counts
     return (square - mean.square()).clamp_(min=0.0).sqrt()

@@ -1,13 +1,14 @@
 """Accordion (Agarwal et al., arXiv:2010.16248): compress less while gradients change fast, and more while they do not.
 
-    a layer is in a critical regime if  | |g_then| - |g_now| | / |g_then|  >= threshold        looked at every so often
+    a layer is in a critical regime if  | |g_then| - |g_now| | / |g_then|  >= threshold        compared now and then
 
-Norms are those of what is new in one exchange, summed over all ranks, so that all of them decide alike. (The authors'
-code takes the norm of the gradient that an epoch has added up, which is less noisy: where batches are small, look less
-often or raise the threshold. Nothing here looks at the learning rate.) It chooses between two plans; either may be one
-that learns, `lgreco` for example: what is more and what is less is then chosen by layer.
-Until it has looked twice, all layers count as critical.
-Communication: at each look a gather over the shards and one over the replicas. Keeps: a norm and a choice per layer.
+Norms are of the values of one exchange without the residual, summed over all ranks, so that all decide alike. (The
+authors' code takes the norm of the gradient accumulated over an epoch, which is less noisy: with small batches, compare
+less often or raise the threshold. The learning rate is not used.) It chooses between two plans; either may be adaptive,
+`lgreco` for example, which then chooses by layer.
+Before the second comparison, all layers count as critical.
+Communication: at each comparison one gather over the shards and one over the replicas. Keeps: a norm and a choice for
+each layer.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class ChoosingAccordion:
         return self.plans[self.calm[fqn]].of(fqn, step)
 
     def due(self) -> bool:
-        return self._looks() or any(plan.due() for plan in self.plans)
+        return self._compares() or any(plan.due() for plan in self.plans)
 
     def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         self._squares[fqn] = float(fresh.double().square().sum())
@@ -80,10 +81,10 @@ class ChoosingAccordion:
                 plan.measure(fqn, fresh, corrected, matrix, world, key)
 
     def review(self) -> Flow[None]:
-        looks, self.exchanges = self._looks(), self.exchanges + 1
+        compares, self.exchanges = self._compares(), self.exchanges + 1
         for plan in self.plans:
             yield from plan.review()
-        if not looks:
+        if not compares:
             self._squares = {}
             return
         total = torch.tensor([self._squares.get(fqn, 0.0) for fqn in self.fqns], dtype=torch.float64)
@@ -92,7 +93,7 @@ class ChoosingAccordion:
         for axis in axes:
             (rows,) = yield AllGather((total,), axis=axis)
             total = rows.sum(0)
-        if bool(torch.isfinite(total).all()):  # otherwise the step that was looked at is skipped, too
+        if bool(torch.isfinite(total).all()):  # otherwise the step that was measured is skipped, too
             self._decide(dict(zip(self.fqns, total.sqrt().tolist(), strict=True)))
 
     def numbers(self) -> Numbers:
@@ -104,8 +105,8 @@ class ChoosingAccordion:
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
         self.exchanges, self.own_changes = int(numbers["plan.exchanges"]), int(numbers["plan.changes"])
         self.calm = {fqn: bool(numbers[f"plan.calm.{fqn}"]) for fqn in self.fqns}
-        known = {fqn: float(numbers[f"plan.norm.{fqn}"]) for fqn in self.fqns}
-        self.norms = {fqn: norm for fqn, norm in known.items() if norm >= 0}
+        norms = {fqn: float(numbers[f"plan.norm.{fqn}"]) for fqn in self.fqns}
+        self.norms = {fqn: norm for fqn, norm in norms.items() if norm >= 0}
         for number, plan in enumerate(self.plans):
             plan.load_numbers({name: numbers[f"plan.{number}.{name}"] for name in plan.numbers()})
 
@@ -114,14 +115,14 @@ class ChoosingAccordion:
         head = f"Accordion: {len(self.fqns) - calm} of {len(self.fqns)} parameters in a critical regime"
         return "\n".join([head, "critical:", self.plans[0].table(), "otherwise:", self.plans[1].table()])
 
-    def _looks(self) -> bool:
+    def _compares(self) -> bool:
         return (self.exchanges + 1) % self.spec.every == 0
 
     def _decide(self, norms: dict[str, float]) -> None:
         before = dict(self.calm)
         for fqn, norm in norms.items():
-            then = self.norms.get(fqn)
-            self.calm[fqn] = then is not None and abs(then - norm) < self.spec.threshold * then
+            last = self.norms.get(fqn)
+            self.calm[fqn] = last is not None and abs(last - norm) < self.spec.threshold * last
         self.norms = norms
         self.own_changes += before != self.calm
 
@@ -136,7 +137,7 @@ def accordion(critical: Compress, otherwise: Compress, *, every: int = 100, thre
     Args:
         critical: the one that loses less, for critical regimes.
         otherwise: the one that sends less.
-        every: exchanges between two looks; an epoch in the paper.
+        every: exchanges between two comparisons; an epoch in the paper.
         threshold: relative change of the norm; 0.5 in the paper.
 
     >>> from dtrain.compress import error_feedback, powersgd
@@ -144,7 +145,7 @@ def accordion(critical: Compress, otherwise: Compress, *, every: int = 100, thre
     >>> accordion(error_feedback(powersgd(8)), lgreco(error_feedback(powersgd(2)))).threshold
     0.5
 
-    Raises ``ValueError`` for values outside their range, ``TypeError`` for what is no compressor. Source: algorithm 1.
+    Raises ``ValueError`` for values outside their range, ``TypeError`` for no compressor. Source: algorithm 1.
     """
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every is {every!r}; give a positive number of exchanges, for example 100")

@@ -1,7 +1,7 @@
 """Adaptive plans: those that learn from what they compress.
 
 A method begins such a plan once for each run, lets it measure the values of the exchanges in which it is due, and
-reviews it between two steps. It decides from sums over all ranks, so that all decide alike, which is also compared.
+reviews it between two steps. It decides from sums over all ranks, so that all make the same choice, which is verified.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Choosing(Plan, Protocol):
         """Called after each exchange; if it was due, all ranks agree on what to use from now on."""
 
     def numbers(self) -> Numbers:
-        """What a checkpoint keeps of it."""
+        """The numbers that a checkpoint keeps."""
 
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
         """Undo `numbers`."""
 
     def table(self) -> str:
-        """A report on what is used for each parameter."""
+        """A report of the compression of each parameter."""
 
 
 @runtime_checkable

@@ -1,14 +1,14 @@
-"""EF21-W (Richtarik, Gasanov and Burlachenko, ICLR 2024): EF21 with larger scales where losses are rougher.
+"""EF21-W (Richtarik, Gasanov and Burlachenko, ICLR 2024): EF21 with larger scales for replicas of rougher losses.
 
-    s_i = L_i / mean_j L_j;    send C_i(d) = s_i C(d / s_i)   in EF21's place of   C(d)
+    s_i = L_i / mean_j L_j;    send C_i(d) = s_i C(d / s_i)   where EF21 sends   C(d)
 
 L_i: the smoothness of replica i's loss, here the sum over the warm-up of |g_i(t+1) - g_i(t)|: all replicas make the
 same steps, so their lengths cancel. After the warm-up s_i never changes. The second phase of the two-phase route, whose
-input is a mean, is not scaled. Where C is homogeneous (top-k, sign, ...) C_i is C, and all this is EF21: the paper's
-gain is then one of theory, a larger step size that is safe.
+input is a mean, is not scaled. Where C is homogeneous (top-k, sign, ...) C_i is C, and this is EF21: the paper's gain
+is then one of theory, a larger safe step size.
 Communication: in the warm-up one gather over the shards in each exchange, at its end one over the replicas; then 4 more
-bytes in each encoded row. Keeps: what EF21 keeps, in the warm-up the last gradient too, and two numbers. On another
-mesh all replicas go on with the scale of replica 0.
+bytes in each encoded row. Keeps: what EF21 keeps, in the warm-up the last gradient too, and two numbers. A run that
+is resumed on another mesh takes replica 0's scale on all.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class _EF21W(Feedback):
-    """EF21, and the last gradient beside it while it is ``learning``."""
+    """EF21, which also keeps the last gradient while it is ``learning``."""
 
     eta: float
     learning: bool = True
@@ -111,7 +111,7 @@ class EF21W:
 
     @property
     def learning(self) -> Compression:
-        """What is used in the warm-up."""
+        """The compression in the warm-up."""
         return Compression(Scaled(self.compressor), _EF21W(1.0))
 
     def of(self, fqn: str, step: int) -> Compression:
@@ -176,7 +176,7 @@ class ChoosingEF21W:
         self.smoothness, self.scale = float(numbers["plan.smoothness"]), float(numbers["plan.scale"])
 
     def table(self) -> str:
-        return f"EF21-W: scale of this worker {self.scale:.4g}"
+        return f"EF21-W: scale of this replica {self.scale:.4g}"
 
 
 def ef21w(compressor: Compressor, *, warmup_steps: int = 100) -> EF21W:
@@ -191,11 +191,11 @@ def ef21w(compressor: Compressor, *, warmup_steps: int = 100) -> EF21W:
     >>> sorted(ef21w(topk(0.01)).learning.kinds)
     ['estimate', 'last_gradient', 'mean_estimate']
 
-    Raises ``TypeError`` for low rank, ``ValueError`` for what is no contraction or a warm-up without steps.
+    Raises ``TypeError`` for low rank, ``ValueError`` for what is not a contraction, or a warm-up without steps.
     """
     if two_rounds(compressor) is not None:
         raise TypeError(f"{compressor} is homogeneous, so weights change nothing; use ef21(...) around it")
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 1:
         raise ValueError(f"warmup_steps is {warmup_steps!r}; give a positive number of exchanges, for example 100")
-    ef21(compressor, eta=1)  # which refuses what is no contraction
+    ef21(compressor, eta=1)  # raises for what is not a contraction
     return EF21W(compressor, warmup_steps)

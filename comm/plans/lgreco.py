@@ -3,11 +3,11 @@
     min over choices c of  sum_l bytes_l(c_l)   such that   sum_l error_l(c_l) <= alpha sum_l error_l(uniform)
 
 The errors are squares, |C(x) - x|^2, summed over all ranks: squares of parts add up to the square of the whole, plain
-norms do not. x is the gradient without what error feedback adds to it: that depends on the present choice, and a layer
-that was given little would look as if it needed much, forever. A dynamic program over ``GRID`` steps of the budget
+norms do not. x is the gradient without the residual, which depends on the present choice: a layer with few bits would
+look as if it needed many, forever. A dynamic program over ``GRID`` steps of the budget
 finds the best choice up to rounding; errors are rounded up, so the true constraint holds. The uniform choice always
-meets it. Of more than ``MANY`` layers, whose rounding would add up, bisection finds one price of error for all of them
-instead, and what is left of the budget is spent where it saves most: within one layer's bytes of the best.
+meets it. For more than ``MANY`` layers, whose rounding would add up, bisection finds one price of error for all of them
+instead, and the rest of the budget is spent where it saves most: within one layer's bytes of the best.
 
 Every rank solves the same problem from the same sums, and the choices are compared by a digest. Residuals stay, and
 PowerSGD keeps the columns of its basis that the new rank has.
@@ -34,7 +34,7 @@ from dtrain.comm.state import Numbers
 
 GRID = 10_000  # steps into which the budget is divided
 MANY = 256  # layers from which rounding each of them up to a step wastes more than a percent of the budget
-SAFE = 0.5  # of |x|^2: under feedback, a choice that promises no contraction must show one
+SAFE = 0.5  # of |x|^2: under feedback, a choice without a guaranteed contraction must not lose more
 UNUSABLE = 1e200
 FIRST = 10  # exchanges before the first review
 
@@ -61,7 +61,7 @@ class LGreCo:
 
 
 class ChoosingLGreCo:
-    """L-GreCo at work on one rank: the present choice, and what the next one will be made from."""
+    """L-GreCo at work on one rank: the present choice, and the costs for the next one."""
 
     settled = False
 
@@ -144,7 +144,7 @@ class ChoosingLGreCo:
         return "\n".join([head, *lines])
 
     def _pays(self, errors: Tensor, sizes: Tensor, now: list[int], better: list[int]) -> bool:
-        """A change costs warm starts: not for less than ``hysteresis``, unless the old choice breaks the budget."""
+        """Whether a change, which costs warm starts, saves over ``hysteresis``, or the old choice breaks the budget."""
         rows = torch.arange(len(now))
         budget = self.spec.alpha * float(errors[:, self.spec.uniform].sum())
         broken = float(errors[rows, now].sum()) > budget * (1 + 1e-9)
@@ -205,7 +205,7 @@ def solve(errors: Tensor, sizes: Tensor, uniform: int, alpha: float = 1.0, grid:
         errors: [layers, choices], squares, not negative.
         sizes: [layers, choices].
         uniform: the choice that sets the budget; it is the answer where nothing cheaper can be afforded.
-        grid: steps into which the budget is divided; finer costs time in proportion. Of many layers it is not used.
+        grid: steps into which the budget is divided; finer costs time in proportion. Not used for many layers.
 
     >>> solve(torch.tensor([[0.0, 9.0], [0.0, 2.0]]), torch.tensor([[8.0, 1.0], [8.0, 1.0]]), uniform=1, alpha=0.5)
     [0, 1]
@@ -220,7 +220,7 @@ def solve(errors: Tensor, sizes: Tensor, uniform: int, alpha: float = 1.0, grid:
         return [int((sizes[row] + torch.where(errors[row] > 0, torch.inf, 0.0)).argmin()) for row in range(layers)]
     answer = _by_price(errors, sizes, budget) if layers > MANY else _by_steps(errors, sizes, budget, grid)
     if answer is None:
-        return [uniform] * layers  # rounding up alone has made all others too dear
+        return [uniform] * layers  # rounding up has made all others too expensive
     cost = float(sizes[torch.arange(layers), answer].sum())
     return answer if cost <= float(sizes[:, uniform].sum()) or alpha < 1 else [uniform] * layers
 
@@ -237,15 +237,15 @@ def _by_steps(errors: Tensor, sizes: Tensor, budget: float, grid: int) -> list[i
             width = int(steps[row, choice])
             if width <= grid:
                 ways[choice, width:] = best[: grid + 1 - width] + float(sizes[row, choice])
-        best, which = ways.min(0)
-        taken[row] = which
-    place = int(best.argmin())
-    if not bool(torch.isfinite(best[place])):
+        best, choices = ways.min(0)
+        taken[row] = choices
+    spent = int(best.argmin())
+    if not bool(torch.isfinite(best[spent])):
         return None
     answer = []
     for row in reversed(range(layers)):
-        answer.append(int(taken[row, place]))
-        place -= int(steps[row, answer[-1]])
+        answer.append(int(taken[row, spent]))
+        spent -= int(steps[row, answer[-1]])
     answer.reverse()
     return answer
 
@@ -280,7 +280,7 @@ def _by_price(errors: Tensor, sizes: Tensor, budget: float) -> list[int]:
 
 
 def _spent(errors: Tensor, sizes: Tensor, chosen: Tensor, budget: float) -> Tensor:
-    """``chosen`` with what it leaves of ``budget`` spent, one layer after the other, where it saves most bytes."""
+    """``chosen``, with the rest of ``budget`` spent, one layer after the other, where it saves most bytes."""
     rows, chosen = torch.arange(errors.shape[0]), chosen.clone()
     left = budget - float(errors[rows, chosen].sum())
     while True:
@@ -311,7 +311,7 @@ def lgreco(
             (densities from a quarter of its own to four times), or one of them under feedback.
         every: exchanges between two reviews; the first comes after 10.
         alpha: the error allowed, in units of the uniform choice's.
-        hysteresis: the part of the bytes that a change must save.
+        hysteresis: the fraction of the bytes that a change must save.
 
     >>> from dtrain.compress import error_feedback, powersgd
     >>> from dtrain.plans import lgreco
@@ -327,7 +327,7 @@ def lgreco(
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha!r}; give the error allowed in units of the uniform choice's, for example 1")
     if not 0 <= hysteresis < 1:
-        raise ValueError(f"hysteresis is {hysteresis!r}; give a part of the bytes, in [0, 1)")
+        raise ValueError(f"hysteresis is {hysteresis!r}; give a fraction of the bytes, in [0, 1)")
     options = tuple(replace(base, compressor=choice) for choice in choices)
     return LGreCo(choices.index(base.compressor), options, every, float(alpha), float(hysteresis))
 

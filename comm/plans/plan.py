@@ -113,8 +113,7 @@ def warn_of_loss(plan: Plan) -> None:
 def with_feedback(plan: Plan, change: Callable[[Compression], Compression]) -> Plan:
     """``plan`` with each of its compressions changed.
 
-    Raises ``TypeError`` for a plan of somebody else's making that is no dataclass, if any of its compressions would
-    change.
+    Raises ``TypeError`` for a plan that is not a dataclass, if any of its compressions would change.
     """
     if len(plan.compressions) == 1 and plan.compressions[0] is plan:  # a compression is the uniform plan
         return change(plan.compressions[0])
@@ -139,7 +138,7 @@ def kinds_of(plan: Plan) -> dict[str, Kind]:
 
 
 def as_plan(compress: Compress) -> Plan:
-    """A plan is one already; anything else is the same for every parameter.
+    """``compress`` as a plan; a compressor is used for every parameter.
 
     Raises ``TypeError`` for what is neither a plan nor a compressor.
     """
@@ -152,7 +151,7 @@ def by_layer(rules: Mapping[str, Compress], *, default: Compress = None) -> ByLa
     """Another compression for some parameters.
 
     Args:
-        rules: shell pattern over fully qualified names -> what to use; the first that matches counts.
+        rules: shell pattern over fully qualified names -> compression; the first match counts.
         default: for names that match none; None sends fp32.
 
     >>> from dtrain.compress import quantize
@@ -162,7 +161,7 @@ def by_layer(rules: Mapping[str, Compress], *, default: Compress = None) -> ByLa
 
     Names are those of the unwrapped model, without DDP's ``module.``. Attach warns of a pattern that matches none.
 
-    Raises ``TypeError`` for what is no compressor or no mapping, ``ValueError`` for an adaptive plan.
+    Raises ``TypeError`` for what is not a compressor or not a mapping, ``ValueError`` for an adaptive plan.
     """
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules is {rules!r}; give {{pattern: compressor}}")
@@ -174,15 +173,15 @@ def after(step: int, then: Compress, *, before: Compress = None) -> After:
 
     Args:
         step: the first step, counted from 0, in which ``then`` is used.
-        then: what is used from there on.
-        before: until then; None sends fp32. Where both have the same feedback, its state is carried over.
+        then: the compression from there on.
+        before: the one until then; None sends fp32. Where both have the same feedback, its state is carried over.
 
     >>> from dtrain.compress import error_feedback, topk
     >>> from dtrain.plans import after
     >>> after(100, error_feedback(topk(0.01))).of("w", 99).compressor
     Cast(dtype='fp32')
 
-    Raises ``ValueError`` for a step below 1 and for an adaptive plan, ``TypeError`` for what is no compressor.
+    Raises ``ValueError`` for a step below 1 and for an adaptive plan, ``TypeError`` for what is not a compressor.
     """
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
         raise ValueError(f"step is {step!r}; give the number of the first step, at least 1")

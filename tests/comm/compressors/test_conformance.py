@@ -183,12 +183,12 @@ def test_random_places_are_the_same_on_all_ranks_and_other_ones_in_each_step() -
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: topk(0), "density is 0; give the part of the elements that is sent, in (0, 1]"),
-        (lambda: randk(1.5), "density is 1.5; give the part"),
-        (lambda: topk(True), "density is True; give the part"),
+        (lambda: topk(0), "density is 0; give the fraction of the elements that is sent, in (0, 1]"),
+        (lambda: randk(1.5), "density is 1.5; give the fraction"),
+        (lambda: topk(True), "density is True; give the fraction"),
         (lambda: sign(block=0), "block is 0; give a positive number of elements, for example 512"),
         (lambda: terngrad(clip=0), "clip is 0; give a positive number of standard deviations, or inf"),
-        (lambda: compeft(density=2), "density is 2; give the part"),
+        (lambda: compeft(density=2), "density is 2; give the fraction"),
         (lambda: compeft(alpha=-1), "alpha is -1; give a positive number"),
         (lambda: compeft(block=1.5), "block is 1.5; give a positive number"),  # type: ignore[arg-type]
         (lambda: quantize("e4m3"), "grid is 'e4m3'; choose one of max_min, symmetric, qsgd, e3m0, natural"),
@@ -205,5 +205,5 @@ def test_bad_arguments(make: object, message: str) -> None:
 def test_top_k_refuses_places_that_a_row_does_not_have(width: int) -> None:
     values, places = topk(0.01).encode(torch.randn(2, width), KEY)
     places[1, 3] = torch.iinfo(places.dtype).max
-    with pytest.raises(ValueError, match=f"a top-k payload holds places from .* of rows of {width}: it was damaged"):
+    with pytest.raises(ValueError, match=f"a top-k payload holds indices from .* of rows of {width}: it was damaged"):
         topk(0.01).decode((values, places), width, KEY.shared)

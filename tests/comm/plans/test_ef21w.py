@@ -54,7 +54,7 @@ def test_weights_are_the_smoothness_of_each_loss() -> None:
     _, plans, _ = descend(ef21w(topk(0.2), warmup_steps=WARMUP), WARMUP + 1)
     scales = torch.tensor([plan.scale for plan in plans])  # type: ignore[attr-defined]
     torch.testing.assert_close(scales, ROUGHNESS / ROUGHNESS.mean())
-    assert "scale of this worker 0.375" in plans[0].table() and plans[0].changes == 1
+    assert "scale of this replica 0.375" in plans[0].table() and plans[0].changes == 1
 
 
 def test_around_a_homogeneous_compressor_it_is_ef21() -> None:

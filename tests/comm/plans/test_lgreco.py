@@ -190,7 +190,7 @@ def test_what_is_not_finite_changes_no_plan() -> None:
         (cast("bf16"), {}, TypeError, "has nothing to choose by layer"),
         (topk(0.1), {"every": 0}, ValueError, "every is 0; give a positive number of exchanges"),
         (topk(0.1), {"alpha": 0}, ValueError, "alpha is 0; give the error allowed"),
-        (topk(0.1), {"hysteresis": 1}, ValueError, "hysteresis is 1; give a part of the bytes, in [0, 1)"),
+        (topk(0.1), {"hysteresis": 1}, ValueError, "hysteresis is 1; give a fraction of the bytes, in [0, 1)"),
     ],
 )
 def test_bad_arguments(compress: object, arguments: dict[str, object], error: type[Exception], message: str) -> None:
