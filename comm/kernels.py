@@ -1,12 +1,11 @@
 """Kernels: functions of rows that are cut into blocks, compiled where it pays.
 
 A kernel is a function of tensors [rows, blocks, elements] that writes its results into the last of them (`by_blocks`
-cuts flat rows into such views). What runs eagerly is its definition, readable and the reference: `torch.compile` makes
-one pass over memory of the same function, vectorized C++ on CPU and Triton on GPU, with the same bits
-(tests/comm/test_kernels.py).
+cuts flat rows into such views). The eager function is readable, and the reference: `torch.compile` makes of it one pass
+over memory, vectorized C++ on CPU and Triton on GPU, with the same bits (tests/comm/test_kernels.py).
 
-Compiling takes seconds, so small tensors never ask for it, and larger ones only once as many elements have gone through
-eagerly as take about that long. It happens in `compile_what_is_due`, on the thread that calls it (a sync does between
+Compiling takes seconds, so small tensors never cause it, and larger ones only after eager calls have taken about as
+long. It happens in `compile_what_is_due`, on the thread that calls it (a sync does between
 two steps): torch traces with state that all threads share, and the main thread may be in a compiled model elsewhere.
 ``DTRAIN_COMPILE``: "auto", "never", "early" (as "auto", but after the first step), or "always" (at the first call, of
 any size).
@@ -85,7 +84,7 @@ class Kernel:
         self.function(*tensors, **constants)
 
     def compile_what_is_due(self) -> None:
-        """Compile what has been used enough. Nothing happens where there is no compiler, which is said once."""
+        """Compile the variants that have been used enough. Without a compiler it warns once, and they run eagerly."""
         if not self._due or _policy() == "never":
             return
         for variant, (constants, like) in list(self._due.items()):  # flows on other threads add to it meanwhile
@@ -136,9 +135,9 @@ class _Compiler:
 
 
 def _keep_cache_private() -> None:
-    """Have torch keep compiled code where nobody else writes; its own choice is /tmp/torchinductor_NAME.
+    """Have torch cache compiled code where no other user writes; its own choice is /tmp/torchinductor_NAME.
 
-    Whoever makes that folder first could have others run what lies in it.
+    Another user who makes that folder first could have this one run code that lies in it.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -146,15 +145,15 @@ def _keep_cache_private() -> None:
     for folder in (Path(os.environ.get(CACHE) or default_cache_dir()), home):
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            about = folder.stat()
-            if about.st_uid == os.geteuid() and not about.st_mode & 0o022:
+            status = folder.stat()
+            if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
                 os.environ[CACHE] = str(folder)
                 return
     os.environ[CACHE] = tempfile.mkdtemp(prefix="dtrain-inductor-")
 
 
 def _any_size(tensor: Tensor) -> Tensor:
-    """``tensor``, marked so that what is compiled for it serves other numbers of rows and blocks; not of elements."""
+    """``tensor``, marked so that code compiled for it serves any number of rows and blocks, but not of elements."""
     for dim in range(tensor.dim() - 1):
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
     return tensor
@@ -165,15 +164,15 @@ _KERNELS: list[Kernel] = []
 
 def kernel(function: Callable[..., None]) -> Kernel:
     """Make a function of tensors a `Kernel`."""
-    made = Kernel(function)
-    _KERNELS.append(made)
-    return made
+    wrapped = Kernel(function)
+    _KERNELS.append(wrapped)
+    return wrapped
 
 
 def compile_what_is_due() -> None:
     """Compile the kernels that have been used enough. Call it where no other thread traces."""
-    for made in _KERNELS:
-        made.compile_what_is_due()
+    for registered in _KERNELS:
+        registered.compile_what_is_due()
 
 
 def _policy() -> str:
@@ -184,14 +183,14 @@ def _policy() -> str:
 
 
 def checked_block(block: int) -> int:
-    """``block``, or ``ValueError`` where it is no positive number of elements."""
+    """``block``, or ``ValueError`` where it is not a positive number of elements."""
     if not isinstance(block, int) or isinstance(block, bool) or block < 1:
         raise ValueError(f"block is {block!r}; give a positive number of elements, for example 512")
     return block
 
 
 def to_blocks(rows: Tensor, block: int) -> Tensor:
-    """``rows`` [m, width] as [m, blocks, block]; the last block is filled up with zeros. A view where it fits."""
+    """``rows`` [m, width] as [m, blocks, block]; the last block is padded with zeros. A view where it fits."""
     missing = -rows.shape[1] % block
     padded = F.pad(rows, (0, missing)) if missing else rows
     return padded.reshape(rows.shape[0], padded.shape[1] // block, block)
@@ -242,7 +241,7 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
 
 
 def pack_blocks(codes: Tensor, bits: int, block: int) -> Tensor:
-    """`pack_bits` block by block, then of what is left over, so that all of a block's bytes lie together.
+    """`pack_bits` block by block, then of the rest, so that all of a block's bytes lie together.
 
     Compiled code then goes over a block once, from its scale to its bytes.
     """
@@ -285,7 +284,7 @@ Laid: TypeAlias = tuple[Tensor, int, int]
 
 
 def by_blocks(run: Callable[..., None], tensors: Sequence[Laid], width: int, block: int) -> None:
-    """Let ``run`` go over rows of ``width`` elements block by block: first over all whole blocks, then over the rest.
+    """Call ``run`` on rows of ``width`` elements cut into blocks: first on all whole blocks, then on the rest.
 
     It gets views [m, blocks, elements of one], in the order of ``tensors``, and writes into some of them.
     """

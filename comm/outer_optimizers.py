@@ -29,7 +29,7 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Round:
-    """What an outer step may use of the round.
+    """The values of a round that an outer step may use.
 
     ``inner_lr``: the inner learning rate, its mean over the steps of the round, the same on all replicas. ``last_lr``:
     that of the last round in which it was above 0, else 0. ``scalar``: what a `Looking` outer optimizer chose.
@@ -47,7 +47,7 @@ PLAIN = Round()
 class OuterOptimizer(Protocol):
     """A rule from (anchor, mean pseudo-gradient, state) to the next anchor; new state is staged.
 
-    One that looks at ``now.inner_lr`` may say so by ``uses_inner_lr``: it is then refused where there are several.
+    One that reads ``now.inner_lr`` may set ``uses_inner_lr``: it is then refused where there are several rates.
     """
 
     @property
@@ -71,13 +71,13 @@ class Looking(OuterOptimizer, Protocol):
 
 @runtime_checkable
 class InPlace(OuterOptimizer, Protocol):
-    """An outer optimizer that can also write into the memory of what it reads."""
+    """An outer optimizer that can also step in place."""
 
     def step_(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
-        """`step`, with the same bits, in the memory of ``anchor`` and of what ``state`` has committed."""
+        """`step`, with the same bits, in the memory of ``anchor`` and of the committed ``state``."""
 
 
-# Kernels: blocks [1, n, block]; what is read, then what is read and written.
+# Kernels: blocks [1, n, block]; first the inputs, then those that are also outputs.
 
 
 @kernel
@@ -95,7 +95,7 @@ def momentum_step(
 def in_one_pass(step: Kernel, flat: Sequence[Tensor], *numbers: Tensor, constants: Mapping[str, Constant]) -> None:
     """Run ``step`` over tensors ``flat`` [n], with ``numbers`` behind the first of them.
 
-    On GPU it runs as it is written: there what is compiled may round once for twice.
+    On GPU it runs eagerly: compiled code may round once where this rounds twice.
     """
     run = step if flat[0].device.type == "cpu" else step.function
 
@@ -120,7 +120,7 @@ class Momentum:
 
     @property
     def constants(self) -> dict[str, Constant]:
-        """Of `momentum_step`."""
+        """Those of `momentum_step`."""
         return {"lr": self.lr, "factor": self.momentum, "nesterov": self.nesterov, "clip": self.clip}
 
     def step(self, fqn: str, anchor: Tensor, delta: Tensor, state: State, now: Round = PLAIN) -> Tensor:
@@ -180,7 +180,7 @@ class SlowMomentum:
         if now.inner_lr <= 0:  # no unit for the momentum: a plain average, and the momentum stays
             state.stage(fqn, "momentum", state.get(fqn, "momentum", anchor))
             return anchor - delta
-        # Where the rate rises, the momentum of before is not scaled up with it: a restart would overshoot.
+        # Where the rate rises, the old momentum is not scaled up with it: a restart would overshoot.
         rising = 0 < now.last_lr < now.inner_lr
         factor = self.momentum * (now.last_lr / now.inner_lr) if rising else self.momentum
         slow = factor * state.get(fqn, "momentum", anchor) + delta / now.inner_lr
@@ -199,7 +199,7 @@ def writable(state: State, fqn: str, name: str, like: Tensor, *, copy: bool) -> 
 def sgd(*, lr: float = 1.0, momentum: float = 0.0, clip: float | None = None) -> Momentum:
     """Outer SGD. With ``lr=1`` and no momentum the new anchor is the mean of the replicas' parameters.
 
-    ``clip``: the largest element of the momentum by amount.
+    ``clip``: bound on the absolute value of the momentum's elements.
 
     >>> sgd().kinds
     {}
@@ -208,12 +208,12 @@ def sgd(*, lr: float = 1.0, momentum: float = 0.0, clip: float | None = None) ->
     """
     checked(lr, momentum)
     if clip is not None and not clip > 0:
-        raise ValueError(f"clip is {clip!r}; give the largest amount of an element, or None")
+        raise ValueError(f"clip is {clip!r}; give the largest absolute value of an element, or None")
     return Momentum(lr, momentum, nesterov=False, clip=clip)
 
 
 def nesterov(*, lr: float = 0.7, momentum: float = 0.9) -> Momentum:
-    """Outer Nesterov SGD, DiLoCo's choice (arXiv:2311.08105). The first step moves lr (1 + momentum) of the delta.
+    """Outer Nesterov SGD, DiLoCo's choice (arXiv:2311.08105). The first step moves lr (1 + momentum) times the delta.
 
     >>> nesterov().kinds
     {'momentum': 'replicated'}

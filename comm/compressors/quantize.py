@@ -9,7 +9,7 @@
     nearest       code = the nearest level of x (or of x / scale)
     stochastic    one of its two neighbours at random, so that the mean is x: unbiased
 
-All but max_min are symmetric: a scale for each block, a sign and the index of a level for each element. e3m0 and natural
+All but max_min are symmetric: a scale for each block, a sign and a level's index for each element. e3m0 and natural
 are one family: a sign, some bits of exponent, no mantissa. (The natural compression of the paper has no scale and sends
 9 bits; with one, 7 bits of exponent reach from a block's largest element down to 2^-126 of it.)
 Communication: the two-phase route. Keeps: nothing. Bytes for a row of n elements: ceil(n * bits / 8), and for each

@@ -3,8 +3,8 @@
     bit 7: the sign;  bits 0 to 6: q;  value = +-2^((q - 64) / 4), from 1.8e-5 to 5.5e4;  q = 0: zero
 
 The values come from a table of four fp32 constants and exact powers of two, never from exp(), whose last bit depends on
-the machine's library. Round to nearest errs by up to 9 %. What is too large becomes the largest, so a byte also bounds
-what one faulty machine can do; NaN and infinity are encoded as 0.
+the machine's library. Round to nearest errs by up to 9 %. Values too large are clipped, so a byte also bounds what
+one faulty replica can do; NaN and infinity are encoded as 0.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _BORDERS = tuple((low + high) / 2 for low, high in itertools.pairwise(VALUES))
 def encode(number: float, uniform: float | None = None) -> int:
     """The byte, in [0, 256), whose value is nearest to ``number``.
 
-    ``uniform``: in [0, 1), drawn for this number: rounds up or down at random so that the mean is right, within the
-    range of the code.
+    ``uniform``: in [0, 1), drawn for this number: rounds up or down at random: unbiased within the range of the
+    code.
 
     >>> decode(encode(-3.1))
     -3.3635857105255127

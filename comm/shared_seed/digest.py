@@ -2,8 +2,8 @@
 
     sum over all elements of  mix(bits of the fp32 value, FQN, index in the unsharded parameter)      modulo 2^64
 
-The sum does not depend on the order or on who holds what, so a sharded model needs one all-reduce of 8 bytes. It finds
-a single different bit. It does not protect against forgery.
+The sum does not depend on the order or the sharding, so a sharded model needs one all-reduce of 8 bytes. It detects a
+single different bit. It does not protect against forgery.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     x  <-  (1 - lr decay) x  -  lr / (M n)  sum over (worker m, sample k), in this order, of  g_mk z_mk
 
-z_mk is the direction of (step, m, k) over all parameters, g_mk the number that machine m measured along it. With common
-directions there is one z_k for all machines, and a rule (median, trimmed mean, majority) makes one number of theirs.
-Scalars are computed in fp64 and rounded to fp32 once; elements are added one direction after the other, whoever holds
-them. So the result has the same bits for any sharding, on any device, in a run and in its replay.
+z_mk is the direction of (step, m, k) over all parameters, g_mk the number that replica m measured along it. With common
+directions there is one z_k for all replicas, and a rule (median, trimmed mean, majority) combines their numbers.
+Scalars are computed in fp64 and rounded to fp32 once; elements are added one direction after the other, on any rank.
+So the result has the same bits for any sharding, on any device, in a run and in its replay.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ CHUNK = 2**18
 
 @dataclass(frozen=True)
 class Walk:
-    """What does not change in a run: how directions are drawn, and the rule that combines numbers.
+    """The constants of a run: how directions are drawn, and the rule that combines numbers.
 
-    ``trimmed``: of "trimmed_mean", how many of the largest and of the smallest are left out.
+    ``trimmed``: how many of the largest and of the smallest numbers "trimmed_mean" leaves out.
     """
 
     key: int
@@ -51,12 +51,12 @@ class Walk:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}; a machine tries at least one direction in a step")
+            raise ValueError(f"samples is {self.samples}; a replica tries at least one direction in a step")
         if self.noise not in ("signs", "normal"):
             raise ValueError(f"noise is {self.noise!r}; choose 'signs' or 'normal'")
         if self.seeds == "per_worker" and self.rule != "mean":
             raise ValueError(
-                f"rule is {self.rule!r}, and each machine has directions of its own, of which only a mean makes sense; "
+                f"rule is {self.rule!r}, and each replica has directions of its own, of which only a mean makes sense; "
                 "use seeds='common'"
             )
 
@@ -65,16 +65,16 @@ class Walk:
         return SharedRandom(self.key)
 
     def directions(self, ats: Sequence[At], segments: Sequence[Segment]) -> list[Tensor]:
-        """What each direction is at each of ``segments``, one direction after the other; fp32 on the CPU."""
-        alike = self.seeds == "common"
-        places = [Address("direction", step, 0 if alike else worker, sample) for step, worker, sample in ats]
+        """The values of each direction at each of ``segments``, direction by direction; fp32 on the CPU."""
+        common = self.seeds == "common"
+        addresses = [Address("direction", step, 0 if common else worker, sample) for step, worker, sample in ats]
         draw = self.random.signs_of if self.noise == "signs" else self.random.normal_of
-        return draw([(at, segment) for at in places for segment in segments])
+        return draw([(at, segment) for at in addresses for segment in segments])
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of all machines: ``codes`` holds ``samples`` bytes of each of ``workers``, in their order.
+    """One step of all replicas: ``codes`` holds ``samples`` bytes of each of ``workers``, in their order.
 
     ``epoch`` counts changes of membership.
     """
@@ -103,7 +103,7 @@ def scales(walk: Walk, step: Step) -> Iterator[tuple[int, int, float]]:
     numbers = [[decode(step.codes[m * samples + k]) for k in range(samples)] for m in range(len(step.workers))]
     if walk.seeds == "common":
         for sample in range(samples):
-            yield 0, sample, single(-step.lr * _ruled(walk, [row[sample] for row in numbers]) / samples)
+            yield 0, sample, single(-step.lr * _combined(walk, [row[sample] for row in numbers]) / samples)
         return
     share = samples * len(step.workers)
     for worker, row in zip(step.workers, numbers, strict=True):
@@ -114,9 +114,9 @@ def scales(walk: Walk, step: Step) -> Iterator[tuple[int, int, float]]:
 def walk_on(values: Named, segments: Mapping[str, Segment], walk: Walk, step: Step) -> None:
     """Change flat fp32 ``values``, the pieces ``segments`` of the parameters, in place as ``step`` says."""
     if step.decay:
-        kept = single(1.0 - step.lr * step.decay)
+        factor = single(1.0 - step.lr * step.decay)
         for value in values.values():
-            value.mul_(kept)
+            value.mul_(factor)
     move(values, segments, walk, [((step.number, worker, sample), by) for worker, sample, by in scales(walk, step)])
 
 
@@ -128,10 +128,10 @@ def move(values: Named, segments: Mapping[str, Segment], walk: Walk, moves: Iter
         at_once = max(1, CHUNK // sum(cell.numel for cell in cells))
         for start in range(0, len(needed), at_once):
             batch = needed[start : start + at_once]
-            drawn = iter(walk.directions([at for at, _ in batch], cells))
+            directions = iter(walk.directions([at for at, _ in batch], cells))
             for (_, by), values_of_cell in itertools.product(batch, slices):
                 # The product is rounded before it is added: a fused multiply-add has other bits, where z is no sign.
-                values_of_cell.add_(next(drawn).mul_(by).to(values_of_cell.device))
+                values_of_cell.add_(next(directions).mul_(by).to(values_of_cell.device))
 
 
 def both_ways(values: Named, segments: Mapping[str, Segment], walk: Walk, at: At, by: float) -> Iterator[Named]:
@@ -158,20 +158,20 @@ def _cells(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
         yield cells
 
 
-def _ruled(walk: Walk, numbers: list[float]) -> float:
+def _combined(walk: Walk, numbers: list[float]) -> float:
     if walk.rule == "median":
         return median(numbers)
     if walk.rule == "majority":
         return float(sum(math.copysign(1.0, number) for number in numbers if number)) / len(numbers)
     if walk.rule == "trimmed_mean":
         if len(numbers) <= 2 * walk.trimmed:
-            raise ValueError(f"trimmed={walk.trimmed} leaves nothing of {len(numbers)} machines")
+            raise ValueError(f"trimmed={walk.trimmed} leaves nothing of {len(numbers)} replicas")
         numbers = sorted(numbers)[walk.trimmed : len(numbers) - walk.trimmed]
     return math.fsum(numbers) / len(numbers)
 
 
 def single(number: float) -> float:
-    """Rounded to fp32."""
+    """``number``, rounded to fp32; infinity beyond its range."""
     try:
         rounded: float = struct.unpack("<f", struct.pack("<f", number))[0]
     except OverflowError:

@@ -28,7 +28,7 @@ from torch import Tensor
 from dtrain.comm.layout import Segment
 
 VERSION = "philox4x32-10/1"
-"""Of all that turns an address into numbers: whoever replays a log refuses another one."""
+"""Of all that turns an address into numbers: a replay refuses a log of another version."""
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -106,14 +106,14 @@ class SharedRandom:
     def _words(
         self, wanted: Sequence[Wanted], per_block: int, device: torch.device | str
     ) -> tuple[Tensor, list[tuple[int, int]]]:
-        """``[blocks, 4]`` int64 below 2**32, and between which of all their elements each of ``wanted`` lies."""
+        """``[blocks, 4]`` int64 below 2**32, and the bounds of each of ``wanted`` among their elements."""
         spans = [_span(segment.offset, segment.numel, per_block) for _, segment in wanted]
         sizes = torch.tensor([blocks for _, blocks in spans], device=device)
         ends = list(itertools.accumulate((blocks for _, blocks in spans), initial=0))
         streams = [at.stream(segment.fqn) for at, segment in wanted]
 
-        def spread(of_each: list[int]) -> Tensor:
-            return torch.tensor(of_each, dtype=torch.int64, device=device).repeat_interleave(sizes)
+        def spread(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device).repeat_interleave(sizes)
 
         shifts = [first - end for (first, _), end in zip(spans, ends, strict=False)]
         number = torch.arange(ends[-1], device=device) + spread(shifts)
@@ -144,7 +144,7 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tupl
 
 
 def golden(count: int = 64) -> str:
-    """A digest of numbers of both kinds, for the header of a log: another generator has another one."""
+    """A digest of numbers of both kinds, for the header of a log: it differs for another generator."""
     random, at = SharedRandom(0x0123456789ABCDEF), Address("golden", 1, 2, 3)
     drawn = torch.cat([random.signs(at, "golden", count, start=100), random.normal(at, "golden", count, start=5)])
     codes = (drawn.double() * 2**40).to(torch.int64).tolist()
@@ -153,14 +153,14 @@ def golden(count: int = 64) -> str:
 
 def _product(x: Word, by: int) -> tuple[Word, Word]:
     """High and low 32 bits of a product of 32-bit numbers. int64 wraps around, and keeps all 64 bits of it."""
-    both = x * by
-    return (both >> 32) & _MASK, both & _MASK
+    product = x * by
+    return (product >> 32) & _MASK, product & _MASK
 
 
 def _span(start: int, numel: int, per_block: int) -> tuple[int, int]:
     """The first block and the number of blocks that hold elements [start, start + numel)."""
     if start < 0 or numel < 0:
-        raise ValueError(f"elements [{start}, {start + numel}) are no part of a parameter")
+        raise ValueError(f"elements [{start}, {start + numel}) are not elements of a parameter")
     first = start // per_block
     return first, -(-(start + numel) // per_block) - first
 
@@ -174,7 +174,7 @@ def _sign_table(device: str) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _normal_table(device: str) -> Tensor:
-    """[65536]: the inverse distribution at the middles of as many equal parts, scaled to variance 1.
+    """[65536]: the inverse distribution at the middles of as many equal intervals, scaled to variance 1.
 
     Rounded to multiples of 2**-20, which the last bits of another mathematical library do not reach.
     """

@@ -1,4 +1,4 @@
-"""Weights from a log: from the first ones, or any later ones whose digest is in the log, to any step after them."""
+"""Weights from a log: from the first ones, or later ones whose digest is in the log, to those of any later step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def replay(
 
     Returns (the weights, fp32; the step that they began at; the number of steps that they have now).
 
-    Their digest says where they belong: before step 0, or after the step whose record has it. The digest of each record
-    that has one is compared. Raises `LogError` for weights that the log does not know or another model's, for
+    Their digest gives their step: before step 0, or after the step whose record has it. The digest of each record that
+    has one is compared. Raises `LogError` for weights that the log does not know or another model's, for
     records that are missing, and at the first step after which weights differ from what the run had.
     """
     shapes = {fqn: tuple(shape) for fqn, shape in log.header.shapes.items()}
@@ -35,12 +35,12 @@ def replay(
         )
     segments = {fqn: Segment(fqn, 0, math.prod(shape)) for fqn, shape in shapes.items()}
     values = {fqn: weights[fqn].detach().float().reshape(-1).clone() for fqn in shapes}
-    first = _place(log, unsigned(partial(values, segments)))
-    taken = first
-    if lost := [
+    first = _step_of(log, unsigned(partial(values, segments)))
+    next_step = first
+    if missing := [
         f"{start} to {stop}" for start, stop in log.gaps() if start >= first and (steps is None or start < steps)
     ]:
-        raise LogError(f"the records of steps {', '.join(lost)} are missing in the log; take another copy of it")
+        raise LogError(f"the records of steps {', '.join(missing)} are missing in the log; take another copy of it")
     for record in log.records:
         if record.step.number < first or (steps is not None and record.step.number >= steps):
             continue
@@ -51,11 +51,11 @@ def replay(
                 f"after step {record.step.number} the weights are not those of the run (digest {digest:016x}, in the "
                 f"log {record.digest:016x})"
             )
-        taken = record.step.number + 1
-    return {fqn: value.view(shapes[fqn]) for fqn, value in values.items()}, first, taken
+        next_step = record.step.number + 1
+    return {fqn: value.view(shapes[fqn]) for fqn, value in values.items()}, first, next_step
 
 
-def _place(log: Contents, digest: int) -> int:
+def _step_of(log: Contents, digest: int) -> int:
     """The step that comes next for weights of this digest."""
     before = log.records[0].step.number if log.records and log.header.start else 0
     start = log.header.start or log.header.first

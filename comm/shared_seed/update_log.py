@@ -1,13 +1,13 @@
-"""A run as a log: which machines took part in each step, and their bytes. Replaying it reproduces the weights.
+"""A run as a log: which replicas took part in each step, and their bytes. Replaying it reproduces the weights.
 
     file    = MAGIC, u32 length of the header, header (JSON), u32 CRC-32 of the header, records
     record  = u32 length of the body, body, u32 CRC-32 of the body
     body    = u32 step, u32 epoch, f64 lr, f64 decay, u64 digest of the weights after it (0: none), u16 machines,
               u16 of each, u32 number of bytes, the bytes                                      all little-endian
 
-A record is on the disk before any machine takes its step. A last record that a crash cut short is removed when the log
-is opened for appending; any other damage is refused, with its position. A run that begins again, or goes on
-anywhere else than at the end of its log, begins another one; the old one stays beside it, as NAME.log.1. The header
+A record is on the disk before any replica takes its step. A last record that a crash cut short is removed when the log
+is opened for appending; any other damage is refused, with its position. A run that begins again, or resumes
+anywhere else than at the end of its log, begins a new one; the old one is kept, as NAME.log.1. The header
 says what the bytes mean: the run's key and walk, the generator and the code with their versions, the parameters with
 their shapes.
 """
@@ -62,32 +62,32 @@ class Header:
     def decoded(cls, text: bytes, where: str) -> Header:
         """Undo `encoded`. Raises `LogError` for a log of another generator or code."""
         try:
-            kept: dict[str, Any] = json.loads(text)
-            shapes = {fqn: tuple(shape) for fqn, shape in kept.pop("shapes").items()}
-            header = cls(walk=Walk(**kept.pop("walk")), shapes=shapes, **kept)
+            fields: dict[str, Any] = json.loads(text)
+            shapes = {fqn: tuple(shape) for fqn, shape in fields.pop("shapes").items()}
+            header = cls(walk=Walk(**fields.pop("walk")), shapes=shapes, **fields)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LogError(f"{where}: its header cannot be read: {error}") from error
-        for what, theirs, ours in (
+        for label, theirs, ours in (
             ("generator", header.generator, philox.VERSION),
             ("generator's numbers", header.golden, philox.golden()),
             ("code", header.code, code.VERSION),
         ):
             if theirs != ours:
                 raise LogError(
-                    f"{where}: its {what} is {theirs!r}, that of this version of dtrain {ours!r}; replay it with the "
+                    f"{where}: its {label} is {theirs!r}, that of this version of dtrain {ours!r}; replay it with the "
                     "version that wrote it"
                 )
         return header
 
     def require(self, other: Header, where: str) -> None:
         """Raise `LogError` where ``other`` is a log of another run or model."""
-        for what, mine, theirs in (
-            ("way of walking", self.walk, other.walk),
+        for label, ours, theirs in (
+            ("walk", self.walk, other.walk),
             ("first weights' digest", f"{self.first:016x}", f"{other.first:016x}"),
         ):
-            if mine != theirs:
+            if ours != theirs:
                 raise LogError(
-                    f"{where} is the log of another run: its {what} is {theirs}, this run's {mine}; give this run "
+                    f"{where} is the log of another run: its {label} is {theirs}, this run's {ours}; give this run "
                     "another folder for its log"
                 )
         differ = sorted(fqn for fqn in {*self.shapes, *other.shapes} if self.shapes.get(fqn) != other.shapes.get(fqn))
@@ -114,7 +114,7 @@ class Record:
 
     @classmethod
     def decoded(cls, body: bytes) -> Record:
-        """Undo `encoded`. Raises ``ValueError`` or ``struct.error`` for what is no body."""
+        """Undo `encoded`. Raises ``ValueError`` or ``struct.error`` for an invalid body."""
         number, epoch, lr, decay, digest, count = _HEAD.unpack_from(body)
         *workers, size = struct.unpack_from(f"<{count}HI", body, _HEAD.size)
         codes = body[_HEAD.size + 2 * count + 4 :]
@@ -135,14 +135,14 @@ class Contents:
     def gaps(self) -> list[tuple[int, int]]:
         """(first, last) step of each stretch whose records are missing: a run leaves one for every step."""
         steps = [record.step.number for record in self.records]
-        # A log that begins in the midst of a run says with what weights.
+        # A log that begins within a run has the digest of its first weights.
         before = [-1] if steps and not self.header.start else []
         pairs = itertools.pairwise([*before, *steps])
         return [(last + 1, following - 1) for last, following in pairs if following != last + 1]
 
 
 def read(path: str | Path) -> Contents:
-    """All of a log. Raises `LogError` with the place for what is damaged; what a crash tore off is counted only."""
+    """All of a log. Raises `LogError` with the position of damage; a record cut short by a crash is only counted."""
     data = Path(path).read_bytes()
     where = str(path)
     if not data.startswith(MAGIC):
@@ -162,7 +162,7 @@ def to_bytes(records: Iterable[Record]) -> bytes:
 
 
 def from_bytes(data: bytes, steps: range) -> list[Record]:
-    """Undo `to_bytes`, of the records of these steps. Raises `LogError` for what is damaged or has not all of them."""
+    """Undo `to_bytes`, of the records of these steps. Raises `LogError` if any is damaged or missing."""
     records, end = _records(data, 0, "what was received of a log")
     if end < len(data):
         raise LogError(f"what was received of a log ends within record {len(records)}")
@@ -195,22 +195,22 @@ def _records(data: bytes, at: int, where: str) -> tuple[list[Record], int]:
     return records, at
 
 
-def _require_torn(rest: bytes, samples: int, what: str) -> None:
-    """Raise `LogError` where ``rest`` is no beginning of a record: its length was damaged, and whole records follow."""
+def _require_torn(rest: bytes, samples: int, label: str) -> None:
+    """Raise `LogError` where ``rest`` does not begin a record: its length was damaged, and whole records follow."""
     if len(rest) < 4 + _HEAD.size:
         return
     (announced,) = struct.unpack_from("<I", rest)
     *_, machines = _HEAD.unpack_from(rest, 4)
     size = _HEAD.size + 2 * machines + 4 + machines * samples
     if announced != size:
-        raise LogError(f"{what} is damaged: it announces {announced} bytes, and {machines} machines take {size}")
+        raise LogError(f"{label} is damaged: it announces {announced} bytes, and {machines} machines take {size}")
 
 
 class UpdateLog:
     """A log that is being written. A context manager."""
 
     def __init__(self, path: Path, header: Header) -> None:
-        """Begin a log at ``path``, or go on with the one that is there, cut after its last whole record.
+        """Begin a log at ``path``, or continue the one that is there, cut after its last whole record.
 
         Raises `LogError` if it is damaged, or of another run or model.
         """
@@ -229,7 +229,7 @@ class UpdateLog:
         self._begin(header)
 
     def append(self, record: Record) -> None:
-        """Write ``record`` to the disk. Raises ``ValueError`` for a step that is not behind the last one."""
+        """Write ``record`` to the disk. Raises ``ValueError`` for a step not after the last one."""
         step = record.step.number
         if self.records and step <= self.records[-1].step.number:
             if self._appended or step > self.records[0].step.number:
@@ -243,28 +243,28 @@ class UpdateLog:
         self.records.append(record)
 
     def go_on(self, steps: int, start: int) -> None:
-        """Go on at step ``steps``, with weights of the digest ``start``.
+        """Continue at step ``steps``, with weights of the digest ``start``.
 
-        What comes later in this log, of a run that came further than its checkpoint or of another branch from it, is
-        not forgotten: the old log stays beside the one that goes on. A log that ends before that, or came to other
-        weights there, could not be replayed any further: another one begins.
+        Later records, of a run that got further than its checkpoint or of another branch from it, are kept: the old log
+        stays beside the new one. A log that ends earlier, or has other weights there, could not be replayed any
+        further: a new one begins.
         """
         if self._ends_at(self.records, steps, start):
             return
-        kept = [record for record in self.records if record.step.number < steps]
+        earlier = [record for record in self.records if record.step.number < steps]
         header = self.header
-        if not self._ends_at(kept, steps, start):
-            kept, header = [], replace(header, start=start if steps else 0)
+        if not self._ends_at(earlier, steps, start):
+            earlier, header = [], replace(header, start=start if steps else 0)
         if self.records:
             last = self.records[-1]
             why = f"it ends at step {last.step.number} with the weights {last.digest:016x}"
-            self._begin_beside(header, kept, f"{why}, and the run goes on at step {steps} with {start:016x}")
+            self._begin_beside(header, earlier, f"{why}, and the run goes on at step {steps} with {start:016x}")
         elif header != self.header:
             self._begin(header)
 
     @staticmethod
     def _ends_at(records: list[Record], steps: int, start: int) -> bool:
-        """Whether a run that has made so many steps, to weights of the digest ``start``, can go on behind these."""
+        """Whether a run at step ``steps``, with weights of the digest ``start``, can continue ``records``."""
         return bool(records) and records[-1].step.number == steps - 1 and records[-1].digest in (0, start)
 
     def tail(self, first: int) -> Iterator[Record]:
@@ -284,7 +284,7 @@ class UpdateLog:
         self.close()
 
     def _begin(self, header: Header, records: Sequence[Record] = ()) -> None:
-        """Another log in the place of this one, there whole or not at all."""
+        """Replace this log by a new one, atomically."""
         self.header, self.records = header, list(records)
         fresh = self.path.with_name(f"{self.path.name}.new")
         with fresh.open("wb") as file:
@@ -297,12 +297,12 @@ class UpdateLog:
         self._file = self.path.open("ab")
 
     def _begin_beside(self, header: Header, records: Sequence[Record], why: str) -> None:
-        """Another log; this one stays beside it."""
+        """Begin a new log; this one stays beside it."""
         taken = {path.name for path in self.path.parent.iterdir()}
         number = next(n for n in itertools.count(1) if f"{self.path.name}.{n}" not in taken)
-        kept = self.path.rename(f"{self.path}.{number}")
+        old = self.path.rename(f"{self.path}.{number}")
         self._begin(header, records)
-        warnings.warn(f"{self.path}: {why}; it is kept as {kept}, and another log begins", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{self.path}: {why}; it is kept as {old}, and another log begins", RuntimeWarning, stacklevel=3)
 
     def _write(self, data: bytes) -> None:
         assert self._file is not None
@@ -315,7 +315,7 @@ def _frame(body: bytes) -> bytes:
     return struct.pack("<I", len(body)) + body + struct.pack("<I", zlib.crc32(body))
 
 
-def _framed(data: bytes, at: int, what: str) -> tuple[bytes | None, int]:
+def _framed(data: bytes, at: int, label: str) -> tuple[bytes | None, int]:
     """The body at ``at`` and where the next one begins; None if the data end before it does."""
     if at + 4 > len(data):
         return None, at
@@ -327,6 +327,6 @@ def _framed(data: bytes, at: int, what: str) -> tuple[bytes | None, int]:
     (checksum,) = struct.unpack_from("<I", data, end - 4)
     if zlib.crc32(body) != checksum:
         raise LogError(
-            f"{what} is damaged: its checksum is {checksum:08x}, that of what it holds {zlib.crc32(body):08x}"
+            f"{label} is damaged: its checksum is {checksum:08x}, that of what it holds {zlib.crc32(body):08x}"
         )
     return body, end

@@ -1,6 +1,6 @@
 """A gloo group outside of torch's registry, which can be aborted at any moment and replaced by another one.
 
-For replicas that come and go. On the CPU, also for tensors on a GPU: on slow links that costs little.
+For elastic runs. Tensors on a GPU go through the CPU: on slow links that costs little.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class PeersLost(RuntimeError):
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Whether ``error`` came of a `PeersLost`."""
+    """Whether ``error`` was caused by a `PeersLost`."""
     while error is not None and not isinstance(error, PeersLost):
         error = error.__cause__
     return error is not None
 
 
 _ABANDONED: list[tuple[dist.ProcessGroup, list[_GlooWork]]] = []
-"""Groups that were aborted with ops under way: to destroy one would wait for peers that may be silent."""
+"""Groups that were aborted with ops under way: destroying one would wait for peers that may be silent."""
 
 
 class GlooTransport:
@@ -40,7 +40,7 @@ class GlooTransport:
     in_stream_order = False
 
     def __init__(self, group: ProcessGroupGloo, store: object = None) -> None:
-        self._group: dist.ProcessGroup | None = cast(dist.ProcessGroup, group)  # whose methods a backend has, untyped
+        self._group: dist.ProcessGroup | None = cast(dist.ProcessGroup, group)  # a backend has its methods, untyped
         self.rank, self.size = group.rank(), group.size()
         self._store = store  # keeps a store that is a Python object alive, which torch does not
         self._under_way: list[_GlooWork] = []
@@ -50,7 +50,7 @@ class GlooTransport:
         with self._lock:
             self._under_way = [work for work in self._under_way if not work.ended]
             if self._group is None:
-                raise PeersLost("this group was broken off")
+                raise PeersLost("this group was aborted")
             work = _GlooWork(op, self._group)
             self._under_way.append(work)
         return work
@@ -59,10 +59,10 @@ class GlooTransport:
         raise RuntimeError("a group of members is cloned by the members that made it")
 
     def close(self) -> None:
-        """Nothing: whoever made this group aborts it."""
+        """Nothing: the creator of this group aborts it."""
 
     def abort(self) -> None:
-        """Fail all ops under way; peers notice by themselves, at once where their connections close."""
+        """Fail all ops under way; peers detect it, at once where their connections close."""
         with self._lock:
             group, self._group = self._group, None
             _ABANDONED[:] = [(old, works) for old, works in _ABANDONED if not all(work.ended for work in works)]
@@ -92,7 +92,7 @@ class _GlooWork:
         return all(work.is_completed() for work in self._works)
 
     def abort(self) -> None:
-        """Wake whoever waits: gloo itself would wait for its peers until its timeout."""
+        """Wake waiting threads: gloo itself would wait for its peers until its timeout."""
         self._aborted = True
         self._woken.release(len(self._works) + 1)
 
@@ -103,7 +103,7 @@ class _GlooWork:
         for _ in self._works:
             self._woken.acquire()
         if self._aborted:
-            raise PeersLost("this group was broken off")
+            raise PeersLost("this group was aborted")
         try:
             for work in self._works:
                 work.wait()

@@ -1,7 +1,7 @@
-"""Process groups made by their members alone, with the default group's timeout, which can be freed.
+"""Process groups that only their ranks create, with the default group's timeout, and that can be freed.
 
 Only the ranks of a group call `own_group`. torch names such groups by how many groups a process has, which need not be
-the same on all ranks, and which repeats once one was freed: the next would read the addresses of the last. Here groups
+the same on all ranks, and which repeats once one was freed: the next would read the last one's addresses. Here groups
 are counted for each set of ranks.
 """
 
@@ -32,33 +32,33 @@ def own_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessG
     made = _made.setdefault(default, Counter())
     made[members] += 1
     name = c10d.GroupName(f"dtrain {made[members]} of {' '.join(map(str, members))}")
-    chosen, store = c10d._world.pg_map[default]
-    patience = timeout_of(default)
+    default_name, store = c10d._world.pg_map[default]
+    timeout = timeout_of(default)
     # A default group that is bound to a device would split its communicator, for which all of its ranks are needed.
     bound, default.bound_device_id = default.bound_device_id, None
     try:
-        group, its = c10d._new_process_group_helper(
-            len(members), members.index(dist.get_rank()), list(members), dist.Backend(backend or chosen), store, name,
-            timeout=patience, group_desc="dtrain",
+        group, group_store = c10d._new_process_group_helper(
+            len(members), members.index(dist.get_rank()), list(members), dist.Backend(backend or default_name), store,
+            name, timeout=timeout, group_desc="dtrain",
         )  # fmt: skip
     finally:
         default.bound_device_id = bound
     c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
     assert isinstance(group, dist.ProcessGroup)
-    # Until all have connected: a rank that frees the group earlier would break the others' connecting.
-    c10d._store_based_barrier(dist.get_rank(), its, name, len(members), patience)
+    # Wait until all have connected: a rank that frees the group earlier would break the others' connections.
+    c10d._store_based_barrier(dist.get_rank(), group_store, name, len(members), timeout)
     return group
 
 
 def kept_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """One group of ``ranks`` for users that take turns; made by all of them at the first call, and never freed.
+    """One group of ``ranks``, used by one user at a time; created by all of them at the first call, and never freed.
 
-    For engines: torch keeps device meshes, with the names of their groups, and takes equal ones for the same.
+    For engines: torch caches device meshes with their groups' names, and takes equal ones for the same.
     """
-    kept, members = _kept.setdefault(c10d._get_default_group(), {}), tuple(sorted(ranks))
-    if members not in kept:
-        kept[members] = own_group(members)
-    return kept[members]
+    groups, members = _kept.setdefault(c10d._get_default_group(), {}), tuple(sorted(ranks))
+    if members not in groups:
+        groups[members] = own_group(members)
+    return groups[members]
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
@@ -71,8 +71,8 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
 def free(group: dist.ProcessGroup) -> None:
     """End the threads and close the connections of ``group``; nothing is under way in it. All its ranks call it.
 
-    With gloo each rank goes by itself; with NCCL they wait for each other, and must free several groups in the same
-    order. A group that was destroyed with the default one is left alone.
+    With gloo ranks do not wait for each other; with NCCL they do, and must free several groups in the same order.
+    A group that was destroyed with the default one is left alone.
     """
     world = c10d._world
     if group in world.pg_map:

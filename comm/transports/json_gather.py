@@ -17,10 +17,10 @@ MOST_BYTES = 1 << 24
 
 
 def told_by_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What each rank of ``group`` gave, in rank order: text, numbers, None, lists and dictionaries of them.
+    """The ``value`` of each rank of ``group``, in rank order: text, numbers, None, lists and dictionaries of them.
 
-    All ranks call it, with values of one kind. Raises ``TypeError`` for what JSON has no form for, ``RuntimeError`` for
-    what is longer than 16 MiB or no JSON when it arrives.
+    All ranks call it, with values of one kind. Raises ``TypeError`` for a value that JSON cannot hold, ``RuntimeError``
+    for one that is longer than 16 MiB or arrives as invalid JSON.
     """
     text = json.dumps(value).encode()
     device = torch.device(dist.distributed_c10d._get_object_coll_device(group))

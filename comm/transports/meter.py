@@ -1,7 +1,7 @@
 """Counts what crosses the links: exact payload bytes and messages by label and op, and exposed communication time.
 
 Ops are counted, not what a transport makes of them, so that a channel and a simulation (`metered`) count the same.
-Headers of TCP and of the transport are not in them: a network interface counts a few percent more.
+Headers of TCP and of the transport are not included: a network interface counts a few percent more.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Meter:
             self.waited[label] = self.waited.get(label, 0.0) + seconds
 
     def restart(self, *, sent_bytes: int = 0, exposed_seconds: float = 0.0) -> None:
-        """Go on from these figures, those of an earlier process of the same run."""
+        """Continue from the figures of an earlier process of the same run."""
         with self._lock:
             self.by = {("replicate", "before", ""): Count(bytes=sent_bytes)}
             self.waited = {"before": exposed_seconds}

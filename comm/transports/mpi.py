@@ -2,7 +2,7 @@
 
 It carries one axis, as a rule the replicate axis; engines keep gloo or NCCL inside a replica. What MPI needs:
 
-    threads    one thread at a time calls MPI (a lock sees to it), and not the main one: MPI_THREAD_SERIALIZED
+    threads    one thread at a time calls MPI (under a lock), and not the main one: MPI_THREAD_SERIALIZED
     progress   MPI moves a message only inside its own calls, so the channel's thread polls, with pauses in between
     sums       MPI adds the types of C. Others (fp16, bf16, bool) go through two phases instead, an all-to-all and an
                all-gather: the same bytes, summed in rank order in fp32 and rounded once
@@ -34,8 +34,8 @@ BYTES_AT_ONCE = 1 << 30  # of one MPI call, all its rows together
 TIMEOUT_SECONDS = 1800.0  # that of torch.distributed's groups
 
 Watch = Callable[[str, int, int, str], Callable[[], None]]
-"""Called for each op that is issued (its name, its number on this axis, its elements, their dtypes); returns what is to
-be called once the op is over. `dtrain.launchers.probe.note_collective` is one, for a group."""
+"""Called for each op that is issued (its name, its number on this axis, its elements, their dtypes); returns a function
+to call at the op's end. `dtrain.launchers.probe.note_collective` is one, for a group."""
 
 _NATIVE = {
     torch.float32: "FLOAT",
@@ -56,9 +56,8 @@ def replicate_transport(
 ) -> MpiTransport:
     """The replicate axis of the mesh over MPI: the ``replicas`` ranks that hold the same shard. Collective over all.
 
-    ``rank`` = replica * shards + shard is this process's, as the launcher counts. ``timeout_seconds``: no op is waited
-    for any longer. Raises ``RuntimeError`` if there is
-    no usable MPI, or if MPI counts the processes in another way.
+    ``rank`` = replica * shards + shard is this process's, as the launcher counts. ``timeout_seconds``: how long an op
+    may take. Raises ``RuntimeError`` if there is no usable MPI, or if MPI counts the processes in another way.
     """
     world = _begin()
     if (world.rank, world.size) != (rank, replicas * shards):
@@ -72,9 +71,9 @@ def replicate_transport(
 
 
 def finalize() -> None:
-    """End MPI, on all ranks, once they have ended well; nothing happens where it was not begun.
+    """End MPI, on all ranks, after a successful run; nothing happens if it was not initialised.
 
-    A rank that failed leaves without it: mpirun takes that for a crash and ends the others, which would wait for ever
+    A rank that failed exits without it: mpirun takes that for a crash and ends the others, which would wait for ever
     if it waited for them in MPI_Finalize.
     """
     if "mpi4py.MPI" not in sys.modules:
@@ -87,7 +86,7 @@ def finalize() -> None:
 
 
 class MpiTransport:
-    """A communicator that is used by nothing else. ``timeout_seconds``: how long `wait` waits before it fails."""
+    """A communicator of its own. ``timeout_seconds``: how long `wait` waits before it fails."""
 
     in_stream_order = False
 
@@ -111,8 +110,8 @@ class MpiTransport:
         self._issued += 1
         size = sum(tensor.numel() for tensor in op.payload)
         dtypes = " ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in op.payload}))
-        what = f"{type(op).__name__} #{self._issued} ({size} {dtypes})"
-        message = _MpiWork(op, self._comm, self._timeout_seconds, what)
+        label = f"{type(op).__name__} #{self._issued} ({size} {dtypes})"
+        message = _MpiWork(op, self._comm, self._timeout_seconds, label)
         message.over = self._watch(type(op).__name__, self._issued, size, dtypes)
         _under_way.add(message)
         return message
@@ -130,8 +129,8 @@ class _MpiWork:
 
     over: Callable[[], None]
 
-    def __init__(self, op: Op, comm: MPI.Comm, timeout_seconds: float, what: str) -> None:
-        self._op, self._world, self._timeout_seconds, self._what = op, comm.size, timeout_seconds, what
+    def __init__(self, op: Op, comm: MPI.Comm, timeout_seconds: float, label: str) -> None:
+        self._op, self._world, self._timeout_seconds, self._label = op, comm.size, timeout_seconds, label
         sent = outgoing(op, comm.size)
         self._device = sent.device
         self._requests: list[MPI.Request] = []
@@ -146,7 +145,7 @@ class _MpiWork:
             try:
                 with _calls:
                     done = type(self._requests[0]).Testall(self._requests)
-            except Exception as error:  # `wait` raises it, for the flow that it belongs to
+            except Exception as error:  # raised by `wait`, in the flow that it belongs to
                 self._failure = error
             else:
                 if done:
@@ -162,7 +161,7 @@ class _MpiWork:
         while not self.poll():
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"MPI has not finished {self._what} within {self._timeout_seconds:g} s: a rank has "
+                    f"MPI has not finished {self._label} within {self._timeout_seconds:g} s: a rank has "
                     "ended, hangs or has taken another branch"
                 )
             time.sleep(pauses.next())
@@ -234,7 +233,7 @@ def _begin() -> MPI.Intracomm:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise RuntimeError(
-            "mpi4py is there and finds no MPI library. Load the module of your site's MPI, or name the library: "
+            "mpi4py is installed and finds no MPI library. Load the module of your site's MPI, or name the library: "
             f"MPI4PY_LIBMPI=/path/to/libmpi.so. It said: {error}"
         ) from error
     if not MPI.Is_initialized() or MPI.Query_thread() < MPI.THREAD_SERIALIZED:

@@ -1,12 +1,12 @@
 """torch.distributed as a transport: NCCL moves ops on a side stream, gloo on threads of its own.
 
-gloo's all-to-all sends to a peer and then receives from it, one peer after the other. A receiver tells the sender that
-it is ready over the connection that carries the data, so that signal waits behind the data, and the link carries one
-direction at a time: over links of 100 Mbit/s a little more than half of what it can. So on CPU it is made of sends and
-receives here, with every receive posted before any send (`all_to_all`).
+gloo's all-to-all sends to a peer and then receives from it, one peer after the other. A receiver signals that it
+is ready over the connection that carries the data, so that signal waits behind the data, and the link carries one
+direction at a time: over links of 100 Mbit/s a little more than half of what it can. So on CPU this module uses sends
+and receives, with every receive posted before any send (`all_to_all`).
 
-torch's flight recorder does not see gloo's sends and receives. They are noted in `NOTED`, as entries of the recorder's
-own form, for whoever watches a rank from inside (`dtrain.launchers.probe`).
+torch's flight recorder does not see gloo's sends and receives. They are noted in `NOTED`, in the recorder's format,
+for a monitor within the rank (`dtrain.launchers.probe`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOTED: collections.deque[dict[str, object]] = collections.deque(maxlen=256)
 
 
 class TorchTransport:
-    """A process group that is used by nothing else: two threads that enqueue on one group would hang.
+    """A process group of its own: two threads that enqueue on one group would hang.
 
     ``owned``: the group belongs to this transport, and is freed at `close`.
     """
@@ -51,7 +51,7 @@ class TorchTransport:
         return self._group
 
     def issue(self, op: Op) -> Collective:
-        """Hand ``op`` to torch.distributed, as one packed message."""
+        """Pass ``op`` to torch.distributed, as one packed message."""
         if not isinstance(op, AllToAll | Shift) or not all(tensor.is_cpu for tensor in op.payload):
             return Collective(op, self.group)
         self._noted += 1
@@ -70,7 +70,7 @@ class TorchTransport:
 
 
 class Collective:
-    """An op that was handed to torch.distributed. ``over``: to be called at its end."""
+    """An op under way in torch.distributed. ``over``: called at its end."""
 
     def __init__(self, op: Op, group: dist.ProcessGroup, over: Callable[[], None] = lambda: None) -> None:
         self._op, self._world, self._over = op, group.size(), over
@@ -131,23 +131,22 @@ class Collective:
 
 
 def all_to_all(sent: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
-    """Send row j of ``sent`` to rank j of ``group``; returns the rows that will have arrived from each, and what to
-    wait for.
+    """Send row j of ``sent`` to rank j of ``group``; returns the buffer of the reply, and the works to wait for.
 
-    Each rank begins with the one behind its own, so that they do not all begin with the same.
+    Each rank begins with the next one, so that they do not all begin with the same.
     """
     rank, world = group.rank(), group.size()
     arrived = torch.empty_like(sent)
     arrived[rank].copy_(sent[rank])
     if not sent.numel():
         return arrived, []
-    before, behind = (*range(rank - 1, -1, -1), *range(world - 1, rank, -1)), (*range(rank + 1, world), *range(rank))
-    works = [group.recv([arrived[source]], source, 0) for source in before]
-    return arrived, works + [group.send([sent[peer]], peer, 0) for peer in behind]
+    sources, peers = (*range(rank - 1, -1, -1), *range(world - 1, rank, -1)), (*range(rank + 1, world), *range(rank))
+    works = [group.recv([arrived[source]], source, 0) for source in sources]
+    return arrived, works + [group.send([sent[peer]], peer, 0) for peer in peers]
 
 
 def note(group: str, name: str, number: int, size: int, dtype: str) -> Callable[[], None]:
-    """Note the collective ``number`` of ``group``, of ``size`` elements; call what is returned once it is over.
+    """Note the collective ``number`` of ``group``, of ``size`` elements; call the returned function at its end.
 
     >>> over = note("dtrain 1 of 0 1", "AllToAll", 4, 10, "uint8")
     >>> over()

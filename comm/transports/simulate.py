@@ -23,10 +23,10 @@ def simulate(flows: Sequence[Flow[R]], *, shards: int = 1) -> list[R]:
 
     >>> from dtrain.comm.ops import AllGather
     >>> import torch
-    >>> def everybody(x):
+    >>> def gathered(x):
     ...     (rows,) = yield AllGather((x,))
     ...     return rows.tolist()
-    >>> simulate([everybody(torch.tensor(1)), everybody(torch.tensor(2))])
+    >>> simulate([gathered(torch.tensor(1)), gathered(torch.tensor(2))])
     [[1, 2], [1, 2]]
     """
     results: list[R | None] = [None] * len(flows)
@@ -58,7 +58,7 @@ def _signature(op: Op) -> tuple[object, ...]:
 
 
 def _exchange(ops: Sequence[Op], shards: int, round_number: int) -> list[Payload]:
-    """Everybody's reply, group by group of the axis that they all go across."""
+    """All ranks' replies, group by group of the axis of their ops."""
     axis = ops[0].axis
     for rank, op in enumerate(ops):
         if op.axis != axis:
@@ -74,18 +74,18 @@ def _exchange(ops: Sequence[Op], shards: int, round_number: int) -> list[Payload
 
 
 def replies_of(ops: Sequence[Op], number: int) -> list[Payload]:
-    """Everybody's reply to the op with this ``number``, in rank order. Raises ``RuntimeError`` where ranks diverge."""
+    """All ranks' replies to the op with this ``number``, in rank order. Raises ``RuntimeError`` where ranks diverge."""
     _check_agreement(ops, number)
     return _replies(ops)
 
 
 def _check_agreement(ops: Sequence[Op], round_number: int) -> None:
-    wanted = _signature(ops[0])
+    expected = _signature(ops[0])
     world = len(ops)
     for rank, op in enumerate(ops):
-        if _signature(op) != wanted:
+        if _signature(op) != expected:
             raise RuntimeError(
-                f"op {round_number} differs: rank 0 yields {wanted}, rank {rank} yields {_signature(op)}"
+                f"op {round_number} differs: rank 0 yields {expected}, rank {rank} yields {_signature(op)}"
             )
         if isinstance(op, AllReduce):
             one_dtype(op)

@@ -26,7 +26,7 @@ class Meeting:
         self._failure: Exception | None = None
         self._number = 0
         self._barrier = threading.Barrier(world, action=self._meet, timeout=PATIENCE_SECONDS)
-        self._twins: list[Meeting] = []
+        self._clones: list[Meeting] = []
         self._lock = threading.Lock()
 
     def transport(self, rank: int) -> Seat:
@@ -34,7 +34,7 @@ class Meeting:
         return Seat(self, rank, self.world)
 
     def exchange(self, rank: int, op: Op) -> Payload:
-        """Wait for everybody's op; returns this rank's reply. Raises ``RuntimeError`` if the ranks diverge."""
+        """Wait for all ranks' ops; returns this rank's reply. Raises ``RuntimeError`` if the ranks diverge."""
         self._ops[rank] = op
         try:
             self._barrier.wait()
@@ -45,11 +45,11 @@ class Meeting:
         return self._replies[rank]
 
     def clone(self, number: int) -> Meeting:
-        """The ``number``-th other meeting of the same ranks."""
+        """The ``number``-th clone, for the same ranks."""
         with self._lock:
-            while len(self._twins) <= number:
-                self._twins.append(Meeting(self.world))
-            return self._twins[number]
+            while len(self._clones) <= number:
+                self._clones.append(Meeting(self.world))
+            return self._clones[number]
 
     def _meet(self) -> None:
         try:

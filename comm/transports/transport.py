@@ -29,7 +29,7 @@ class Work(Protocol):
 
 
 class Transport(Protocol):
-    """One axis: who is on it, and how an op gets from each rank to the others. Used by one thread at a time."""
+    """One axis: this rank's place on it, and how ops are performed across it. Used by one thread at a time."""
 
     @property
     def rank(self) -> int: ...
@@ -120,7 +120,7 @@ def outgoing(op: Op, world: int) -> Tensor:
 
 
 def reply(op: Op, arrived: Tensor, world: int) -> Payload:
-    """The reply to ``op``, from what arrived: the sum, everybody's bytes ``[world, bytes]``, or ``[1, bytes]``."""
+    """The reply to ``op``, from what arrived: the sum, all ranks' bytes ``[world, bytes]``, or ``[1, bytes]``."""
     match op:
         case AllReduce(payload=payload, reduction=reduction):
             total = arrived / world if reduction == "mean" else arrived

@@ -470,7 +470,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: streaming_diloco(fragments_by_name=[["a"], []]), "a fragment without a pattern would be empty"),
     (lambda: co2(gap="huge"), "gap is 'huge'; choose 'gap_aware', 'none', a number of at least 1"),  # type: ignore[arg-type]
     (lambda: co2(gap=0.5), "gap is 0.5; choose"),
-    (lambda: co2(clip=0), "clip is 0; give the largest amount of an element, or None"),
+    (lambda: co2(clip=0), "clip is 0; give the largest absolute value of an element, or None"),
     (lambda: slowmo(momentum=1.0), "momentum is 1.0; it lies in [0, 1)"),
     (lambda: post_local_sgd(every_steps=2, warmup_steps=-1), "warmup_steps is -1; give a whole number of steps"),
     (lambda: local_update(every_steps=2, outer=sgd(), delay="late"), "delay is 'late'; choose"),  # type: ignore[arg-type]

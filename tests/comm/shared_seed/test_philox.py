@@ -106,6 +106,6 @@ def test_mean_variance_and_correlation_along_the_vector(kind: str) -> None:
 def test_what_is_no_address_is_refused() -> None:
     with pytest.raises(ValueError, match="64 bits"):
         SharedRandom(2**64)
-    with pytest.raises(ValueError, match="are no part of a parameter"):
+    with pytest.raises(ValueError, match="are not elements of a parameter"):
         RANDOM.signs(AT, "w", 4, start=-1)
     assert RANDOM.signs(AT, "w", 0).shape == (0,)

@@ -144,7 +144,7 @@ def test_a_log_of_something_else_is_refused(tmp_path: Path) -> None:
             replace(header(), first=5),
             "is the log of another run: its first weights' digest is [0-9a-f]{16}, .* another folder",
         ),
-        (replace(header(), walk=replace(WALK, key=78)), "is the log of another run: its way of walking"),
+        (replace(header(), walk=replace(WALK, key=78)), "is the log of another run: its walk"),
         (replace(header(), shapes={**SHAPES, "b": (8,)}), r"another model: b has the shape \(7,\) there and \(8,\)"),
     ]:
         with pytest.raises(LogError, match=words):
@@ -268,7 +268,7 @@ def test_common_directions_have_rules() -> None:
     assert scale_of(replace(common, rule="median"), bytes([one, big, four])) == [-4.0]
     assert scale_of(replace(common, rule="trimmed_mean"), bytes([one, big, 0x80 | big])) == [-1.0]
     assert scale_of(replace(common, rule="majority"), bytes([one, four, 0x80 | big])) == pytest.approx([-1 / 3])
-    with pytest.raises(ValueError, match="leaves nothing of 2 machines"):
+    with pytest.raises(ValueError, match="leaves nothing of 2 replicas"):
         scale_of(replace(common, rule="trimmed_mean"), bytes([one, one]), (0, 1))
 
 
