@@ -147,7 +147,7 @@ def test_another_learning_rate_is_refused() -> None:
         replicas.train(1)
     other = Trying(SMALL, 1, lr=0.02)
     other.pieces[0].write(replicas.live(0))
-    with pytest.raises(ValueError, match=r"go on with it instead of 0\.02"):
+    with pytest.raises(ValueError, match=r"resume with it instead of 0\.02"):
         other.attached[0].load_state_dict(state)
 
 

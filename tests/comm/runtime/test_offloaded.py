@@ -120,5 +120,5 @@ def test_evaluation_and_repair() -> None:
 
 
 def test_sharding_and_an_overlap_exclude_each_other_there_too() -> None:
-    with pytest.raises(ValueError, match="rounds that are waited for"):
+    with pytest.raises(ValueError, match="does not overlap rounds"):
         streaming_diloco(outer_state="sharded")
