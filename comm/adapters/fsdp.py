@@ -57,8 +57,8 @@ class FSDPPieces:
         return self.channel.places["replicate"]
 
     def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
-        wanted = {fqn: p for fqn, p in self.parameters.items() if fqns is None or fqn in fqns}
-        values = {fqn: working(_local(p.detach())) for fqn, p in wanted.items()}
+        parameters = {fqn: p for fqn, p in self.parameters.items() if fqns is None or fqn in fqns}
+        values = {fqn: working(_local(p.detach())) for fqn, p in parameters.items()}
         return copied(values) if copy else values
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:

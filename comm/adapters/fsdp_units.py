@@ -233,10 +233,10 @@ class Passes:
             elif self.units[number].shows(flat):
                 self._start(number, gradients, into=pieces)
             else:
-                self._start(number, _taken(gradients, pieces))
+                self._start(number, _moved_out(gradients, pieces))
             self._send_parked()
         else:
-            self._parked[number] = _taken(gradients, pieces)
+            self._parked[number] = _moved_out(gradients, pieces)
 
     def _turn(self) -> int | None:
         """The unit whose turn it is."""
@@ -338,15 +338,15 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _taken(gradients: Named, pieces: Named) -> dict[str, Tensor]:
+def _moved_out(gradients: Named, pieces: Named) -> dict[str, Tensor]:
     """Copies of ``gradients``; FSDP2 gets -0.0 in ``pieces``, until the combined gradient is added.
 
     x + -0.0 is x for every x, bitwise.
     """
-    taken = {fqn: gradient.clone() for fqn, gradient in gradients.items()}
+    copies = {fqn: gradient.clone() for fqn, gradient in gradients.items()}
     for piece in pieces.values():
         piece.fill_(-0.0)
-    return taken
+    return copies
 
 
 def _merged(seen: list[int], order: list[int]) -> list[int]:

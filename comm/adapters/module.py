@@ -46,17 +46,17 @@ class ModulePieces:
         return self.channel.places["replicate"]
 
     def read(self, fqns: Collection[str] | None = None, *, copy: bool = True) -> dict[str, Tensor]:
-        wanted = [fqn for fqn in self.segments if fqns is None or fqn in fqns]
-        values = {fqn: self._own_slice(fqn, self.parameters[fqn].detach()) for fqn in wanted}
+        names = [fqn for fqn in self.segments if fqns is None or fqn in fqns]
+        values = {fqn: self._own_slice(fqn, self.parameters[fqn].detach()) for fqn in names}
         return copied(values) if copy else values
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
-        wanted = [fqn for fqn in self.parameters if fqns is None or fqn in fqns]
+        names = [fqn for fqn in self.parameters if fqns is None or fqn in fqns]
         whole = values
         if self.shard.size > 1:
-            whole = self.channel.run(self._gather(values, wanted), "write-back")
+            whole = self.channel.run(self._gather(values, names), "write-back")
         with torch.no_grad(), self.trained.writing():
-            for fqn in wanted:
+            for fqn in names:
                 self.parameters[fqn].copy_(whole[fqn].view(self.shapes[fqn]))
 
     def set_gradient_exchange(self, exchange: Exchange | None) -> None:

@@ -81,11 +81,11 @@ def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
     )
 
 
-def _within(wrapper: Any, known: dict[str, str]) -> Any:
-    """What a wrapper of one of the ``known`` classes, or of one derived from them, keeps; None for anything else."""
+def _within(wrapper: Any, attributes: dict[str, str]) -> Any:
+    """What a wrapper holds in the attribute of its class, or of a base class of it; None for anything else."""
     for owner in type(wrapper).__mro__:
-        if owner.__name__ in known:
-            return getattr(wrapper, known[owner.__name__], None)
+        if owner.__name__ in attributes:
+            return getattr(wrapper, attributes[owner.__name__], None)
     return None
 
 

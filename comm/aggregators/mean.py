@@ -47,10 +47,10 @@ def among(rule: Aggregator, rows: Tensor, weights: Sequence[float]) -> Tensor:
     tensor([2.])
     """
     counted = [rank for rank, weight in enumerate(weights) if weight > 0]
-    used = rows if len(counted) == len(weights) else rows[counted]
+    counted_rows = rows if len(counted) == len(weights) else rows[counted]
     if rule is rank_order_mean and len({weights[rank] for rank in counted}) > 1:
-        return weighted_mean(used, [weights[rank] for rank in counted])
-    return rule(used)
+        return weighted_mean(counted_rows, [weights[rank] for rank in counted])
+    return rule(counted_rows)
 
 
 def mean() -> Aggregator:

@@ -69,8 +69,10 @@ def exchange(
         flow = send(by_row, _ByRow(plan))
         return (yield from (flow if lossless is None else packed(flow, lossless)))
     feedbacks = {fqn: chosen[fqn].feedback for fqn in in_two_rounds}
-    whole = {fqn: values[fqn] for fqn in in_two_rounds}
-    flows = [low_rank_mean(whole, in_two_rounds, feedbacks, matrices, dense_mean, key, state, counts=weight != 0)]
+    matrix_values = {fqn: values[fqn] for fqn in in_two_rounds}
+    flows = [
+        low_rank_mean(matrix_values, in_two_rounds, feedbacks, matrices, dense_mean, key, state, counts=weight != 0)
+    ]
     if by_row:
         flows.append(send(by_row, _ByRow(plan)))
     joint = together(flows)

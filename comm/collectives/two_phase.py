@@ -282,12 +282,12 @@ def all_usable(values: Named, chosen: Mapping[str, Compression], measures: list[
     if measures is None:
         measures = [_measure(value, chosen[fqn]) for fqn, value in values.items()]
     plain: tuple[list[Tensor], list[Tensor]] = ([], [])
-    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+    fed_back: tuple[list[Tensor], list[Tensor]] = ([], [])
     for (fqn, value), measure in zip(values.items(), measures, strict=True):
-        group = kept if chosen[fqn].feedback.kinds else plain
+        group = fed_back if chosen[fqn].feedback.kinds else plain
         group[0].append(value)
         group[1].append(measure)
-    return is_finite(*plain[0], sums=plain[1]) and is_keepable(*kept[0], norms=kept[1])
+    return is_finite(*plain[0], sums=plain[1]) and is_keepable(*fed_back[0], norms=fed_back[1])
 
 
 def _measure(value: Tensor, compression: Compression) -> Tensor:

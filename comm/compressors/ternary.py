@@ -95,12 +95,12 @@ class Compeft(_Ternary):
 
     def _choose(self, blocks: Tensor, counts: Tensor, rows: Tensor, key: Key) -> tuple[Tensor, Tensor]:
         size = blocks.abs()
-        wanted = (self.density * counts).ceil_().clamp_(min=1.0)  # [blocks, 1]
+        kept_counts = (self.density * counts).ceil_().clamp_(min=1.0)  # [blocks, 1]
         order = size.nan_to_num(nan=torch.inf).argsort(dim=-1, descending=True, stable=True)  # ties: by index
-        places = torch.arange(self.block, device=rows.device).expand_as(order)
-        keep = torch.empty_like(order).scatter_(-1, order, places) < wanted
+        positions = torch.arange(self.block, device=rows.device).expand_as(order)
+        keep = torch.empty_like(order).scatter_(-1, order, positions) < kept_counts
         if self.alpha is None:
-            return torch.where(keep, size, 0.0).sum(-1, keepdim=True) / wanted, keep
+            return torch.where(keep, size, 0.0).sum(-1, keepdim=True) / kept_counts, keep
         return self.alpha * _deviation(blocks, counts), keep
 
 

@@ -57,11 +57,11 @@ class EveryStep(Sync):
 
 
 def context_of(
-    name: str, spec: EveryStep, pieces: Pieces, seed: int, more: Mapping[str, Kind] = MappingProxyType({})
+    name: str, spec: EveryStep, pieces: Pieces, seed: int, more_kinds: Mapping[str, Kind] = MappingProxyType({})
 ) -> Context:
-    """The begun context of a method called ``name`` that exchanges as ``spec`` says and also keeps ``more``."""
+    """The begun context of a method called ``name`` that exchanges as ``spec`` says and also keeps ``more_kinds``."""
     context = Context(
-        pieces, seed, description(name, spec.plan, spec), plan=spec.plan, kinds={**kinds_of(spec.plan), **more},
+        pieces, seed, description(name, spec.plan, spec), plan=spec.plan, kinds={**kinds_of(spec.plan), **more_kinds},
         parameters_kind="replicated",
     )  # fmt: skip
     context.begin(f"{spec}")
@@ -78,7 +78,7 @@ class ExchangedGradients(GradientSteps):
         super().__init__(context)
         self.spec, self._around = spec, around
         self._all_finite = True
-        self._handed = False
+        self._has_gradients = False
         self._exchanges: dict[str, int] = {}  # how many of each parameter in this step
         self._passes = 1  # backward passes of the last step that were exchanged
         means = "parameters, optimizer state"
@@ -89,7 +89,7 @@ class ExchangedGradients(GradientSteps):
         return _Exchanged(self, adds=bool(self.context.state.kinds))
 
     def prepare(self) -> bool:
-        if not self._handed and self.context.pieces.segments:
+        if not self._has_gradients and self.context.pieces.segments:
             raise RuntimeError(
                 "no gradient was exchanged since the last sync.step(): call backward() before it, the last one of a "
                 "step outside of no_sync() (FSDP2: with set_requires_gradient_sync(True))"
@@ -130,7 +130,7 @@ class ExchangedGradients(GradientSteps):
         return self._guard.verify()
 
     def _begin_step(self) -> None:
-        self._handed, self._exchanges = False, {}
+        self._has_gradients, self._exchanges = False, {}
 
     def _end_step(self, *, absent: bool) -> None:
         self.context.review()
@@ -147,7 +147,7 @@ class ExchangedGradients(GradientSteps):
         around = self._around
         flow = self.combining if around is None else around
         combined = yield from flow(gradients, key, present)
-        self._handed = self._handed or combined.present is True
+        self._has_gradients = self._has_gradients or combined.present is True
         self._all_finite = self._all_finite and combined.finite
         return combined
 

@@ -159,15 +159,15 @@ class FedKSeedRounds(Method):
         return dict(self._made()) if self.open else None
 
     def numbers(self) -> Numbers:
-        kept: Numbers = {"unusable": self.forward.unusable, "rounds": self.rounds, "tokens": self.tokens}
-        kept["rate"] = float(self.rate)
-        kept |= {f"sum.{s}": number for s, number in enumerate(self.sums) if number}
+        numbers: Numbers = {"unusable": self.forward.unusable, "rounds": self.rounds, "tokens": self.tokens}
+        numbers["rate"] = float(self.rate)
+        numbers |= {f"sum.{s}": number for s, number in enumerate(self.sums) if number}
         for s, (amount, times) in enumerate(self.seen):
             if times > 1:
-                kept |= {f"seen.{s}": amount, f"times.{s}": times}
+                numbers |= {f"seen.{s}": amount, f"times.{s}": times}
         for place, (s, number) in enumerate(self.open):
-            kept |= {f"own.{place}": s, f"own.{place}.number": number}
-        return kept
+            numbers |= {f"own.{place}": s, f"own.{place}.number": number}
+        return numbers
 
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
         self.forward.unusable, self.rounds = int(numbers["unusable"]), int(numbers["rounds"])

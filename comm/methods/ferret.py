@@ -78,14 +78,14 @@ class Ferret(LoopSpec, Sync):
 
     def budget(self, pieces: Pieces) -> int:
         """The number of directions of this rank, by its share of the elements. Raises ``ValueError`` for too few."""
-        held = sum(segment.numel for segment in pieces.segments.values())
+        local = sum(segment.numel for segment in pieces.segments.values())
         total = sum(math.prod(shape) for shape in pieces.shapes.values())
-        blocks = -(-held // self.block)
-        budget = min(max(self.directions * held // max(1, total), 0), blocks * MOST)
+        blocks = -(-local // self.block)
+        budget = min(max(self.directions * local // max(1, total), 0), blocks * MOST)
         if budget < blocks * LEAST:
             raise ValueError(
                 f"directions={self.directions} leave {budget} for the {blocks} blocks of {self.block} elements "
-                f"that this rank holds; give at least {-(-blocks * LEAST * total // max(1, held))}, or larger blocks"
+                f"that this rank holds; give at least {-(-blocks * LEAST * total // max(1, local))}, or larger blocks"
             )
         return budget
 
@@ -142,12 +142,12 @@ def projected(
     if total <= 0:
         return Combined({fqn: torch.zeros_like(value) for fqn, value in values.items()}, False)
     mean = torch.empty_like(flat)
-    used = [rank for rank in range(place.size) if weights[rank] > 0]
-    starts = dict.fromkeys(used, 0)
+    counted = [rank for rank in range(place.size) if weights[rank] > 0]
+    starts = dict.fromkeys(counted, 0)
     counts_of_rank = all_counts.to(torch.int64).tolist()
     for number, block_mean in enumerate(mean.split(block) if flat.numel() else ()):
         block_mean.zero_()
-        for rank in used:
+        for rank in counted:
             count = counts_of_rank[rank][number]
             rank_codes = all_codes[rank][starts[rank] : starts[rank] + count].float()
             starts[rank] += count
@@ -155,7 +155,7 @@ def projected(
             exact = rank_codes @ drawn.block(rank, number, count, block_mean.numel()).to(block_mean.device)
             block_mean.add_(exact.mul_(single(float(heads[rank, 0]) * weights[rank] / total)))
         if shrink == "least_error":
-            directions = sum(counts_of_rank[rank][number] for rank in used)
+            directions = sum(counts_of_rank[rank][number] for rank in counted)
             block_mean.mul_(single(shrinkage(directions, block_mean.numel())))
     return Combined(dict(_cut(mean, values)), all_finite({"": mean}))
 
@@ -168,18 +168,18 @@ def allotted(needs: list[float], budget: int) -> list[int]:
 
     The caller ensures that ``budget`` allows LEAST to MOST for each.
     """
-    wanted = torch.tensor(needs, dtype=torch.float64)
-    wanted = (wanted / wanted.max().clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=1e-9)
+    shares = torch.tensor(needs, dtype=torch.float64)
+    shares = (shares / shares.max().clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=1e-9)
     low, high = 0.0, MOST / 1e-9
     for _ in range(100):  # bisection, to the last bit: the largest factor within the budget
         middle = (low + high) / 2
-        fits = int((middle * wanted).clamp(LEAST, MOST).floor().sum()) <= budget
+        fits = int((middle * shares).clamp(LEAST, MOST).floor().sum()) <= budget
         low, high = (middle, high) if fits else (low, middle)
-    real = (low * wanted).clamp(LEAST, MOST)
+    real = (low * shares).clamp(LEAST, MOST)
     counts = real.floor()
-    left = budget - int(counts.sum())
+    remaining = budget - int(counts.sum())
     nearest = (real - counts).masked_fill(counts >= MOST, -1.0).argsort(descending=True, stable=True)
-    counts[nearest[:left]] += 1
+    counts[nearest[:remaining]] += 1
     return [int(count) for count in counts]
 
 

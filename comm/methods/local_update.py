@@ -132,12 +132,12 @@ def local_update(
     require_mean_for_low_rank(plan, rule)
     warn_of_loss(plan)
     require_summable(plan, rule, route, weighted=True)
-    made = LocalUpdate(
+    spec = LocalUpdate(
         every_steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps, verify_every,
         outer_state, auto if auto.wanted else None, route, tie,
     )  # fmt: skip
-    _require_shardable(made)
-    return made
+    _require_shardable(spec)
+    return spec
 
 
 def _require_shardable(spec: LocalUpdate) -> None:

@@ -127,8 +127,8 @@ class OneByteSteps(Method):
         self.advance()
 
     def after_step(self) -> None:
-        every = self.spec.verify_every
-        if self._step is not None and every and self.context.steps % every == 0:
+        period = self.spec.verify_every
+        if self._step is not None and period and self.context.steps % period == 0:
             self.verify()
 
     def verify(self) -> bool:
@@ -141,11 +141,11 @@ class OneByteSteps(Method):
         digests = self.machines.gathered(digest, "verify")
         if digests is None:
             return True  # a replica was lost; the next step begins a new epoch
-        most, *others = groups_of(digests.flatten().tolist())
-        if others:
+        most, *minorities = groups_of(digests.flatten().tolist())
+        if minorities:
             rate = self.context.pieces.optimizer.param_groups[0]["lr"]
-            differ = sorted(rank for group in others for rank in group)
-            unknown = " (which are right cannot be known)" if len(most) == len(others[0]) else ""
+            differ = sorted(rank for group in minorities for rank in group)
+            unknown = " (which are right cannot be known)" if len(most) == len(minorities[0]) else ""
             raise ReplicasDiffer(
                 f"after step {self.context.steps - 1} machines {differ} have other weights than {most}{unknown}: have "
                 f"all the same learning rate (here {rate!r}) and decay at each step? If so, look at their memory and "

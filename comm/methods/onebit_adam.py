@@ -198,6 +198,6 @@ def onebit_adam(
     """
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 1:
         raise ValueError(f"warmup_steps is {warmup_steps!r}; the variance needs at least one step to be frozen")
-    then = error_feedback(sign()) if compress is None else compress
-    exchange = every_step(compress=after(warmup_steps, then), verify_every=verify_every, tie=tie)
+    for_momenta = error_feedback(sign()) if compress is None else compress
+    exchange = every_step(compress=after(warmup_steps, for_momenta), verify_every=verify_every, tie=tie)
     return OneBitAdam(warmup_steps, exchange)

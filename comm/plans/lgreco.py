@@ -230,7 +230,7 @@ def _by_steps(errors: Tensor, sizes: Tensor, budget: float, grid: int) -> list[i
     layers = errors.shape[0]
     steps = (errors / (budget / grid)).ceil().clamp_(max=grid + 1).long()
     best = torch.zeros(grid + 1, dtype=torch.float64)  # best[j]: least bytes of the layers so far with j steps of error
-    taken = torch.empty(layers, grid + 1, dtype=torch.int8 if errors.shape[1] < 128 else torch.int64)
+    choice_of = torch.empty(layers, grid + 1, dtype=torch.int8 if errors.shape[1] < 128 else torch.int64)
     for row in range(layers):
         ways = torch.full((errors.shape[1], grid + 1), torch.inf, dtype=torch.float64)
         for choice in range(errors.shape[1]):
@@ -238,13 +238,13 @@ def _by_steps(errors: Tensor, sizes: Tensor, budget: float, grid: int) -> list[i
             if width <= grid:
                 ways[choice, width:] = best[: grid + 1 - width] + float(sizes[row, choice])
         best, choices = ways.min(0)
-        taken[row] = choices
+        choice_of[row] = choices
     spent = int(best.argmin())
     if not bool(torch.isfinite(best[spent])):
         return None
     answer = []
     for row in reversed(range(layers)):
-        answer.append(int(taken[row, spent]))
+        answer.append(int(choice_of[row, spent]))
         spent -= int(steps[row, answer[-1]])
     answer.reverse()
     return answer
@@ -282,19 +282,19 @@ def _by_price(errors: Tensor, sizes: Tensor, budget: float) -> list[int]:
 def _spent(errors: Tensor, sizes: Tensor, chosen: Tensor, budget: float) -> Tensor:
     """``chosen``, with the rest of ``budget`` spent, one layer after the other, where it saves most bytes."""
     rows, chosen = torch.arange(errors.shape[0]), chosen.clone()
-    left = budget - float(errors[rows, chosen].sum())
+    remaining = budget - float(errors[rows, chosen].sum())
     while True:
         saved = sizes[rows, chosen].unsqueeze(1) - sizes
-        more = errors - errors[rows, chosen].unsqueeze(1)
-        worth = torch.where((saved > 0) & (more <= left), saved / more.clamp(min=1e-300), -torch.inf)
+        extra = errors - errors[rows, chosen].unsqueeze(1)
+        worth = torch.where((saved > 0) & (extra <= remaining), saved / extra.clamp(min=1e-300), -torch.inf)
         best, choices = worth.max(1)
         moved = False
         for row in best.argsort(descending=True, stable=True).tolist():
             choice = int(choices[row])
             if not float(best[row]) > 0:
                 break
-            if float(more[row, choice]) <= left:
-                left -= float(more[row, choice])
+            if float(extra[row, choice]) <= remaining:
+                remaining -= float(extra[row, choice])
                 chosen[row] = choice
                 moved = True
         if not moved:

@@ -122,12 +122,12 @@ def walk_on(values: Named, segments: Mapping[str, Segment], walk: Walk, step: St
 
 def move(values: Named, segments: Mapping[str, Segment], walk: Walk, moves: Iterable[tuple[At, float]]) -> None:
     """Add ``by`` times the direction ``at`` to flat fp32 ``values``, in place, for each of ``moves`` in their order."""
-    needed = [(at, by) for at, by in moves if by]
+    nonzero = [(at, by) for at, by in moves if by]
     for cells in _cells(segments[fqn] for fqn in values):
         slices = [values[cell.fqn][cell.offset - segments[cell.fqn].offset :][: cell.numel] for cell in cells]
         at_once = max(1, CHUNK // sum(cell.numel for cell in cells))
-        for start in range(0, len(needed), at_once):
-            batch = needed[start : start + at_once]
+        for start in range(0, len(nonzero), at_once):
+            batch = nonzero[start : start + at_once]
             directions = iter(walk.directions([at for at, _ in batch], cells))
             for (_, by), values_of_cell in itertools.product(batch, slices):
                 # The product is rounded before it is added: a fused multiply-add has other bits, where z is no sign.

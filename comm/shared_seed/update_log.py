@@ -298,8 +298,8 @@ class UpdateLog:
 
     def _begin_beside(self, header: Header, records: Sequence[Record], why: str) -> None:
         """Begin a new log; this one stays beside it."""
-        taken = {path.name for path in self.path.parent.iterdir()}
-        number = next(n for n in itertools.count(1) if f"{self.path.name}.{n}" not in taken)
+        names = {path.name for path in self.path.parent.iterdir()}
+        number = next(n for n in itertools.count(1) if f"{self.path.name}.{n}" not in names)
         old = self.path.rename(f"{self.path}.{number}")
         self._begin(header, records)
         warnings.warn(f"{self.path}: {why}; it is kept as {old}, and another log begins", RuntimeWarning, stacklevel=3)

@@ -29,9 +29,9 @@ def own_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessG
     ``backend``: the default group's by default, as its time-out is always.
     """
     default, members = c10d._get_default_group(), tuple(sorted(ranks))
-    made = _made.setdefault(default, Counter())
-    made[members] += 1
-    name = c10d.GroupName(f"dtrain {made[members]} of {' '.join(map(str, members))}")
+    counts = _made.setdefault(default, Counter())
+    counts[members] += 1
+    name = c10d.GroupName(f"dtrain {counts[members]} of {' '.join(map(str, members))}")
     default_name, store = c10d._world.pg_map[default]
     timeout = timeout_of(default)
     # A default group that is bound to a device would split its communicator, for which all of its ranks are needed.
