@@ -83,7 +83,7 @@ class DDPPieces(ModulePieces):
         self._require_still_there()
 
     def unused(self) -> set[str]:
-        # A gradient that another optimizer has used and cleared was not unused.
+        # One whose gradient another optimizer has used and cleared was not unused.
         return {fqn for fqn in super().unused() if not self._was_used(fqn)}
 
     def step(self) -> None:

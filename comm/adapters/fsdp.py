@@ -86,7 +86,7 @@ class FSDPPieces:
 
     def unused(self) -> set[str]:
         exchanged = self._passes.with_gradient if self._passes is not None else set()
-        # A gradient that another optimizer has used and cleared was not unused.
+        # One whose gradient another optimizer has used and cleared was not unused.
         return {fqn for fqn, parameter in self.parameters.items() if parameter.grad is None and fqn not in exchanged}
 
     def step(self) -> None:

@@ -12,7 +12,7 @@ far the anchor has moved since, relative to how far the inner optimizer may move
     gap = 1 + |anchor now - anchor then| / (inner lr x H)           elementwise, for inner optimizers such as Adam
 
 or a number, or the user's own function.
-Communication: one exchange every H steps, overlapped with the whole next round. Bytes: all parameters once per round.
+Communication and bytes: one parameter exchange every H steps, overlapped with the whole next round.
 Keeps: the anchor and the momentum; with another penalty than this gap, or without momentum, also the last anchor.
 """
 

@@ -6,7 +6,7 @@
 
 `local_update` with ``delay="stale"`` and ``delay="eager"``. Eager anchors and momenta differ between replicas by what
 is still under way. With one replica, eager is DiLoCo.
-Communication: one exchange every H steps, overlapped with the whole next round. Bytes: all parameters once per round.
+Communication and bytes: one parameter exchange every H steps, overlapped with the whole next round.
 Keeps: the anchor and the outer momentum; eager also the last pseudo-gradient.
 """
 

@@ -4,7 +4,7 @@
     anchor <- outer(anchor, mean_i(anchor - parameters_i));   parameters_i <- anchor
 
 `local_update` with outer Nesterov SGD. With one replica it is a lookahead optimizer, not the identity.
-Communication: one exchange every H steps. Bytes: all (compressed) parameters once per round.
+Communication: one exchange every H steps. Bytes: those of one (compressed) parameter exchange per round.
 Keeps: the anchor and the outer momentum.
 """
 

@@ -59,7 +59,7 @@ class EveryStep(Sync):
 def context_of(
     name: str, spec: EveryStep, pieces: Pieces, seed: int, more_kinds: Mapping[str, Kind] = MappingProxyType({})
 ) -> Context:
-    """The begun context of a method called ``name`` that exchanges as ``spec`` says and also keeps ``more_kinds``."""
+    """A begun context of a method called ``name`` that exchanges as ``spec`` says and also keeps ``more_kinds``."""
     context = Context(
         pieces, seed, description(name, spec.plan, spec), plan=spec.plan, kinds={**kinds_of(spec.plan), **more_kinds},
         parameters_kind="replicated",

@@ -1,4 +1,4 @@
-"""Ferret: local steps by gradients; a round sends the pseudo-gradient's projections on random directions, redrawn.
+"""Ferret: local steps by gradients; a round sends the pseudo-gradient's projections on fresh random directions.
 
     each replica i     delta_i in blocks of b elements;   K_il directions for block l, allotted for the least error
                        V_il: b x K_il signs from (run, round, replica, block);   gamma_il = V_il^T delta_il / K_il

@@ -1,7 +1,7 @@
 """Local SGD (Stich, arXiv:1805.09767), with any inner optimizer: train alone, then average the parameters.
 
 `local_update` with outer SGD(lr=1, momentum=0): the new anchor is the mean of the replicas' parameters.
-Communication: one exchange every H steps. Bytes: all parameters once per round. Keeps: the anchor.
+Communication: one exchange every H steps. Bytes: those of one parameter exchange per round. Keeps: the anchor.
 """
 
 from __future__ import annotations

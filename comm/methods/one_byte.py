@@ -147,7 +147,7 @@ class OneByteSteps(Method):
             differ = sorted(rank for group in minorities for rank in group)
             unknown = " (which are right cannot be known)" if len(most) == len(minorities[0]) else ""
             raise ReplicasDiffer(
-                f"after step {self.context.steps - 1} machines {differ} have other weights than {most}{unknown}: have "
+                f"after step {self.context.steps - 1} replicas {differ} have other weights than {most}{unknown}: have "
                 f"all the same learning rate (here {rate!r}) and decay at each step? If so, look at their memory and "
                 "processors"
             )

@@ -120,7 +120,7 @@ class _FrozenAdam(Method):
     def _combining(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]:
         if not self.frozen:
             mean = yield from self._gradients.combining(gradients, key, present)
-            # A larger square would leave no finite variance to freeze.
+            # Larger gradients would leave no finite variance to freeze.
             return replace(mean, finite=mean.finite and is_keepable(*mean.values.values()))
         b1, state = self._group["betas"][0], self.context.state
         last = {fqn: state.get(fqn, "adam_m", gradient) for fqn, gradient in gradients.items()}

@@ -1,4 +1,4 @@
-"""FedAvg-M and SCAFFOLD-M (Cheng et al., arXiv:2306.16504): local steps directed by what all replicas did.
+"""FedAvg-M and SCAFFOLD-M (Cheng et al., arXiv:2306.16504): local steps steered by the replicas' mean direction.
 
     step      parameters_i <- parameters_i - lr (beta (gradient_i - c_i + c) + (1 - beta) g)
     round     d_i = (anchor - parameters_i) / sum(lr);   D = mean_i d_i;   g <- D

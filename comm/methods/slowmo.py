@@ -7,7 +7,7 @@ step's, a round whose rate decays to 0 would count as a huge one. Where g rises 
 restart, u is first multiplied by old g / new g, so that the old momentum moves no further than it would have.
 `local_update` with outer momentum in units of the inner learning rate, so that updates made at another rate count as
 they would now. With a constant rate it is outer heavy ball, and without momentum Local SGD.
-Communication: one exchange every H steps. Bytes: all parameters once per round. Keeps: anchor and momentum.
+Communication: one exchange every H steps. Bytes: those of one parameter exchange per round. Keeps: anchor and momentum.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     `overlap_steps` later:    anchor_p = outer(anchor_p, D);   parameters_p = mix parameters_p + (1 - mix) anchor_p
 
 `local_update` with fragments, an overlap and a mix. Peak traffic is that of one fragment.
-Communication: one exchange for each fragment every H steps. Bytes: all parameters once every H steps.
+Communication: one exchange for each fragment every H steps. Bytes: those of one parameter exchange every H steps.
 Keeps: the anchor and the outer momentum.
 """
 
