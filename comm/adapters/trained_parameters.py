@@ -57,7 +57,7 @@ class Trained:
         self._require_free()
 
     def require_unchanged(self) -> None:
-        """Raise ``RuntimeError`` for a trainable parameter that is new since attach, or whose dtype, device or shape is.
+        """Raise ``RuntimeError`` for a trainable parameter that is new since attach, or its dtype, device or shape is.
 
         Parameters that were frozen or removed since then are no longer trained, without an error.
         """
