@@ -25,7 +25,7 @@ from benchmarks.launches import on_hosts
 from benchmarks.page import Report, at_most, table
 from dtrain import attach, streaming_diloco
 from dtrain.comm.runtime.attached import Attached
-from dtrain.comm.transports.json_gather import told_by_all
+from dtrain.comm.transports.json_gather import gather_json
 from dtrain.compress import quantize
 from dtrain.outer import sgd
 from dtrain.slurm.devcluster import devcluster
@@ -64,7 +64,7 @@ def main(asked: Asked) -> None:
     steps: list[float] = []
     exposed = [_exposed(overlap, batch, steps) for overlap in (0, OVERLAP)]
     seconds = [statistics.median(steps), *exposed]
-    everybody = told_by_all(seconds)
+    everybody = gather_json(seconds)
     if dist.get_rank() == 0:
         exposure = Exposure(*(max(of_ranks) for of_ranks in zip(*everybody, strict=True)))
         Path(asked.out).write_text(json.dumps(dataclasses.asdict(exposure)))

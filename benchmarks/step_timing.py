@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.bench import wire
 from dtrain.comm.attach import attach
-from dtrain.comm.transports.json_gather import told_by_all
+from dtrain.comm.transports.json_gather import gather_json
 from dtrain.train.config import compose, instantiate
 from dtrain.train.models.transformer import Transformer
 
@@ -200,7 +200,7 @@ def _steps_of(name: str) -> int:
 
 def _slowest(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
     """Of each time the slowest rank's. Every rank must call it."""
-    everybody = told_by_all(seconds)
+    everybody = gather_json(seconds)
     return {
         name: [max(of_ranks) for of_ranks in zip(*(one[name] for one in everybody), strict=True)] for name in seconds
     }

@@ -31,7 +31,7 @@ from dtrain import attach, diloco
 from dtrain.bench import wire
 from dtrain.comm.collectives.exchange import Route
 from dtrain.comm.plans.plan import Compress
-from dtrain.comm.transports.json_gather import told_by_all
+from dtrain.comm.transports.json_gather import gather_json
 from dtrain.compress import error_feedback, quantize
 from dtrain.report.figures import in_bytes, in_time
 from dtrain.slurm.devcluster import devcluster
@@ -144,7 +144,7 @@ def main(asked: Asked) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     served = LighthouseServer(bind="[::]:0", min_replicas=world, join_timeout_ms=1000) if rank == 0 else None
     where = [served.address() if served is not None else ""]
-    where = told_by_all(where)[0]
+    where = gather_json(where)[0]
     names = [THEIRS, *CODECS]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     sent = dict.fromkeys(names, 0)
@@ -166,7 +166,7 @@ def main(asked: Asked) -> None:
         for training in trainings.values():
             if training.attached is not None:
                 training.attached.detach()
-    everybody = told_by_all(seconds)
+    everybody = gather_json(seconds)
     if rank == 0:
         by_library = {
             name: Trained(

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.ops import Axis
-from dtrain.comm.transports.json_gather import told_by_all
+from dtrain.comm.transports.json_gather import gather_json
 from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import SelfTransport
 
@@ -32,7 +32,7 @@ def own_groups(model: nn.Module, replicate_group: dist.ProcessGroup) -> dict[Axi
     transports = [across] if within is None else [across, within]
     positions: dict[int, tuple[list[int], list[int]]] = {}
     for transport in transports:
-        for rank, its_replica, its_peers in told_by_all([dist.get_rank(), replica, peers], transport.group):
+        for rank, its_replica, its_peers in gather_json([dist.get_rank(), replica, peers], transport.group):
             positions[cast(int, rank)] = (cast(list[int], its_replica), cast(list[int], its_peers))
     try:
         _require_a_grid(replica, peers, positions)
@@ -63,7 +63,7 @@ def _replica_of(model: nn.Module, peers: list[int]) -> list[int]:
     spanned = dist.get_process_group_ranks(model.process_group)
     if not set(peers) <= set(spanned):
         return sorted(spanned)  # DDP inside a replica
-    columns = sorted({tuple(sorted(ranks)) for ranks in told_by_all(peers, model.process_group)})
+    columns = sorted({tuple(sorted(ranks)) for ranks in gather_json(peers, model.process_group)})
     covered = sorted(member for column in columns for member in column)
     if covered != sorted(spanned) or len({len(column) for column in columns}) > 1:
         raise ValueError(

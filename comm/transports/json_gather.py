@@ -16,7 +16,7 @@ T = TypeVar("T")
 MOST_BYTES = 1 << 24
 
 
-def told_by_all(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def gather_json(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The ``value`` of each rank of ``group``, in rank order: text, numbers, None, lists and dictionaries of them.
 
     All ranks call it, with values of one kind. Raises ``TypeError`` for a value that JSON cannot hold, ``RuntimeError``

@@ -18,7 +18,7 @@ from dtrain.bench.ops import Case, bus_factor, prepare
 from dtrain.bench.rows import Row
 from dtrain.bench.settings import Settings, link_mbit
 from dtrain.comm.channel import Channel
-from dtrain.comm.transports.json_gather import told_by_all
+from dtrain.comm.transports.json_gather import gather_json
 
 __all__ = ["Bench", "RankReport", "row"]
 
@@ -88,7 +88,7 @@ class Bench:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         sent = max(0, round((sent - (len(times) + votes + 1) * self._overhead.get(interface, 0.0)) / len(times)))
         report = RankReport(times, interface, sent // ranks_here, wrong + case.wrong(), load, socket.gethostname())
-        gathered = told_by_all(asdict(report), self._control)
+        gathered = gather_json(asdict(report), self._control)
         reports = [RankReport(**{**fields, "load": Load(**fields["load"])}) for fields in gathered]
         return row(op, backend, settings, case.bytes, reports, like=like)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dtrain.comm.transports.json_gather import told_by_all
+from dtrain.comm.transports.json_gather import gather_json
 from dtrain.errors import CheckpointError, ResumeError
 from dtrain.train.checkpoint import newest, verify
 from dtrain.train.checkpoint.folders import had_checkpoints
@@ -39,7 +39,7 @@ def find_checkpoint(config: Config, tell: Callable[[str], None] = lambda text: N
             answer = {"path": str(path) if path is not None else None}
         except Exception as error:  # the other ranks wait for the answer
             answer = {"error": f"{error}"}
-    answer = told_by_all(answer)[0]
+    answer = gather_json(answer)[0]
     if "error" in answer:
         raise ResumeError(f"{answer['error']}")
     return Path(answer["path"]) if answer["path"] is not None else None

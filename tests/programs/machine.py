@@ -29,7 +29,7 @@ from dtrain.comm.runtime.membership.elastic_machines import ElasticMachines
 from dtrain.comm.shared_seed.replay import replay
 from dtrain.comm.shared_seed.update_log import Record
 from dtrain.comm.shared_seed.update_log import read as read_log
-from dtrain.comm.transports.json_gather import told_by_all
+from dtrain.comm.transports.json_gather import gather_json
 from dtrain.train.data.text import ByteText
 from tests.programs.hosts import PATIENCE_SECONDS, submit
 from tests.programs.progress import at, note, wait_for, write_whole
@@ -130,7 +130,7 @@ def main(asked: Asked) -> None:
         torch.save(model.state_dict(), out / f"{asked.name}.pt")
         write_whole(out / f"{asked.name}.json", json.dumps(dataclasses.asdict(machine)))
     else:
-        everybody = told_by_all(dataclasses.asdict(machine))
+        everybody = gather_json(dataclasses.asdict(machine))
         if dist.get_rank() == 0:
             for number, content in enumerate(everybody):
                 write_whole(out / f"machine {number}.json", json.dumps(content))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dtrain.comm.transports.json_gather import told_by_all
+from dtrain.comm.transports.json_gather import gather_json
 from dtrain.testing import WorkerPool
 
 pytestmark = pytest.mark.processes
@@ -27,7 +27,7 @@ def test_a_pickle_is_refused_and_not_loaded(pool: WorkerPool) -> None:
 
 
 def _told(values: list[object]) -> list[object]:
-    return told_by_all(values[dist.get_rank()])
+    return gather_json(values[dist.get_rank()])
 
 
 class _Evil:
@@ -38,7 +38,7 @@ class _Evil:
 def _sent_a_pickle() -> str:
     if dist.get_rank() == 1:
         try:
-            told_by_all("honest")
+            gather_json("honest")
         except RuntimeError as error:
             return f"{error} {os.popen('env | grep PICKLE').read()}"
         return "nothing was refused"
