@@ -153,6 +153,8 @@ def _check_segments(path: Path, manifest: Manifest) -> None:
         for fqn, segment in file.segments.items():
             if fqn not in manifest.shapes or segment.stop > math.prod(manifest.shapes[fqn]):
                 raise CheckpointError(f"{path}: rank {file.rank} lists {segment}, which its parameter does not have")
+        if file.kinds != manifest.kinds:
+            raise CheckpointError(f"{path}: ranks 0 and {file.rank} list different sections: {file.kinds}")
 
 
 def check_files(folder: Path, manifest: Manifest, *, crc: bool) -> None:

@@ -244,6 +244,10 @@ def _mean_section(
                 f"{files.path}: section {section!r} holds {fqn!r} for {len(present)} of {replicas} replicas only; "
                 f"no mean can be made of it: resume with {replicas} replicas"
             )
+        if len({(holder.dtype, holder.dim) for entry in present for holder in entry}) > 1:
+            raise CheckpointError(
+                f"{files.path}: section {section!r}: the ranks disagree about dtype or 0-dim of {fqn!r}"
+            )
         if present[0][0].dim == 0:
             tensors[fqn] = _piece(files, section, want, present[0])
             how.add("0-dim ones replica 0's")
@@ -255,12 +259,19 @@ def _mean_section(
 
 
 def _mean(pieces: Iterator[Tensor]) -> tuple[Tensor, str]:
-    """(tensor, rule) for one tensor of several replicas, read one at a time, in replica order."""
+    """(tensor, rule) for one tensor of several replicas, read one at a time, in replica order.
+
+    Raises CheckpointError where their shapes differ.
+    """
     first = next(pieces)
     if not first.is_floating_point():
         return first, "integer ones replica 0's"
     total, count = first.double(), 1
     for piece in pieces:
+        if piece.shape != first.shape:
+            raise CheckpointError(
+                f"replica 0 holds a tensor of shape {tuple(first.shape)}, another {tuple(piece.shape)}"
+            )
         total += piece.double()
         count += 1
     return (first if count == 1 else (total / count).to(first.dtype)), f"mean of {count}"

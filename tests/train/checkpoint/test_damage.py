@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dtrain.comm.layout import Segment
 from dtrain.errors import CheckpointError, ResumeError
 from dtrain.train.checkpoint import Placement, RankState, export, full_parameters, load, newest, read_manifest, verify
 from dtrain.train.checkpoint.manifest import MANIFEST, _seal
+from dtrain.train.checkpoint.read import _mean
 from dtrain.train.checkpoint.write import PartMissing
 from tests.fakes.checkpoint_threads import write_each, write_together
 
@@ -141,6 +143,41 @@ def test_a_checkpoint_of_format_1_is_read_with_its_floats(save: Save) -> None:
     (path / MANIFEST).write_text(_seal({**body, "format": 1}))
     assert read_manifest(path).files[0].numbers == {"step": 1, "part.0.scalar": 1.5, "part.0.captured": -1}
     verify(path)
+
+
+def _other_section(body: dict[str, Any]) -> None:
+    file = body["files"][3]
+    del file["kinds"]["parameters"]
+    file["sections"]["parameters"]["c"] = ["float32", 1]
+
+
+def _no_dim(body: dict[str, Any]) -> None:
+    for file in body["files"][2:]:
+        file["sections"]["parameters"]["a.weight"][1] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_section, "ranks 0 and 3 list different sections"),
+        (_no_dim, "disagree about dtype or 0-dim of 'a.weight'"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(
+    save: Save, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    path = save(1)
+    body = json.loads((path / MANIFEST).read_text())
+    del body["crc32_of_the_rest"]
+    change(body)
+    (path / MANIFEST).write_text(_seal(body))
+    with pytest.raises(CheckpointError, match=message):
+        load(path, place=ALONE, segments=WHOLE, shapes=SHAPES)
+
+
+def test_buffers_of_different_shapes_have_no_mean() -> None:
+    with pytest.raises(CheckpointError, match=r"shape \(5,\), another \(3,\)"):
+        _mean(iter([torch.zeros(5), torch.zeros(3)]))
 
 
 def test_an_unknown_format_is_refused_and_left_alone(save: Save, tmp_path: Path) -> None:
