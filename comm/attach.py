@@ -59,7 +59,7 @@ def attach(
         replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default;
             for a plain module: all ranks. With FSDP2 and DeepSpeed it must be given. Ranks that do not train, such as
             evaluators, do not call `attach`.
-        seed: of stochastic rounding.
+        seed: of all random draws (stochastic rounding, random-k, SPARTA's coordinates); the same on all ranks.
         members: for an elastic run: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
             default process group is then this replica's own; the sync is a local update.
 

@@ -11,7 +11,8 @@ An algorithm is a generator, a `Flow`. It yields an `Op`, receives that op's rep
 >>> simulate([average(torch.tensor([1.0])), average(torch.tensor([3.0]))])
 [tensor([2.]), tensor([2.])]
 
-Every payload is a tuple of tensors, sent as one message. Shapes and dtypes are the same on every rank.
+Every payload is a tuple of tensors, sent as one message. Shapes and dtypes are the same on every rank, and every op
+spans all ranks of its axis: there is none for a part of them.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Key:
 
     @property
     def shared(self) -> Key:
-        """The key of the draw that all peers share for this FQN in this step."""
+        """The key of the draw that all peers share for this FQN in this step: there is one, whatever the phase."""
         return replace(self, rank=-1, phase="")
 
     @property

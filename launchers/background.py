@@ -25,12 +25,12 @@ from typing import Any, ClassVar, Protocol, cast
 
 from dtrain.launchers import job_list, mpi, rank, registry
 from dtrain.launchers import trust as trusted
+from dtrain.launchers.elastic_agent import launch
 from dtrain.launchers.environment import ALLOCATED, CLUSTER
 from dtrain.launchers.exit_codes import ENDINGS, FAILED
 from dtrain.launchers.inherited_environment import Kept, handed_on
 from dtrain.launchers.job import ENDED, Facts, Job, Program, State, command_of
 from dtrain.launchers.launcher import Allocation, Keys, Launcher, not_negative
-from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
 from dtrain.launchers.records import ATTEMPT, RankRecord, keep_attempt, rank_files, write_end
 from dtrain.launchers.strict_json import Damaged, json_of, shaped
@@ -141,7 +141,7 @@ def began(pid: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLauncher(Keys):
-    """Starts ``workers`` ranks on this machine, under torch's elastic agent; see `dtrain.launchers.local`."""
+    """Starts ``workers`` ranks on this machine, under torch's elastic agent; see `dtrain.launchers.elastic_agent`."""
 
     name: str = "local"
 

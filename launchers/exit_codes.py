@@ -3,7 +3,7 @@
 0     finished, or stopped as asked
 1     failed; started again it may succeed
 2     a wrong configuration, or an error that would recur; a shell's 126 and 127, for no program, count as 2
-75    checkpointed after a signal from the scheduler, to be run again
+75    asked to stop, by a signal or near the time limit; as a rule with a checkpoint: run it again
 130   ended by the user, after a checkpoint
 """
 
@@ -12,21 +12,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
-    "BAD_CONFIG", "CHECKPOINTED", "ENDED_WELL", "ENDINGS", "FAILED", "FINISHED", "INTERRUPTED", "NEVER_AGAIN",
+    "BAD_CONFIG", "RUN_AGAIN", "ENDED_WELL", "ENDINGS", "FAILED", "FINISHED", "INTERRUPTED", "NEVER_AGAIN",
     "of_process", "verdict",
 ]  # fmt: skip
 
-FINISHED, FAILED, BAD_CONFIG, CHECKPOINTED, INTERRUPTED = 0, 1, 2, 75, 130
+FINISHED, FAILED, BAD_CONFIG, RUN_AGAIN, INTERRUPTED = 0, 1, 2, 75, 130
 NO_PROGRAM = (126, 127)
 """Exit codes of a shell that cannot start a program."""
 
-ENDED_WELL = (FINISHED, CHECKPOINTED, INTERRUPTED)
+ENDED_WELL = (FINISHED, RUN_AGAIN, INTERRUPTED)
 NEVER_AGAIN = (BAD_CONFIG, *NO_PROGRAM)
 """A rank that exits so would do so again."""
 
 ENDINGS = {
     FINISHED: "finished", BAD_CONFIG: "it cannot run, or would fail in the same way again",
-    CHECKPOINTED: "checkpointed, to be run again", INTERRUPTED: "ended by the user",
+    RUN_AGAIN: "checkpointed, to be run again", INTERRUPTED: "ended by the user",
 }  # fmt: skip
 """How a job with this exit code has ended, in words; it failed with any other."""
 
@@ -52,6 +52,6 @@ def verdict(codes: Sequence[int | None], workers: int) -> int:
         return BAD_CONFIG
     if INTERRUPTED in codes:
         return INTERRUPTED
-    if len(codes) == workers and {*codes} <= {FINISHED, CHECKPOINTED}:
-        return CHECKPOINTED if CHECKPOINTED in codes else FINISHED
+    if len(codes) == workers and {*codes} <= {FINISHED, RUN_AGAIN}:
+        return RUN_AGAIN if RUN_AGAIN in codes else FINISHED
     return FAILED

@@ -24,9 +24,9 @@ from types import FrameType
 from dtrain.launchers import mpi, probe
 from dtrain.launchers import trust as trusted
 from dtrain.launchers.code_copy import CODE
+from dtrain.launchers.elastic_agent import die_with_parent
 from dtrain.launchers.environment import Environment
 from dtrain.launchers.exit_codes import BAD_CONFIG, ENDED_WELL, FAILED, of_process
-from dtrain.launchers.local import die_with_parent
 from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.records import ATTEMPT, RankRecord, rank_files
 from dtrain.launchers.stop_signals import STOP_SIGNALS

@@ -27,7 +27,7 @@ _LAUNCHERS: dict[str, str | type[Launcher]] = {
     "slurm": "dtrain.launchers.slurm.launcher:SlurmLauncher",
     "mpi": "dtrain.launchers.background:MpiLauncher",
 }
-_FOREGROUND_JOB = "dtrain.launchers.foreground:ForegroundJob"
+_FOREGROUND_JOB = "dtrain.launchers.foreground_job:ForegroundJob"
 
 
 class NoLauncher(ValueError):

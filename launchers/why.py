@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dtrain.launchers.exit_codes import CHECKPOINTED, ENDED_WELL
+from dtrain.launchers.exit_codes import ENDED_WELL, RUN_AGAIN
 from dtrain.launchers.failure import CONSEQUENCE, Failure, advice
 from dtrain.launchers.records import KILLED_SECONDS, Beat, RankRecord, damaged
 from dtrain.launchers.strict_json import json_in, tail
@@ -103,7 +103,7 @@ def _how(records: Sequence[RankRecord]) -> str:
         question = f"did {hosts} fail" if len(silent) < len(records) else f"did srun, mpirun or {hosts} fail"
         numbers = ", ".join(str(record.rank) for record in silent[:8]) + (", ..." if len(silent) > 8 else "")
         return f"rank{'s' * (len(silent) > 1)} {numbers} wrote no exit record ({question}?)"
-    if any(record.exit_code == CHECKPOINTED for record in records):
+    if any(record.exit_code == RUN_AGAIN for record in records):
         return "it was asked to stop, and checkpointed"
     return "all ranks ended well" if records else "no rank left a record"
 

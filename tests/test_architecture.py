@@ -35,7 +35,7 @@ TOUCH_TORCH_DISTRIBUTED = {
     "dtrain/train/checkpoint_choice.py": "rank 0's choice goes to all ranks before there is a mesh to send it over",
     "dtrain/testing/*.py": "make the process groups of tests",
     "launchers/rendezvous.py": "serves the store where ranks of one machine meet; no collective is called there",
-    "launchers/local.py": "torch.distributed.elastic starts the workers; no collective is called there",
+    "launchers/elastic_agent.py": "torch.distributed.elastic starts the workers; no collective is called there",
 }
 """Files that may name torch.distributed at all, and why. All others are pure, and are tested without processes."""
 
@@ -383,7 +383,7 @@ def test_no_top_level_package_shadows_anybody_elses(name: str) -> None:
     assert not (ROOT / name / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("name", ["dtrain.comm.ops", "dtrain.launchers.local"])
+@pytest.mark.parametrize("name", ["dtrain.comm.ops", "dtrain.launchers.elastic_agent"])
 def test_what_lies_behind_the_links_is_imported_under_our_name_only(name: str) -> None:
     import importlib
     import sys

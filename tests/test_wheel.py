@@ -67,7 +67,7 @@ def test_an_installed_dtrain_composes_and_imports_behind_the_links(wheel: Path, 
     # The checkout's own dtrain must not be what is found: -P keeps the current folder out of sys.path.
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import dtrain, dtrain.launchers.local\n"
+        "import dtrain, dtrain.launchers.elastic_agent\n"
         "from dtrain import every_step\n"
         "from dtrain.train.config import compose\n"
         "print(dtrain.__file__, every_step.__module__, compose(['run.dir=x']).engine.name)"

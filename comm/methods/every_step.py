@@ -115,7 +115,7 @@ class ExchangedGradients(GradientSteps):
             return
         self._begin_step()
         context = self.context
-        if context.agree(self.exchanged()):
+        if context.agree_in_replica(self.exchanged()):
             context.state.commit()
         else:
             context.state.rollback()

@@ -97,14 +97,14 @@ class AveragedCoordinates(GradientSteps):
         key, now = context.key(), context.pieces.read()
         turns = {fqn: turn(value, density, number, replace(key, fqn=fqn)) for fqn, value in now.items()}
         chosen = {fqn: value[turns[fqn]] for fqn, value in now.items()}
-        finite = context.agree(all_finite(chosen))
+        finite = context.agree_in_replica(all_finite(chosen))
         if not finite:
             self.left_out += 1
             chosen = {fqn: torch.zeros_like(value) for fqn, value in chosen.items()}
         plain = as_compression(None)
         flow = two_phase(chosen, plain, rank_order_mean, place, key, context.state, weight=float(finite))
         combined = context.pieces.channel.run(flow, "coordinates")
-        if context.agree(combined.finite):
+        if context.agree_in_replica(combined.finite):
             context.pieces.write(_replaced(now, turns, combined.values))
             self._averaged = turns
 
@@ -129,7 +129,7 @@ def turn(value: Tensor, density: float, number: int, key: Key) -> Tensor:
     walk = torch.arange(begin, end, device=value.device)
     if not len(walk):
         return walk
-    generator = replace(key, step=period, phase="turns").shared.generator(torch.device("cpu"))
+    generator = replace(key, step=period).shared.generator(torch.device("cpu"))
     start, stride = (int(drawn) for drawn in torch.randint(1, 2**31, (2,), generator=generator))
     while math.gcd(stride, n) != 1:
         stride += 1

@@ -16,7 +16,7 @@ from dtrain.comm.pieces import Pieces
 
 
 def agreement_digest(description: str, spec: str, pieces: Pieces) -> bytes:
-    """A digest of what must be the same on all peers: the method, its settings, and the pieces of the model."""
+    """A digest of what must be the same on all peers: the method, its settings and seed, the pieces of the model."""
     segments = sorted((fqn, *vars(segment).values()) for fqn, segment in pieces.segments.items())
     text = f"{description}\n{without_addresses(spec)}\n{segments}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -29,7 +29,7 @@ def require_agreement(description: str, spec: str, pieces: Pieces) -> None:
     differing = [rank for rank, theirs in enumerate(digests) if not torch.equal(theirs, digest)]
     if differing:
         raise ValueError(
-            f"replicas {differing} were given another sync or another model than this one, which has {description} and "
+            f"replicas {differing} were given another sync, seed or model than this one, which has {description} and "
             f"{len(pieces.segments)} parameters; give all ranks the same"
         )
 

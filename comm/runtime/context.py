@@ -67,7 +67,7 @@ class Context:
 
     def begin(self, spec: str, identity: str = "") -> None:
         """Make the replicas equal; see `Membership.begin`."""
-        self.membership.begin(self.description, spec, identity)
+        self.membership.begin(self.description, f"{spec}; seed={self.seed}", identity)
 
     @property
     def place(self) -> Place:
@@ -90,7 +90,7 @@ class Context:
         """The key of this rank's draws in this step."""
         return Key(self.seed, self.steps, self.place.rank, again=again)
 
-    def agree(self, ok: bool) -> bool:
+    def agree_in_replica(self, ok: bool) -> bool:
         """Whether ``ok`` holds on every rank of this replica. Every rank must call it."""
         return not bool(self.over_shards(torch.tensor([0.0 if ok else 1.0]), "agree"))
 

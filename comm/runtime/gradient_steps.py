@@ -18,7 +18,7 @@ class GradientSteps(Method):
 
     def prepare(self) -> bool:
         context = self.context
-        ok = context.agree(self.exchanged() and context.pieces.gradients_finite())
+        ok = context.agree_in_replica(self.exchanged() and context.pieces.gradients_finite())
         if ok:
             for fqn in context.pieces.unused():
                 context.state.unstage(fqn)  # what feedback sent for it was not applied

@@ -65,7 +65,7 @@ def among_members(spec: LoopSpec, pieces: Pieces, seed: int, members: Members) -
         pieces, seed, description(called, spec.plan, spec, SETTINGS), plan=spec.plan, kinds=spec.kinds,
         parameters_kind="per_worker", membership=membership,
     )  # fmt: skip
-    model = agreement_digest(context.description, f"{spec}", pieces).hex()
+    model = agreement_digest(context.description, f"{spec}; seed={context.seed}", pieces).hex()
     context.begin(f"{spec}", f"{context.description}; all of it and the model: {model}")
     parts = parts_of(spec, context)
     rounds = parts.meeting = ElasticRounds(membership, context)

@@ -135,17 +135,17 @@ class LocalUpdateLoop(GradientSteps):
         """Apply the results of this step; with overlap, capture what is due."""
         cadence, spec = self.cadence, self.spec
         due = cadence.due()
-        arrived = [(fragment, self._reduced(fragment)) for fragment in cadence.arriving()]
+        results = [(fragment, self._reduced(fragment)) for fragment in cadence.arriving()]
         if cadence.knobs.overlap_steps:
             fresh = self._capture_all(due)
             if fresh:
                 self.channel.flush()  # so that it ends without waiting for later flows
             if spec.delay != "none":
                 for fragment, deltas in fresh:
-                    mean = next((mean for reduced, mean in arrived if reduced is fragment), None)
+                    mean = next((mean for reduced, mean in results if reduced is fragment), None)
                     self._begin_next_round(fragment, mean, deltas)
-                arrived = []
-        for fragment, mean in arrived:
+                results = []
+        for fragment, mean in results:
             self._apply(fragment, mean, cadence.knobs.mix)
         if cadence.ends_cycle(due):
             self.context.review()
@@ -180,7 +180,7 @@ class LocalUpdateLoop(GradientSteps):
         deltas, square = learned.values, learned.square
         weight = float(self.tokens - fragment.tokens) if weighs else None
         sent, norms = deltas, None if square is None else [square.sqrt()]
-        if not context.agree(is_keepable(*deltas.values(), norms=norms)):
+        if not context.agree_in_replica(is_keepable(*deltas.values(), norms=norms)):
             deltas = {fqn: torch.zeros_like(delta) for fqn, delta in deltas.items()}
             square = None if square is None else torch.zeros_like(square)
             if weighs:
@@ -209,16 +209,16 @@ class LocalUpdateLoop(GradientSteps):
         """Wait for its messages; commit its state if all are finite on all ranks, else roll it back."""
         if not reduction.handles:
             return
-        arrived = []
+        messages = []
         del reduction.products[1:]  # from an exchange that was broken off as members changed
         for handle in reduction.handles:
-            arrived.append(message := handle.wait())
+            messages.append(message := handle.wait())
             if reduction.products:  # while the next message is on the wire
                 reduction.products.append(products(reduction.sent or {}, message.values))
         reduction.handles = []
-        if self.context.agree(all(message.finite for message in arrived)):
+        if self.context.agree_in_replica(all(message.finite for message in messages)):
             reduction.branch.commit()
-            reduction.values = {fqn: value for message in arrived for fqn, value in message.values.items()}
+            reduction.values = {fqn: value for message in messages for fqn, value in message.values.items()}
         else:
             reduction.branch.rollback()
 

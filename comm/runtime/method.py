@@ -111,8 +111,11 @@ class Method(Protocol):
         return None
 
     def verify(self) -> bool:
-        """Compare what must be equal on all replicas, and repair it; True if it was equal."""
-        raise NotImplementedError
+        """Compare what must be equal on all replicas, and repair it; True if it was equal, or if nothing must be.
+
+        Called every ``verify_every`` steps by the method itself, and before each checkpoint of `dtrain train`.
+        """
+        return True
 
     def numbers(self) -> Numbers:
         """What a checkpoint keeps beside the state's tensors."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dtrain.launchers.exit_codes import BAD_CONFIG, CHECKPOINTED, FAILED, INTERRUPTED
+from dtrain.launchers.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED, RUN_AGAIN
 from dtrain.launchers.job import ENDED
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def exit_code(job: Job) -> int:
         return 0
     print(f"dtrain: error: job {job.id} {state}\n{job.why()}", file=sys.stderr)
     code = end["code"] if end else FAILED
-    return code if isinstance(code, int) and code in (BAD_CONFIG, INTERRUPTED, CHECKPOINTED) else FAILED
+    return code if isinstance(code, int) and code in (BAD_CONFIG, INTERRUPTED, RUN_AGAIN) else FAILED
 
 
 def _say(text: str) -> None:

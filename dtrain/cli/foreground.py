@@ -13,7 +13,7 @@ from dtrain.cli.follow import exit_code, watched
 from dtrain.cli.resume_hint import STOP_AFTER, command, last_checkpoint
 from dtrain.cli.submit import worker
 from dtrain.errors import DtrainError
-from dtrain.launchers.exit_codes import BAD_CONFIG, CHECKPOINTED, FAILED, INTERRUPTED
+from dtrain.launchers.exit_codes import BAD_CONFIG, FAILED, INTERRUPTED, RUN_AGAIN
 from dtrain.launchers.job import command_of
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def command_of_worker(config: Config) -> list[str]:
 
 def run_here(config: Config, words: Sequence[str], *, goes_on_from: Path | None) -> int:
     """Start the workers on this machine and stay until they have ended; returns the exit code."""
-    from dtrain.launchers import foreground
+    from dtrain.launchers import foreground_job
+    from dtrain.launchers.elastic_agent import launch
     from dtrain.launchers.failure import Failure, root_cause
-    from dtrain.launchers.local import launch
     from dtrain.report.progress import Progress, say
     from dtrain.train.signals import overheard
 
@@ -61,7 +61,7 @@ def run_here(config: Config, words: Sequence[str], *, goes_on_from: Path | None)
     start = f"goes on from {goes_on_from}" if goes_on_from else "starts"
     mesh = f"{config.mesh.replicate} replicas x {config.mesh.shard} shards, {config.engine.name}"
     say(f"run {config.run.dir} {start}: {config.launcher.workers} workers, {mesh}")
-    foreground.began(folder, command_of_worker(config), config.launcher.workers)
+    foreground_job.began(folder, command_of_worker(config), config.launcher.workers)
     with Progress(folder / "metrics.jsonl", steps=config.train.steps) as progress:
 
         def tell(cause: Failure, restart: int) -> None:
@@ -69,7 +69,7 @@ def run_here(config: Config, words: Sequence[str], *, goes_on_from: Path | None)
             progress.say(f"rank {cause.rank} failed: {cause.message} (log: {cause.log})")
             progress.say(f"{count}, from the last checkpoint")
 
-        ours = foreground.variables(folder, config.launcher.hang_seconds)
+        ours = foreground_job.variables(folder, config.launcher.hang_seconds)
         with overheard(Stopping(config, words, progress)):
             ending = launch(
                 command_of_worker(config),
@@ -84,9 +84,9 @@ def run_here(config: Config, words: Sequence[str], *, goes_on_from: Path | None)
     try:
         code = finish(config, ending, words)
     except DtrainError as error:
-        foreground.ended(folder, error.exit_code, str(error))
+        foreground_job.ended(folder, error.exit_code, str(error))
         raise
-    foreground.ended(folder, code, root_cause(ending) if ending.failures else "")
+    foreground_job.ended(folder, code, root_cause(ending) if ending.failures else "")
     return code
 
 
@@ -129,7 +129,7 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
                 f"finite; the same command goes on from {resume_point} and would meet them again"
             )
         say(f"{name}: {done}:\n  {command(words, config)}")
-        return INTERRUPTED if interrupted or number == signal.SIGINT else CHECKPOINTED
+        return INTERRUPTED if interrupted or number == signal.SIGINT else RUN_AGAIN
     if outcome.get("reason") == "stopped":
         say(
             f"stopped at step {outcome.get('step')} as asked; it goes on with a larger {STOP_AFTER}, or without it:\n"

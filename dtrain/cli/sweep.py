@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from dtrain.cli.login_host import enter_launcher
 from dtrain.cli.submit import refusals, warn, worker
 from dtrain.errors import ConfigError
-from dtrain.launchers.exit_codes import CHECKPOINTED, INTERRUPTED
+from dtrain.launchers.exit_codes import INTERRUPTED, RUN_AGAIN
 from dtrain.launchers.job_list import SWEEP
 
 if TYPE_CHECKING:
@@ -100,14 +100,14 @@ def sweep(words: Sequence[str], train: Train, *, dry_run: bool) -> int:
     for run, command in zip(runs, commands, strict=True):
         print(f"---- {run.values} ----", flush=True)
         codes.append(train(command))
-        if codes[-1] in (INTERRUPTED, CHECKPOINTED):
+        if codes[-1] in (INTERRUPTED, RUN_AGAIN):
             left = len(runs) - len(codes)
             print(
                 f"the sweep ends here; the same command, with run.dir={base}, goes on with {run.values}, {left} to come"
             )
             break
     print(table(base))
-    return codes[-1] if codes[-1] in (INTERRUPTED, CHECKPOINTED) else max(codes)
+    return codes[-1] if codes[-1] in (INTERRUPTED, RUN_AGAIN) else max(codes)
 
 
 def _placed(base: Path, combinations: Sequence[str], stored: Sequence[Run]) -> list[Run]:

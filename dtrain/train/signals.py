@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from dtrain.launchers.exit_codes import CHECKPOINTED
+from dtrain.launchers.exit_codes import RUN_AGAIN
 from dtrain.launchers.stop_signals import OF_A_RANK, STOP_SIGNALS
 
 __all__ = ["StopRequest", "overheard"]
@@ -114,14 +114,14 @@ class StopRequest:
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
             faulthandler.dump_traceback(file=2, all_threads=True)
-        os._exit(CHECKPOINTED)
+        os._exit(RUN_AGAIN)
 
 
 @contextlib.contextmanager
 def overheard(tell: Callable[[int], None]) -> Iterator[None]:
     """Within the block, call ``tell`` with the number of every stop signal, at once, on a thread of its own.
 
-    What a signal does is left to the handlers that the code in the block installs (see `dtrain.launchers.local`). Main
+    What a signal does is left to the handlers that the code in the block installs (see `dtrain.launchers.elastic_agent`). Main
     thread only.
     """
     read, write = socket.socketpair()

@@ -23,8 +23,8 @@ from dtrain.errors import ConfigError, DtrainError
 from dtrain.launchers import probe
 from dtrain.launchers import rendezvous as meeting
 from dtrain.launchers import trust as trusted
-from dtrain.launchers.exit_codes import BAD_CONFIG, CHECKPOINTED, INTERRUPTED
-from dtrain.launchers.local import die_with_parent
+from dtrain.launchers.elastic_agent import die_with_parent
+from dtrain.launchers.exit_codes import BAD_CONFIG, INTERRUPTED, RUN_AGAIN
 from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.probe import settle
 from dtrain.launchers.records import ATTEMPT
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     config = load(Path(path))
     check_interface(os.environ.get(INTERFACE, ""), (name for _, name in socket.if_nameindex()))
     # `dtrain train` on one machine shows the rows of metrics.jsonl itself; elsewhere they belong in the log.
-    watched = "TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT not in os.environ
+    in_foreground = "TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT not in os.environ
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -77,19 +77,19 @@ def main(arguments: list[str]) -> int:
                 restart = os.environ.get(ATTEMPT, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
                 attempt = f"{restart}-{os.environ.get('MASTER_PORT', '')}"
                 clock = Clock.from_environment()
-                on_row = (lambda row: None) if watched else printer(config.train.steps)
+                on_row = (lambda row: None) if in_foreground else printer(config.train.steps)
                 outcome = train(
                     config, requested=lambda: stop.requested, clock=clock, attempt=attempt, on_row=on_row
                 )  # fmt: skip
-                if dist.get_rank() == 0 and not watched:
+                if dist.get_rank() == 0 and not in_foreground:
                     print(closing(outcome, Path(config.run.dir)), flush=True)
         finally:
             dist.destroy_process_group()
             settle()
     finalize()
-    if outcome.reason != "signal" or watched:
+    if outcome.reason != "signal" or in_foreground:
         return 0
-    return INTERRUPTED if outcome.signal == signal.SIGINT else CHECKPOINTED
+    return INTERRUPTED if outcome.signal == signal.SIGINT else RUN_AGAIN
 
 
 @contextlib.contextmanager

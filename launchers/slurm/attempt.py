@@ -31,7 +31,7 @@ from typing import Literal
 
 from dtrain.launchers import exit_codes
 from dtrain.launchers.environment import SECONDS_LEFT
-from dtrain.launchers.exit_codes import BAD_CONFIG, CHECKPOINTED, ENDINGS, FAILED, FINISHED, INTERRUPTED
+from dtrain.launchers.exit_codes import BAD_CONFIG, ENDINGS, FAILED, FINISHED, INTERRUPTED, RUN_AGAIN
 from dtrain.launchers.records import ATTEMPT, RankRecord, first_cause, keep_attempt, write_end
 
 __all__ = ["Job", "Over", "Slurm", "run"]
@@ -216,19 +216,19 @@ def _attempt(job: Job, slurm: Slurm, start: Start, address: str) -> int | None:
         raise Over(ended, "cancelled")
     if who == "nobody":
         # It may have been the user. This process still runs, so the ranks may restart, but the job may not.
-        if ended == CHECKPOINTED:
+        if ended == RUN_AGAIN:
             raise Over(ended, "checkpointed, but Slurm does not say why it was stopped: submit it again")
         who = "signal"
     _require_progress(job, fruitful=_progress(job) != before or time.monotonic() - began >= SHORT_SECONDS)
-    if ended == CHECKPOINTED or who != "signal":
+    if ended == RUN_AGAIN or who != "signal":
         say(f"asked to stop ({who}): the job goes on from its last checkpoint when Slurm starts it again")
         if who != "slurm" and not slurm.requeue():
-            raise Over(CHECKPOINTED, f"ended by {who}, and scontrol requeue failed")
-        return CHECKPOINTED
+            raise Over(RUN_AGAIN, f"ended by {who}, and scontrol requeue failed")
+        return RUN_AGAIN
     cause = first_cause(job.folder) or f"srun: exit code {code}"
     say(f"the ranks failed ({cause}); they start again from the last checkpoint")
     left = slurm.seconds_left()
-    return CHECKPOINTED if left is not None and left < LEAST_SECONDS and slurm.requeue() else None  # too late for here
+    return RUN_AGAIN if left is not None and left < LEAST_SECONDS and slurm.requeue() else None  # too late for here
 
 
 def verdict(job: Job, srun: int) -> int:

@@ -57,7 +57,7 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     fake = Launches()
-    monkeypatch.setattr("dtrain.launchers.local.launch", fake)
+    monkeypatch.setattr("dtrain.launchers.elastic_agent.launch", fake)
     return fake
 
 
@@ -429,7 +429,7 @@ def test_ctrl_c_is_answered_at_once(train: Shell, monkeypatch: pytest.MonkeyPatc
         signal.signal(signal.SIGINT, old)
         return signalled(signal.SIGINT)
 
-    monkeypatch.setattr("dtrain.launchers.local.launch", launch)
+    monkeypatch.setattr("dtrain.launchers.elastic_agent.launch", launch)
     code, out, _ = train()
     (line,) = [line for line in out.splitlines() if "stopping: " in line]
     assert code == 130 and "SIGINT: " in line and "Ctrl-C again ends at once (there is no checkpoint yet)" in line
@@ -473,7 +473,7 @@ def test_an_interrupt_before_the_launch_is_no_traceback(train: Shell, monkeypatc
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dtrain.launchers.local.launch", interrupted)
+    monkeypatch.setattr("dtrain.launchers.elastic_agent.launch", interrupted)
     assert train()[0] == 130
 
 

@@ -39,7 +39,7 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
-    monkeypatch.setattr("dtrain.launchers.local.launch", fake)
+    monkeypatch.setattr("dtrain.launchers.elastic_agent.launch", fake)
     monkeypatch.setattr("dtrain.report.summary.read", lambda path: None)
     monkeypatch.setattr("dtrain.report.summary.render", lambda summary: "")
     return fake

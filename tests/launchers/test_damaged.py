@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dtrain.cli import jobs
 from dtrain.cli.main import main
-from dtrain.launchers import foreground
+from dtrain.launchers import foreground_job
 from dtrain.launchers import job_list as registry
 from dtrain.launchers.failure import read_error, read_log_end
 from dtrain.launchers.job import Facts
@@ -228,8 +228,8 @@ def test_a_run_in_the_foreground_is_a_job(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert main(["jobs", "why", str(folder)]) == 0
     assert "has ended without a record" in capsys.readouterr().out
-    foreground.began(folder, ["dtrain"], 2)
-    foreground.ended(folder, 1, "rank 1 failed: ValueError: no")
+    foreground_job.began(folder, ["dtrain"], 2)
+    foreground_job.ended(folder, 1, "rank 1 failed: ValueError: no")
     assert main(["jobs", "why", str(folder)]) == 0
     assert capsys.readouterr().out == "rank 1 failed: ValueError: no\n"
     assert main(["jobs", "table", str(tmp_path)]) == 0

@@ -13,10 +13,10 @@ import pytest
 from dtrain.cli.main import main
 from dtrain.launchers import probe, registry
 from dtrain.launchers.background import MpiLauncher
+from dtrain.launchers.elastic_agent import launch
 from dtrain.launchers.environment import ALLOCATED
 from dtrain.launchers.failure import Ending
 from dtrain.launchers.launcher import Allocation, Launcher
-from dtrain.launchers.local import launch
 from dtrain.launchers.probe import FOLDER, HANG_SECONDS
 
 OTHERS: dict[str, Any] = {
@@ -126,7 +126,7 @@ def test_the_keys_of_a_local_run_reach_the_ranks_of_train(tmp_path: Path, monkey
         asked.update(how, argv=argv)
         return Ending("failed", None, 0, ())
 
-    monkeypatch.setattr("dtrain.launchers.local.launch", launch)
+    monkeypatch.setattr("dtrain.launchers.elastic_agent.launch", launch)
     monkeypatch.chdir(tmp_path)
     texts(tmp_path)
     given = [

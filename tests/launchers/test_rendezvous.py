@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dtrain.launchers import rendezvous as meeting
-from dtrain.launchers.local import launch
+from dtrain.launchers.elastic_agent import launch
 
 LISTENERS = """
 import json, os, sys

@@ -27,7 +27,7 @@ RANK = """
 import json, os, signal, subprocess, sys
 from dtrain.launchers import mpi
 from dtrain.launchers.environment import Environment
-from dtrain.launchers.local import die_with_parent
+from dtrain.launchers.elastic_agent import die_with_parent
 die_with_parent()
 place = Environment.read(os.environ)
 carried = mpi.carried()

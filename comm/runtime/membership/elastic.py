@@ -50,11 +50,11 @@ class Elastic:
         within: dict[Axis, Transport] = {"replicate": SelfTransport(), "shard": shard}
         self.votes = Channel(within, pieces.channel.meter)
         members.join(pieces.channel.places["shard"], self._from_first)
-        while not self.agree(self.enter()):
+        while not self.agree_in_replica(self.enter()):
             self.break_off()
         self.newcomer = members.epoch is not None and members.epoch.donor != NOBODY
 
-    def agree(self, ok: bool) -> bool:
+    def agree_in_replica(self, ok: bool) -> bool:
         """Whether ``ok`` holds on every rank of this replica. Every rank must call it."""
         return not bool(sum_over_shards(self.votes, torch.tensor([0.0 if ok else 1.0]), "agree"))
 
@@ -82,7 +82,7 @@ class Elastic:
         entered = False
         while not entered:
             self.break_off()
-            entered = self.agree(self.enter() and catch_up())
+            entered = self.agree_in_replica(self.enter() and catch_up())
 
     def survived(self, transfer: Callable[[], None], unfit: tuple[type[Exception], ...] = (Unfit,)) -> bool:
         """Whether ``transfer()``, between members, succeeded; False if one was lost, or for an ``unfit`` state.
@@ -114,7 +114,7 @@ class Elastic:
         first = self.members.first_text(identity)
         if first != identity:
             raise ValueError(
-                f"this replica was given another sync or another model ({unlike(identity, first)}) than the run that "
+                f"this replica was given another sync, seed or model ({unlike(identity, first)}) than the run that "
                 f"it wants to join ({unlike(first, identity)}); give all the same, or name another run"
             )
         if not self.newcomer:

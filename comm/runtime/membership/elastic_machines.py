@@ -55,7 +55,7 @@ class ElasticMachines:
             self._membership.position = 0
             return
         self._context.steps = self._membership.position = NOBODY
-        if not self._membership.agree(self._caught_up()):
+        if not self._membership.agree_in_replica(self._caught_up()):
             self._regroup()
 
     @property
@@ -68,11 +68,11 @@ class ElasticMachines:
         membership.position = before
         if before % ASK_EVERY == 0 and self._checked_at != before:
             self._checked_at = before
-            if not membership.agree(not membership.members.called(before)):
+            if not membership.agree_in_replica(not membership.members.called(before)):
                 self._regroup()
         while context.steps == before:
             all_codes = self.gathered(codes, "bytes")
-            if membership.agree(all_codes is not None):
+            if membership.agree_in_replica(all_codes is not None):
                 assert all_codes is not None and membership.members.epoch is not None
                 epoch = membership.members.epoch
                 return Gathered(all_codes, epoch.number, tuple(sorted(epoch.slots)))
@@ -165,7 +165,9 @@ class ElasticMachines:
         directions = (donor_step - step) * self.walk.samples * self._membership.members.place.size
         walking = directions * self._direction_seconds()
         came_now = self._membership.newcomer and not self._membership.members.came_by
-        by_log = self._membership.agree(step != NOBODY and (not came_now or walking < copying))  # members lack one step
+        by_log = self._membership.agree_in_replica(
+            step != NOBODY and (not came_now or walking < copying)
+        )  # members lack one step
         copies = channel.run(gathered(torch.tensor([int(not by_log)])), "hand-over")
         (tail,) = channel.run(_from(source, torch.zeros(max(1, tail_bytes), dtype=torch.uint8)), "hand-over")
         copied = channel.run(_from(source, *values.values()), "hand-over") if copies.any() else ()

@@ -52,7 +52,7 @@ class ElasticRounds:
             membership.position = 0
             return
         # The exchange that the others wait for, with weight 0.
-        if membership.agree(self._caught_up(loop)):
+        if membership.agree_in_replica(self._caught_up(loop)):
             _send_again(loop)
         else:
             self._regroup(loop)
@@ -72,7 +72,7 @@ class ElasticRounds:
         membership = self.membership
         if _awaited(loop, closing):
             called = not closing and membership.members.called(membership.position)
-            if not membership.agree(not called):
+            if not membership.agree_in_replica(not called):
                 self._regroup(loop)
             self._wait_for_all(loop, closing=closing)
 
@@ -80,14 +80,14 @@ class ElasticRounds:
         membership = self.membership
         if membership.members.grace == math.inf:
             return False
-        late = not membership.agree(not membership.members.late(membership.position))
+        late = not membership.agree_in_replica(not membership.members.late(membership.position))
         membership.members.left_out_steps += late
         return late
 
     # ---- where members wait for each other ---------------------------------------------------------------------------
 
     def _wait_for_all(self, loop: LocalUpdateLoop, *, closing: bool) -> None:
-        while not self.membership.agree(self._arrived(loop, closing)):
+        while not self.membership.agree_in_replica(self._arrived(loop, closing)):
             self._regroup(loop)
         self.membership.position += 1
 

@@ -245,11 +245,7 @@ def test_a_check_costs_sixteen_bytes() -> None:
     assert never.pieces[1].channel.meter.sent_as("guard") == 0
 
 
-SYNCS = [
-    "every_step", "dgc", "onebit_adam", "local_update", "local_sgd", "post_local_sgd", "diloco", "streaming_diloco",
-    "slowmo", "co2", "delayed_diloco", "eager_diloco", "fedavg_m", "scaffold_m", "sparta", "fedkseed", "ferret",
-    "one_byte",
-]  # fmt: skip
+SYNCS = sorted({*dtrain.__all__} - {"Members", "__version__", "attach", "simulate"})
 
 
 @pytest.mark.parametrize("name", SYNCS)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.launchers.local import Ending, Failure, launch, root_cause
+from dtrain.launchers.elastic_agent import Ending, Failure, launch, root_cause
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.processes
@@ -238,7 +238,7 @@ def test_what_cannot_be_launched_is_refused(tmp_path: Path) -> None:
 LAUNCHER = """
 import json, sys
 from pathlib import Path
-from dtrain.launchers.local import launch, root_cause
+from dtrain.launchers.elastic_agent import launch, root_cause
 ending = launch(sys.argv[2:], workers=2, log_folder=Path(sys.argv[1]) / "logs", max_restarts=3, grace_seconds=20,
                 threads_per_worker=1)
 print(json.dumps([ending.kind, ending.signal, ending.restarts, [f.exit_code for f in ending.failures]]))
@@ -315,8 +315,8 @@ def test_pain_12_no_process_that_a_rank_has_started_outlives_a_failure(dies: str
     time.sleep(300)
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dtrain.launchers.local.ROOT_SECONDS", 0.2)
-        patch.setattr("dtrain.launchers.local.PEER_SECONDS", 0.5)
+        patch.setattr("dtrain.launchers.elastic_agent.ROOT_SECONDS", 0.2)
+        patch.setattr("dtrain.launchers.elastic_agent.PEER_SECONDS", 0.5)
         assert run(tmp_path, body).kind == "failed"
     helpers = [int((tmp_path / f"helper-{rank}").read_text()) for rank in range(2)]
     deadline = time.monotonic() + 5
@@ -329,7 +329,7 @@ def test_pain_12_no_process_that_a_rank_has_started_outlives_a_failure(dies: str
 
 def test_no_worker_outlives_a_killed_launcher(tmp_path: Path) -> None:
     body = """
-    from dtrain.launchers.local import die_with_parent
+    from dtrain.launchers.elastic_agent import die_with_parent
     die_with_parent()
     (folder / f"ready-{rank}").write_text(str(os.getpid()))
     time.sleep(600)
@@ -345,7 +345,7 @@ def test_no_worker_outlives_a_killed_launcher(tmp_path: Path) -> None:
 def test_a_worker_that_starts_after_its_launcher_died_ends_at_once() -> None:
     with subprocess.Popen(["true"]) as dead:
         pass
-    script = "from dtrain.launchers.local import die_with_parent; die_with_parent(); print('alive')"
+    script = "from dtrain.launchers.elastic_agent import die_with_parent; die_with_parent(); print('alive')"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "DTRAIN_LAUNCHER_PID": str(dead.pid)},

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dtrain.launchers import job_list, probe, registry
-from dtrain.launchers.exit_codes import CHECKPOINTED, ENDINGS, INTERRUPTED
+from dtrain.launchers.exit_codes import ENDINGS, INTERRUPTED, RUN_AGAIN
 from dtrain.launchers.job import Facts, Job, State
 from dtrain.launchers.lock import HELD, LOCK
 from dtrain.launchers.records import RankRecord, rank_files, write_end
@@ -23,7 +23,7 @@ from dtrain.launchers.strict_json import json_in, tail
 
 __all__ = ["ForegroundJob", "began", "ended", "variables"]
 
-REASONS = {**ENDINGS, CHECKPOINTED: "cancelled", INTERRUPTED: "cancelled"}
+REASONS = {**ENDINGS, RUN_AGAIN: "cancelled", INTERRUPTED: "cancelled"}
 
 
 def began(folder: Path, program: Sequence[str], workers: int) -> None:
