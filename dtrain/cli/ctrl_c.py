@@ -24,8 +24,8 @@ SAME_PRESS_SECONDS = 0.5  # a terminal, a shell and a wrapper may each pass on t
 class Stopping:
     """For `dtrain.train.signals.overheard`: reports what a stop signal does, and ends everything at the second Ctrl-C.
 
-    The workers get the first one from `dtrain.launchers.elastic_agent`, which ignores later ones; ending this process ends them
-    too (see ``die_with_parent``), and checkpoints are crash-safe.
+    The workers get the first one from `dtrain.launchers.elastic_agent`, which ignores later ones; ending this process
+    ends them too (see ``die_with_parent``), and checkpoints are crash-safe.
     """
 
     def __init__(self, config: Config, words: Sequence[str], progress: Progress) -> None:

@@ -121,8 +121,8 @@ class StopRequest:
 def overheard(tell: Callable[[int], None]) -> Iterator[None]:
     """Within the block, call ``tell`` with the number of every stop signal, at once, on a thread of its own.
 
-    What a signal does is left to the handlers that the code in the block installs (see `dtrain.launchers.elastic_agent`). Main
-    thread only.
+    What a signal does is left to the handlers that the code in the block installs (see
+    `dtrain.launchers.elastic_agent`). Main thread only.
     """
     read, write = socket.socketpair()
     write.setblocking(False)
