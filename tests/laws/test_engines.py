@@ -73,13 +73,13 @@ def test_every_state_of_a_compression_comes_back(
 ) -> None:
     """Factors, estimates, momenta and a plan made after 10 steps; another mesh goes on with what can be translated."""
     chosen = [*COMPRESSED[method], "train.steps=14"]
-    whole = run(pool, tmp_path / "whole", text, engine, "int8_ef", *chosen)
-    run(pool, tmp_path / "half", text, engine, "int8_ef", *chosen, "train.stop_after_steps=11")
+    whole = run(pool, tmp_path / "whole", text, engine, "every_step", *chosen)
+    run(pool, tmp_path / "half", text, engine, "every_step", *chosen, "train.stop_after_steps=11")
     shutil.copytree(tmp_path / "half", tmp_path / "other")
-    again = run(pool, tmp_path / "half", text, engine, "int8_ef", *chosen)
+    again = run(pool, tmp_path / "half", text, engine, "every_step", *chosen)
     assert again.losses == whole.losses
     assert again.digest == whole.digest
-    other = run(pool, tmp_path / "other", text, engine, "int8_ef", *chosen, mesh=(4, 1))
+    other = run(pool, tmp_path / "other", text, engine, "every_step", *chosen, mesh=(4, 1))
     assert other.losses[12] == pytest.approx(whole.losses[12], rel=1e-3)
 
 

@@ -17,6 +17,7 @@ from dtrain.train.engines import EngineOptions, build_engine
 from dtrain.train.mesh import build_mesh
 from dtrain.train.trainer import train
 from tests.laws.jobs import ENGINES, FIFTEEN, SMALL, run
+from tests.sync_words import sync_words
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -45,7 +46,7 @@ def test_a_non_finite_gradient_of_one_rank_is_a_step_that_nobody_made(pool: Work
 
 def poisoned_step(engine_name: str, sync_name: str) -> tuple[bool, int, bool]:
     """Two good steps, one in which rank 1's batch holds Inf, one good: what the bad one changed on this rank."""
-    config = compose([f"sync={sync_name}", f"engine={engine_name}"])
+    config = compose([*sync_words(sync_name), f"engine={engine_name}"])
     mesh = build_mesh(2, 2)
     torch.manual_seed(0)
     options = EngineOptions(

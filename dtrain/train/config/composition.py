@@ -483,7 +483,7 @@ def _run_hydra(
         words = _explained(cause) if isinstance(cause, OmegaConfBaseException) else None
         message, _, _ = " ".join(str(error).split()).partition(" To append to your default list")
         if "'compress@sync.compress'. No match" in message:
-            sync = next((choice for choice in choices if choice.startswith("sync=")), "the sync")
+            sync = next((choice for choice in reversed(choices) if choice.startswith("sync=")), "the sync")
             words = f"{sync} sends nothing that a compressor could make smaller; leave compress out"
         raise ConfigError(words or message) from error
 
