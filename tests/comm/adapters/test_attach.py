@@ -383,8 +383,6 @@ def misused(case: str) -> str:
     try:
         if case == "other ranks, other syncs":
             attach(model, optimizer, local_sgd(every_steps=3 + dist.get_rank()))
-        if case == "other ranks, other seeds":
-            attach(model, optimizer, every_step(), seed=dist.get_rank())
         if case == "another compressor's state":
             attached = attach(model, optimizer, every_step(compress=error_feedback(quantize(bits=8))))
             state = attached.state_dict()
@@ -542,7 +540,6 @@ def test_a_parameter_that_nobody_used_keeps_its_residual(pool: WorkerPool) -> No
         ("stepped twice", "no gradient was exchanged since the last sync.step()"),
         ("another rank's state", "every rank loads its own files"),
         ("other ranks, other syncs", "were given another sync, seed or model than this one"),
-        ("other ranks, other seeds", "were given another sync, seed or model than this one"),
         ("another compressor's state", "take out its entry 'sync'"),
         ("no state", "the state of a sync is"),
         ("a meaningless scale", "the new scale over the old one"),

@@ -85,3 +85,9 @@ def test_a_replica_that_diverged_is_left_out() -> None:
 def test_bad_numbers(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sparta(**arguments)  # type: ignore[arg-type]
+
+
+def test_replicas_whose_seeds_differ_are_refused() -> None:
+    replicas = Replicas(sparta(), 2)  # they would average different coordinates
+    with pytest.raises(ValueError, match="were given another sync, seed or model"):
+        replicas.all(lambda rank: replicas.spec.bind(replicas.pieces[rank], rank))
