@@ -1,7 +1,7 @@
 # One command each. `make train` and `make test` share the set-up, which is incremental.
 #   make train     set up, then train the default: 4 workers (2 replicas x 2 shards), FSDP2, DiLoCo with int8 deltas
 #   make test      set up, then run the tests, all but those that need a cluster
-#   make test-quick  the tests that start no processes: three minutes on two cores
+#   make test-quick  the tests that start no processes, three cases of each: about two minutes on two cores
 #   make test-cluster   set up, then run the tests on a Slurm cluster on this machine, and under mpirun
 #   make check     ruff and mypy --strict
 #   make fuzz      100,000 damaged inputs for every parser, into docs/evidence/fuzz.md (an hour or two)
@@ -64,7 +64,7 @@ test: setup setup-system
 	$(BIN)/python -m pytest -m "not cluster" -n 2 --dist loadfile --slowest build/slowest.md $(ARGS)
 
 test-quick: setup
-	$(BIN)/python -m pytest -m $(QUICK) --hypothesis-profile quick -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m $(QUICK) --hypothesis-profile quick --few 3 -n 2 --dist worksteal $(ARGS)
 
 test-cluster: setup setup-system
 	$(BIN)/python -m pytest -m cluster -n 2 --dist loadfile $(ARGS)

@@ -45,14 +45,30 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--few", type=int, metavar="N", help="run at most N cases of each test function")
     parser.addoption("--slowest", type=Path, metavar="FILE", help="write a table of the twenty slowest tests there")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever uses the pool starts processes, whether its file says so or not."""
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
+    """Whoever uses the pool starts processes, whether its file says so or not; `--few` leaves out cases."""
     for item in items:
         if "pool" in getattr(item, "fixturenames", ()):
             item.add_marker("processes")
+    most: int | None = config.getoption("--few")
+    if most is not None:
+        chosen = _few(items, most)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+        items[:] = [item for item in items if item.nodeid in chosen]
+
+
+def _few(items: list[pytest.Item], most: int) -> set[str]:
+    """Of each test function at most so many cases, spread evenly over all of its cases."""
+    cases: dict[str, list[str]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item.nodeid)
+    return {
+        ids[number * len(ids) // min(most, len(ids))] for ids in cases.values() for number in range(min(most, len(ids)))
+    }
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
