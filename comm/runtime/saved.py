@@ -339,7 +339,7 @@ BITS = re.compile(
     r"part\.\d+\.(scalar|rate|rate_steps|round_rate|last_rate)|knobs\.mix|moved|rate|(sum|seen)\.\d+|own\.\d+\.number"
     r"|(plan\.\d+\.)*plan\.(smoothness|scale|norm\..+)"
 )
-"""Floats that revisions before 24836cf kept as the integers of their bits."""
+"""Floats that revisions up to 24836cf kept as the integers of their bits."""
 
 
 def numbers_of_integers(integers: object) -> object:

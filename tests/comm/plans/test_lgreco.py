@@ -159,7 +159,7 @@ def test_small_gains_are_not_worth_a_change() -> None:
     assert plans[0].changes == 0
 
 
-def test_it_comes_back_from_its_integers() -> None:
+def test_it_comes_back_from_its_numbers() -> None:
     spec = lgreco(error_feedback(quantize(bits=4, block=64)))
     plans, _ = train(spec, FIRST)
     again = spec.begin(list(SIZES))
