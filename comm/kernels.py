@@ -99,6 +99,7 @@ class _Compiler:
     """torch.compile, or eager if no compiler is found."""
 
     missing = False
+    allowed = True
 
     @classmethod
     def compile(
@@ -127,7 +128,7 @@ class _Compiler:
             cls.missing = True
             warnings.warn(
                 f"dtrain's kernels run uncompiled, several times slower, as torch.compile failed: "
-                f"{str(error).strip().splitlines()[0]} (DTRAIN_COMPILE=never does not try)",
+                f"{' '.join(str(error).split()[:40])} (DTRAIN_COMPILE=never does not try)",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
             return eager
@@ -171,8 +172,15 @@ def kernel(function: Callable[..., None]) -> Kernel:
 
 def compile_what_is_due() -> None:
     """Compile the kernels that have been used enough. Call it where no other thread traces."""
+    if not _Compiler.allowed:
+        return
     for registered in _KERNELS:
         registered.compile_what_is_due()
+
+
+def allow_compiling(allowed: bool) -> None:
+    """Whether `compile_what_is_due` may compile: a process that has to leave soon cannot while it does."""
+    _Compiler.allowed = allowed
 
 
 def _policy() -> str:

@@ -16,6 +16,8 @@ TIME_LIMIT = int(signal.SIGXCPU)
 """Stands for the time limit among the signals that end a run."""
 
 MARGIN_SECONDS = 10.0  # to notice, to agree on a step, to leave
+SLOW_DISK = 100e6
+"""Bytes per second at which the first checkpoint is expected to be written, before one has been timed."""
 
 
 class Clock:
@@ -31,6 +33,11 @@ class Clock:
         """With the time that the launcher says is left, if it says so."""
         text = variables.get(SECONDS_LEFT, "")
         return cls(float(text) if text.isdecimal() else None)
+
+    def expect_checkpoint(self, bytes_of_state: int) -> None:
+        """Before any checkpoint has been timed: assume a slow disk, but hold back at most a tenth of the limit."""
+        if self._seconds_left is not None:
+            self.checkpoint_seconds = min(bytes_of_state / SLOW_DISK, self._seconds_left / 20)
 
     def due(self, seconds_between: float) -> bool:
         """Whether to stop now, if the next chance comes in ``seconds_between``. A checkpoint may take twice as long as

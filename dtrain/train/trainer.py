@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.batch_norm import RunningStatistics, gathers
+from dtrain.comm.kernels import allow_compiling
 from dtrain.errors import TooManySkippedSteps
 from dtrain.train.checkpoint.folders import write_text_durably
 from dtrain.train.checkpointing import Checkpoints
@@ -35,6 +36,8 @@ from dtrain.train.votes import Control, Report
 
 __all__ = ["Outcome", "train"]
 
+COMPILING_SECONDS = 60.0  # for a kernel, on hosts that are busy
+STATE_BYTES = 16  # per parameter: itself, two moments and a residual, fp32
 NORM_BATCHES = 10  # training batches whose statistics BatchNorm is evaluated with at the anchor
 
 
@@ -92,6 +95,7 @@ class _Run:
         self.attached, self.engine = self.parts.attached, self.parts.engine
         self.account = Account(self.mesh.channel.meter, self.mesh.control.meter)
         self.checkpoints = Checkpoints(config, self.mesh, self.parts, self.account, self.control, attempt)
+        self.clock.expect_checkpoint(STATE_BYTES * sum(piece.numel for piece in self.engine.pieces.segments.values()))
         self.statistics = RunningStatistics(self.parts.model)
         self.due = False  # a checkpoint, which waits for a step that is not skipped
         self.metrics = self._metrics()
@@ -153,6 +157,7 @@ class _Run:
                     loss = self.engine.forward_backward(batches)
                     self.attached.finish()
                     self.engine.clip()
+                allow_compiling(not self.clock.due(COMPILING_SECONDS))
                 if not self.attached.step():
                     self.statistics.put_back()
         if self.attached.skipped_in_a_row > settings.max_skipped_steps:
