@@ -180,9 +180,9 @@ class FedKSeedRounds(Method):
             )
         directions = range(self.spec.directions)
         self.sums = [float(numbers.get(f"sum.{s}", 0.0)) for s in directions]
-        self.seen = [(float(numbers.get(f"seen.{s}", 0.0)), int(numbers.get(f"times.{s}", 1))) for s in directions]
+        self.seen = [(float(numbers.get(f"seen.{s}", 0.0)), _whole(numbers, f"times.{s}", 1)) for s in directions]
         self.open = [
-            (int(numbers[f"own.{place}"]), float(numbers[f"own.{place}.number"]))
+            (_whole(numbers, f"own.{place}"), float(numbers[f"own.{place}.number"]))
             for place in itertools.takewhile(lambda place: f"own.{place}" in numbers, itertools.count())
         ]
 
@@ -231,6 +231,13 @@ class FedKSeedRounds(Method):
 
     def report(self) -> str:
         return self.forward.report()
+
+
+def _whole(numbers: Mapping[str, float], name: str, default: int | None = None) -> int:
+    value = numbers[name] if default is None else numbers.get(name, default)
+    if not isinstance(value, int):
+        raise ValueError(f"{name} of the state to load is {value!r}; it is an integer")
+    return value
 
 
 def fedkseed(
