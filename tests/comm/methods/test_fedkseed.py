@@ -155,7 +155,7 @@ def test_another_learning_rate_is_refused() -> None:
 @pytest.mark.parametrize("name", ["own.0", "times.3"])
 def test_half_a_direction_in_the_state_to_load_is_refused(name: str) -> None:
     state = copy.deepcopy(Trying(SMALL, 1).attached[0].state_dict())
-    numbers = {**state["numbers"], "own.0": 3, "own.0.number": 0.5, name: 1.5}
+    numbers = {**cast(dict[str, float], state["numbers"]), "own.0": 3, "own.0.number": 0.5, name: 1.5}
     with pytest.raises(ValueError, match=rf"{name} of the state to load is 1\.5; it is an integer"):
         Trying(SMALL, 1).attached[0].load_state_dict(state | {"numbers": numbers})
 
