@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 from dtrain.comm.adapters.fsdp_units import Passes, units_of
 from dtrain.comm.adapters.optimizer import StepGuard, elementwise_state, load_elementwise_state
 from dtrain.comm.adapters.trained_parameters import Trained
+from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matrices, unshare_matrices
 from dtrain.comm.channel import Channel
+from dtrain.comm.inner_optimizers.muon import MatrixPiece
 from dtrain.comm.layout import Named, Segment, copied, is_finite, working
 from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Exchange
@@ -50,6 +52,8 @@ class FSDPPieces:
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
         self._passes: Passes | None = None
         self._guard = StepGuard(optimizer)
+        pieces = {p: [MatrixPiece(tuple(p.shape), _segment(name, p))] for name, p in named.items()}
+        share_matrices(optimizer, channel, pieces, whole=False)
         self.trained.claim()
 
     @property
@@ -107,11 +111,13 @@ class FSDPPieces:
         return elementwise_state(self.optimizer, self.parameters, _local)
 
     def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        require_same_parts(self.optimizer, optimizer, self.parameters)
         self.write(parameters)
         load_elementwise_state(self.optimizer, self.parameters, optimizer, _like)
 
     def detach(self) -> None:
         self._guard.remove()
+        unshare_matrices(self.optimizer)
         self.trained.release()
         if self._passes is not None:
             self._passes.detach()

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from dtrain.comm.adapters.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
 from dtrain.comm.adapters.requirements import sparse_modules
 from dtrain.comm.adapters.trained_parameters import Trained
+from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matrices, unshare_matrices
 from dtrain.comm.channel import Channel
+from dtrain.comm.inner_optimizers.muon import MatrixPiece
 from dtrain.comm.layout import Named, Segment, copied, even_slice, from_rows, is_finite, working
 from dtrain.comm.ops import AllGather, Flow, Place
 from dtrain.comm.pieces import Exchange, Private
@@ -39,6 +41,8 @@ class ModulePieces:
         self._private: Exchange | None = None
         self._exchanged = False  # whether the private exchange has run in this step
         self._guard = StepGuard(optimizer)
+        pieces = {p: [MatrixPiece(tuple(p.shape), self.held[name])] for name, p in self.parameters.items()}
+        share_matrices(optimizer, channel, pieces, whole=True)
         self.trained.claim()
 
     @property
@@ -105,6 +109,7 @@ class ModulePieces:
         return owned
 
     def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        require_same_parts(self.optimizer, optimizer, self.parameters)
         with torch.no_grad(), self.trained.writing():
             for fqn, value in parameters.items():
                 self.parameters[fqn].copy_(value.view(self.shapes[fqn]))
@@ -112,6 +117,7 @@ class ModulePieces:
 
     def detach(self) -> None:
         self._guard.remove()
+        unshare_matrices(self.optimizer)
         self.trained.release()
 
     def _gather(self, slices: Mapping[str, Tensor], fqns: list[str]) -> Flow[dict[str, Tensor]]:

@@ -33,7 +33,8 @@ class StepGuard:
         _GUARDED.add(optimizer)
         self._optimizer = optimizer
         self._allowed = False
-        self._hook = optimizer.register_step_pre_hook(self._check)
+        members: tuple[torch.optim.Optimizer, ...] = getattr(optimizer, "members", ())  # of several that are one
+        self._hooks = [each.register_step_pre_hook(self._check) for each in (optimizer, *members)]
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -47,7 +48,8 @@ class StepGuard:
     def remove(self) -> None:
         """The optimizer may be stepped directly again."""
         _GUARDED.discard(self._optimizer)
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def _check(self, *_: object) -> None:
         if not self._allowed and not _is_dry(self._optimizer):

@@ -7,12 +7,13 @@ A wrapper does not change the model, so patterns, seeds, fragments and states of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from dtrain.comm.adapters.communicating_optimizers import require_silent
+from dtrain.comm.inner_optimizers.together import together
 
 IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 """Submodules that torch adds to a name: those of ``torch.compile`` and ``checkpoint_wrapper``."""
@@ -50,22 +51,22 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
 
 
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The torch optimizer, without what trainers put around it.
+    """The torch optimizer, without what trainers put around it; several `together`.
 
-    Raises ``TypeError`` for what is not one, for several, and for an unknown wrapper; ``ValueError`` for one that
-    communicates.
+    Raises ``TypeError`` for what is not one, and for an unknown wrapper; ``ValueError`` for one that communicates, and
+    for several that step the same parameter.
     """
+    if isinstance(optimizer, list | tuple):
+        return together(*(cast(torch.optim.Optimizer, unwrapped_optimizer(member)) for member in optimizer))
     while (inner := _within(optimizer, AROUND_OPTIMIZERS)) is not None:
         optimizer = inner
     if optimizer is None:
         return None
     if isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer):
         return optimizer
-    if isinstance(optimizer, list | tuple | dict):
+    if isinstance(optimizer, dict):
         raise TypeError(
-            f"attach got a {type(optimizer).__name__} of {len(optimizer)} optimizers and steps one; give one "
-            "torch.optim.Optimizer over all parameters. A class of your own that holds several is one too, if it "
-            "derives from torch.optim.Optimizer, calls its __init__, and steps them in step()"
+            f"attach got a dict of {len(optimizer)} optimizers; give a list of them: list(optimizers.values())"
         )
     if isinstance(optimizer, torch.nn.Module):
         raise TypeError(

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from dtrain.comm.adapters.optimizer import StepGuard, is_scalar, require_elementwise
 from dtrain.comm.adapters.trained_parameters import Trained
+from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matrices, unshare_matrices
 from dtrain.comm.adapters.wrappers import named_parameters
 from dtrain.comm.channel import Channel
+from dtrain.comm.inner_optimizers.muon import MatrixPiece
 from dtrain.comm.layout import Named, Segment, copied, is_finite
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Exchange
@@ -56,6 +58,7 @@ class ZeroPieces(ABC):
         self._exchange: Exchange | None = None
         self._exchanged = False
         self._guard = StepGuard(self.base)
+        share_matrices(self.base, channel, self._matrix_pieces(), whole=False, groups=self._param_groups())
         self.trained.claim()
 
     @property
@@ -127,6 +130,8 @@ class ZeroPieces(ABC):
         return state
 
     def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
+        tensors = {fqn: self._flat(home.group) for fqn, home in self.homes.items()}
+        require_same_parts(self.base, optimizer, tensors, self._param_groups())
         self.base.state.clear()
         for name, pieces in optimizer.items():
             for fqn, value in pieces.items():
@@ -142,7 +147,18 @@ class ZeroPieces(ABC):
     def detach(self) -> None:
         self._exchange = None
         self._guard.remove()
+        unshare_matrices(self.base)
         self.trained.release()
+
+    def _matrix_pieces(self) -> dict[Tensor, list[MatrixPiece]]:
+        """In each flat group, the pieces of its parameters, empty ones included."""
+        pieces: dict[Tensor, list[MatrixPiece]] = {}
+        for fqn, parameter in self.trained.parameters.items():
+            home = self.homes.get(fqn)
+            segment, start = (home.segment, home.start) if home else (Segment(fqn, 0, 0), 0)
+            group = home.group if home else self._group_of(parameter)
+            pieces.setdefault(self._flat(group), []).append(MatrixPiece(self.shapes[fqn], segment, start))
+        return pieces
 
     def _messages(self) -> Iterator[list[str]]:
         message: list[str] = []
@@ -165,6 +181,14 @@ class ZeroPieces(ABC):
         """Every non-empty piece of this rank."""
 
     @abstractmethod
+    def _param_groups(self) -> dict[int, dict[str, Any]]:
+        """The base optimizer's parameter group of each flat tensor, by id."""
+
+    @abstractmethod
+    def _group_of(self, parameter: Tensor) -> int:
+        """The flat group of a parameter of which this rank may hold nothing."""
+
+    @abstractmethod
     def _flat(self, group: int) -> Tensor:
         """The fp32 tensor that the base optimizer steps."""
 
@@ -184,6 +208,13 @@ class _Stage12(ZeroPieces):
             if mapping is not None and mapping.lp_fragment_address.numel:
                 segment = Segment(fqn, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
                 yield _Home(p, segment, mapping.param_group_index, mapping.hp_fragment_address.start)
+
+    def _param_groups(self) -> dict[int, dict[str, Any]]:
+        return {id(self._flat(number)): group for number, group in enumerate(self.base.param_groups)}
+
+    def _group_of(self, parameter: Tensor) -> int:
+        groups: list[list[Tensor]] = self.zero.bit16_groups
+        return next(number for number, group in enumerate(groups) if any(parameter is p for p in group))
 
     def _flat(self, group: int) -> Tensor:
         flat: Tensor = self.zero.single_partition_of_fp32_groups[group]
@@ -210,6 +241,15 @@ class _Stage3(ZeroPieces):
             real = max(0, min(p.ds_numel - offset, int(width)))  # the rest is padding
             if real:
                 yield _Home(parameter, Segment(fqn, offset, real), group, int(start))
+
+    def _param_groups(self) -> dict[int, dict[str, Any]]:
+        flats = range(len(self.zero.fp32_partitioned_groups_flat))  # several for a group that is large
+        return {
+            id(self._flat(number)): self.base.param_groups[self.zero.sub_group_to_group_id[number]] for number in flats
+        }
+
+    def _group_of(self, parameter: Tensor) -> int:
+        return int(self.zero.grad_position[self.zero.get_param_id(parameter)][0])
 
     def _flat(self, group: int) -> Tensor:
         flat: Tensor = self.zero.fp32_partitioned_groups_flat[group]

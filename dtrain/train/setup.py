@@ -24,6 +24,7 @@ from dtrain.train.checkpoint.weights import put_into, weights_of
 from dtrain.train.config import Config, instantiate, run_folder
 from dtrain.train.config.data_contract import DATA, check_content
 from dtrain.train.config.model_factory import build_model
+from dtrain.train.config.optimizer_factory import inner_optimizer
 from dtrain.train.data.batches import Share
 from dtrain.train.engines import Engine, EngineOptions, build_engine
 from dtrain.train.lr import learning_rate_factor
@@ -116,8 +117,8 @@ def _engine(config: Config, model: nn.Module, mesh: Mesh) -> Engine:
         unused_parameters=config.engine.unused_parameters,
     )
 
-    def optimizer(parameters: object) -> torch.optim.Optimizer:
-        return cast(torch.optim.Optimizer, instantiate(config.optim.inner, "optim.inner", params=parameters))
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return inner_optimizer(config.optim.inner, model)
 
     return build_engine(config.engine.name, model, optimizer, mesh, options)
 

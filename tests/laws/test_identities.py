@@ -104,7 +104,7 @@ def on_zero(name: str, compression: Compression) -> Sums:
     options = EngineOptions(
         precision="fp32", activation_checkpointing=False, bucket_mib=1, clip_norm=0.0, microbatches=1, microbatch_size=4
     )
-    engine = build_engine(name, Net(), lambda ps: torch.optim.SGD(ps, lr=0.0), mesh, options)
+    engine = build_engine(name, Net(), lambda model: torch.optim.SGD(model.parameters(), lr=0.0), mesh, options)
     attached = every_step(compress=compression).bind(engine.pieces, 0)
     plain = Net()
     sums = Sums({}, {}, {}, {})

@@ -110,7 +110,9 @@ def merged_then_stepped(engine_name: str, precision: str) -> bool:
         precision=precision,
         activation_checkpointing=False, bucket_mib=1, clip_norm=0.0, microbatches=1, microbatch_size=4,
     )  # fmt: skip
-    engine = build_engine(engine_name, Small(), lambda ps: torch.optim.SGD(ps, lr=0.5), mesh, options)
+    engine = build_engine(
+        engine_name, Small(), lambda model: torch.optim.SGD(model.parameters(), lr=0.5), mesh, options
+    )
     config.sync.update({"every_steps": 4, "overlap_steps": 1, "compress": None})
     sync: Sync = instantiate(config.sync, "sync")  # type: ignore[assignment]
     attached = sync.bind(engine.pieces, 0)

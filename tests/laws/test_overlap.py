@@ -62,7 +62,9 @@ def held_up_backward(engine_name: str) -> int:
         microbatches=1,
         microbatch_size=4,
     )
-    engine = build_engine(engine_name, Model(), lambda ps: torch.optim.SGD(ps, lr=0.1), mesh, options)
+    engine = build_engine(
+        engine_name, Model(), lambda model: torch.optim.SGD(model.parameters(), lr=0.1), mesh, options
+    )
     attached = every_step().bind(engine.pieces, 0)
     for waits in (False, True):  # DDP cuts its buckets in the order of use only after the first backward
         mesh.channel.meter.restart()

@@ -52,7 +52,9 @@ def poisoned_step(engine_name: str, sync_name: str) -> tuple[bool, int, bool]:
     options = EngineOptions(
         precision="fp32", activation_checkpointing=False, bucket_mib=1, clip_norm=1.0, microbatches=1, microbatch_size=4
     )
-    engine = build_engine(engine_name, Small(), lambda ps: torch.optim.AdamW(ps, lr=0.01), mesh, options)
+    engine = build_engine(
+        engine_name, Small(), lambda model: torch.optim.AdamW(model.parameters(), lr=0.01), mesh, options
+    )
     sync: Sync = instantiate(config.sync, "sync")  # type: ignore[assignment]
     attached = sync.bind(engine.pieces, 0)
 

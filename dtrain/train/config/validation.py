@@ -13,10 +13,13 @@ from dtrain.errors import CheckpointError, ConfigError
 from dtrain.train import engine_registry
 from dtrain.train.config.data_contract import check_data
 from dtrain.train.config.model_factory import build_model
+from dtrain.train.config.optimizer_factory import inner_optimizer, takes_model
 from dtrain.train.config.schema import PRECISIONS, SCHEDULES, TRANSPORTS, Config
 from dtrain.train.config.targets import closest, hint, instantiate
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dtrain.comm.runtime.method import Sync
 
 AT_LEAST_ONE = (
@@ -48,9 +51,14 @@ def validate(config: Config) -> dict[str, object]:
     problems = [*_ranges(config), *_mesh(config), *_launcher(config), *_engine(config), *_run_folder(config)]
     if problems:
         raise ConfigError("\n".join(problems))
-    _optimizer(config, _sync(config))
+    sync = _sync(config)
+    of_parameters = not takes_model(config.optim.inner)
+    if of_parameters:
+        _optimizer(config, sync)
     data, description = check_data(config)
-    _model(config, data)
+    model = _model(config, data)
+    if not of_parameters:
+        _optimizer(config, sync, model)
     return description
 
 
@@ -160,14 +168,11 @@ def _sync(config: Config) -> Sync:
     return sync
 
 
-def _optimizer(config: Config, sync: Sync) -> None:
-    """Run its own checks, and those of the sync, on a parameter of one element."""
+def _optimizer(config: Config, sync: Sync, model: nn.Module | None = None) -> None:
+    """Run its own checks, and those of the sync, on ``model``, or on one parameter."""
     import torch
 
-    optimizer = instantiate(config.optim.inner, "optim.inner", params=[torch.nn.Parameter(torch.zeros(1))])
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        target = config.optim.inner["_target_"]
-        raise ConfigError(f"optim.inner: {target} makes a {type(optimizer).__name__}, no torch.optim.Optimizer")
+    optimizer = inner_optimizer(config.optim.inner, torch.nn.Linear(1, 1, bias=False) if model is None else model)
     try:
         sync.require_inner(optimizer)
     except ValueError as error:
@@ -180,7 +185,7 @@ def _optimizer(config: Config, sync: Sync) -> None:
         )
 
 
-def _model(config: Config, data: object) -> None:
+def _model(config: Config, data: object) -> nn.Module:
     """Run its own checks on the meta device: nothing is allocated, however large the model."""
     import torch
 
@@ -204,3 +209,4 @@ def _model(config: Config, data: object) -> None:
             put_into(model, weights, f"run.weights={config.run.weights}")
         except CheckpointError as error:
             raise ConfigError(f"{error}; give a safetensors file, a checkpoint or a run of this model") from error
+    return model

@@ -31,7 +31,7 @@ class DDPEngine(TorchEngine):
             find_unused_parameters=options.unused_parameters,
         )  # fmt: skip
         self.model = self.ddp
-        self.optimizer = optimizer(model.parameters())
+        self.optimizer = optimizer(model)
         self.pieces = pieces_of(self.ddp, self.optimizer, mesh.channel, overlap=True)
 
     def forward_backward(self, microbatches: Sequence[Batch]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dtrain.comm.blocks import blocks_of
 from dtrain.comm.pieces import Pieces
 from dtrain.train.engines.contract import loss_of
 from dtrain.train.mesh import Mesh
 
 Batch: TypeAlias = Mapping[str, Tensor]
-OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory: TypeAlias = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +104,6 @@ class TorchEngine(Engine):
     def _autocast(self) -> torch.autocast:
         """FSDP2 and DeepSpeed cast by themselves; DDP needs autocast for bf16."""
         return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=False)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the members of its module lists, outermost only. May be empty."""
-
-    def walk(module: nn.Module) -> Iterator[nn.Module]:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                yield from child
-            else:
-                yield from walk(child)
-
-    return list(walk(model))
 
 
 def checkpoint_activations(model: nn.Module, *, reentrant: bool = False) -> None:

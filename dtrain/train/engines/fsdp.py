@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dtrain.comm.attach import pieces_of
+from dtrain.comm.blocks import blocks_of
 from dtrain.train.engines.contract import loss_of, unused
 from dtrain.train.engines.engine import (
     Batch,
     EngineOptions,
     OptimizerFactory,
     TorchEngine,
-    blocks_of,
     checkpoint_activations,
 )
 from dtrain.train.mesh import Mesh
@@ -40,7 +40,7 @@ class FSDPEngine(TorchEngine):
         self.model = model
         self.root = cast(FSDPModule, model)
         self.root.set_reduce_scatter_unused_params(options.unused_parameters)
-        self.optimizer = optimizer(model.parameters())
+        self.optimizer = optimizer(model)
         self.pieces = pieces_of(model, self.optimizer, mesh.channel, overlap=True)
 
     def forward_backward(self, microbatches: Sequence[Batch]) -> Tensor:

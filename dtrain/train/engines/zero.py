@@ -64,7 +64,7 @@ class ZeroEngine(Engine):
         alone = kept_group([mesh.rank])
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer(model.parameters()),
+            optimizer=optimizer(model),
             mpu=_ShardAxisOnly(mesh.engine_group, alone),
             dist_init_required=False,
             config=_config(options, stage),
