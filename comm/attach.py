@@ -6,7 +6,7 @@ adapter in `adapters`; methods use `dtrain.comm.pieces.Pieces` only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -36,7 +36,7 @@ _MISSING = cast("Sync", None)  # so that a call without it gets a helpful error
 
 def attach(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
     sync: Sync = _MISSING,
     *,
     replicate_group: dist.ProcessGroup | None = None,
@@ -54,7 +54,8 @@ def attach(
         model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` with the shard axis alone); or a DeepSpeed
             engine of ZeRO stage 1, 2 or 3 whose ``mpu`` names the shard group. For a local update, such as `diloco`,
             also a plain module, each rank a replica.
-        optimizer: the inner optimizer; None for a DeepSpeed engine, which has its own.
+        optimizer: the inner optimizer, or several, each of its own parameters; None for a DeepSpeed engine, which has
+            its own.
         sync: made by `every_step`, `diloco`, ...
         replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default;
             for a plain module: all ranks. With FSDP2 and DeepSpeed it must be given. Ranks that do not train, such as
@@ -69,11 +70,11 @@ def attach(
     configurations that they do not support.
     """
     require_call(optimizer, sync)
-    model, optimizer = unwrapped_model(model), unwrapped_optimizer(optimizer)
+    model, inner = unwrapped_model(model), unwrapped_optimizer(optimizer)
     plain = is_plain(model)
-    require_servable(model, optimizer)  # before groups are made
+    require_servable(model, inner)  # before groups are made
     if members is not None:
-        return _attached_to_members(model, optimizer, sync, members, seed)
+        return _attached_to_members(model, inner, sync, members, seed)
     if replicate_group is None and isinstance(model, DistributedDataParallel):
         replicate_group = model.process_group
     if replicate_group is None and plain:
@@ -92,7 +93,7 @@ def attach(
         channel.run(equalized(model, pieces.place), "agreement")
         return attached
 
-    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
+    return _bound(pieces_of(model, inner, channel, overlap=False), bind)
 
 
 def _attached_to_members(

@@ -99,7 +99,6 @@ class _Compiler:
     """torch.compile, or eager if no compiler is found."""
 
     missing = False
-    allowed = True
 
     @classmethod
     def compile(
@@ -172,15 +171,8 @@ def kernel(function: Callable[..., None]) -> Kernel:
 
 def compile_what_is_due() -> None:
     """Compile the kernels that have been used enough. Call it where no other thread traces."""
-    if not _Compiler.allowed:
-        return
     for registered in _KERNELS:
         registered.compile_what_is_due()
-
-
-def allow_compiling(allowed: bool) -> None:
-    """Whether `compile_what_is_due` may compile: a process that has to leave soon cannot while it does."""
-    _Compiler.allowed = allowed
 
 
 def _policy() -> str:

@@ -18,11 +18,10 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, overload, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from dtrain.comm.blocks import blocks_of
@@ -72,22 +71,42 @@ class WholeMatrices(Protocol):
         """The names of the state that it keeps for parameters of ``group``; None where it cannot tell."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Of a parameter group; see `muon`. Raises ``ValueError`` for numbers outside their range."""
+
+    lr: float
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr!r}; a learning rate is 0 or more")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum!r}; it lies in [0, 1)")
+        if not isinstance(self.ns_steps, int) or isinstance(self.ns_steps, bool) or self.ns_steps < 1:
+            raise ValueError(f"ns_steps is {self.ns_steps!r}; give 1 or more Newton-Schulz steps, as a rule 5")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay!r}; it is 0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas!r}; AdamW's two lie in [0, 1)")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps is {self.eps!r}; it is positive and small")
+
+
 class Muon(torch.optim.Optimizer):
     """See the module's docstring; made by `muon`. Groups with ``matrices`` are stepped by Muon, others by AdamW."""
 
-    def __init__(
-        self, params: Iterable[Any], lr: float, *, momentum: float, nesterov: bool, ns_steps: int, weight_decay: float,
-        betas: tuple[float, float], eps: float, ns_dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, params: Iterable[Any], settings: Settings, *, ns_dtype: torch.dtype | None = None) -> None:
         self._ns_dtype = ns_dtype
         self._pieces: dict[int, Sequence[MatrixPiece]] = {}
         self._replica: Replica | None = None
         self._run: Run | None = None
-        defaults = {
-            "lr": lr, "weight_decay": weight_decay, "matrices": True, "momentum": momentum, "nesterov": nesterov,
-            "ns_steps": ns_steps, "betas": betas, "eps": eps,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, {**vars(settings), "matrices": True})
 
     def steps_matrices(self, group: Mapping[str, Any]) -> bool:
         return bool(group["matrices"])
@@ -177,8 +196,8 @@ class Muon(torch.optim.Optimizer):
     def _pieces_of(self, p: Tensor, number: int) -> Sequence[MatrixPiece]:
         if id(p) in self._pieces:
             return self._pieces[id(p)]
-        if isinstance(p, DTensor) or p.dim() < 2:
-            kind = "sharded" if isinstance(p, DTensor) else "flat"
+        if hasattr(p, "to_local") or p.dim() < 2:
+            kind = "sharded" if hasattr(p, "to_local") else "flat"
             raise RuntimeError(
                 f"Muon has a {kind} tensor of shape {tuple(p.shape)} and needs whole matrices; attach a sync to the "
                 "model, which gathers them: attach(model, optimizer, ...)"
@@ -231,7 +250,7 @@ def muon(
     Raises ``ValueError`` if there is no such matrix, for a pattern that names none, for a matrix that is too large for
     the memory of its device, and for numbers outside their range. Source: the module's docstring.
     """
-    _require_settings(lr, momentum, ns_steps, weight_decay, betas)
+    settings = Settings(lr, momentum, nesterov, ns_steps, weight_decay, cast(tuple[float, float], tuple(betas)), eps)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     chosen = _chosen(named, matrices) if matrices else set(_block_matrices(model, tables))
@@ -250,10 +269,7 @@ def muon(
         {"params": decayed, "matrices": False},
         {"params": plain, "matrices": False, "weight_decay": 0.0},
     ]
-    return Muon(
-        [group for group in groups if group["params"]], lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
-        weight_decay=weight_decay, betas=betas, eps=eps,
-    )  # fmt: skip
+    return Muon([group for group in groups if group["params"]], settings)
 
 
 def _block_matrices(model: nn.Module, tables: set[int]) -> Iterator[str]:
@@ -301,21 +317,8 @@ def _memory_of(device: torch.device) -> int | None:
     return None
 
 
-def _require_settings(
-    lr: float, momentum: float, ns_steps: int, weight_decay: float, betas: tuple[float, float]
-) -> None:
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"lr is {lr!r}; a learning rate is 0 or more")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum is {momentum!r}; it lies in [0, 1)")
-    if not isinstance(ns_steps, int) or isinstance(ns_steps, bool) or ns_steps < 1:
-        raise ValueError(f"ns_steps is {ns_steps!r}; give a positive whole number of Newton-Schulz steps, as a rule 5")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay is {weight_decay!r}; it is 0 or more")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas is {betas!r}; AdamW's two lie in [0, 1)")
-
-
 def _local(tensor: Tensor | None) -> Tensor:
+    """This rank's part of a DTensor."""
     assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

@@ -32,7 +32,7 @@ class Attached:
     """A sync at work. Call `step` where ``optimizer.step()`` was called; clip between `finish` and `step`.
 
     ``method``: see `Method`. ``gauges``: of the last exchange, for metrics. ``decisions``: choices that the method has
-    made, as text; their reader clears the list.
+    made, as text; their reader clears the list. ``may_compile``: kernels, between steps; it takes seconds.
     """
 
     def __init__(self, context: Context, method: Method) -> None:
@@ -44,6 +44,7 @@ class Attached:
         self.gauges, self.decisions = context.gauges, context.decisions
         self._live: Mapping[str, Tensor] | None = None  # within `evaluation`
         self._detached = False
+        self.may_compile = True
         self._saved = SavedState(context, method)
         context.pieces.set_gradient_exchange(method.exchange)
 
@@ -76,7 +77,8 @@ class Attached:
         """
         self._require_live("step()")
         self.finish()
-        compile_what_is_due()
+        if self.may_compile:
+            compile_what_is_due()
         context, method = self.context, self.method
         ok = method.prepare()
         if ok:

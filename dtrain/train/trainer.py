@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.batch_norm import RunningStatistics, gathers
-from dtrain.comm.kernels import allow_compiling
 from dtrain.errors import TooManySkippedSteps
 from dtrain.train.checkpoint.folders import write_text_durably
 from dtrain.train.checkpointing import Checkpoints
@@ -157,7 +156,7 @@ class _Run:
                     loss = self.engine.forward_backward(batches)
                     self.attached.finish()
                     self.engine.clip()
-                allow_compiling(not self.clock.due(COMPILING_SECONDS))
+                self.attached.may_compile = not self.clock.due(COMPILING_SECONDS)
                 if not self.attached.step():
                     self.statistics.put_back()
         if self.attached.skipped_in_a_row > settings.max_skipped_steps:

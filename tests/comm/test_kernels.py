@@ -193,29 +193,6 @@ def test_what_becomes_due_while_others_are_compiled_is_compiled_later(monkeypatc
     assert len(compiled) == 2
 
 
-def test_nothing_is_compiled_while_that_is_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a run must leave before its time limit, and cannot while it compiles."""
-    kernel, compiled = Kernel(doubled), []
-
-    def compile_(function: object, *_: object) -> object:
-        compiled.append(function)
-        return function
-
-    monkeypatch.setattr(fused._Compiler, "compile", compile_)
-    monkeypatch.setattr(fused, "WORTHWHILE", fused.SMALLEST)
-    monkeypatch.setattr(fused, "_KERNELS", [kernel])
-    values = torch.ones(1, fused.SMALLEST // 64, 64)
-    kernel(values, torch.empty_like(values))
-    fused.allow_compiling(False)
-    try:
-        fused.compile_what_is_due()
-        assert not compiled
-    finally:
-        fused.allow_compiling(True)
-    fused.compile_what_is_due()
-    assert len(compiled) == 1
-
-
 def test_without_a_compiler_it_is_said_once_and_everything_works(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> object:
         raise RuntimeError("No working C++ compiler found")

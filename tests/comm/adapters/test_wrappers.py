@@ -67,12 +67,13 @@ def test_an_optimizer_is_found_within_what_trainers_put_around_it(wrapper: Any) 
     optimizer = torch.optim.AdamW(small().parameters())
     assert unwrapped_optimizer(wrapper(optimizer)) is optimizer
     assert unwrapped_optimizer(AcceleratedOptimizer(wrapper(optimizer))) is optimizer
+    both = unwrapped_optimizer([wrapper(optimizer)])
+    assert both is not None and both.param_groups == optimizer.param_groups
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda o: [o, o], "a list of 2 optimizers and steps one"),
         (lambda o: {"a": o}, "a dict of 1 optimizers"),
         (Duck, "wraps the optimizer in .inner, give that one"),
         (lambda o: 0.1, "attach got a float for an optimizer"),
