@@ -32,7 +32,7 @@ class Key:
 
     @property
     def shared(self) -> Key:
-        """The key of the draw that all peers share for this FQN in this step: there is one, whatever the phase."""
+        """The key of the draw that all peers share for this FQN in this step, in both phases."""
         return replace(self, rank=-1, phase="")
 
     @property

@@ -14,7 +14,7 @@
     └── WorkerFailed                    1   a worker process died and the restarts are used up
 
 ``exit_code`` is what the command ``dtrain`` returns for the error, and by what every launcher decides on a restart:
-after 2 none restarts. Two further codes are no errors: ``RUN_AGAIN`` (checkpointed after a signal from the
+after 2 none restarts. Two further codes are no errors: ``RUN_AGAIN`` (stopped after a signal from the
 scheduler, to be run again) and ``INTERRUPTED`` (ended by the user, after a checkpoint); see
 `dtrain.launchers.exit_codes`.
 """

@@ -3,7 +3,7 @@
 0     finished, or stopped as asked
 1     failed; started again it may succeed
 2     a wrong configuration, or an error that would recur; a shell's 126 and 127, for no program, count as 2
-75    asked to stop, by a signal or near the time limit; as a rule with a checkpoint: run it again
+75    asked to stop, by a signal or near the time limit; with a checkpoint unless there was no time: run it again
 130   ended by the user, after a checkpoint
 """
 
@@ -26,7 +26,7 @@ NEVER_AGAIN = (BAD_CONFIG, *NO_PROGRAM)
 
 ENDINGS = {
     FINISHED: "finished", BAD_CONFIG: "it cannot run, or would fail in the same way again",
-    RUN_AGAIN: "checkpointed, to be run again", INTERRUPTED: "ended by the user",
+    RUN_AGAIN: "stopped as asked, to be run again", INTERRUPTED: "ended by the user",
 }  # fmt: skip
 """How a job with this exit code has ended, in words; it failed with any other."""
 

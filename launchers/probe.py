@@ -222,7 +222,7 @@ def _entered(entries: list[dict[str, Any]]) -> dict[str, int]:
     return last
 
 
-def settle(limit: float = 5.0) -> None:
+def await_gloo_threads(limit: float = 5.0) -> None:
     """Wait, at most ``limit`` seconds, until the threads of gloo have let go of the tensors of their last collective.
 
     Such a thread needs the GIL for that. If the interpreter ends meanwhile, it aborts the process after all its work
@@ -262,7 +262,7 @@ def probed() -> Iterator[None]:
         try:
             yield
         finally:
-            settle()
+            await_gloo_threads()
 
 
 def main(arguments: list[str]) -> None:

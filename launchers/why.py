@@ -104,7 +104,7 @@ def _how(records: Sequence[RankRecord]) -> str:
         numbers = ", ".join(str(record.rank) for record in silent[:8]) + (", ..." if len(silent) > 8 else "")
         return f"rank{'s' * (len(silent) > 1)} {numbers} wrote no exit record ({question}?)"
     if any(record.exit_code == RUN_AGAIN for record in records):
-        return "it was asked to stop, and checkpointed"
+        return "it stopped as asked, to be run again"
     return "all ranks ended well" if records else "no rank left a record"
 
 

@@ -13,7 +13,7 @@ first phase, a digest of their names and step (`mark`); in the first phase of a 
 bytes.
 
 With feedback, a value above `LARGEST` counts as one that is not finite, and a rank whose next state would not be finite
-votes against the result in the second phase: no rank ever keeps a state that no step could be made from.
+votes against the result in the second phase: every state that is kept allows another step.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def two_phase(
 
     Compressors see fp32; of fp64 values the rounding error is fed back with the compressor's.
     ``weight``: of this rank in the mean. A rank of weight 0 sends zeros and is left out, as is one whose values are
-    not finite; None: all weigh the same, and none may be left out. ``present``: False for zeros in place of values
-    that this rank does not have; they count like any others. ``usable``: False for values that were computed from
-    others that are not finite.
+    not finite; None: all weigh the same, and none may be left out.
+    ``present``: False if this rank has no values of its own and passes zeros; they count like any others.
+    ``usable``: False if ``values`` were computed from something that is not finite, even if they are finite now.
 
     Raises ``RuntimeError`` on every peer if their names or steps differ (`mark`); not with a ``weight``.
     """

@@ -40,7 +40,7 @@ from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.local_updates import at_work
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, LoopSpec
 from dtrain.comm.runtime.method import Sync
-from dtrain.comm.runtime.step_source import OwnGradients
+from dtrain.comm.runtime.step_source import StepSource
 from dtrain.comm.state import Kind, Numbers, State
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Directed(LoopSpec, Sync):
         return False  # c is the mean of all c_i only where all weigh the same
 
 
-class DirectedGradients(OwnGradients):
+class DirectedGradients(StepSource):
     """The steps of a `Directed`. ``moved``: the sum of the learning rates of this round's steps."""
 
     def __init__(self, spec: Directed, context: Context) -> None:

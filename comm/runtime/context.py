@@ -33,7 +33,8 @@ class Context:
     Args:
         description: of the method, see `description`.
         kinds: of the state's names.
-        parameters_kind: whether the live parameters and the inner optimizer's state are equal on all replicas.
+        parameters_kind: "replicated" if the live parameters and the inner optimizer's state are equal on all replicas,
+            else "per_worker".
         membership: who is on the replicate axis; by default the peers of ``pieces``.
     """
 

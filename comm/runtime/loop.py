@@ -1,7 +1,7 @@
 """The loop of all local updates: capture, encode, reduce, apply, merge; see `dtrain.comm.methods.local_update`.
 
 It is composed of independent parts: a `Cadence` (what is due), an `OuterStore` (where the outer parameters are, and the
-outer step), a `Reducer` (encode and reduce), `OwnGradients` or a subclass (the inner steps), and a `Meeting` (where
+outer step), a `Reducer` (encode and reduce), `StepSource` or a subclass (the inner steps), and a `Meeting` (where
 replicas wait for each other).
 """
 
@@ -26,7 +26,7 @@ from dtrain.comm.runtime.guard import Guard, parameters_held, take_over
 from dtrain.comm.runtime.meeting import Meeting, Peers
 from dtrain.comm.runtime.outer_store.store import OuterStore, Reducer
 from dtrain.comm.runtime.rounds import Fragment, Pinned, Reduction
-from dtrain.comm.runtime.step_source import OwnGradients
+from dtrain.comm.runtime.step_source import StepSource
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Numbers
 
@@ -46,7 +46,7 @@ class Parts:
 
     store: OuterStore
     reduce: Reducer
-    source: OwnGradients = field(default_factory=OwnGradients)
+    source: StepSource = field(default_factory=StepSource)
     meeting: Meeting = field(default_factory=Peers)
 
 
@@ -176,8 +176,8 @@ class LocalUpdateLoop(GradientSteps):
     def _capture(self, fragment: Fragment) -> dict[str, Tensor]:
         """Capture this replica's ``fragment``, start its reduction, and return what was captured."""
         context, weighs = self.context, self.spec.weighs
-        learned = self.store.learned(fragment.fqns)
-        deltas, square = learned.values, learned.square
+        captured = self.store.pseudo_gradients(fragment.fqns)
+        deltas, square = captured.values, captured.square
         weight = float(self.tokens - fragment.tokens) if weighs else None
         sent, norms = deltas, None if square is None else [square.sqrt()]
         if not context.agree_in_replica(is_keepable(*deltas.values(), norms=norms)):

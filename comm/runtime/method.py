@@ -113,7 +113,8 @@ class Method(Protocol):
     def verify(self) -> bool:
         """Compare what must be equal on all replicas, and repair it; True if it was equal, or if nothing must be.
 
-        Called every ``verify_every`` steps by the method itself, and before each checkpoint of `dtrain train`.
+        Called by the method itself every ``verify_every`` steps, exchanges or rounds, and before each checkpoint of
+        `dtrain train`.
         """
         return True
 

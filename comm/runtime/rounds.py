@@ -21,8 +21,8 @@ RATES = ("rate", "rate_steps", "round_rate", "last_rate")
 class Reduction:
     """One replica's pseudo-gradient of a fragment, while it is reduced.
 
-    ``captured``: the step at which it was taken. ``branch``: the state that its exchange stages. ``handles``: of its
-    messages; empty once they have arrived, with ``values`` set unless the exchange failed. ``sent``: this replica's
+    ``captured``: the step at which it was taken. ``branch``: the state that its exchange stages. ``handles`` of its
+    messages, empty once they have arrived, with ``values`` set unless the exchange failed. ``sent``: this replica's
     deltas, None after a resume. ``weight``: of this replica in the mean. ``products``: the square of the deltas, then
     the products of each message, see `gauges`.
     """

@@ -15,7 +15,7 @@ from dtrain.comm.runtime.rounds import Fragment
 from dtrain.comm.state import Numbers, State
 
 
-class OwnGradients:
+class StepSource:
     """Each replica steps along its own gradients. Subclasses are called at each event of the loop."""
 
     @property
@@ -43,7 +43,7 @@ class OwnGradients:
         """Nothing to load."""
 
 
-class WarmUp(OwnGradients):
+class WarmUp(StepSource):
     """The mean of all replicas' gradients for the first ``steps`` steps; afterwards each replica keeps its own."""
 
     def __init__(self, context: Context, steps: int) -> None:

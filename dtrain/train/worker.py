@@ -3,7 +3,7 @@
 It loads the frozen configuration, joins the process group that its environment describes (RANK, WORLD_SIZE,
 MASTER_ADDR, ...), trains, and ends with 0 when rank 0 has left ``outcome.json``. An elastic launcher restarts all ranks
 after any other code; after 2 (bad configuration, or an error that would recur) no launcher does. Under Slurm and MPI
-the exit code is 75 (checkpointed, run again) or 130 (ended by the user) where that applies.
+the exit code is 75 (stopped as asked, run again) or 130 (ended by the user) where that applies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dtrain.launchers import trust as trusted
 from dtrain.launchers.elastic_agent import die_with_parent
 from dtrain.launchers.exit_codes import BAD_CONFIG, INTERRUPTED, RUN_AGAIN
 from dtrain.launchers.lock import HELD, InUse, held
-from dtrain.launchers.probe import settle
+from dtrain.launchers.probe import await_gloo_threads
 from dtrain.launchers.records import ATTEMPT
 from dtrain.train.garbage import loading
 
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
                     print(closing(outcome, Path(config.run.dir)), flush=True)
         finally:
             dist.destroy_process_group()
-            settle()
+            await_gloo_threads()
     finalize()
     if outcome.reason != "signal" or in_foreground:
         return 0

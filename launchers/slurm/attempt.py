@@ -217,7 +217,7 @@ def _attempt(job: Job, slurm: Slurm, start: Start, address: str) -> int | None:
     if who == "nobody":
         # It may have been the user. This process still runs, so the ranks may restart, but the job may not.
         if ended == RUN_AGAIN:
-            raise Over(ended, "checkpointed, but Slurm does not say why it was stopped: submit it again")
+            raise Over(ended, "stopped as asked, but Slurm does not say by whom: submit it again")
         who = "signal"
     _require_progress(job, fruitful=_progress(job) != before or time.monotonic() - began >= SHORT_SECONDS)
     if ended == RUN_AGAIN or who != "signal":

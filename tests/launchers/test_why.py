@@ -163,7 +163,7 @@ def test_a_job_that_waits_in_the_queue_again_does_not_hang(tmp_path: Path) -> No
     left = [ended(rank, exit_code=75, message="", kind="") for rank in range(2)]
     text = told(tmp_path, left, {0: beat(0), 1: beat(1, waits=False)}, state="pending", waits_for="BeginTime")
     assert text.splitlines() == [
-        "attempt 1: it was asked to stop, and checkpointed",
+        "attempt 1: it stopped as asked, to be run again",
         "the job waits in the queue (BeginTime)",
     ]
 

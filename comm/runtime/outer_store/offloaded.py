@@ -20,7 +20,7 @@ from dtrain.comm.layout import Named
 from dtrain.comm.outer_optimizers import OuterOptimizer, Round
 from dtrain.comm.runtime.consistency import Held
 from dtrain.comm.runtime.context import Context
-from dtrain.comm.runtime.outer_store.store import Learned, ReplicatedStore
+from dtrain.comm.runtime.outer_store.store import PseudoGradients, ReplicatedStore
 from dtrain.comm.runtime.rounds import Fragment
 from dtrain.comm.state import State
 
@@ -49,9 +49,9 @@ class OffloadedStore:
         self._replicated.set_anchor(values)
         self.rest()
 
-    def learned(self, fqns: Collection[str]) -> Learned:
+    def pseudo_gradients(self, fqns: Collection[str]) -> PseudoGradients:
         self._fetch(fqns)
-        return self._replicated.learned(fqns)
+        return self._replicated.pseudo_gradients(fqns)
 
     def branch(self) -> State:
         return self._replicated.branch()

@@ -25,7 +25,7 @@ from dtrain.comm.runtime.consistency import PARAMETER, Held
 from dtrain.comm.runtime.context import Context
 from dtrain.comm.runtime.guard import parameters_held, state_held
 from dtrain.comm.runtime.loop_spec import LoopSpec
-from dtrain.comm.runtime.outer_store.store import Learned
+from dtrain.comm.runtime.outer_store.store import PseudoGradients
 from dtrain.comm.runtime.rounds import Fragment, Reduction
 from dtrain.comm.state import State
 
@@ -49,10 +49,10 @@ class ShardedStore:
             self.owned.stage(fqn, "anchor", self._chunk(value).clone())
         self.owned.commit()
 
-    def learned(self, fqns: Collection[str]) -> Learned:
+    def pseudo_gradients(self, fqns: Collection[str]) -> PseudoGradients:
         """The parameters themselves: only the owner of a chunk knows its anchor."""
         self._release()
-        return Learned(self._context.pieces.read(fqns))
+        return PseudoGradients(self._context.pieces.read(fqns))
 
     def branch(self) -> State:
         return self.owned.branch()

@@ -25,7 +25,7 @@ from dtrain.comm.state import State
 
 
 @dataclass(frozen=True)
-class Learned:
+class PseudoGradients:
     """What a replica sends in a round. ``values``: flat fp32 by FQN. ``square``: the sum of their squares, if known."""
 
     values: dict[str, Tensor]
@@ -50,7 +50,7 @@ class OuterStore(Protocol):
     def set_anchor(self, values: Named) -> None:
         """Set the anchor to ``values``."""
 
-    def learned(self, fqns: Collection[str]) -> Learned:
+    def pseudo_gradients(self, fqns: Collection[str]) -> PseudoGradients:
         """What this replica contributes to the round that ends: its pseudo-gradient, or its parameters."""
 
     def branch(self) -> State:
@@ -93,10 +93,10 @@ class ReplicatedStore:
             state.stage(fqn, "anchor", value)
         state.commit()
 
-    def learned(self, fqns: Collection[str]) -> Learned:
+    def pseudo_gradients(self, fqns: Collection[str]) -> PseudoGradients:
         now, state = self._context.pieces.read(fqns, copy=False), self._context.state
         deltas, square = differences({fqn: state.get(fqn, "anchor", value) for fqn, value in now.items()}, now)
-        return Learned(deltas, square)
+        return PseudoGradients(deltas, square)
 
     def branch(self) -> State:
         return self._context.state.branch()
