@@ -18,6 +18,7 @@ from benchmarks.kernels import kernels
 from benchmarks.leaks import leaks
 from benchmarks.lgreco import lgreco
 from benchmarks.link_calibration import network
+from benchmarks.muon import muon
 from benchmarks.one_byte import one_byte_on_hosts
 from benchmarks.overlap import overlap
 from benchmarks.page import Report
@@ -34,7 +35,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
     "powersgd": powersgd, "slow": slow, "local": local, "torchft": torchft, "overlap": overlap,
     "equal_tokens": equal_tokens, "elastic": elastic, "one_byte": one_byte_on_hosts,
-    "leaks": leaks,
+    "leaks": leaks, "muon": muon,
     "shared_seed": shared_seed, "fine_tuning": fine_tuning, "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named
