@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from benchmarks.harness import Session, say
 from benchmarks.page import Report, at_most, table
 from tests.programs.hosts import ROOT, environment
+
+if TYPE_CHECKING:
+    from dtrain.train.models.transformer import Transformer
 
 ROUNDS, EXAMPLES, LENGTH = 30, 8, 128
 SHARDS = (2, 4)
@@ -61,7 +65,7 @@ def largest_share(shards: int) -> float:
     return max(loads) / sum(costs.values())
 
 
-def _model():  # type: ignore[no-untyped-def]
+def _model() -> Transformer:
     from dtrain.train.models.transformer import Transformer
 
     return Transformer(vocab_size=256, dim=128, layers=4, heads=4, max_length=LENGTH)
