@@ -16,7 +16,7 @@ from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
 from dtrain.comm.collectives.all_reduce import native_mean
 from dtrain.comm.collectives.low_rank import low_rank_mean
 from dtrain.comm.collectives.two_phase import Combined, two_phase
-from dtrain.comm.compressors.lossless import packed
+from dtrain.comm.compressors.lossless import packed, require_zstandard
 from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import Matrix, Named
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Flow, Op, Payload, Place
@@ -66,8 +66,7 @@ def exchange(
 
     by_row = {fqn: value for fqn, value in values.items() if fqn not in in_two_rounds}
     if not in_two_rounds:
-        flow = send(by_row, _ByRow(plan))
-        return (yield from (flow if lossless is None else packed(flow, lossless)))
+        return (yield from packed(send(by_row, _ByRow(plan)), lossless))
     feedbacks = {fqn: chosen[fqn].feedback for fqn in in_two_rounds}
     matrix_values = {fqn: values[fqn] for fqn in in_two_rounds}
     flows = [
@@ -75,8 +74,7 @@ def exchange(
     ]
     if by_row:
         flows.append(send(by_row, _ByRow(plan)))
-    joint = together(flows)
-    groups = yield from (joint if lossless is None else packed(joint, lossless))
+    groups = yield from packed(together(flows), lossless)
     combined = {fqn: tensor for group in groups for fqn, tensor in group.values.items()}
     return Combined({fqn: combined[fqn] for fqn in values}, all(group.finite for group in groups), groups[0].present)
 
@@ -131,6 +129,15 @@ def require_summable(plan: Plan, rule: Aggregator, route: Route, *, weighted: bo
             )
     if rule is not rank_order_mean:
         raise ValueError("an all-reduce has only the mean to offer; use route='two_phase' with another rule")
+
+
+def require_codable(lossless: int | None, route: Route) -> None:
+    """Raise ``ValueError`` for a level that zstandard does not know, or a route that has no messages to code."""
+    if lossless is None:
+        return
+    require_zstandard(lossless)
+    if route == "all_reduce":
+        raise ValueError("lossless codes messages, which an all-reduce has to add up; use route='two_phase'")
 
 
 def consolidate(state: State, place: Place, key: Key) -> Flow[None]:

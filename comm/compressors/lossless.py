@@ -2,18 +2,20 @@
 
 The row for each rank is coded separately, to its own length. All rows of an op must have one size, so the ranks first
 agree on the longest, and the others are padded. It pays where codes are far from random: sparse gradients,
-embeddings, 4-bit codes, bf16; hardly for 8-bit codes of normal values. Reductions are sent as they are.
+embeddings, codes of 4 bits and less, bf16; hardly for 8-bit codes of normal values. An op whose longest code is no
+shorter than the row itself is sent as it is, on every rank, and so are reductions.
 
 Every rank knows the plain size of a row, so nothing longer is ever decoded, and a CRC-32 of the code is compared first:
 a flipped bit would silently decode to other numbers.
-Communication: for each all-to-all and all-gather another gather of 8 bytes, and 12 bytes before each code. Needs the
-package zstandard.
+Communication: for each all-to-all and all-gather another gather of 8 bytes, and 12 bytes before each code. So no op
+sends more than 8 bytes beyond its own, to each peer. Needs the package zstandard.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -26,8 +28,10 @@ HEAD = 12
 """Bytes before a code: its length in 8, its CRC-32 in 4."""
 
 
-def packed(flow: Flow[R], level: int) -> Flow[R]:
-    """``flow``, with its messages coded at zstandard's ``level``."""
+def packed(flow: Flow[R], level: int | None) -> Flow[R]:
+    """``flow``, with its messages coded at zstandard's ``level``; None: as they are."""
+    if level is None:
+        return (yield from flow)
     try:
         op = next(flow)
         while True:
@@ -51,13 +55,14 @@ def _perform(op: Op, level: int) -> Flow[Payload]:
     if isinstance(op, AllToAll):
         world = op.payload[0].shape[0]
         payloads = [tuple(tensor[rank] for tensor in op.payload) for rank in range(world)]
-        (rows,) = yield AllToAll((yield from _alike(payloads, op, level)), axis=op.axis)
     elif isinstance(op, AllGather):
-        (coded,) = yield from _alike([op.payload], op, level)
-        (rows,) = yield AllGather((coded[0],), axis=op.axis)
         payloads = [op.payload]
     else:
         return (yield op)
+    coded = yield from _alike(payloads, op, level)
+    if coded is None:
+        return (yield op)
+    (rows,) = yield replace(op, payload=(coded if isinstance(op, AllToAll) else coded[0],))
     decoded = []
     for rank, row in enumerate(rows):
         try:
@@ -67,10 +72,10 @@ def _perform(op: Op, level: int) -> Flow[Payload]:
     return tuple(torch.stack(list(column)) for column in zip(*decoded, strict=True))
 
 
-def _alike(payloads: Sequence[Payload], op: Op, level: int) -> Flow[Payload]:
+def _alike(payloads: Sequence[Payload], op: Op, level: int) -> Flow[Tensor | None]:
     """``payloads``, coded, as one tensor [payloads, longest] uint8; each row begins with its length and its CRC-32.
 
-    Raises ``ValueError`` where a peer announces a longer code than such a payload can have.
+    None, on every rank, where that would be no shorter. Raises ``ValueError`` where a peer announces a longer code than such a payload can have.
     """
     import zstandard
 
@@ -78,17 +83,20 @@ def _alike(payloads: Sequence[Payload], op: Op, level: int) -> Flow[Payload]:
     blobs = [coder.compress(b"".join(_bytes(tensor) for tensor in payload)) for payload in payloads]
     longest = torch.tensor([max(len(blob) for blob in blobs)])
     (lengths,) = yield AllGather((longest.to(op.payload[0].device),), axis=op.axis)
-    most, limit = int(lengths.max()), _longest(_plain_bytes(payloads[0]))
-    if not 0 <= most <= limit:
+    plain = _plain_bytes(payloads[0])
+    least, most, limit = int(lengths.min()), int(lengths.max()), _longest(plain)
+    if not 0 <= least <= most <= limit:
         raise ValueError(
-            f"a peer announces a lossless code of {most:,} bytes, where {limit:,} is the most that there can be: "
-            "something was damaged on its way, or the ranks run different versions of dtrain"
+            f"a peer announces a lossless code of {least if least < 0 else most:,} bytes, where {limit:,} is the most "
+            "that there can be: something was damaged on its way, or the ranks run different versions of dtrain"
         )
+    if HEAD + most >= plain:
+        return None
     buffer = torch.zeros(len(blobs), HEAD + most, dtype=torch.uint8)
     for row, blob in zip(buffer, blobs, strict=True):
         frame = len(blob).to_bytes(8, "little") + zlib.crc32(blob).to_bytes(4, "little") + blob
         row[: len(frame)] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
-    return (buffer.to(op.payload[0].device),)
+    return buffer.to(op.payload[0].device)
 
 
 def _decode(row: Tensor, like: Payload) -> Payload:

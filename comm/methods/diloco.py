@@ -28,6 +28,7 @@ def diloco(
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
     route: Route = "two_phase",
+    lossless: int | None = None,
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
 ) -> LocalUpdate:
@@ -42,6 +43,7 @@ def diloco(
             host memory between rounds); "replicated" by default.
         utilization: the target compute utilization of "auto", in (0, 1).
         route: "two_phase", or "all_reduce" in fp32; see `local_update`.
+        lossless: zstandard's level for what a round sends, or None; see `local_update`.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> diloco().outer == nesterov(lr=0.7, momentum=0.9)
@@ -57,6 +59,7 @@ def diloco(
         outer_state=outer_state,
         utilization=utilization,
         route=route,
+        lossless=lossless,
         verify_every=verify_every,
         tie=tie,
     )

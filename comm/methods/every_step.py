@@ -19,9 +19,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
-from dtrain.comm.collectives.exchange import Route, exchange, require_mean_for_low_rank, require_summable
+from dtrain.comm.collectives.exchange import (
+    Route,
+    exchange,
+    require_codable,
+    require_mean_for_low_rank,
+    require_summable,
+)
 from dtrain.comm.collectives.two_phase import Combined
-from dtrain.comm.compressors.lossless import require_zstandard
 from dtrain.comm.layout import Named
 from dtrain.comm.plans.plan import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.runtime.attached import Attached
@@ -211,7 +216,8 @@ def every_step(
         compress: a compressor, ``error_feedback(...)`` of one, a plan, or None for full fp32.
         combine: the rule, rows [world, n] -> [n]; `mean` by default.
         route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own; linear ones only).
-        lossless: zstandard's level for all that is sent, for slow links between CPUs; None for no lossless coding.
+        lossless: zstandard's level for what is sent, where that makes it shorter, for slow links between CPUs; None
+            for no lossless coding.
         verify_every: steps between two comparisons of all replicas' parameters and optimizer state; 0 for none.
         tie: what happens if they differ without a majority, as with two replicas: "stop" raises, "first" takes the
             first replica's.
@@ -225,11 +231,8 @@ def every_step(
     """
     plan, rule = as_plan(compress), mean() if combine is None else combine
     require_mean_for_low_rank(plan, rule)
-    if lossless is not None:
-        require_zstandard(lossless)
     require_summable(plan, rule, route)
-    if route == "all_reduce" and lossless is not None:
-        raise ValueError("lossless codes messages, which an all-reduce has to add up; use route='two_phase'")
+    require_codable(lossless, route)
     require_guard(verify_every, tie, "steps")
     warn_of_loss(plan)
     return EveryStep(plan, rule, route, lossless, verify_every, tie)

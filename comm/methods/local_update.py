@@ -29,7 +29,12 @@ from dataclasses import dataclass
 from typing import get_args
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
-from dtrain.comm.collectives.exchange import Route, require_mean_for_low_rank, require_summable
+from dtrain.comm.collectives.exchange import (
+    Route,
+    require_codable,
+    require_mean_for_low_rank,
+    require_summable,
+)
 from dtrain.comm.outer_optimizers import Looking, OuterOptimizer
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.plan import Compress, as_plan, warn_of_loss
@@ -71,6 +76,7 @@ def local_update(
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
     route: Route = "two_phase",
+    lossless: int | None = None,
 ) -> LocalUpdate:
     """The general loop, for combinations without a name of their own.
 
@@ -94,6 +100,8 @@ def local_update(
         utilization: the target compute utilization of "auto", in (0, 1).
         route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own, with fewer passes over
             memory, for what is sent in fp32: no compressor, low rank, random-k).
+        lossless: zstandard's level for what a round sends, where that makes it shorter, for slow links between CPUs;
+            None for no lossless coding.
 
     Raises ``ValueError`` for numbers outside their range, ``TypeError`` for what is not an outer optimizer.
     """
@@ -132,9 +140,10 @@ def local_update(
     require_mean_for_low_rank(plan, rule)
     warn_of_loss(plan)
     require_summable(plan, rule, route, weighted=True)
+    require_codable(lossless, route)
     spec = LocalUpdate(
         every_steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps, verify_every,
-        outer_state, auto if auto.wanted else None, route, tie,
+        outer_state, auto if auto.wanted else None, route, tie, lossless,
     )  # fmt: skip
     _require_shardable(spec)
     return spec

@@ -36,6 +36,7 @@ def streaming_diloco(
     staggered: bool = True,
     first_round: FirstRound = "full",
     utilization: float = 0.95,
+    lossless: int | None = None,
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
 ) -> LocalUpdate:
@@ -57,6 +58,7 @@ def streaming_diloco(
         first_round: "full": each fragment's first exchange comes after a whole period; "early": after its turn in the
             first period, as in torchft.
         utilization: the target compute utilization of "auto", in (0, 1).
+        lossless: zstandard's level for what a round sends, or None; see `local_update`.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> streaming_diloco(every_steps=30).overlap_steps
@@ -82,6 +84,7 @@ def streaming_diloco(
         warmup_steps=warmup_steps,
         outer_state=outer_state,
         utilization=utilization,
+        lossless=lossless,
         verify_every=verify_every,
         tie=tie,
     )

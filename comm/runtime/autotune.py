@@ -54,7 +54,7 @@ class Choosing:
             started = time.perf_counter()
             flow = exchange(
                 values, plan, self.spec.rule, self.pieces.place, key, State(self.spec.kinds), matrices=matrices,
-                route=self.spec.route,
+                route=self.spec.route, lossless=self.spec.lossless,
             )  # fmt: skip
             self.pieces.channel.run(flow, "trial")
             return time.perf_counter() - started

@@ -64,6 +64,7 @@ class Deltas:
             exchange(
                 message, plan, spec.rule, context.place, key, reduction.branch,
                 matrices=context.matrices, route=spec.route, weight=reduction.weight,
+                lossless=spec.lossless,
             )
             for message in messages(sent)
         ]  # fmt: skip

@@ -38,6 +38,7 @@ class LoopSpec:
     auto: Auto | None = None
     route: Route = "two_phase"
     tie: Tie = "stop"
+    lossless: int | None = None
 
     @property
     def kinds(self) -> dict[str, Kind]:

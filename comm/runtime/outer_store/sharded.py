@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dtrain.comm.aggregators.mean import among
 from dtrain.comm.collectives.two_phase import Combined, Votes, all_finite, vote
+from dtrain.comm.compressors.lossless import packed
 from dtrain.comm.layout import Named, chunk_width, from_rows, to_rows
 from dtrain.comm.ops import AllGather, AllToAll, Flow, Place
 from dtrain.comm.outer_optimizers import Round
@@ -60,7 +61,8 @@ class ShardedStore:
     def reduced(self, reduction: Reduction, fragment: Fragment, now: Round) -> list[Flow[Combined]]:
         """A `Reducer`: the outer step is part of the round."""
         weight = 1.0 if reduction.weight is None else reduction.weight
-        return [sharded_round(reduction.sent or {}, self._spec, self._context.place, reduction.branch, now, weight)]
+        flow = sharded_round(reduction.sent or {}, self._spec, self._context.place, reduction.branch, now, weight)
+        return [packed(flow, self._spec.lossless)]
 
     def apply(self, fragment: Fragment, values: Named, now: Round) -> dict[str, Tensor] | None:
         return dict(values)  # the next anchors, which their owners have committed already
