@@ -75,7 +75,8 @@ def _perform(op: Op, level: int) -> Flow[Payload]:
 def _alike(payloads: Sequence[Payload], op: Op, level: int) -> Flow[Tensor | None]:
     """``payloads``, coded, as one tensor [payloads, longest] uint8; each row begins with its length and its CRC-32.
 
-    None, on every rank, where that would be no shorter. Raises ``ValueError`` where a peer announces a longer code than such a payload can have.
+    None, on every rank, where that would be no shorter. Raises ``ValueError`` where a peer announces a longer code than
+    such a payload can have.
     """
     import zstandard
 

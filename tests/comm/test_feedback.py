@@ -38,6 +38,9 @@ CONTRACTIVE: dict[str, Compressor] = {
     "int3": quantize(bits=3, block=16),
     "int4 stochastic": quantize(bits=4, block=16, rounding="stochastic"),
     "int2 in blocks of 7": quantize(bits=2, block=7),
+    "least squares, 1 bit": quantize("least_squares", bits=1, block=16),
+    "least squares, 2 bits": quantize("least_squares", bits=2, block=64),
+    "least squares, 4 bits": quantize("least_squares", bits=4, block=256),
 }
 contractive = st.sampled_from(sorted(CONTRACTIVE)).map(CONTRACTIVE.__getitem__)
 Sums = dict[str, Tensor]
@@ -142,7 +145,9 @@ def test_the_second_phase_counts_once_for_the_owner() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3])
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4", "int3", "int4 stochastic"])
+@pytest.mark.parametrize(
+    "name", ["bf16", "int8", "int4", "int3", "int4 stochastic", "least squares, 2 bits", "least squares, 4 bits"]
+)
 def test_residuals_stay_bounded_under_constant_gradients(name: str, world: int) -> None:
     compressor = CONTRACTIVE[name]
     compression = error_feedback(compressor)

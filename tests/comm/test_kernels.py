@@ -12,7 +12,7 @@ from torch import Tensor
 from dtrain.comm import kernels as fused
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.collectives.two_phase import two_phase
-from dtrain.comm.compressors.quantize import Even, Powers, Quantize
+from dtrain.comm.compressors.quantize import Even, LeastSquares, Powers, Quantize
 from dtrain.comm.kernels import Kernel
 from dtrain.comm.methods.co2 import co2
 from dtrain.comm.ops import Payload, Place
@@ -36,7 +36,7 @@ def rows(m: int, width: int, seed: int) -> Tensor:
     return values
 
 
-def everything(compressor: Quantize | Even | Powers, values: Tensor, others: Tensor) -> list[Tensor]:
+def everything(compressor: Quantize | Even | Powers | LeastSquares, values: Tensor, others: Tensor) -> list[Tensor]:
     """What all kernels of ``compressor`` make of ``values``."""
     payload: Payload = compressor.encode(values, KEY)
     found = [
@@ -56,7 +56,7 @@ def everything(compressor: Quantize | Even | Powers, values: Tensor, others: Ten
     ("grid", "bits", "rounding"),
     [
         ("max_min", 8, "nearest"), ("max_min", 4, "nearest"), ("max_min", 8, "stochastic"),
-        ("e3m0", 4, "nearest"),
+        ("e3m0", 4, "nearest"), ("least_squares", 2, "nearest"),
     ],
 )  # fmt: skip
 def test_compiled_kernels_give_the_same_bits(
@@ -86,7 +86,7 @@ def test_compiled_outer_steps_give_the_same_bits(rule: InPlace, monkeypatch: pyt
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("grid", ["max_min", "symmetric", "qsgd", "e3m0", "natural"])
+@pytest.mark.parametrize("grid", ["max_min", "symmetric", "qsgd", "e3m0", "natural", "least_squares"])
 def test_one_pass_is_two(grid: str) -> None:
     compressor = quantize(grid, bits=None if grid in ("e3m0", "natural") else 4, block=BLOCK)
     values, others = rows(4, 700, 1), rows(4, 700, 2)
@@ -100,6 +100,8 @@ def test_one_pass_is_two(grid: str) -> None:
     mean = rank_order_mean(decoded)
     assert torch.equal(compressor.decode_mean(two, 700), mean)
     for one in (compressor, replace(compressor, rounding="stochastic")):
+        if one.rounding == "stochastic" and grid == "least_squares":
+            continue
         chunk, answer = one.encode_mean(two, 700, KEY)
         expected = [mean, *one.encode(mean.unsqueeze(0), KEY)]
         assert all(torch.equal(a, b) for a, b in zip([chunk, *answer], expected, strict=True))

@@ -125,6 +125,7 @@ COMPRESSED: dict[str, Compressor | Compression] = {
     "int8": quantize(bits=8, block=64),
     "int8 ef": error_feedback(quantize(bits=8)),
     "int4 ef": error_feedback(quantize(bits=4, block=16)),
+    "int2 ef": error_feedback(quantize("least_squares", bits=2, block=16)),
     "stochastic": quantize(bits=4, block=16, rounding="stochastic"),
     "bf16": cast("bf16"),
 }
@@ -144,10 +145,15 @@ def test_anchors_and_momenta_are_equal_to_the_bit(compress: Compressor | Compres
     assert replicas.kept(0, "momentum")
 
 
+@pytest.mark.parametrize(
+    "compressor",
+    [quantize(bits=4, block=16), *(quantize("least_squares", bits=bits, block=32) for bits in (1, 2, 4))],
+    ids=["int4", "least squares 1", "least squares 2", "least squares 4"],
+)
 @pytest.mark.parametrize("world", [1, 3])
-def test_error_feedback_on_deltas_telescopes(world: int) -> None:
+def test_error_feedback_on_deltas_telescopes(world: int, compressor: Compressor) -> None:
     """How far the anchor moved == sum of the mean deltas - mean residual, over 50 rounds."""
-    spec = diloco(every_steps=1, outer=sgd(lr=1.0), compress=error_feedback(quantize(bits=4, block=16)))
+    spec = diloco(every_steps=1, outer=sgd(lr=1.0), compress=error_feedback(compressor))
     start = named(5, [61])
     replicas = Replicas(spec, world, start=start)
     meant = {fqn: torch.zeros_like(value, dtype=torch.float64) for fqn, value in start.items()}

@@ -64,10 +64,12 @@ def lossless_part(_: Path) -> Case:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
     def coded(part: Payload) -> bytes:
-        def flow() -> Flow[Payload]:
+        def flow() -> Flow[Tensor | None]:
             return (yield from _alike([part], AllGather(part), 1))
 
-        return flat_bytes(simulate([flow()])[0])
+        (rows,) = simulate([flow()])
+        assert rows is not None
+        return flat_bytes((rows,))
 
     def check(found: object, intact: bool) -> None:
         assert isinstance(found, tuple) and flat_bytes(found) == flat_bytes(part)
