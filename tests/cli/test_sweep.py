@@ -148,7 +148,11 @@ def test_what_is_no_sweep_is_one_error(words: list[str], message: str, sweep: Sw
 
 def test_a_glob_is_all_choices_of_its_name(sweep: Sweep, runs: Runs) -> None:
     assert sweep("compress=glob(int?_ef)", "train.steps=3")[0] == 0
-    assert [folder.name for folder in runs.folders] == ["0-compress-int4_ef", "1-compress-int8_ef"]
+    assert [folder.name for folder in runs.folders] == [
+        "0-compress-int2_ef",
+        "1-compress-int4_ef",
+        "2-compress-int8_ef",
+    ]
 
 
 @pytest.mark.parametrize("folder", ["{}/victim", "{}/sw/../victim", "../victim"])

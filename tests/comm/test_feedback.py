@@ -12,11 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dtrain.comm.aggregators.mean import rank_order_mean
+from dtrain.comm.collectives.two_phase import two_phase
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.quantize import Quantize, quantize
 from dtrain.comm.feedback import EF14, Compression, NoFeedback, as_compression, ef21, error_feedback
+from dtrain.comm.ops import Place
+from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
+from dtrain.comm.transports.simulate import simulate
 from tests.comm.zoo import (
     COMPRESSORS,
     bits,
@@ -139,6 +144,49 @@ def test_the_second_phase_counts_once_for_the_owner() -> None:
     corrected = torch.stack([mine["w"].double() for mine in values]) + before
     after = residuals(states, "w", left[0])
     assert torch.allclose(after.mean(0), corrected.mean(0) - out, atol=1e-5)
+
+
+# --- weights, and peers that come and go -----------------------------------------------------------------------------
+
+WEIGHTS = ([1.0, 1.0, 1.0], [3.0, 1.0, 8.0], [1.0, 0.0, 2.0], [5.0, 2.0])
+"""Of the peers of a round; after the third one leaves for good, and a newcomer takes its place now and then."""
+
+
+@pytest.mark.parametrize("compressor", CONTRACTIVE.values(), ids=CONTRACTIVE)
+def test_a_weighted_round_sends_its_mean_less_what_its_peers_keep_of_it(compressor: Compressor) -> None:
+    """The result is sum_i w_i (value_i + residual_i before - residual_i after) / sum_i w_i of those that take part.
+
+    Of a peer of weight 0 nothing is sent, and its residual stays; the error of its own chunk's mean is kept for a time
+    when it weighs as much as the others.
+    """
+    compression = error_feedback(compressor)
+    states = fresh_states(compression, 3)
+    for step in range(16):
+        weights = WEIGHTS[step % len(WEIGHTS)]
+        world, total = len(weights), sum(weights)
+        if world == 2:
+            states[2] = State(compression.feedback.kinds)  # who comes next knows nothing of the one who left
+        values = per_rank(7 * step, [131, 1], world)
+        flows = [
+            two_phase(
+                values[rank], compression, rank_order_mean, Place(rank, world), Key(0, step, rank), states[rank],
+                weight=weight,
+            )
+            for rank, weight in enumerate(weights)
+        ]  # fmt: skip
+        before = {fqn: residuals(states, fqn, value) for fqn, value in values[0].items()}
+        combined = simulate(flows)
+        for state in states[:world]:
+            state.commit()
+        for fqn, result in combined[0].values.items():
+            assert combined[-1].finite and torch.equal(combined[-1].values[fqn], result)
+            kept = residuals(states, fqn, result) - before[fqn]
+            rows = torch.stack([mine[fqn].double() for mine in values])
+            expected = torch.zeros_like(rows[0])
+            for rank, weight in enumerate(weights):
+                expected += (weight or total / world) / total * -kept[rank] + weight / total * rows[rank]
+            size = max(float(rows.abs().max()), float(before[fqn].abs().max()), float(kept.abs().max()))
+            assert float((result.double() - expected).abs().max()) <= 4e-6 * size, (fqn, step)
 
 
 # --- boundedness ----------------------------------------------------------------------------------------------------

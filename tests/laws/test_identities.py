@@ -20,7 +20,7 @@ from dtrain import attach, every_step
 from dtrain.comm.feedback import Compression
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.runtime.attached import Attached
-from dtrain.compress import econtrol, error_feedback, powersgd, sign, topk
+from dtrain.compress import econtrol, error_feedback, powersgd, quantize, sign, topk
 from dtrain.testing import WorkerPool
 from dtrain.train.engines import EngineOptions, build_engine
 from dtrain.train.mesh import build_mesh
@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 STEPS, REPLICAS, SHARDS = 12, 2, 2
 METHODS = {
     "top-k": lambda: error_feedback(topk(0.1)),
+    "least squares": lambda: error_feedback(quantize("least_squares", bits=2, block=16)),
     "sign": lambda: econtrol(sign(block=8), eta=0.1),
     "PowerSGD": lambda: error_feedback(powersgd(1, min_rate=1.0)),
 }

@@ -31,13 +31,16 @@ from dtrain.testing.replicas import Replica
 
 pytestmark = pytest.mark.processes
 WORLD, STEPS = 4, 12
+LEAST_SQUARES = error_feedback(quantize("least_squares", bits=2, block=64))
 
 SYNCS: dict[str, Callable[[], Sync]] = {
     "dense": lambda: every_step(),
     "native": lambda: every_step(route="all_reduce"),
     "int8_ef": lambda: every_step(compress=error_feedback(quantize(bits=8, block=64))),
+    "int2_ef, coded": lambda: every_step(compress=LEAST_SQUARES, lossless=1),
     "stochastic": lambda: every_step(compress=error_feedback(quantize(bits=4, block=16, rounding="stochastic"))),
     "diloco": lambda: diloco(every_steps=4, compress=quantize(bits=8, block=64)),
+    "diloco, int2_ef, coded": lambda: diloco(every_steps=4, compress=LEAST_SQUARES, lossless=1),
     "post_local_sgd": lambda: post_local_sgd(every_steps=3, warmup_steps=4),
     "slowmo": lambda: slowmo(every_steps=3),
     "streaming": lambda: streaming_diloco(
@@ -156,14 +159,26 @@ def exchange_gradients(spec: EveryStep, replicas: list[nn.Module], states: list[
         key, place = Key(5, step, rank), Place(rank, WORLD)
         segments = {fqn: Segment(fqn, 0, gradient.numel()) for fqn, gradient in gradients.items()}
         lies = matrices(segments, {fqn: tuple(p.shape) for fqn, p in replica.named_parameters()})
-        flows.append(exchange(gradients, spec.plan, spec.rule, place, key, state, matrices=lies, route=spec.route))
+        flows.append(
+            exchange(
+                gradients,
+                spec.plan,
+                spec.rule,
+                place,
+                key,
+                state,
+                matrices=lies,
+                route=spec.route,
+                lossless=spec.lossless,
+            )
+        )
     for replica, state, combined in zip(replicas, states, simulate(flows), strict=True):
         state.commit()
         for fqn, parameter in replica.named_parameters():
             parameter.grad = combined.values[fqn].view(parameter.shape).clone()
 
 
-@pytest.mark.parametrize("name", ["dense", "int8_ef", "stochastic"])
+@pytest.mark.parametrize("name", ["dense", "int8_ef", "int2_ef, coded", "stochastic"])
 def test_bitwise(pool: WorkerPool, name: str) -> None:
     for mine, theirs in zip(simulated(name), pool.run(real, name), strict=True):
         assert torch.equal(mine, theirs)
@@ -182,7 +197,7 @@ def test_the_native_all_reduce_to_round_off(pool: WorkerPool) -> None:
 
 
 def test_replicas_are_bitwise_equal_where_the_method_says_so(pool: WorkerPool) -> None:
-    for name in ("dense", "int8_ef", "stochastic"):
+    for name in ("dense", "int8_ef", "int2_ef, coded", "stochastic"):
         first, *others = pool.run(real, name)
         assert all(torch.equal(first, other) for other in others)
     first, *others = pool.run(real, "diloco")

@@ -46,6 +46,13 @@ SYNCS: dict[str, Callable[[int], Sync]] = {
     "streaming": lambda every: streaming_diloco(
         every_steps=every, layers_per_fragment=1, overlap_steps=2, compress=error_feedback(quantize(bits=4, block=16))
     ),
+    "streaming, 2 bits, coded": lambda every: streaming_diloco(
+        every_steps=every,
+        layers_per_fragment=1,
+        overlap_steps=2,
+        lossless=1,
+        compress=error_feedback(quantize("least_squares", bits=2, block=16)),
+    ),
 }
 """By rounds of so many steps."""
 LR, TEXT_LR = 0.05, 2e-3

@@ -191,7 +191,10 @@ def test_random_places_are_the_same_on_all_ranks_and_other_ones_in_each_step() -
         (lambda: compeft(density=2), "density is 2; give the fraction"),
         (lambda: compeft(alpha=-1), "alpha is -1; give a positive number"),
         (lambda: compeft(block=1.5), "block is 1.5; give a positive number"),  # type: ignore[arg-type]
-        (lambda: quantize("e4m3"), "grid is 'e4m3'; choose one of max_min, symmetric, qsgd, e3m0, natural"),
+        (
+            lambda: quantize("e4m3"),
+            "grid is 'e4m3'; choose one of max_min, symmetric, qsgd, e3m0, natural, least_squares",
+        ),
         (lambda: quantize("e3m0", bits=8), "bits is 8; e3m0 has 4 bits, so leave it out"),
         (lambda: cast("fp8_e4m3", block=0), "block is 0; give a positive number"),
     ],

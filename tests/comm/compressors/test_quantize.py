@@ -319,7 +319,7 @@ def test_what_it_declares() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 1}, "bits is 1; a code has 2 to 8 bits (for 1 bit use sign())"),
+        ({"bits": 1}, "bits is 1; a code has 2 to 8 bits (for 1 bit use sign(), or"),
         ({"bits": 9}, "bits is 9; a code has 2 to 8 bits"),
         ({"bits": 4.0}, "bits is 4.0; a code has 2 to 8 bits"),
         ({"bits": "8"}, "bits is '8'; a code has 2 to 8 bits"),

@@ -19,6 +19,9 @@ from dtrain.testing.replicas import Replicas, equal
 FEW_BITS = error_feedback(quantize(bits=4, block=64))
 MAKERS: dict[str, Callable[[OuterState], LocalUpdate]] = {
     "diloco": lambda how: diloco(every_steps=3, compress=FEW_BITS, outer_state=how),
+    "2 bits, coded": lambda how: diloco(
+        every_steps=3, compress=error_feedback(quantize("least_squares", block=64)), outer_state=how, lossless=1
+    ),
     "adam": lambda how: diloco(every_steps=2, outer=adam(lr=0.1), outer_state=how),
     "fedhyper": lambda how: diloco(every_steps=2, outer=fedhyper(), outer_state=how),
     "streaming": lambda how: streaming_diloco(

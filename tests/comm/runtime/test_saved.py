@@ -32,6 +32,14 @@ SPECS: dict[str, Sync] = {
     "sharded": diloco(every_steps=4, outer_state="sharded"),
     "offloaded": diloco(every_steps=4, outer_state="offloaded"),
     "streaming": streaming_diloco(every_steps=6, layers_per_fragment=0, overlap_steps=3),
+    "few bits": every_step(compress=error_feedback(quantize("least_squares", bits=2, block=16)), lossless=1),
+    "few bits, streaming": streaming_diloco(
+        every_steps=6,
+        layers_per_fragment=0,
+        overlap_steps=3,
+        lossless=1,
+        compress=error_feedback(quantize("least_squares", bits=1, block=16)),
+    ),
     "fedavg_m": fedavg_m(every_steps=4),
     "warm-up": post_local_sgd(every_steps=4, warmup_steps=20),
 }

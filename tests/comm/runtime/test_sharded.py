@@ -21,6 +21,7 @@ MAKERS: dict[str, Callable[[OuterState], LocalUpdate]] = {
     "local_sgd": lambda how: local_sgd(every_steps=3, outer_state=how),
     "slowmo": lambda how: slowmo(every_steps=2, outer_state=how),
     "diloco": lambda how: diloco(every_steps=3, outer_state=how),
+    "coded": lambda how: diloco(every_steps=3, outer_state=how, lossless=1),
     "adam": lambda how: diloco(every_steps=2, outer=adam(lr=0.1), outer_state=how),
     "fragments, mixed": lambda how: local_update(
         every_steps=4, outer=nesterov(), fragments=fragments(1), mix=0.25, outer_state=how

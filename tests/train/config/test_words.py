@@ -193,7 +193,7 @@ def test_keywords_of_ones_own_take_text_where_nothing_says_otherwise() -> None:
         ("train.seed=1,2", ["train.seed=1", "train.seed=2"]),
         ("train.seed=range(1,4)", ["train.seed=1", "train.seed=2", "train.seed=3"]),
         ("optim.inner.betas=[0.9,0.95],[0.8,0.9]", ["optim.inner.betas=[0.9,0.95]", "optim.inner.betas=[0.8,0.9]"]),
-        ("compress=glob(int*_ef)", ["compress=int4_ef", "compress=int8_ef"]),
+        ("compress=glob(int*_ef)", ["compress=int2_ef", "compress=int4_ef", "compress=int8_ef"]),
         ("sync=glob(de*,exclude=del*)", ["sync=dense"]),
         ("compress=int8,int4", ["compress=int8", "compress=int4"]),
         ("compress@sync.compress=int8,int4", ["compress@sync.compress=int8", "compress@sync.compress=int4"]),

@@ -117,9 +117,10 @@ def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_i
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
-def test_one_that_was_frozen_comes_back_as_a_newcomer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sync", ["streaming", "streaming, 2 bits, coded"])
+def test_one_that_was_frozen_comes_back_as_a_newcomer(sync: str, tmp_path: Path) -> None:
     store = serve(0)
-    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", sync="streaming", every_steps=6, steps=60, hold_at=33,
+    common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", sync=sync, every_steps=6, steps=60, hold_at=33,
                    hold_for=4)  # fmt: skip
     names = [dataclasses.replace(common, name=name) for name in ("a", "b")]
     frozen = dataclasses.replace(common, name="c", hold_at=-1, strike="freeze", strike_at=12)
