@@ -7,6 +7,7 @@ and ends where the first one did: its losses, and every element of what it expor
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,31 @@ ROUNDS = {"streaming_diloco": 2 * 4 + 2 + 2, "co2": 2 * 3 + 2}
 def test_a_stop_at_any_step_leaves_no_trace(
     pool: WorkerPool, text: Path, tmp_path: Path, engine: str, method: str
 ) -> None:
-    steps = ROUNDS[method]
-    chosen = [*METHODS[method], f"train.steps={steps}", "optim.warmup_steps=2"]
+    leaves_no_trace(pool, text, tmp_path, engine, method, METHODS[method], ROUNDS[method])
+    assert fragments_under_way(tmp_path / "whole", ROUNDS[method] - 1)
+
+
+@pytest.mark.parametrize(
+    ("sync", "words", "steps"),
+    [
+        ("int2_ef", ("sync.lossless=1",), 4),
+        ("diloco", ("compress=int2_ef", "sync.lossless=1", "sync.every_steps=3"), 2 * 3 + 1),
+    ],
+    ids=["gradients", "deltas"],
+)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero3"])
+def test_a_stop_at_any_step_loses_nothing_of_few_bits(
+    pool: WorkerPool, text: Path, tmp_path: Path, engine: str, sync: str, words: tuple[str, ...], steps: int
+) -> None:
+    leaves_no_trace(pool, text, tmp_path, engine, sync, words, steps)
+
+
+def leaves_no_trace(
+    pool: WorkerPool, text: Path, tmp_path: Path, engine: str, method: str, words: Sequence[str], steps: int
+) -> None:
+    chosen = [*words, f"train.steps={steps}", "optim.warmup_steps=2"]
     every = ["train.checkpoint_every_steps=1", "train.keep_checkpoints=100"]
     whole = run(pool, tmp_path / "whole", text, engine, method, *chosen, *every)
-    assert fragments_under_way(tmp_path / "whole", steps - 1)
     for step in range(1, steps):
         start = f"run.resume={tmp_path / 'whole' / 'checkpoints' / step_name(step)}"
         again = run(pool, tmp_path / f"from-{step}", text, engine, method, *chosen, start)
