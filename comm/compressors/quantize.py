@@ -234,6 +234,11 @@ class LeastSquares(BlockQuantizer):
     """But for powers of two: bf16 rounds other scales another way."""
 
     @property
+    def levels(self) -> int:
+        """On each side of zero."""
+        return 1 << (self.bits - 1)
+
+    @property
     def delta(self) -> float:
         # Let s put the outermost level L at a block's largest element, and q be the levels nearest to y = x / s: there
         # q = y = L, elsewhere |q - y| <= 1/2 <= |q|. The best scale for q leaves sin^2(x, q) of |x|^2, which is at most

@@ -117,7 +117,7 @@ def test_the_levels_are_halves_of_odd_scales(bits: int) -> None:
     packed, scale = compressor.encode(rows, KEY)
     assert scale.dtype == torch.bfloat16 and packed.shape == (1, 16 * bits)
     levels = round_trip(compressor, rows) / scale.float()
-    assert set(levels.flatten().tolist()) <= {k + 0.5 for k in range(-(2 ** (bits - 1)), 2 ** (bits - 1))}
+    assert set(levels.flatten().tolist()) <= {k + 0.5 for k in range(-compressor.levels, compressor.levels)}
     assert bool(((levels > 0) == (rows >= 0)).all())  # clipped, but never over zero
 
 
