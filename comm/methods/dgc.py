@@ -2,10 +2,10 @@
 
     u = m u + g;   v = v + u;   send the largest of v;   where it was sent: v = 0, u = 0
 
-It has its own momentum, so the inner optimizer is plain SGD. In the warm-up the density falls by equal ratios in five
-stages of equal length: 25, 8.3, 2.7, 0.91 and 0.30 %, and then 0.1 % (in the paper in four stages, an epoch each: 25,
-6.25, 1.5625 and 0.4 %). The paper clips each replica's gradient before it accumulates; here the combined gradient is
-clipped. On the two-phase route the owner of a chunk applies top-k once more, to the mean.
+It has its own momentum, so the inner optimizer is plain SGD. The warm-up has the paper's four stages, here of equal
+length instead of an epoch each: 25, 6.25, 1.5625 and 0.390625 % of the elements, or the final density where that is
+more; then 0.1 %. The paper clips each replica's gradient before it accumulates; here the combined gradient is clipped.
+On the two-phase route the owner of a chunk applies top-k once more, to the mean.
 Communication: the two-phase route of `every_step`. Keeps: two fp32 numbers for each element, per replica.
 """
 
@@ -26,7 +26,9 @@ from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.method import Sync
 from dtrain.comm.state import Kind, State
 
-STAGES = 5
+STAGES = 4
+RATIO = 0.25
+"""Of the density in a stage of the warm-up to that in the stage before, which begins with all elements."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def dgc(
     Args:
         density: the fraction of the elements that is sent after the warm-up.
         momentum: of each replica, applied before top-k.
-        warmup_steps: steps in which the density falls, in five equal stages, from a quarter to ``density``.
+        warmup_steps: steps in four equal stages, in which a quarter of the elements, 1/16, 1/64 and 1/256 are sent,
+            but never less than ``density``.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `every_step`.
 
     Raises ``ValueError`` for values outside their range, and when attached to another optimizer than plain SGD.
@@ -98,11 +101,10 @@ def dgc(
     feedback = MomentumCorrection(float(momentum))
     plan: Plan = Compression(topk(density), feedback)
     if warmup_steps:
-        last, first = topk(density).density, max(0.25, density)
-        plan = Compression(topk(first), feedback)
-        for stage in range(1, STAGES + 1):
-            between = first * (last / first) ** (stage / STAGES)
-            plan = after(stage * warmup_steps // STAGES, Compression(topk(between), feedback), before=plan)
+        stages = [Compression(topk(max(RATIO**stage, density)), feedback) for stage in range(1, STAGES + 1)]
+        plan = stages[0]
+        for number, then in enumerate([*stages[1:], Compression(topk(density), feedback)], 1):
+            plan = after(number * warmup_steps // STAGES, then, before=plan)
     return Dgc(every_step(compress=plan, verify_every=verify_every, tie=tie))
 
 

@@ -209,7 +209,7 @@ def holdings(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
 def require_same_sync(entries: Mapping[str, object], description: str, place: str | None) -> None:
     """Raise ``ValueError`` for the state of another method, or of a rank other than ``place`` (None: any rank's)."""
     saved = renamed(entries.get("sync"))
-    if saved not in (None, description):
+    if saved is not None and without_stages(str(saved)) != without_stages(description):
         raise ValueError(
             f"this state was saved with {unlike(str(saved), description)}, and this is "
             f"{unlike(description, str(saved))}; attach what it was saved with, or take out its entry 'sync' if the "
@@ -248,6 +248,18 @@ def renamed(sync: object) -> object:
         return sync
     name, colon, rest = sync.partition(":")
     return EARLIER.get(name, name) + colon + rest
+
+
+def without_stages(sync: str) -> str:
+    """A description of a sync without the stages of DGC's warm-up: what it keeps fits any of them.
+
+    >>> without_stages("every_step: topk(0.25), MomentumCorrection(0.9); topk(0.01), MomentumCorrection(0.9); H=5")
+    'every_step: topk(0.01), MomentumCorrection(0.9); H=5'
+    """
+    name, colon, settings = sync.partition(": ")
+    stages = [setting for setting in settings.split("; ") if "MomentumCorrection" in setting]
+    others = [setting for setting in settings.split("; ") if "MomentumCorrection" not in setting]
+    return name + colon + "; ".join([*stages[-1:], *others])
 
 
 def unlike(description: str, reference: str) -> str:

@@ -15,8 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, dgc, onebit_adam
 from dtrain.comm.compressors.sparse import TopK
+from dtrain.comm.feedback import Compression
+from dtrain.comm.methods.dgc import MomentumCorrection
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.runtime.method import Sync
+from dtrain.comm.runtime.saved import require_same_sync
 from dtrain.comm.state import State
 from dtrain.compress import error_feedback, powersgd, quantize, topk
 from dtrain.testing import WorkerPool
@@ -117,15 +120,36 @@ def test_what_dgc_has_sent_leaves_both_of_its_sums() -> None:
     assert state.tensors["w"]["residual"].tolist() == pytest.approx([2.9, 5.8, 0.0])
 
 
-def test_the_density_falls_in_five_stages() -> None:
-    plan = dgc(0.001, warmup_steps=50).exchange.plan
-    densities = []
-    for step in (0, 9, 10, 20, 30, 40, 50, 500):
+@pytest.mark.parametrize(
+    ("density", "stages"),
+    [
+        (0.001, [0.25, 0.0625, 0.015625, 0.00390625, 0.001]),  # the paper's
+        (0.01, [0.25, 0.0625, 0.015625, 0.01, 0.01]),
+        (0.5, [0.5] * 5),
+    ],
+)
+def test_the_warm_up_has_the_stages_of_the_paper(density: float, stages: list[float]) -> None:
+    plan = dgc(density, warmup_steps=50).exchange.plan
+    found = []
+    for step in (0, 11, 12, 24, 25, 36, 37, 49, 50, 500):  # stages begin at a quarter of the warm-up each
         compressor = plan.of("w", step).compressor
         assert isinstance(compressor, TopK)
-        densities.append(compressor.density)
-    assert densities[0] == densities[1] == 0.25 and densities[-1] == densities[-2] == pytest.approx(0.001)
-    assert densities[1:-1] == sorted(densities[1:-1], reverse=True) and len(set(densities)) == 6
+        found.append(compressor.density)
+    assert found == [stage for stage in stages for _ in range(2)]
+
+
+def test_a_state_from_within_a_warm_up_fits_another_schedule() -> None:
+    """Its tensors do not depend on the densities of the stages; the final one and the momentum have to agree."""
+
+    def state_of(*stages: float, momentum: float = 0.9) -> str:
+        settings = (str(Compression(topk(stage), MomentumCorrection(momentum))) for stage in stages)
+        return f"every_step: {'; '.join(settings)}"
+
+    five = {"sync": state_of(0.25, 0.131, 0.069, 0.036, 0.019, 0.01)}
+    require_same_sync(five, state_of(0.25, 0.0625, 0.015625, 0.01, 0.01), None)
+    for other in (state_of(0.25, 0.02), state_of(0.25, 0.01, momentum=0.8), "every_step: fp32"):
+        with pytest.raises(ValueError, match="this state was saved with"):
+            require_same_sync(five, other, None)
 
 
 def refusals() -> list[str]:
@@ -158,7 +182,7 @@ def test_optimizers_that_make_no_sense_are_refused(pool: WorkerPool) -> None:
     [
         (lambda: onebit_adam(0), "warmup_steps is 0; the variance needs at least one step"),
         (lambda: dgc(momentum=1.0), "momentum is 1.0; give a number in [0, 1)"),
-        (lambda: dgc(warmup_steps=3), "warmup_steps is 3; give 0, or at least 5"),
+        (lambda: dgc(warmup_steps=3), "warmup_steps is 3; give 0, or at least 4"),
         (lambda: dgc(0), "density is 0"),
     ],
 )
