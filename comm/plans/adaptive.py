@@ -1,7 +1,8 @@
 """Adaptive plans: those that learn from what they compress.
 
 A method begins such a plan once for each run, lets it measure the values of the exchanges in which it is due, and
-reviews it between two steps. It decides from sums over all ranks, so that all make the same choice, which is verified.
+reviews it between two steps. It decides from values that are reduced over all ranks, so that all make the same choice,
+which is verified.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import Flow
 from dtrain.comm.plans.plan import Plan
 from dtrain.comm.seeds import Key
-from dtrain.comm.state import Numbers
+from dtrain.comm.state import Kind, Numbers, State
 
 
 class Choosing(Plan, Protocol):
@@ -27,20 +28,30 @@ class Choosing(Plan, Protocol):
     def changes(self) -> int:
         """How often its decisions have changed."""
 
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """The names of the tensors that it keeps itself, beside those of its compressions."""
+
+    def accumulate(self, fqn: str, value: Tensor, state: State) -> None:
+        """Called with each ``value`` [n] of every exchange before it is sent; what the plan keeps of it is staged."""
+
     def due(self) -> bool:
         """Whether the values of the exchange under way are to be measured."""
 
     def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         """Measure a value of the exchange: ``corrected`` [n] is compressed, ``fresh`` [n] lacks the residual."""
 
-    def review(self) -> Flow[None]:
-        """Called after each exchange; if it was due, all ranks agree on what to use from now on."""
+    def review(self, state: State, rate: float) -> Flow[None]:
+        """Called after each exchange; if it was due, all ranks agree on what to use from now on.
+
+        ``state``: without anything staged. ``rate``: the inner optimizer's learning rate on this rank.
+        """
 
     def numbers(self) -> Numbers:
         """The numbers that a checkpoint keeps."""
 
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
-        """Undo `numbers`."""
+        """Undo `numbers`; there may be others among them. Raises ``KeyError`` for one that is missing."""
 
     def table(self) -> str:
         """A report of the compression of each parameter."""
@@ -64,6 +75,10 @@ class Settled:
         self.compressions = plan.compressions
         self.of = plan.of
         self.changes = 0
+        self.kinds: dict[str, Kind] = {}
+
+    def accumulate(self, fqn: str, value: Tensor, state: State) -> None:
+        """Nothing is kept."""
 
     def due(self) -> bool:
         return False
@@ -71,7 +86,7 @@ class Settled:
     def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         """Nothing: never due."""
 
-    def review(self) -> Flow[None]:
+    def review(self, state: State, rate: float) -> Flow[None]:
         return
         yield  # a flow without ops
 

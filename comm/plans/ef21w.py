@@ -132,6 +132,7 @@ class ChoosingEF21W:
         self.exchanges = 0
         self.smoothness = 0.0
         self.scale = 1.0
+        self.kinds: dict[str, Kind] = {}
         self._square = 0.0
 
     @property
@@ -143,13 +144,16 @@ class ChoosingEF21W:
             return self.spec.learning
         return Compression(Scaled(self.spec.compressor, self.scale), _EF21W(1.0, learning=False))
 
+    def accumulate(self, fqn: str, value: Tensor, state: State) -> None:
+        """Nothing: its feedback keeps the last gradient."""
+
     def due(self) -> bool:
         return self.exchanges < self.spec.warmup
 
     def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         self._square += float(fresh.double().square().sum())
 
-    def review(self) -> Flow[None]:
+    def review(self, state: State, rate: float) -> Flow[None]:
         if not self.due():
             return
         square, self._square = torch.tensor([self._square], dtype=torch.float64), 0.0

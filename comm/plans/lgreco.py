@@ -30,7 +30,7 @@ from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import Matrix, chunk_width, to_rows
 from dtrain.comm.ops import AllGather, Axis, Flow
 from dtrain.comm.seeds import Key
-from dtrain.comm.state import Numbers
+from dtrain.comm.state import Kind, Numbers, State
 
 GRID = 10_000  # steps into which the budget is divided
 MANY = 256  # layers from which rounding each of them up to a step wastes more than a percent of the budget
@@ -71,12 +71,16 @@ class ChoosingLGreCo:
         self.chosen = dict.fromkeys(self.fqns, spec.uniform)
         self.exchanges = 0
         self.changes = 0
+        self.kinds: dict[str, Kind] = {}
         self._costs: dict[str, Tensor] = {}  # fqn -> [2, options] fp64: squared errors, bytes
         self._last: Tensor | None = None
         self._world = 1
 
     def of(self, fqn: str, step: int) -> Compression:
         return self.spec.options[self.chosen[fqn]]
+
+    def accumulate(self, fqn: str, value: Tensor, state: State) -> None:
+        """Nothing: it measures single exchanges."""
 
     def due(self) -> bool:
         number = self.exchanges + 1
@@ -91,7 +95,7 @@ class ChoosingLGreCo:
                 table[0, number] = UNUSABLE
         self._costs[fqn], self._world = table, world
 
-    def review(self) -> Flow[None]:
+    def review(self, state: State, rate: float) -> Flow[None]:
         due, self.exchanges = self.due(), self.exchanges + 1
         if not due:
             return

@@ -133,8 +133,9 @@ def _changed(value: object, change: Callable[[Compression], Compression]) -> obj
 
 
 def kinds_of(plan: Plan) -> dict[str, Kind]:
-    """The names that any compression of ``plan`` keeps."""
-    return {name: kind for compression in plan.compressions for name, kind in compression.kinds.items()}
+    """The names that ``plan`` and any of its compressions keep."""
+    kept: dict[str, Kind] = dict(getattr(plan, "kinds", {}))
+    return kept | {name: kind for compression in plan.compressions for name, kind in compression.kinds.items()}
 
 
 def as_plan(compress: Compress) -> Plan:

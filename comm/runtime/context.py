@@ -105,8 +105,12 @@ class Context:
         return unsigned(self.over_shards(partial(values, self.pieces.segments), "digest"))
 
     def measure(self, values: Mapping[str, Tensor], key: Key) -> None:
-        """Show the plan what is about to be compressed, if it is due."""
-        if self.plan.settled or not self.plan.due():
+        """Show the plan what is about to be compressed; what it keeps of it is staged."""
+        if self.plan.settled:
+            return
+        for fqn, value in values.items():
+            self.plan.accumulate(fqn, value, self.state)
+        if not self.plan.due():
             return
         for fqn, value in values.items():
             feedback, drawn = self.plan.of(fqn, key.step).feedback, replace(key, fqn=fqn, phase="plan")
@@ -118,7 +122,7 @@ class Context:
         """Let the plan choose its compressions anew. Every rank must call it, once for each exchange."""
         if not self.plan.settled:
             before = self.plan.changes
-            self.pieces.channel.run(self.plan.review(), "plan")
+            self.pieces.channel.run(self.plan.review(self.state, self.rate), "plan")
             if self.plan.changes != before:
                 self.decisions.append(self.plan.table().partition("\n")[0])
 

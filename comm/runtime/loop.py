@@ -192,6 +192,7 @@ class LocalUpdateLoop(GradientSteps):
             if self.store.whole:
                 self._merge(fragment, 0.0)
         context.measure(deltas, context.key())
+        context.state.commit()  # what the plan keeps of them: the step has been made
         self.source.captured(deltas)
         fragment.begin_round(context.steps, self.tokens, context.rate)
         reduction = Reduction(context.steps, self.store.branch(), [], sent=sent, weight=weight)

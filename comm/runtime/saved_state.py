@@ -171,7 +171,7 @@ class SavedState:
         context = self._context
         for name in COUNTERS:
             setattr(context, name, int(numbers[name]))
-        context.plan.load_numbers({name: numbers[name] for name in context.plan.numbers()})
+        context.plan.load_numbers(numbers)
         self._method.load_numbers(numbers)
 
     def _name(self) -> str:

@@ -45,7 +45,7 @@ def descend(plan: Plan, steps: int) -> tuple[Tensor, list[Choosing], list[State]
         found = simulate(flows)
         for state in states:
             state.commit()
-        simulate([mine.review() for mine in plans])
+        simulate([mine.review(State({}), 0.1) for mine in plans])
         x = x - 0.05 * found[0].values["w"]
     return x, plans, states
 
@@ -91,7 +91,7 @@ def test_zeros_weigh_the_same_and_what_is_not_finite_counts_nothing() -> None:
     for size in (0.0, torch.nan):
         for plan in plans:
             plan.measure("w", torch.full((DIM,), size), torch.zeros(DIM), LIES, WORLD, Key(0, 0))
-        simulate([plan.review() for plan in plans])
+        simulate([plan.review(State({}), 0.1) for plan in plans])
     assert [plan.scale for plan in plans] == [1.0] * WORLD and not plans[0].due()
 
 

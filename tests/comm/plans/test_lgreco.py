@@ -135,7 +135,7 @@ def train(plan: LGreCo, steps: int, world: int = 3) -> tuple[list[ChoosingLGreCo
         assert all(found.finite for found in simulate(flows))
         for state in states:
             state.commit()
-        simulate([mine.review() for mine in plans])
+        simulate([mine.review(State({}), 0.1) for mine in plans])
     return plans, states  # type: ignore[return-value]
 
 
@@ -179,7 +179,7 @@ def test_what_is_not_finite_changes_no_plan() -> None:
     for plan in plans:
         nothing = torch.full((50,), torch.nan)
         plan.measure("w", nothing, nothing, Matrix(50, 5, 0), 2, Key(0, 0))
-    simulate([plan.review() for plan in plans])
+    simulate([plan.review(State({}), 0.1) for plan in plans])
     assert [plan.changes for plan in plans] == [0, 0]
 
 

@@ -41,7 +41,9 @@ SPECS: dict[str, Sync] = {
     "ef21": every_step(compress=ef21(topk(0.3))),
     "econtrol": every_step(compress=econtrol(topk(0.3))),
     "low rank": every_step(compress=error_feedback(powersgd(2))),
-    "accordion": every_step(compress=accordion(error_feedback(topk(0.5)), error_feedback(topk(0.1)), every=2)),
+    "accordion": every_step(
+        compress=accordion(error_feedback(topk(0.5)), error_feedback(topk(0.1)), every=2, accumulate=1)
+    ),
     "ef21w": every_step(compress=ef21w(topk(0.3), warmup_steps=3)),
     "lgreco": every_step(compress=lgreco(error_feedback(quantize(bits=4, block=16)), every=3)),
     "dgc": dgc(0.1),
@@ -84,6 +86,19 @@ def test_it_goes_on_as_the_sync_that_wrote_it_did(name: str, earlier: dict[str, 
     for rank in range(2):
         # To the bit on the processor that wrote them; others may round products of matrices elsewhere.
         torch.testing.assert_close(replicas.live(rank), kept["end"][rank], rtol=1e-5, atol=1e-6)
+    replicas.close()
+
+
+def test_accordion_goes_on_by_sums_where_it_compared_single_gradients(earlier: dict[str, Any]) -> None:
+    kept = earlier["accordion"]
+    plan = accordion(error_feedback(topk(0.5)), error_feedback(topk(0.1)), every=2)
+    replicas = Replicas(every_step(compress=plan), 2)
+    for pieces, parameters in zip(replicas.pieces, kept["parameters"], strict=True):
+        pieces.write(parameters)
+    replicas.all(lambda rank: replicas.attached[rank].load_state_dict(kept["states"][rank]))
+    replicas.train(6)
+    numbers = replicas.attached[0].plan.numbers()
+    assert (numbers["plan.exchanges"], numbers["plan.rate"]) == (13, 0.05)
     replicas.close()
 
 
