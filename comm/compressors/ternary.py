@@ -1,45 +1,70 @@
-"""Ternary: -1, 0 or 1 for each element, in 2 bits, and a scale for each block.
+"""Ternary: -1, 0 or 1 for each element, and a scale for each block.
 
     terngrad   x is clipped at c standard deviations; s = max |x|; sends s sgn(x) with probability |x| / s, else 0.
                Unbiased but for the clipping; its variance is far too large for error feedback. arXiv:1705.07878
     compeft    keeps the signs of the largest magnitudes and gives all of them one magnitude: their mean, or
                alpha times the block's standard deviation as for parameter updates in arXiv:2311.13171
 
-Communication: the two-phase route. Bytes for a row of n elements: ceil(n / 4) + 4 * ceil(n / block). Keeps: nothing.
-ComPEFT's paper Golomb-codes the indices of kept elements instead, which gains with sparsity: 5.9 times smaller at 5 %.
+Communication: the two-phase route. Bytes for each block of n elements: terngrad ceil(n / 4) + 4; compeft, which keeps
+k = ceil(density n), (`position_bits` of n and k, and k) / 8 rounded up, + 4. Keeps: nothing.
+ComPEFT's paper keeps the largest of all elements instead of those of each block, takes the standard deviation over
+n - 1 elements, and Golomb-codes the positions, in a length that depends on them: 6 to 11 % fewer bytes at densities of
+5 to 20 %.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dtrain.comm.kernels import checked_block, pack_blocks, packed_bytes, scaled, to_blocks, unpack_blocks
+from dtrain.comm.compressors.positions import position_bits, positions_of_bits, positions_to_bits
+from dtrain.comm.kernels import (
+    bytes_of,
+    checked_block,
+    pack_bits,
+    pack_blocks,
+    packed_bytes,
+    scaled,
+    to_blocks,
+    unpack_bits,
+    unpack_blocks,
+)
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
 
 @dataclass(frozen=True)
-class _Ternary(ABC):
-    """A `Compressor`."""
+class TernGrad:
+    """See `terngrad`."""
 
     block: int
+    clip: float
 
     homogeneous: ClassVar[bool] = True
     linear: ClassVar[bool] = False
 
+    @property
+    def unbiased(self) -> bool:
+        return math.isinf(self.clip)
+
+    @property
+    def delta(self) -> float:
+        return 0.0  # the variance is |x|_inf |x|_1 - |x|_2^2: up to (sqrt(n) - 1) / 2 times |x|^2
+
     def encode(self, rows: Tensor, key: Key) -> Payload:
-        width = rows.shape[1]
-        starts = torch.arange(0, width, self.block, device=rows.device)
-        counts = (width - starts).clamp_(max=self.block).to(torch.float32).unsqueeze(-1)  # [blocks, 1]
-        blocks = to_blocks(rows, self.block)
-        scale, keep = self._choose(blocks, counts, rows, key)
-        codes = torch.where(keep, torch.where(blocks < 0, 2, 1), 0).to(torch.uint8).flatten(1)[:, :width]
+        width, blocks = rows.shape[1], to_blocks(rows, self.block)
+        size = blocks.abs()
+        if math.isfinite(self.clip):
+            size = size.minimum(self.clip * _deviation(blocks, _counts(rows, self.block)))
+        scale = size.amax(-1, keepdim=True)
+        noise = torch.rand(rows.shape, generator=key.generator(rows.device), device=rows.device)
+        drawn = scaled(size, scale) > to_blocks(noise, self.block)
+        codes = torch.where(drawn, torch.where(blocks < 0, 2, 1), 0).to(torch.uint8).flatten(1)[:, :width]
         return pack_blocks(codes.contiguous(), 2, self.block), scale.squeeze(-1)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
@@ -51,57 +76,68 @@ class _Ternary(ABC):
     def row_bytes(self, width: int) -> int:
         return packed_bytes(width, 2, self.block) + 4 * -(-width // self.block)
 
-    @abstractmethod
-    def _choose(self, blocks: Tensor, counts: Tensor, rows: Tensor, key: Key) -> tuple[Tensor, Tensor]:
-        """The scale [m, blocks, 1] and which elements are not zero [m, blocks, block]; ``counts``: real elements."""
-
 
 @dataclass(frozen=True)
-class TernGrad(_Ternary):
-    """See `terngrad`."""
-
-    clip: float
-
-    @property
-    def unbiased(self) -> bool:
-        return math.isinf(self.clip)
-
-    @property
-    def delta(self) -> float:
-        return 0.0  # the variance is |x|_inf |x|_1 - |x|_2^2: up to (sqrt(n) - 1) / 2 times |x|^2
-
-    def _choose(self, blocks: Tensor, counts: Tensor, rows: Tensor, key: Key) -> tuple[Tensor, Tensor]:
-        size = blocks.abs()
-        if math.isfinite(self.clip):
-            size = size.minimum(self.clip * _deviation(blocks, counts))
-        scale = size.amax(-1, keepdim=True)
-        noise = torch.rand(rows.shape, generator=key.generator(rows.device), device=rows.device)
-        return scale, scaled(size, scale) > to_blocks(noise, self.block)
-
-
-@dataclass(frozen=True)
-class Compeft(_Ternary):
+class Compeft:
     """See `compeft`."""
 
+    block: int
     density: float
     alpha: float | None
 
     unbiased: ClassVar[bool] = False
+    homogeneous: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
 
     @property
     def delta(self) -> float:
         # |x_S|_1^2 / k >= |x_S|_2^2 / k >= |x|^2 / n, for the k = density n largest of a block of n.
         return 1.0 / self.block if self.alpha is None else 0.0
 
-    def _choose(self, blocks: Tensor, counts: Tensor, rows: Tensor, key: Key) -> tuple[Tensor, Tensor]:
+    def encode(self, rows: Tensor, key: Key) -> Payload:
+        blocks, counts = to_blocks(rows, self.block), _counts(rows, self.block)
         size = blocks.abs()
-        kept_counts = (self.density * counts).ceil_().clamp_(min=1.0)  # [blocks, 1]
         order = size.nan_to_num(nan=torch.inf).argsort(dim=-1, descending=True, stable=True)  # ties: by index
-        positions = torch.arange(self.block, device=rows.device).expand_as(order)
-        keep = torch.empty_like(order).scatter_(-1, order, positions) < kept_counts
+        kept = (self.density * counts).ceil_().clamp_(min=1.0)  # [blocks, 1]
         if self.alpha is None:
-            return torch.where(keep, size, 0.0).sum(-1, keepdim=True) / kept_counts, keep
-        return self.alpha * _deviation(blocks, counts), keep
+            ranks = torch.arange(self.block, device=rows.device).expand_as(order)
+            keep = torch.empty_like(order).scatter_(-1, order, ranks) < kept
+            scale = torch.where(keep, size, 0.0).sum(-1, keepdim=True) / kept
+        else:
+            scale = self.alpha * _deviation(blocks, counts)
+        coded = []
+        for begin, end, n, k in self._alike(rows.shape[1]):
+            positions = order[:, begin:end, :k].sort(dim=-1).values
+            negative = blocks[:, begin:end].gather(-1, positions) < 0
+            bits = torch.cat([positions_to_bits(positions, n), negative.to(torch.uint8)], dim=-1)
+            coded.append(pack_bits(bits, 1).flatten(1))
+        return torch.cat(coded, dim=1) if coded else rows.new_zeros(rows.shape, dtype=torch.uint8), scale.squeeze(-1)
+
+    def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
+        """Raises ``ValueError`` for a payload whose positions are none of such rows."""
+        packed, scale = payload  # [m, bytes], [m, blocks]
+        rows, offset, first = torch.zeros(packed.shape[0], width, device=packed.device), 0, 0
+        for begin, end, n, k in self._alike(width):
+            length = position_bits(n, k)
+            size = (end - begin) * bytes_of(length + k, 1, 8)
+            coded = packed[:, offset : offset + size].unflatten(1, (end - begin, -1))
+            bits = unpack_bits(coded, 1, length + k)
+            positions = positions_of_bits(bits[..., :length], n, k)
+            signed = torch.where(bits[..., length:] > 0, -1.0, 1.0).mul_(scale[:, begin:end].unsqueeze(-1))
+            rows[:, first : first + (end - begin) * n].view(-1, end - begin, n).scatter_(-1, positions, signed)
+            offset, first = offset + size, first + (end - begin) * n
+        return rows
+
+    def row_bytes(self, width: int) -> int:
+        sections = self._alike(width)
+        return sum((end - begin) * (bytes_of(position_bits(n, k) + k, 1, 8) + 4) for begin, end, n, k in sections)
+
+    def _alike(self, width: int) -> Iterator[tuple[int, int, int, int]]:
+        """First and end of the blocks of n elements, n, and how many of these are kept; the last one may be shorter."""
+        whole, rest = divmod(width, self.block)
+        for begin, end, n in ((0, whole, self.block), (whole, whole + 1, rest)):
+            if end > begin and n:
+                yield begin, end, n, int((self.density * torch.tensor(float(n))).ceil().clamp(min=1.0))
 
 
 def terngrad(*, block: int = 2048, clip: float = 2.5) -> TernGrad:
@@ -130,8 +166,8 @@ def compeft(*, density: float = 0.1, alpha: float | None = None, block: int = 20
             contraction and may go under error feedback.
         block: elements that share a scale.
 
-    >>> compeft().row_bytes(4096)
-    1032
+    >>> compeft().row_bytes(4096), compeft(density=0.05).row_bytes(4096)
+    (328, 196)
 
     Raises ``ValueError`` for values outside these ranges. Source: the module's docstring.
     """
@@ -140,6 +176,12 @@ def compeft(*, density: float = 0.1, alpha: float | None = None, block: int = 20
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha is {alpha!r}; give a positive number of standard deviations, or None")
     return Compeft(checked_block(block), float(density), alpha)
+
+
+def _counts(rows: Tensor, block: int) -> Tensor:
+    """How many elements of each block are no padding, [blocks, 1] fp32."""
+    starts = torch.arange(0, rows.shape[1], block, device=rows.device)
+    return (rows.shape[1] - starts).clamp_(max=block).to(torch.float32).unsqueeze(-1)
 
 
 def _deviation(blocks: Tensor, counts: Tensor) -> Tensor:

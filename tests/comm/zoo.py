@@ -66,6 +66,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "sign": sign(block=16),
     "terngrad": terngrad(block=16),
     "compeft": compeft(block=16, density=0.3),
+    "compeft, sparse": compeft(block=96, density=0.05),
     "projection": projection(3, block=16),
     "projection, unbiased": projection(5, block=16, scaled=True),
 }

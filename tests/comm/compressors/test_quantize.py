@@ -333,3 +333,13 @@ def test_what_it_declares() -> None:
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         quantize(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stochastic_rounding_has_twice_the_squared_error(bits: int) -> None:
+    rows, errors = draw(1, 1 << 16)[None], []
+    for rounding in ("nearest", "stochastic"):
+        coder = quantize(bits=bits, rounding=rounding)
+        decoded = coder.decode(coder.encode(rows, KEY), rows.shape[1], KEY.shared)
+        errors.append(float((decoded - rows).double().square().sum()))
+    assert errors[1] / errors[0] == pytest.approx(2.0, rel=0.02)
