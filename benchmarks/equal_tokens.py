@@ -91,8 +91,9 @@ def equal_tokens_report(
         "steps, equal batches: equal tokens. Each method at three learning rates of the inner AdamW (factors of the "
         f"default one) with one seed, then at its best one with {len(SEEDS)} seeds: mean and standard deviation. "
         f"DiLoCo and Streaming DiLoCo begin after {WARMUP} steps of data parallelism, a quarter of the run as in "
-        "DiLoCo's paper, whose bytes count. Outside they take Nesterov 0.9 / 0.6, found on the first seed; below, how "
-        "it ends otherwise, on the first seed and off that of data parallelism. "
+        "DiLoCo's paper, whose bytes count. Outside they take Nesterov 0.9 / 0.6, found on the first seed "
+        "and on the validation examples of this page, where data parallelism is tuned in its learning rate alone; "
+        "below, how it ends otherwise, on the first seed and off that of data parallelism. "
         f"Losses in nats per byte, of {LESS_NOISE[1].partition('=')[2]} examples.\n\n"
         + table(
             ["", *(f"lr x {factor:g}" for factor in factors), "best lr", "loss", "off", "sent per rank", "less"], rows

@@ -79,7 +79,8 @@ def lgreco_report(pairs: Mapping[str, tuple[Run, Run]], solving: float, looking:
         f"{next(iter(pairs.values()))[0].summary.steps} steps on the default text and model, DDP, 4 replicas, EF14 "
         "where nothing else is said. L-GreCo may lose as much in all as the uniform setting does, and looks again "
         "after 10 steps and then after every 100. Bytes are those of whole runs: of the first steps, which have no "
-        "plan yet, of the statistics, and of the control messages.\n\n"
+        "plan yet, of the statistics, and of the control messages. One seed, whose noise is some percent of the loss; "
+        "only the rows named under Lines are held to one.\n\n"
         + table(["", "loss, uniform", "L-GreCo", "off", "sent, uniform", "L-GreCo", "fewer bytes"], rows)
         + "\n\nThe errors that it keeps are sums of squares over all layers, which is what SGD cares about. AdamW "
         "scales each layer by itself, so what a layer with small gradients loses is felt all the same, the more the "

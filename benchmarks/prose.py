@@ -94,6 +94,22 @@ def gap(compress: str) -> Figure:
     return lambda: 100 * (best(compress) / best("dense") - 1)
 
 
+def nearly_lossless(of: Callable[[Sequence[float]], float]) -> Figure:
+    """The least or largest percentage above dense of codes of 8 bits and more, without feedback and with EF14."""
+    codes = (
+        "quantize 8 bits",
+        "quantize 8 bits, stochastic",
+        "QSGD 8 bits",
+        "natural",
+        "bf16",
+        "fp16",
+        "fp8 e4m3",
+        "fp8 e5m2",
+    )
+    runs = [f"{code}, {feedback}" for code in codes for feedback in ("none", "EF14")]
+    return lambda: of([float(above("compressors", run, "fp32, none")()) for run in runs if run in page("compressors")])
+
+
 def saved(what: str) -> Figure:
     """Times fewer bytes by L-GreCo around a uniform setting."""
     return fewer("lgreco", f"{what}, L-GreCo", f"{what}, uniform")
@@ -137,6 +153,15 @@ def over_seeds(method: str) -> Figure:
         return loss("equal_tokens", *(f"{of}, seed {seed}" for seed in SEEDS))
 
     return lambda: 100 * (mean(method) / mean("data parallelism") - 1)
+
+
+def over_seeds_deviation(method: str) -> Figure:
+    """The standard deviation over the seeds of that percentage, each seed beside itself."""
+
+    def by_seed(seed: int) -> float:
+        return loss("equal_tokens", f"{method}, seed {seed}") / loss("equal_tokens", f"data parallelism, seed {seed}")
+
+    return lambda: 100 * statistics.stdev(map(by_seed, SEEDS))
 
 
 def off(run: str) -> Figure:
@@ -308,6 +333,22 @@ SENTENCES: tuple[Sentence, ...] = (
     Sentence(
         _CHOOSING, "`terngrad`, {:.0f} times fewer bytes, ends {:.1f} % above dense there",
         fewer("compressors", "terngrad, none"), above("compressors", "terngrad, none", "fp32, none"),
+    ),
+    Sentence(
+        _CHOOSING, "codes of 8 bits and more ended {:+.1f} to {:+.1f} % off dense", nearly_lossless(min),
+        nearly_lossless(max),
+    ),
+    Sentence(
+        _CHOOSING, "`cast(\"bf16\")` alone sends {:.1f} times fewer and ended {:+.1f} % off",
+        fewer("compressors", "bf16, none"), above("compressors", "bf16, none", "fp32, none"),
+    ),
+    Sentence(
+        "docs/compression/feedback.md", "EF21-SGDM ended {:.0f} % above dense even around 8 bits",
+        above("compressors", "quantize 8 bits, EF21-SGDM", "fp32, none"),
+    ),
+    Sentence(
+        _LOCAL, "standard deviations of {:.1f} % and {:.1f} %", over_seeds_deviation(_DILOCO),
+        over_seeds_deviation(_STREAMING),
     ),
     Sentence(
         _LOCAL, "in 40 rounds from scratch `sync.outer.momentum=0.5` ended {:.0f} % lower.",

@@ -112,9 +112,10 @@ def powersgd_report(times: Mapping[str, Mapping[str, Took]]) -> Report:
         f"DDP, one sequence of 64 tokens for each rank, in the same processes, {len(theirs.seconds)} rounds of one "
         "step each in rotating order after a warm-up; four hosts of `dtrain cluster`, all on two cores. Times are "
         "those of the slowest rank, medians; the ratio is the median of the rounds' ratios. Theirs has all "
-        "gradients in one bucket, as it fails with two; ours has DDP's usual ones. On the all-reduce, as theirs "
-        "is, ours sends the same numbers; on the two-phase route, whose bits depend on nothing but the values, a "
-        "byte for each message and rank more. Payload: as ours is metered and theirs counts itself; interface: "
+        "gradients in one bucket, without overlap, as over gloo it fails with two; ours has DDP's usual ones. On the "
+        "all-reduce, as theirs is, ours sends the same numbers; on the two-phase route, whose bits depend on nothing "
+        "but the values, a byte for each message and rank more. Payload: as ours is metered and theirs counts itself; "
+        "interface: "
         "what that of rank 0's host counted, headers and acknowledgements included."
         "\n\n" + table(["links", "exchange", "step", "over theirs", "payload per step", "interface"], rows)
     )

@@ -86,7 +86,7 @@ class _Training:
         torch.manual_seed(0)
         dim, layers, heads = asked.model
         model = Transformer(dim=dim, layers=layers, heads=heads, vocab_size=VOCABULARY, max_length=asked.length)
-        # torch's PowerSGD hook dies with two buckets.
+        # Over gloo, torch's PowerSGD hook dies with two buckets: their all-reduces are paired up wrongly.
         cap = ONE_BUCKET_MIB if name == "torch.powersgd" else asked.bucket_mib
         self.model = DistributedDataParallel(model, bucket_cap_mb=cap)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)

@@ -226,7 +226,8 @@ def torchft_report(by_library: Mapping[str, Trained], asked: Asked) -> Report:
         "its replicas count alike, where ours count by tokens. Neither matters here. What is added up in another order "
         "is rounded otherwise, and training makes that grow: the largest difference of a loss, relative, was "
         + ", ".join(f"{largest[number]:.0e} in round {number + 1}" for number in range(1, len(largest), 6))
-        + "."
+        + ". A ratio within a percent of 1 is a tie. torchft can quantize its all-reduce, too (`should_quantize`), "
+        "which is not measured here."
     )
     figures = {name: dataclasses.asdict(trained) for name, trained in by_library.items()}
     return Report("DiLoCo beside torchft's", body, ("python -m benchmarks torchft",), tuple(checks), figures)

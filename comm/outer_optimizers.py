@@ -227,7 +227,9 @@ def nesterov(*, lr: float = 0.7, momentum: float = 0.9) -> Momentum:
 
 
 def adam(*, lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-3) -> Adam:
-    """Outer Adam as FedAdam defines it (Reddi et al., arXiv:2003.00295): without bias correction, eps outside the root.
+    """Outer Adam, FedAdam (Reddi et al., arXiv:2003.00295): without bias correction, eps (tau there) outside the root.
+
+    The variance begins at 0; the paper begins it at eps^2 or more, which damps the first steps where deltas are small.
 
     >>> sorted(adam(lr=0.1).kinds)
     ['momentum', 'variance']

@@ -10,8 +10,8 @@ max(1, (1 - b1) / sqrt(1 - b2)). Both rules are ours. Embedding rows that first 
 trained, so it must be long enough to see what matters.
 
 Feedback around gradients would pass through Adam's variance, which is not linear; momenta are linear. m and v are
-divided by Adam's bias corrections of the last warm-up step. From the freeze on the inner optimizer is not stepped any
-more; its learning rate is still read in each step.
+divided by Adam's bias corrections of the last warm-up step, a rule of ours, too. From the freeze on the inner optimizer
+is not stepped any more; its learning rate is still read in each step.
 Communication: the two-phase route of `every_step`; clipping after the freeze has no effect.
 Keeps: m and v, equal on all replicas, and the feedback's state.
 """
