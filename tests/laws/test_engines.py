@@ -53,6 +53,12 @@ COMPRESSED = {
     "ef21w": [
         "sync.compress={_target_:dtrain.plans.ef21w,compressor:{_target_:dtrain.compress.topk,density:0.05},warmup_steps:12}"
     ],
+    "accordion": [  # stopped after 11 steps it has summed the gradients of two
+        "sync.compress={_target_:dtrain.plans.accordion,"
+        "critical:{_target_:dtrain.compress.error_feedback,compressor:{_target_:dtrain.compress.topk,density:0.2}},"
+        "otherwise:{_target_:dtrain.compress.error_feedback,compressor:{_target_:dtrain.compress.topk,density:0.05}},"
+        "every:4,accumulate:3}"
+    ],
     "onebit_adam": ["sync=onebit_adam", "sync.warmup_steps=6"],
     "dgc": ["sync=dgc", "sync.density=0.05", "sync.warmup_steps=10", "optim=sgd", "optim.inner.momentum=0"],
     "scaffold_m": ["sync=scaffold_m", "sync.every_steps=4", "sync.beta=0.5", "optim=sgd", "optim.inner.momentum=0"],
@@ -60,7 +66,7 @@ COMPRESSED = {
 
 
 # Elementwise state is cut and put together as that of int8_ef, in the fifteen: one engine of each kind is enough.
-ELEMENTWISE = [(e, m) for e in ("fsdp", "zero1") for m in ("topk_ef21", "topk_econtrol", "ef21w", "dgc")]
+ELEMENTWISE = [(e, m) for e in ("fsdp", "zero1") for m in ("topk_ef21", "topk_econtrol", "ef21w", "accordion", "dgc")]
 ODD = [(e, m) for e in ENGINES for m in ("lgreco_powersgd", "onebit_adam")]
 
 
