@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from dtrain.comm.runtime.saved import require_same_sync
 from dtrain.comm.state import State
 from dtrain.compress import error_feedback, powersgd, quantize, topk
 from dtrain.testing import WorkerPool
+from dtrain.testing.replicas import Replicas
 
 STEPS, WARMUP = 9, 4
 
@@ -147,6 +149,11 @@ def test_a_state_from_within_a_warm_up_fits_another_schedule() -> None:
 
     five = {"sync": state_of(0.25, 0.131, 0.069, 0.036, 0.019, 0.01)}
     require_same_sync(five, state_of(0.25, 0.0625, 0.015625, 0.01, 0.01), None)
+    replicas = Replicas(dgc(0.01, warmup_steps=8), 2)
+    replicas.train(3)
+    states = replicas.all(lambda rank: copy.deepcopy(replicas.attached[rank].state_dict()) | five)
+    replicas.all(lambda rank: replicas.attached[rank].load_state_dict(states[rank]))
+    replicas.close()
     for other in (state_of(0.25, 0.02), state_of(0.25, 0.01, momentum=0.8), "every_step: fp32"):
         with pytest.raises(ValueError, match="this state was saved with"):
             require_same_sync(five, other, None)
