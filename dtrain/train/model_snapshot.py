@@ -66,7 +66,7 @@ def put_back(state: RankState, attached: Attached, model: nn.Module) -> None:
     """
     pieces = attached.pieces
     stored = {name.removeprefix(SYNC) for name in state.sections if name.startswith(SYNC)}
-    if stored != _elementwise(attached):
+    if stored | set(attached.plan.kinds) != _elementwise(attached):  # what a plan sums up may begin anew
         raise ResumeError(
             f"the checkpoint holds {sorted(stored) or 'no'} state of its sync, the sync of this run keeps "
             f"{sorted(_elementwise(attached)) or 'none'}; resume with the sync that wrote it"
