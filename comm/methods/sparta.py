@@ -5,7 +5,8 @@ Beton et al., 2025, openreview.net/forum?id=stFPf3gzq1.
     k of n coordinates by the shared seed;   parameters_i[k] <- mean_j parameters_j[k]
 
 The coordinates: an affine walk through each parameter, redrawn for each period of 1 / density exchanges, in which each
-coordinate has its turn once. Only values are sent. With density 1 it is Local SGD of one step.
+coordinate has its turn once (by default the authors' code draws each anew in every exchange). Only values are sent.
+With density 1 it is Local SGD of one step.
 There is no anchor: replicas differ, and each evaluates its own parameters; at the end of training all parameters are
 averaged.
 Communication: one `two_phase` flow. Bytes: density x 4 x 2 (M - 1) / M of each parameter. Keeps: nothing.
