@@ -2,8 +2,8 @@
 
 The row for each rank is coded separately, to its own length. All rows of an op must have one size, so the ranks first
 agree on the longest, and the others are padded. It pays where codes are far from random: sparse gradients,
-embeddings, ternary and 4-bit codes, bf16; hardly for 2-bit and 8-bit codes of normal values. An op whose longest code is no
-shorter than the row itself is sent as it is, on every rank, and so are reductions.
+embeddings, ternary and 4-bit codes, bf16; hardly for 2-bit and 8-bit codes of normal values. An op whose longest code
+is no shorter than the row itself is sent as it is, on every rank, and so are reductions.
 
 Every rank knows the plain size of a row, so nothing longer is ever decoded, and a CRC-32 of the code is compared first:
 a flipped bit would silently decode to other numbers.

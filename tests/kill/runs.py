@@ -19,7 +19,8 @@ ROUNDS = ("sync.every_steps=6",)
 SGD = ("optim=sgd", "optim.inner.momentum=0", "optim.inner.lr=0.02")
 CONSTANT = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.inner.weight_decay=0")
 SYNCS: dict[str, tuple[str, ...]] = {
-    "dense": (), "bf16": (), "int8": (), "int8_ef": (), "int4_ef": (), "int2_ef": (), "sign_ef": (), "topk_ef": (), "powersgd_ef": (),
+    "dense": (), "bf16": (), "int8": (), "int8_ef": (), "int4_ef": (), "int2_ef": (), "sign_ef": (), "topk_ef": (),
+    "powersgd_ef": (),
     "dgc": (*SGD, "sync.warmup_steps=10"),
     "onebit_adam": ("sync.warmup_steps=12",),
     "local_sgd": ROUNDS, "slowmo": ROUNDS, "diloco": ROUNDS, "delayed_diloco": ROUNDS, "eager_diloco": ROUNDS,
