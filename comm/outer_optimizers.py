@@ -31,8 +31,10 @@ BLOCK = 512
 class Round:
     """The values of a round that an outer step may use.
 
-    ``inner_lr``: the inner learning rate, its mean over the steps of the round, the same on all replicas. ``last_lr``:
-    that of the last round in which it was above 0, else 0. ``scalar``: what a `Looking` outer optimizer chose.
+    ``inner_lr``: the inner learning rate, its mean over the steps of the round, the same on all replicas.
+    ``every_steps``: the steps of that round, which is the last that has ended; a delayed method applies the
+    pseudo-gradient of the one before it. ``last_lr``: the rate of the last round in which it was above 0, else 0.
+    ``scalar``: what a `Looking` outer optimizer chose.
     """
 
     inner_lr: float = 1.0

@@ -38,8 +38,8 @@ from dtrain.comm.outer_optimizers import (
 )
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.runtime.consistency import Tie
-from dtrain.comm.runtime.knobs import Knob
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS
+from dtrain.comm.runtime.round_lengths import EverySteps
 from dtrain.comm.state import Kind, State
 
 Gap: TypeAlias = Callable[[Tensor, Tensor, Round], Tensor]
@@ -129,7 +129,7 @@ class GapAware:
 
 def co2(
     *,
-    every_steps: Knob = 12,
+    every_steps: EverySteps = 12,
     lr: float = 1.0,
     momentum: float = 0.2,
     gap: Literal["gap_aware", "none"] | float | Gap = "gap_aware",
@@ -142,7 +142,7 @@ def co2(
 
     Args:
         every_steps: tau, inner steps in a round, which hide an exchange that takes no longer; "auto": as many as that
-            takes, see `knobs`.
+            takes, see `knobs`; or rounds of changing length, see `dtrain.rounds`.
         lr: the outer learning rate.
         momentum: of the outer heavy ball, in [0, 1).
         gap: the penalty for staleness: "gap_aware", "none", a number of at least 1, or a rule.

@@ -16,13 +16,13 @@ from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.comm.outer_optimizers import OuterOptimizer, nesterov
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.runtime.consistency import Tie
-from dtrain.comm.runtime.knobs import Knob
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS
+from dtrain.comm.runtime.round_lengths import EverySteps
 
 
 def delayed_diloco(
     *,
-    every_steps: Knob = 100,
+    every_steps: EverySteps = 100,
     outer: OuterOptimizer | None = None,
     compress: Compress = None,
     verify_every: int = VERIFY_ROUNDS,
@@ -31,7 +31,8 @@ def delayed_diloco(
     """DiLoCo with each outer step one round late. For short rounds: it degrades as they grow.
 
     Args:
-        every_steps: H, inner steps in a round, which hide an exchange that takes no longer; or "auto", see `knobs`.
+        every_steps: H, inner steps in a round, which hide an exchange that takes no longer; or "auto", see `knobs`;
+            or rounds of changing length, see `dtrain.rounds`.
         outer: the outer optimizer; ``nesterov(lr=0.7, momentum=0.9)`` by default.
         compress: a compressor for the pseudo-gradients, ``error_feedback(...)`` of one, or None for fp32.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
@@ -46,7 +47,7 @@ def delayed_diloco(
 
 def eager_diloco(
     *,
-    every_steps: Knob = 100,
+    every_steps: EverySteps = 100,
     outer: OuterOptimizer | None = None,
     compress: Compress = None,
     verify_every: int = VERIFY_ROUNDS,
@@ -63,7 +64,13 @@ def eager_diloco(
 
 
 def _late(
-    every_steps: Knob, outer: OuterOptimizer | None, compress: Compress, verify_every: int, tie: Tie, *, eager: bool
+    every_steps: EverySteps,
+    outer: OuterOptimizer | None,
+    compress: Compress,
+    verify_every: int,
+    tie: Tie,
+    *,
+    eager: bool,
 ) -> LocalUpdate:
     return local_update(
         every_steps=every_steps,

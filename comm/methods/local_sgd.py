@@ -11,13 +11,13 @@ from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.comm.outer_optimizers import sgd
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.runtime.consistency import Tie
-from dtrain.comm.runtime.knobs import Knob
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, OuterState
+from dtrain.comm.runtime.round_lengths import EverySteps
 
 
 def local_sgd(
     *,
-    every_steps: Knob,
+    every_steps: EverySteps,
     compress: Compress = None,
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,

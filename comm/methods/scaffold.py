@@ -40,6 +40,7 @@ from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.local_updates import at_work
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, LoopSpec
 from dtrain.comm.runtime.method import Sync
+from dtrain.comm.runtime.round_lengths import RoundLengths
 from dtrain.comm.runtime.step_source import StepSource
 from dtrain.comm.state import Kind, Numbers, State
 
@@ -207,7 +208,7 @@ class _Directing:
 
 def fedavg_m(
     *,
-    every_steps: int = 10,
+    every_steps: int | RoundLengths = 10,
     beta: float = 0.1,
     lr: float = 1.0,
     compress: Compress = None,
@@ -217,7 +218,7 @@ def fedavg_m(
     """FedAvg-M: each local step goes along the last round's mean direction, too.
 
     Args:
-        every_steps: inner steps in a round.
+        every_steps: inner steps in a round, or rounds of changing length, see `dtrain.rounds`.
         beta: the weight of this replica's own gradient, in (0, 1]; 1 is Local SGD.
         lr: the outer learning rate, relative to the mean of what the replicas moved.
         compress: a compressor for the pseudo-gradients, ``error_feedback(...)`` of one, or None for fp32.
@@ -235,7 +236,7 @@ def fedavg_m(
 
 def scaffold_m(
     *,
-    every_steps: int = 10,
+    every_steps: int | RoundLengths = 10,
     beta: float = 1.0,
     lr: float = 1.0,
     compress: Compress = None,
@@ -270,9 +271,9 @@ def _require_stable(plan: Plan) -> None:
             )
 
 
-def _loop(every_steps: int, lr: float, plan: Plan, verify_every: int, tie: Tie) -> LoopSpec:
-    if not isinstance(every_steps, int):
-        raise ValueError(f"every_steps is {every_steps!r}; give a whole number of steps")
+def _loop(every_steps: int | RoundLengths, lr: float, plan: Plan, verify_every: int, tie: Tie) -> LoopSpec:
+    if not isinstance(every_steps, int | RoundLengths):
+        raise ValueError(f"every_steps is {every_steps!r}; give a whole number of steps, or rounds of dtrain.rounds")
     return local_update(every_steps=every_steps, outer=sgd(lr=lr), compress=plan, verify_every=verify_every, tie=tie)
 
 

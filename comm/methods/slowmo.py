@@ -16,13 +16,13 @@ from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.comm.outer_optimizers import SlowMomentum, checked
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.runtime.consistency import Tie
-from dtrain.comm.runtime.knobs import Knob
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, OuterState
+from dtrain.comm.runtime.round_lengths import EverySteps
 
 
 def slowmo(
     *,
-    every_steps: Knob = 48,
+    every_steps: EverySteps = 48,
     lr: float = 1.0,
     momentum: float = 0.5,
     compress: Compress = None,
@@ -34,7 +34,8 @@ def slowmo(
     """SlowMo. The inner learning rate must be the same for all parameters.
 
     Args:
-        every_steps: inner steps in a round, 12 to 48 as a rule; or "auto", see `knobs`.
+        every_steps: inner steps in a round, 12 to 48 as a rule; or "auto", see `knobs`; or rounds of changing length,
+            see `dtrain.rounds`.
         lr: alpha, the slow learning rate.
         momentum: beta, the slow momentum, in [0, 1).
         compress: a compressor for the pseudo-gradients, ``error_feedback(...)`` of one, or None for fp32.

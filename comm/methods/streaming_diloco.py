@@ -11,6 +11,7 @@ Keeps: the anchor and the outer momentum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.comm.outer_optimizers import OuterOptimizer, nesterov
@@ -19,17 +20,19 @@ from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.fragments import FirstRound, Pattern, fragments
 from dtrain.comm.runtime.knobs import Knob
 from dtrain.comm.runtime.loop_spec import VERIFY_ROUNDS, OuterState
+from dtrain.comm.runtime.round_lengths import EverySteps
 
 
 def streaming_diloco(
     *,
-    every_steps: Knob = 100,
+    every_steps: EverySteps = 100,
     layers_per_fragment: Knob = 3,
     overlap_steps: Knob = 1,
     mix: float | None = None,
     outer: OuterOptimizer | None = None,
     compress: Compress = None,
     warmup_steps: int = 0,
+    warmup_compress: Compress | Literal["same"] = None,
     outer_state: OuterState = "replicated",
     pattern: Pattern = "strided",
     fragments_by_name: Sequence[Sequence[str]] = (),
@@ -43,7 +46,9 @@ def streaming_diloco(
     """Streaming DiLoCo.
 
     Args:
-        every_steps: H, the inner steps between two exchanges of a fragment, or "auto"; see `knobs`.
+        every_steps: H, the inner steps between two exchanges of a fragment; or "auto", see `knobs`; or rounds of
+            changing length, see `dtrain.rounds`: fragments take turns within each, the shortest of which must be longer
+            than the overlap and have a step for each fragment.
         layers_per_fragment: blocks in a fragment; 0 is one fragment with everything; or "auto".
         overlap_steps: inner steps made while a fragment is under way; up to 5 cost next to nothing; or "auto".
         mix: the weight of a replica's own parameters when the new anchor is merged; 0 with an overlap of up to one step
@@ -51,6 +56,7 @@ def streaming_diloco(
         outer: the outer optimizer; ``nesterov(lr=0.4, momentum=0.9)`` by default, the paper's choice.
         compress: a compressor for the pseudo-gradients, for example ``quantize(grid="e3m0")``, the paper's 4 bits.
         warmup_steps: steps of data parallelism before the first round.
+        warmup_compress: a compressor for their gradients, None for fp32, or "same"; see `local_update`.
         outer_state: "offloaded": in host memory, except for the fragment whose round begins or ends.
         pattern: "strided" (every P-th block) or "sequential" (neighbours).
         fragments_by_name: instead of blocks, shell patterns over parameter names, a list for each fragment.
@@ -82,6 +88,7 @@ def streaming_diloco(
         overlap_steps=overlap_steps,
         mix=mix,
         warmup_steps=warmup_steps,
+        warmup_compress=warmup_compress,
         outer_state=outer_state,
         utilization=utilization,
         lossless=lossless,

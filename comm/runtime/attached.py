@@ -15,7 +15,6 @@ from dtrain.comm.collectives.exchange import consolidate
 from dtrain.comm.kernels import compile_what_is_due
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Choosing
-from dtrain.comm.plans.plan import kinds_of
 from dtrain.comm.runtime.context import Context
 from dtrain.comm.runtime.method import Method
 from dtrain.comm.runtime.optimizer_mode import mode_kept
@@ -132,8 +131,8 @@ class Attached:
         """
         if not 0 < factor < math.inf:
             raise ValueError(f"factor is {factor!r}; give the new scale over the old one, a positive finite number")
-        names = {name for name, kind in kinds_of(self.plan).items() if kind != "opaque"}
-        self.state.scale(names, factor)
+        kinds = self.state.kinds
+        self.state.scale({name for name in self.context.fed_back if kinds.get(name) != "opaque"}, factor)
 
     # ---- evaluation and agreement ----------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from dtrain.comm.layout import Named, matrices
 from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import begun
-from dtrain.comm.plans.plan import Plan, unmatched
+from dtrain.comm.plans.plan import Plan, kinds_of, unmatched
 from dtrain.comm.runtime.agreement import sum_over_shards, without_addresses
 from dtrain.comm.runtime.membership.membership import Fixed, Membership
 from dtrain.comm.seeds import Key
@@ -53,6 +53,7 @@ class Context:
         self.state, self.parameters_kind = State(kinds), parameters_kind
         self.membership: Membership = Fixed(pieces) if membership is None else membership
         self.plan = begun(plan, list(pieces.shapes))
+        self.fed_back = {*kinds_of(plan)}  # names of the state that feedback and compressors keep
         self.matrices = matrices(pieces.segments, pieces.shapes)
         self.meter = pieces.channel.meter  # bytes sent and exposed seconds
         self.steps = self.skipped = self.skipped_in_a_row = self.repairs = 0

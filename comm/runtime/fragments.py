@@ -45,24 +45,18 @@ class Fragments:
             return [list(shapes)]
         return _by_blocks(self.layers, self.pattern, shapes)
 
-    def offsets(self, count: int, every_steps: int) -> list[int]:
-        """For each of ``count`` fragments, how many steps after the first it is exchanged."""
-        return [(number * every_steps // count if self.staggered else 0) for number in range(count)]
+    def due(self, step: int, count: int, every_steps: int, *, first: bool) -> list[int]:
+        """The fragments that are exchanged after step ``step`` of a period of ``every_steps``, counted from 1.
 
-    def due(self, step: int, count: int, every_steps: int) -> list[int]:
-        """The fragments that are exchanged after step ``step``, counted from 1.
-
-        ``first_round="full"``: each fragment's first exchange comes after a full period (the paper's schedule);
-        "early": after a part of the first period, as in torchft.
+        ``first``: it is the first period. ``first_round="full"``: each fragment's first exchange comes after a full
+        period (the paper's schedule); "early": after a part of the first period, as in torchft.
         """
-        due = []
-        for number, offset in enumerate(self.offsets(count, every_steps)):
-            first = offset + every_steps
-            if self.first_round == "early" and self.staggered:
-                first = (number + 1) * every_steps // count
-            if step >= first and (step - first) % every_steps == 0:
-                due.append(number)
-        return due
+        early = self.first_round == "early" and self.staggered
+        turns = range(1, count + 1) if early else range(count)
+        offsets = [turn * every_steps // count if self.staggered else 0 for turn in turns]
+        if first and not early:
+            offsets = [0 if offset == 0 else every_steps + 1 for offset in offsets]
+        return [number for number, offset in enumerate(offsets) if step == (offset or every_steps)]
 
 
 WHOLE = Fragments()

@@ -11,7 +11,7 @@ from dtrain.comm.runtime.agreement import agreement_digest
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.context import Context, description
 from dtrain.comm.runtime.loop import Deltas, LocalUpdateLoop, Parts
-from dtrain.comm.runtime.loop_spec import LoopSpec
+from dtrain.comm.runtime.loop_spec import PLAIN, LoopSpec
 from dtrain.comm.runtime.membership.elastic import Elastic
 from dtrain.comm.runtime.membership.elastic_rounds import ElasticRounds
 from dtrain.comm.runtime.membership.members import Members
@@ -40,8 +40,8 @@ def at_work(
     require_one_rate(spec, pieces)
     called = name if spec.outer_state == "replicated" else f"{name}, {spec.outer_state}"
     context = Context(
-        pieces, seed, description(called, spec.plan, spec, (*SETTINGS, *settings)), plan=spec.plan, kinds=spec.kinds,
-        parameters_kind="per_worker",
+        pieces, seed, description(called, spec.plan, spec, (*settings_of(spec), *settings)), plan=spec.plan,
+        kinds=spec.kinds, parameters_kind="per_worker",
     )  # fmt: skip
     context.begin(f"{spec}")
     parts = parts_of(spec, context)
@@ -62,7 +62,7 @@ def among_members(spec: LoopSpec, pieces: Pieces, seed: int, members: Members) -
         "local_update, elastic" if spec.outer_state == "replicated" else f"local_update, elastic, {spec.outer_state}"
     )
     context = Context(
-        pieces, seed, description(called, spec.plan, spec, SETTINGS), plan=spec.plan, kinds=spec.kinds,
+        pieces, seed, description(called, spec.plan, spec, settings_of(spec)), plan=spec.plan, kinds=spec.kinds,
         parameters_kind="per_worker", membership=membership,
     )  # fmt: skip
     model = agreement_digest(context.description, f"{spec}; seed={context.seed}", pieces).hex()
@@ -85,8 +85,14 @@ def parts_of(spec: LoopSpec, context: Context) -> Parts:
         store = ReplicatedStore(context, spec.outer) if replicated else OffloadedStore(context, spec.outer)
         parts = Parts(store, Deltas(spec, context))
     if spec.warmup_steps:
-        parts.source = WarmUp(context, spec.warmup_steps)
+        parts.source = WarmUp(context, spec.warmup_steps, spec.warmup_plan)
     return parts
+
+
+def settings_of(spec: LoopSpec) -> tuple[str, ...]:
+    """The fields of ``spec`` that must match: `SETTINGS`, and what older states do not name where it is not used."""
+    used = {"lengths": spec.lengths is not None, "warmup_plan": spec.warmup_plan != PLAIN}
+    return (*SETTINGS, *(name for name, use in used.items() if use))
 
 
 def require_one_rate(spec: LoopSpec, pieces: Pieces) -> None:
@@ -109,6 +115,10 @@ REFUSED_AMONG_MEMBERS: dict[str, Callable[[LoopSpec], bool]] = {
     # Chosen once, from measurements on all replicas.
     "a knob that is 'auto'": lambda spec: spec.auto is not None,
     "a plan that changes by itself": lambda spec: not begun(spec.plan, []).settled,
+    # A newcomer's learning rate may be another one, and replicas would wait for each other at different steps.
+    "rounds whose length follows from the learning rate": lambda spec: (
+        spec.lengths is not None and spec.lengths.follows_rate
+    ),
     # It is a sum over the replicas of earlier rounds.
     "feedback that keeps the replicas' mean": lambda spec: not spec.weighs,
 }

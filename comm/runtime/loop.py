@@ -118,8 +118,10 @@ class LocalUpdateLoop(GradientSteps):
             fragment.stepped(self.context.rate)  # skipped steps count too: rates must be equal on all replicas
         if self.context.steps <= self.spec.warmup_steps:
             self._end_warmup_step()
-        elif self.cadence.measured():
-            self._end_step_of_rounds()
+        else:
+            self.cadence.step_ended()
+            if self.cadence.measured():
+                self._end_step_of_rounds()
         self.store.rest()
         soon = [*self.cadence.due(ahead=1), *self.cadence.arriving(ahead=1)]
         for fragment in soon:
@@ -287,7 +289,7 @@ class LocalUpdateLoop(GradientSteps):
         pieces.write(merged, fragment.fqns)
 
     def _round_of(self, fragment: Fragment) -> Round:
-        return Round(fragment.rates[2], self.cadence.knobs.every_steps, last_lr=fragment.rates[3])
+        return Round(fragment.rates[2], fragment.steps, last_lr=fragment.rates[3])
 
     # ---- the warm-up, and the anchor ---------------------------------------------------------------------------------
 

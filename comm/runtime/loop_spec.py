@@ -8,13 +8,17 @@ from typing import Literal, TypeAlias
 from dtrain.comm.aggregators.mean import Aggregator
 from dtrain.comm.collectives.exchange import Route
 from dtrain.comm.outer_optimizers import OuterOptimizer
-from dtrain.comm.plans.plan import Plan, kinds_of
+from dtrain.comm.plans.plan import Plan, as_plan, kinds_of
 from dtrain.comm.runtime.consistency import Tie
 from dtrain.comm.runtime.fragments import WHOLE, Fragments
 from dtrain.comm.runtime.knobs import Auto, Knobs
+from dtrain.comm.runtime.round_lengths import RoundLengths
 from dtrain.comm.state import Kind
 
 VERIFY_ROUNDS = 10
+PLAIN: Plan = as_plan(None)
+UNSENT = "unsent"
+"""What a replica's gradients in the warm-up still had to send at its end; see `step_source.WarmUp`."""
 
 Delay: TypeAlias = Literal["none", "stale", "eager"]
 OuterState: TypeAlias = Literal["replicated", "sharded", "offloaded"]
@@ -22,7 +26,11 @@ OuterState: TypeAlias = Literal["replicated", "sharded", "offloaded"]
 
 @dataclass(frozen=True)
 class LoopSpec:
-    """The settings of a loop of local updates; see `dtrain.comm.methods.local_update.local_update`."""
+    """The settings of a loop of local updates; see `dtrain.comm.methods.local_update.local_update`.
+
+    ``every_steps``: where rounds differ in length, as ``lengths`` says, that of the shortest. ``warmup_plan``: the
+    compression of gradients in the warm-up.
+    """
 
     every_steps: int
     outer: OuterOptimizer
@@ -39,6 +47,8 @@ class LoopSpec:
     route: Route = "two_phase"
     tie: Tie = "stop"
     lossless: int | None = None
+    lengths: RoundLengths | None = None
+    warmup_plan: Plan = PLAIN
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -47,7 +57,10 @@ class LoopSpec:
             outer = {**dict.fromkeys(outer, "per_worker"), "own_delta": "per_worker"}
         if self.overlaps:
             outer["arrived"] = "replicated"
-        return {**outer, **kinds_of(self.plan)}
+        warmup: dict[str, Kind] = kinds_of(self.warmup_plan)
+        if "residual" in warmup:
+            warmup[UNSENT] = "per_worker"
+        return {**outer, **warmup, **kinds_of(self.plan)}
 
     @property
     def overlaps(self) -> bool:

@@ -52,8 +52,9 @@ class Pinned:
 
 @dataclass
 class Fragment:
-    """One fragment's rounds. ``captured``, ``tokens``: the step, and the tokens seen, when its last round began.
+    """One fragment's rounds. ``captured``, ``tokens``: the step, and the tokens seen, when its present round began.
 
+    ``steps``: the length of the round before it; until there is one, that of a full round.
     ``scalar``: what a `Looking` outer optimizer chose for it. ``rates``: the mean inner learning rate of the
     current round, its number of steps, the mean of the round before, and the last non-zero mean before that.
     """
@@ -63,6 +64,7 @@ class Fragment:
     captured: int = 0
     tokens: int = 0
     scalar: float = 0.0
+    steps: int = 1
     rates: tuple[float, int, float, float] = (0.0, 0, 0.0, 0.0)
     reductions: list[Reduction] = field(default_factory=list)
 
@@ -74,7 +76,7 @@ class Fragment:
 
     def begin_round(self, step: int, tokens: int, rate: float) -> None:
         """Begin a round. ``rate``: the present one, taken as the last round's mean if that had no step."""
-        self.captured, self.tokens = step, tokens
+        self.captured, self.tokens, self.steps = step, tokens, step - self.captured
         mean, steps, last, before = self.rates
         self.rates = (0.0, 0, mean if steps else rate, last or before)
 
@@ -82,6 +84,7 @@ class Fragment:
         """What a checkpoint keeps of this fragment."""
         reduction = self.reductions[0] if self.reductions else None
         values: Numbers = {"captured": self.captured, "tokens": self.tokens, "scalar": float(self.scalar)}
+        values["steps"] = self.steps
         mean, made, last, before = self.rates
         values |= zip(RATES, (float(mean), made, float(last), float(before)), strict=True)
         values["flight"] = reduction.captured if reduction else NEVER
@@ -95,7 +98,8 @@ class Fragment:
             int(numbers[prefix + name]) for name in ("captured", "tokens", "flight", "arrived")
         )
         self.captured, self.tokens, self.scalar = captured, tokens, float(numbers[prefix + "scalar"])
-        # Older checkpoints have none.
+        # Older checkpoints have none of these.
+        self.steps = int(numbers.get(prefix + "steps", self.steps))
         mean, made, last, before = (numbers.get(prefix + name, 0.0) for name in RATES)
         self.rates = (mean, int(made), last, before)
         self.reductions, values = [], None

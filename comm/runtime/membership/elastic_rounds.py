@@ -146,11 +146,14 @@ class ElasticRounds:
         counters = {name: getattr(self._context, name) for name in COUNTERS} | {
             name: value for name, value in loop.numbers().items() if name in loop.counters
         }
-        progress = [(f.captured, f.scalar, [reduction.captured for reduction in f.reductions]) for f in fragments]
+        progress = [
+            (f.captured, f.scalar, f.steps, [reduction.captured for reduction in f.reductions]) for f in fragments
+        ]
         rates = [fragment.rates for fragment in fragments]
         position = self.membership.position
         state_of_run = {
-            "tensors": tensors, "counters": counters, "parts": progress, "rates": rates, "position": position
+            "tensors": tensors, "counters": counters, "parts": progress, "rates": rates, "position": position,
+            "cycle": loop.cadence.cycle,
         }  # fmt: skip
         buffer = io.BytesIO()
         torch.save(state_of_run, buffer)
@@ -178,8 +181,9 @@ class ElasticRounds:
             owner = context if name in (*COUNTERS, "repairs") else loop.cadence if name == "cycles" else loop
             setattr(owner, name, value)
         progress = zip(loop.cadence.fragments, shared["parts"], shared["rates"], strict=True)
-        for fragment, (captured, scalar, reductions), rates in progress:
-            fragment.captured, fragment.scalar, fragment.rates = captured, scalar, tuple(rates)
+        loop.cadence.cycle = tuple(shared["cycle"])
+        for fragment, (captured, scalar, steps, reductions), rates in progress:
+            fragment.captured, fragment.scalar, fragment.steps, fragment.rates = captured, scalar, steps, tuple(rates)
             fragment.tokens = loop.tokens
             fragment.reductions = [_empty_reduction(loop, fragment, captured, device) for captured in reductions]
         self.membership.position = shared["position"]
@@ -196,10 +200,11 @@ class ElasticRounds:
             "parameters": shapes != {fqn: (anchor.shape, anchor.dtype) for fqn, anchor in anchors.items()},
             "names": not {name for named in tensors.values() for name in named} <= {*self._context.state.kinds},
             "values": not all(is_finite(tensor) for named in tensors.values() for tensor in named.values()),
+            "cycle": len(shared["cycle"]) != 2 or not all(map(_number, shared["cycle"])),
             "parts": len(progress) != len(fragments)
             or not all(
-                _number(captured, NEVER) and math.isfinite(scalar) and all(map(_number, reductions))
-                for captured, scalar, reductions in progress
+                _number(captured, NEVER) and math.isfinite(scalar) and all(map(_number, (steps, *reductions)))
+                for captured, scalar, steps, reductions in progress
             ),
             "rates": len(shared["rates"]) != len(fragments)
             or not all(

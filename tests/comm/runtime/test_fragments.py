@@ -44,12 +44,18 @@ def test_two_stacks_and_a_bare_sequence_have_blocks_too() -> None:
     assert fragments(1).cut({"0.weight": (4,), "2.weight": (4,)}) == [["0.weight"], ["2.weight"]]
 
 
+def due(plan: Fragments, step: int, count: int, every: int) -> list[int]:
+    """After ``step`` steps in periods of one length."""
+    begun = (step - 1) // every * every
+    return plan.due(step - begun, count, every, first=not begun)
+
+
 @given(st.integers(1, 40), st.integers(1, 9), st.booleans())
 def test_every_fragment_has_its_turn_once_in_each_period(every: int, count: int, early: bool) -> None:
     plan = Fragments(1, first_round="early" if early else "full")
     turns: dict[int, list[int]] = {number: [] for number in range(count)}
     for step in range(1, 5 * every + 1):
-        for number in plan.due(step, count, every):
+        for number in due(plan, step, count, every):
             turns[number].append(step)
     for number, steps in turns.items():
         assert all(later - sooner == every for sooner, later in itertools.pairwise(steps))
@@ -59,12 +65,32 @@ def test_every_fragment_has_its_turn_once_in_each_period(every: int, count: int,
 
 def test_the_papers_schedule_and_the_other_one() -> None:
     def turns(plan: Fragments, number: int) -> list[int]:
-        return [step for step in range(1, 301) if number in plan.due(step, 2, 100)]
+        return [step for step in range(1, 301) if number in due(plan, step, 2, 100)]
 
     assert turns(Fragments(1), 0) == [100, 200, 300] and turns(Fragments(1), 1) == [150, 250]
     early = Fragments(1, first_round="early")
     assert turns(early, 0) == [50, 150, 250] and turns(early, 1) == [100, 200, 300]
     assert turns(Fragments(1, staggered=False), 1) == [100, 200, 300]
+
+
+@given(st.integers(1, 6), st.booleans(), st.data())
+def test_in_periods_that_differ_no_round_is_shorter_than_the_shortest(
+    count: int, early: bool, data: st.DataObject
+) -> None:
+    least = data.draw(st.integers(count, 12))
+    periods = data.draw(st.lists(st.integers(least, 30), min_size=2, max_size=6))
+    plan = Fragments(1, first_round="early" if early else "full")
+    turns: dict[int, list[int]] = {number: [] for number in range(count)}
+    begun = 0
+    for every in periods:
+        for step in range(1, every + 1):
+            for number in plan.due(step, count, every, first=not begun):
+                turns[number].append(begun + step)
+        begun += every
+    for steps in turns.values():
+        assert len(steps) >= len(periods) - 1 and (early or steps[0] >= periods[0])
+        assert all(later - sooner >= least for sooner, later in itertools.pairwise(steps))
+    assert turns[count - 1 if early else 0] == list(itertools.accumulate(periods))
 
 
 def test_by_hand() -> None:
