@@ -26,6 +26,7 @@ from dtrain.comm.transports.simulate import simulate
 from dtrain.comm.transports.threads import Meeting
 from dtrain.comm.transports.transport import SelfTransport
 from dtrain.compress import error_feedback, quantize
+from dtrain.rounds import lengths, qsr
 from dtrain.testing import WorkerPool
 from dtrain.testing.replicas import Replica
 
@@ -48,6 +49,13 @@ SYNCS: dict[str, Callable[[], Sync]] = {
     ),
     "eager": lambda: eager_diloco(every_steps=3),
     "co2": lambda: co2(every_steps=3, compress=quantize(bits=8, block=64)),
+    "warm-up in few bits": lambda: diloco(
+        every_steps=3, compress=error_feedback(quantize(bits=4, block=16)), warmup_steps=4, warmup_compress="same"
+    ),
+    "rounds of changing length": lambda: streaming_diloco(
+        every_steps=lengths([5, 3, 4]), layers_per_fragment=1, overlap_steps=2, first_round="early"
+    ),
+    "rounds by the rate": lambda: diloco(every_steps=qsr(alpha=0.02, base=2)),
 }
 
 

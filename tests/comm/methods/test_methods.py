@@ -30,9 +30,10 @@ from dtrain.comm.outer_optimizers import Round
 from dtrain.comm.runtime import loop as rounds
 from dtrain.comm.runtime.loop_spec import OuterState
 from dtrain.comm.runtime.method import Sync
-from dtrain.compress import cast, error_feedback, quantize
+from dtrain.compress import cast, econtrol, ef21, error_feedback, powersgd, quantize, topk
 from dtrain.outer import adam, fedhyper, nesterov, sgd
 from dtrain.plans import lgreco
+from dtrain.rounds import lengths, power, qsr
 from dtrain.testing.replicas import Parameters, Replicas, common, equal, quadratic
 from tests.comm.zoo import draw, named
 
@@ -40,6 +41,7 @@ E3M0 = quantize("e3m0", block=16)
 STREAMING = streaming_diloco(
     every_steps=6, layers_per_fragment=1, overlap_steps=2, compress=error_feedback(quantize(bits=4, block=16))
 )
+EF4 = error_feedback(quantize(bits=4, block=16))
 METHODS: dict[str, LocalUpdate] = {
     "local_sgd": local_sgd(every_steps=3),
     "post_local_sgd": post_local_sgd(every_steps=3, warmup_steps=4),
@@ -51,6 +53,16 @@ METHODS: dict[str, LocalUpdate] = {
     "delayed": delayed_diloco(every_steps=3),
     "eager": eager_diloco(every_steps=3),
     "co2": co2(every_steps=3),
+    "local_sgd, lengths": local_sgd(every_steps=lengths([2, 4, 3])),
+    "slowmo, power law": slowmo(every_steps=power(steps=20, rounds=5, power=1.7)),
+    "diloco, by the rate": diloco(every_steps=qsr(alpha=0.1, base=2, warmup_steps=3)),
+    "streaming, lengths": streaming_diloco(every_steps=lengths([4, 7, 5]), layers_per_fragment=1, overlap_steps=2),
+    "streaming, early, lengths": streaming_diloco(
+        every_steps=lengths([4, 6, 3]), layers_per_fragment=1, overlap_steps=1, first_round="early"
+    ),
+    "delayed, lengths": delayed_diloco(every_steps=lengths([3, 5, 2])),
+    "eager, lengths": eager_diloco(every_steps=lengths([3, 5, 2])),
+    "co2, power law": co2(every_steps=power(steps=20, rounds=5, power=1.7)),
 }
 
 
@@ -97,6 +109,28 @@ EQUAL: dict[str, tuple[Sync, Sync]] = {
     "feedback of a compressor that loses nothing is none": (
         diloco(every_steps=3, compress=error_feedback(cast("fp32"))),
         diloco(every_steps=3),
+    ),
+    "as with a compressor that loses nothing": (
+        diloco(every_steps=2, warmup_steps=5, warmup_compress=error_feedback(cast("fp32"))),
+        diloco(every_steps=2, warmup_steps=5),
+    ),
+    "a warm-up in few bits without end is data parallelism in few bits": (
+        diloco(every_steps=2, warmup_steps=99, warmup_compress=EF4),
+        every_step(compress=EF4),
+    ),
+    "rounds of equal lengths are rounds of one length": (
+        streaming_diloco(every_steps=lengths([4]), layers_per_fragment=1, overlap_steps=2, compress=EF4),
+        streaming_diloco(every_steps=4, layers_per_fragment=1, overlap_steps=2, compress=EF4),
+    ),
+    "so are those of a power of 1": (
+        co2(every_steps=power(steps=12, rounds=4, power=1)),
+        co2(every_steps=3),
+    ),
+    "and those of a constant learning rate": (
+        streaming_diloco(
+            every_steps=qsr(alpha=0.1, base=3), layers_per_fragment=1, overlap_steps=1, first_round="early"
+        ),
+        streaming_diloco(every_steps=4, layers_per_fragment=1, overlap_steps=1, first_round="early"),
     ),
     "outer heavy ball has one name": (
         diloco(every_steps=3, outer=HEAVY),
@@ -220,7 +254,7 @@ def test_the_same_data_on_all_replicas_is_one_replica(name: str, world: int) -> 
         alone.train(1)
         together.train(1)
         assert all(equal(together.live(rank), together.live(0)) for rank in range(world))
-        if name != "eager":  # which counts on others that are a round late
+        if spec.delay != "eager":  # which counts on others that are a round late
             assert equal(together.live(0), alone.live(0))
 
 
@@ -331,6 +365,19 @@ def test_eager_in_numpy() -> None:
 
 RESUMED = {
     **METHODS,
+    "warm-up in few bits": diloco(every_steps=3, compress=EF4, warmup_steps=4, warmup_compress="same"),
+    "warm-up with two debts": streaming_diloco(
+        every_steps=6,
+        layers_per_fragment=1,
+        compress=ef21(topk(0.3)),
+        warmup_steps=5,
+        warmup_compress=econtrol(topk(0.3), eta=0.1),
+    ),
+    "warm-up in low rank": diloco(
+        every_steps=3, compress=error_feedback(powersgd(2)), warmup_steps=5, warmup_compress="same"
+    ),
+    "sharded, lengths": diloco(every_steps=lengths([3, 5, 2]), outer_state="sharded", warmup_steps=2),
+    "offloaded, lengths": diloco(every_steps=lengths([3, 5, 2]), outer_state="offloaded", compress=E3M0),
     "streaming, 4 bits with feedback": STREAMING,
     "co2, 8 bits with feedback": co2(every_steps=4, compress=error_feedback(quantize(bits=8, block=16))),
     "fedhyper": streaming_diloco(every_steps=4, layers_per_fragment=1, outer=fedhyper(kappa=0.3)),
@@ -342,13 +389,13 @@ RESUMED = {
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_stop_at_any_step_leaves_no_trace(name: str) -> None:
     spec = RESUMED[name]
-    whole = Replicas(spec, 3)
-    for _ in range(2 * spec.every_steps + 4):
+    whole, longest = Replicas(spec, 3), spec.every_steps if spec.lengths is None else 7
+    for _ in range(2 * longest + 4):
         whole.train(1)
         again = whole.resumed()
         end = Replicas(spec, 3)
-        end.train(whole.attached[0].steps + spec.every_steps + 1)
-        again.train(spec.every_steps + 1)
+        end.train(whole.attached[0].steps + longest + 1)
+        again.train(longest + 1)
         for rank in range(3):
             assert equal(again.live(rank), end.live(rank))
             for kept in spec.kinds:
