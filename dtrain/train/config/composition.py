@@ -314,9 +314,11 @@ class _Composition:
                 raise ConfigError(f"{place}{word.given}: a run has one {name}; {command}")
             near = targets.hint(targets.closest(str(value), options))
             raise ConfigError(f"{place}{word.given}: there is no such choice{near} (there are {', '.join(options)})")
-        # Every group of dtrain's has a default choice already: only others need the "+".
+        # Every group of dtrain's has a default choice already: only others, and other places in a sync, need the "+".
         package = f"@{word.package}" if word.package is not None else ""
-        return f"{'' if name in self._ours else '+'}{name}{package}={value}"
+        elsewhere = str(word.package).startswith("sync.") and word.package != "sync.compress"
+        default = name in self._ours and not elsewhere
+        return f"{'' if default else '+'}{name}{package}={value}"
 
     def _sets(self, word: Word) -> list[str]:
         """The keys that a choice sets; a ``_target_`` mapping counts as one."""

@@ -47,12 +47,21 @@ def expected(annotation: object) -> str | None:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
-        words = [expected(argument) for argument in arguments if not _of_torch(argument)]
+        words = [expected(member) for member in _members(arguments)]
         return None if None in words or not words else " or ".join(cast(list[str], words))
     if origin is tuple and arguments and Ellipsis not in arguments:
         words = [expected(argument) for argument in arguments]
         return None if None in words else f"a list [{', '.join(cast(list[str], words))}]"
     return None
+
+
+def _members(union: Iterable[object]) -> list[object]:
+    """The members that a YAML value can be; a Protocol, which a mapping with a ``_target_`` makes, if there is no other
+    but null.
+    """
+    members = [member for member in union if not _of_torch(member)]
+    plain = [member for member in members if not getattr(member, "_is_protocol", False)]
+    return plain if {*plain} - {type(None)} else members
 
 
 def _of_torch(annotation: object) -> bool:
@@ -69,9 +78,7 @@ def admits(annotation: object, value: object) -> bool:
     if origin is Literal:
         return value in arguments
     if origin in (Union, types.UnionType):
-        return any(admits(argument, value) for argument in arguments if not _of_torch(argument)) or not expected(
-            annotation
-        )
+        return any(admits(member, value) for member in _members(arguments)) or not expected(annotation)
     if expected(annotation) is not None:  # a tuple of fixed length; YAML has only lists
         fits = isinstance(value, list | tuple) and len(value) == len(arguments)
         return fits and all(map(admits, arguments, cast("list[object]", value)))
@@ -129,7 +136,7 @@ def holds_text(annotation: object, default: object = inspect.Parameter.empty) ->
         return "text" if isinstance(default, str) else "unknown"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
-        members = [argument for argument in arguments if argument is not type(None) and not _of_torch(argument)]
+        members = [member for member in _members(arguments) if member is not type(None)]
         kinds, optional = {holds_text(member) for member in members}, type(None) in arguments
         if kinds == {"text"}:
             return "optional text" if optional else "text"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dtrain.comm.runtime.method import Sync
+    from dtrain.comm.runtime.round_lengths import RoundLengths
 
 AT_LEAST_ONE = (
     "mesh.replicate", "mesh.shard", "train.steps", "train.batch_size", "train.keep_checkpoints",
@@ -52,6 +53,7 @@ def validate(config: Config) -> dict[str, object]:
     if problems:
         raise ConfigError("\n".join(problems))
     sync = _sync(config)
+    _rounds(config, sync)
     of_parameters = not takes_model(config.optim.inner)
     if of_parameters:
         _optimizer(config, sync)
@@ -138,7 +140,26 @@ def warnings(config: Config) -> list[str]:
             f"sync.every_steps={period} is more than the {steps - warmup} steps there are: the replicas train alone "
             "and are combined once, at the end"
         )
-    return unlikely
+    return [*unlikely, *_unlikely_rounds(config)]
+
+
+def _unlikely_rounds(config: Config) -> Iterator[str]:
+    """Of rounds that change in length."""
+    rounds, steps = config.sync.get("every_steps"), _steps_of_rounds(config)
+    if not isinstance(rounds, Mapping):
+        return
+    name, rising = str(rounds.get("_target_")), config.optim.warmup_steps - (config.train.steps - steps)
+    planned, short = rounds.get("steps"), rounds.get("warmup_steps", 0)
+    if name == "dtrain.rounds.power" and isinstance(planned, int) and planned > steps > 0:
+        yield (
+            f"sync.every_steps.steps={planned} is more than the {steps} steps of rounds that there are: the last "
+            "rounds of the power law are left out"
+        )
+    if name == "dtrain.rounds.qsr" and isinstance(short, int) and short < rising:
+        yield (
+            f"the learning rate rises for {rising} steps of rounds, in which the quadratic rule would make them long; "
+            f"sync.every_steps.warmup_steps={rising} keeps them short there"
+        )
 
 
 def _engine(config: Config) -> Iterator[str]:
@@ -166,6 +187,22 @@ def _sync(config: Config) -> Sync:
         target = config.sync["_target_"]
         raise ConfigError(f"sync: {target} makes a {type(sync).__name__}, no sync: take dtrain.every_step, for example")
     return sync
+
+
+def _rounds(config: Config, sync: Sync) -> None:
+    """Refuse rounds that end before training does."""
+    lengths: RoundLengths | None = getattr(sync, "lengths", None)
+    steps = _steps_of_rounds(config)
+    if lengths is not None and lengths.steps is not None and lengths.steps < steps:
+        raise ConfigError(
+            f"sync.every_steps: {lengths} has rounds for {lengths.steps} steps, and the run has {steps} (train.steps="
+            f"{config.train.steps} less sync.warmup_steps); give rounds for all of them"
+        )
+
+
+def _steps_of_rounds(config: Config) -> int:
+    warmup = config.sync.get("warmup_steps", 0)
+    return config.train.steps - (warmup if isinstance(warmup, int) else 0)
 
 
 def _optimizer(config: Config, sync: Sync, model: nn.Module | None = None) -> None:

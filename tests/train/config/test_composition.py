@@ -150,6 +150,15 @@ def test_an_override_sets_its_key_and_no_other(override: str, expected: object) 
     assert all(difference.key.startswith(key) for difference in differences(before, config))
 
 
+def test_a_compressor_may_be_chosen_for_the_warm_up_too() -> None:
+    config = compose(["run.dir=x", "compress=int4", "compress@sync.warmup_compress=int8_ef"])
+    warmup = config.sync["warmup_compress"]
+    assert isinstance(warmup, dict) and warmup["_target_"] == "dtrain.compress.error_feedback"
+    assert compose(["run.dir=x", "compress=int4"]).sync == {
+        key: value for key, value in config.sync.items() if key != "warmup_compress"
+    }
+
+
 def test_the_last_override_of_a_key_counts() -> None:
     assert compose(["train.steps=3", "engine=ddp", "train.steps=4", "engine=zero1"]).train.steps == 4
     assert compose(["engine=ddp", "engine=zero1"]).engine.name == "zero1"

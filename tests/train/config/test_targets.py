@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dtrain.comm.outer_optimizers import OuterOptimizer
+from dtrain.comm.runtime.round_lengths import EverySteps
 from dtrain.errors import ConfigError, DataError
 from dtrain.train.config import build_model, instantiate
 from dtrain.train.config.targets import admits, check, closest, expected, hint, locate
@@ -143,6 +145,13 @@ def test_a_hint_is_one_of_the_candidates_or_nothing(name: str, candidates: list[
         (int | Literal["all"], [3, "all"], ["x", 1.5], "an integer or one of all"),
         (float | torch.Tensor, [1, 0.5], ["abc", None], "a number"),  # AdamW's lr; no configuration holds a tensor
         (torch.Tensor | datetime.date, ["anything"], [], None),
+        (
+            EverySteps,
+            [3, "auto"],
+            ["often", [5, 10], None],
+            "an integer or one of auto",
+        ),  # a Protocol comes by _target_
+        (OuterOptimizer | None, ["anything", None], [], None),  # left to the target, which says what it takes
         (
             tuple[float, int | torch.Tensor],
             [[0.5, 1]],

@@ -14,7 +14,7 @@ from torch import nn
 
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.train.config import Config, MeshConfig, validate
-from dtrain.train.config.validation import AT_LEAST_ONE, NOT_NEGATIVE
+from dtrain.train.config.validation import AT_LEAST_ONE, NOT_NEGATIVE, warnings
 
 Make = Callable[..., Config]
 
@@ -181,6 +181,18 @@ def changed(key: str, value: object) -> Config:
         ("train.batch_size=15", "train.batch_size is 15, which 4 ranks cannot share equally; choose 12 or 16"),
         ("train.batch_size=3", "which 4 ranks cannot share equally; choose 4"),
         ("sync.every_steps=0", "every_steps is 0"),
+        ("sync.every_steps={_target_:dtrain.rounds.lengths,each:[5,0]}", "each[1] is 0; every round has a positive"),
+        (
+            "sync.every_steps={_target_:dtrain.rounds.lengths,each:[5,10]}",
+            "Lengths(each=(5, 10)) has rounds for 15 steps, and the run has",
+        ),
+        (
+            "sync.every_steps={_target_:dtrain.rounds.power,steps:99,rounds:14,power:1.5}",
+            "less sync.warmup_steps); give rounds for all of them",
+        ),
+        ("sync.every_steps={_target_:dtrain.rounds.qsr,alpha:0,base:4}", "alpha is 0; give a positive number"),
+        ("sync.every_steps={_target_:dtrain.outer.sgd}", "every_steps is Momentum("),
+        ("sync.warmup_compress=same", "warmup_compress is same, and there is no warm-up; give warmup_steps"),
         ("sync.compress.bits=9", "bits is 9"),
         ("sync._target_=dtrain.aggregators.mean", "sync"),
         ("optim.inner.lr=-1", "optim.inner: torch.optim.AdamW refused its settings: Invalid learning rate: -1"),
@@ -196,6 +208,23 @@ def test_what_does_not_fit_is_refused_with_its_value(override: str, message: str
     with pytest.raises(ConfigError, match=re.escape(message)) as refused:
         validate(make(override))
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sync.every_steps={_target_:dtrain.rounds.power,steps:${train.steps},rounds:140,power:1.5}",),
+        ("sync.every_steps={_target_:dtrain.rounds.power,steps:900,rounds:9,power:2}", "sync.warmup_steps=100"),
+        ("sync.every_steps={_target_:dtrain.rounds.lengths,each:[500,500]}",),
+        ("sync.every_steps={_target_:dtrain.rounds.qsr,alpha:0.01,base:4,warmup_steps:30}",),
+        ("sync.warmup_steps=50", "sync.warmup_compress=same"),
+        ("sync.warmup_steps=50", "compress@sync.warmup_compress=int8_ef", "compress=int4_ef"),
+    ],
+)
+def test_rounds_and_a_warm_up_that_fit(words: tuple[str, ...], make: Make) -> None:
+    config = make("train.steps=1000", *words)
+    validate(config)
+    assert warnings(config) == []
 
 
 def test_a_mesh_that_does_not_fit_the_workers_names_both_ways_out(make: Make) -> None:
