@@ -32,6 +32,7 @@ from dtrain import Members, attach, diloco, streaming_diloco
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.method import Sync
 from dtrain.compress import error_feedback, quantize
+from dtrain.rounds import lengths
 from dtrain.train.data.text import ByteText
 from tests.programs.hosts import PATIENCE_SECONDS, submit
 from tests.programs.progress import at, note, wait_for, write_whole
@@ -43,6 +44,7 @@ SYNCS: dict[str, Callable[[int], Sync]] = {
     "diloco, offloaded": lambda every: diloco(every_steps=every, outer_state="offloaded"),
     "diloco, 8 bits": lambda every: diloco(every_steps=every, compress=quantize(bits=8)),
     "diloco, 4 bits": lambda every: diloco(every_steps=every, compress=error_feedback(quantize(bits=4, block=16))),
+    "diloco, lengths": lambda every: diloco(every_steps=lengths([every, every + 3, every - 1])),
     "streaming": lambda every: streaming_diloco(
         every_steps=every, layers_per_fragment=1, overlap_steps=2, compress=error_feedback(quantize(bits=4, block=16))
     ),

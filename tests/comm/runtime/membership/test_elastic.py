@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from dtrain.comm.runtime.membership.secret import read_secret
 from dtrain.comm.runtime.membership.store_client import GuardedStore, Line
 from dtrain.compress import ef21, error_feedback, quantize
 from dtrain.plans import lgreco
+from dtrain.rounds import qsr
 from dtrain.testing.workers import Forked
 from tests.programs.member import LR, Asked, built, main
 from tests.programs.progress import wait_for
@@ -65,11 +67,11 @@ def ended(out: Path, name: str) -> dict[str, object]:
     return found
 
 
-def among(steps: int, members: dict[int, list[int]]) -> list[list[float]]:
+def among(members: dict[int, list[int]]) -> list[list[float]]:
     """DiLoCo by hand: ``members``: the slots that count in the round that ends at a step. Returns the parameters."""
     anchor = [p.detach().clone() for p in FIRST.parameters()]
     momentum = [torch.zeros_like(p) for p in anchor]
-    for end in range(EVERY, steps + 1, EVERY):
+    for begin, end in itertools.pairwise([0, *members]):
         deltas = [torch.zeros_like(p) for p in anchor]
         for slot in members[end]:
             model = copy.deepcopy(FIRST)
@@ -77,7 +79,7 @@ def among(steps: int, members: dict[int, list[int]]) -> list[list[float]]:
                 for p, a in zip(model.parameters(), anchor, strict=True):
                     p.copy_(a)
             optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-            for step in range(end - EVERY, end):
+            for step in range(begin, end):
                 squared_error(model, step, slot).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -91,7 +93,7 @@ def among(steps: int, members: dict[int, list[int]]) -> list[list[float]]:
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("sync", ["diloco", "diloco, offloaded"])
+@pytest.mark.parametrize("sync", ["diloco", "diloco, offloaded", "diloco, lengths"])
 def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_is_lost(
     sync: str, tmp_path: Path
 ) -> None:
@@ -107,11 +109,12 @@ def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_i
     assert len({found[name]["digest"] for name in found}) == 1
     rows = {step: (size, slot) for step, size, slot in found["late"]["rows"]}  # type: ignore[attr-defined]
     free = next(iter(rows.values()))[1]
-    assert min(rows) in (16, 21, 26, 31) and rows[40] == (3, free)
+    ends = [5, 13, 17, 21, 25, 29, 33, 37, 40] if "lengths" in sync else list(range(EVERY, 41, EVERY))
+    assert min(rows) - 1 in [end for end in ends if 12 < end <= 30] and rows[40] == (3, free)
     alive = [slot for slot in range(3) if slot != free]
     joined = min(rows) - 1  # at the end of this round
-    who = {end: [0, 1, 2] if end <= 10 or end > joined else alive for end in range(EVERY, 41, EVERY)}
-    for own, expected in zip(found["a"]["parameters"], among(40, who), strict=True):  # type: ignore[call-overload]
+    who = {end: [0, 1, 2] if end <= 10 or end > joined else alive for end in ends}
+    for own, expected in zip(found["a"]["parameters"], among(who), strict=True):  # type: ignore[call-overload]
         torch.testing.assert_close(torch.tensor(own), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -214,7 +217,9 @@ def strangers_say(port: int) -> None:
             connection.sendall(noise)
 
 
-@pytest.mark.parametrize("change", ["nothing", "junk", "names", "shapes", "nan", "counters", "position", "parts"])
+@pytest.mark.parametrize(
+    "change", ["nothing", "junk", "names", "shapes", "nan", "counters", "position", "parts", "cycle"]
+)
 def test_a_state_that_cannot_be_the_donors_is_refused_whole(change: str) -> None:
     store = serve(0, "127.0.0.1")
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
@@ -238,6 +243,7 @@ def test_a_state_that_cannot_be_the_donors_is_refused_whole(change: str) -> None
             "counters": lambda: content["counters"].update(steps=-777),
             "position": lambda: content.update(position=1 << 60),
             "parts": lambda: content.update(parts=[]),
+            "cycle": lambda: content.update(cycle=(-1, 3)),
         }
         changed[change]()
         buffer = io.BytesIO()
@@ -294,6 +300,7 @@ def test_an_epoch_has_who_is_alive_and_ready_and_a_donor_who_is_as_far_as_any(
     ("spec", "said"),
     [
         (co2(every_steps=4), "delay"),
+        (diloco(every_steps=qsr(alpha=0.01, base=4)), "follows from the learning rate"),
         (diloco(every_steps="auto"), "'auto'"),
         (diloco(every_steps=4, outer_state="sharded"), "sharded"),
         (diloco(every_steps=4, compress=lgreco(error_feedback(quantize(bits=4, block=64)))), "changes by itself"),
