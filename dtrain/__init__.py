@@ -1,8 +1,8 @@
 """dtrain: train one model on many machines whose links are too slow, too busy or too unreliable for data parallelism.
 
 The names below are what user code imports, beside those of `dtrain.compress`, `dtrain.outer`, `dtrain.plans`,
-`dtrain.aggregators` and `dtrain.testing`. They are loaded when they are first used, so that ``import dtrain`` costs
-nothing and users of the hooks alone never import hydra or DeepSpeed.
+`dtrain.rounds`, `dtrain.aggregators` and `dtrain.testing`. They are loaded when they are first used, so that ``import
+dtrain`` costs nothing and users of the hooks alone never import hydra or DeepSpeed.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ _HOME = {
     "streaming_diloco": "dtrain.comm.methods.streaming_diloco",
 }
 
-_PACKAGES = ("aggregators", "compress", "outer", "plans", "testing")
-"""Public too, and loaded on first use: aggregators, compressors and feedback, outer steps, plans, test tools."""
+_PACKAGES = ("aggregators", "compress", "outer", "plans", "rounds", "testing")
+"""Public too, and loaded on first use: aggregators, compressors and feedback, outer steps, plans, lengths of rounds,
+test tools.
+"""
 
 
 def __getattr__(name: str) -> object:

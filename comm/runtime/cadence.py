@@ -168,5 +168,7 @@ class Cadence:
 
     def _cut(self, captured: int, tokens: int, rates: tuple[float, int, float, float]) -> list[Fragment]:
         pieces = self.knobs.fragments.cut(self._context.pieces.shapes)
-        steps = self.knobs.every_steps
-        return [Fragment(number, fqns, captured, tokens, 0.0, steps, rates) for number, fqns in enumerate(pieces)]
+        cut = [Fragment(number, fqns, captured, tokens, rates=rates) for number, fqns in enumerate(pieces)]
+        for fragment in cut:
+            fragment.steps = self.knobs.every_steps
+        return cut

@@ -64,9 +64,9 @@ class Fragment:
     captured: int = 0
     tokens: int = 0
     scalar: float = 0.0
-    steps: int = 1
     rates: tuple[float, int, float, float] = (0.0, 0, 0.0, 0.0)
     reductions: list[Reduction] = field(default_factory=list)
+    steps: int = field(default=1, init=False)
 
     def stepped(self, rate: float) -> None:
         """An inner step was made with learning rate ``rate``."""

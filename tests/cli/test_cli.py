@@ -218,15 +218,6 @@ def test_a_folder_that_is_in_use_is_refused(train: Shell, launches: Launches) ->
     ("words", "warning"),
     [
         (("train.steps=9",), "sync.every_steps=20 is more than the 9 steps there are: the replicas train alone"),
-        (
-            ("train.steps=30", "sync.every_steps={_target_:dtrain.rounds.power,steps:40,rounds:4,power:2}"),
-            "sync.every_steps.steps=40 is more than the 30 steps of rounds that there are: the last rounds of the",
-        ),
-        (
-            ("optim.warmup_steps=20", "sync.every_steps={_target_:dtrain.rounds.qsr,alpha:0.01,base:4}"),
-            "the learning rate rises for 20 steps of rounds, in which the quadratic rule would make them long; "
-            "sync.every_steps.warmup_steps=20 keeps them short there",
-        ),
         (("train.steps=30", "sync.warmup_steps=30"), "sync.warmup_steps=30 is all of train.steps=30: the run ends in"),
     ],
 )

@@ -316,9 +316,8 @@ class _Composition:
             raise ConfigError(f"{place}{word.given}: there is no such choice{near} (there are {', '.join(options)})")
         # Every group of dtrain's has a default choice already: only others, and other places in a sync, need the "+".
         package = f"@{word.package}" if word.package is not None else ""
-        elsewhere = str(word.package).startswith("sync.") and word.package != "sync.compress"
-        default = name in self._ours and not elsewhere
-        return f"{'' if default else '+'}{name}{package}={value}"
+        added = name not in self._ours or (package.startswith("@sync.") and package != "@sync.compress")
+        return f"{'+' if added else ''}{name}{package}={value}"
 
     def _sets(self, word: Word) -> list[str]:
         """The keys that a choice sets; a ``_target_`` mapping counts as one."""

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import pytest
@@ -18,9 +19,13 @@ from dtrain import co2, diloco, fedavg_m, local_sgd, local_update, streaming_dil
 from dtrain.comm.outer_optimizers import PLAIN, Round
 from dtrain.comm.runtime.local_updates import require_elastic
 from dtrain.comm.runtime.loop import LocalUpdateLoop
+from dtrain.comm.runtime.loop_spec import OuterState
+from dtrain.comm.runtime.method import Sync
 from dtrain.comm.state import Kind, State
+from dtrain.compress import quantize
 from dtrain.rounds import RoundLengths, lengths, power, qsr
 from dtrain.testing.replicas import Replicas, equal
+from tests.comm.methods.test_methods import require_no_trace, same_after_each_step
 
 # --- lengths --------------------------------------------------------------------------------------------------------
 
@@ -103,6 +108,28 @@ def rounds_of(replicas: Replicas, steps: int, rate: Callable[[int], float] | Non
                 found[number].append(fragment.captured)
                 before[number] = fragment.captured
     return found
+
+
+STREAMING = partial(streaming_diloco, layers_per_fragment=1, overlap_steps=2, compress=quantize(bits=4, block=16))
+EQUAL: dict[str, tuple[Sync, Sync]] = {
+    "equal lengths": (STREAMING(every_steps=lengths([4])), STREAMING(every_steps=4)),
+    "a power of 1": (co2(every_steps=power(steps=12, rounds=4, power=1)), co2(every_steps=3)),
+    "a constant learning rate": (  # of 0.05
+        STREAMING(every_steps=qsr(alpha=0.1, base=3), first_round="early"),
+        STREAMING(every_steps=4, first_round="early"),
+    ),
+}
+
+
+@pytest.mark.parametrize("which", EQUAL)
+def test_rounds_of_one_length(which: str) -> None:
+    assert same_after_each_step(*EQUAL[which])
+
+
+@pytest.mark.parametrize("state", ["sharded", "offloaded"])
+def test_a_stop_at_any_step_leaves_no_trace(state: OuterState) -> None:
+    """`test_methods` tries the other methods."""
+    require_no_trace(diloco(every_steps=lengths([3, 5, 2]), outer_state=state, warmup_steps=2))
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import diloco, local_update, post_local_sgd, streaming_diloco
+from dtrain import diloco, every_step, local_update, post_local_sgd, streaming_diloco
 from dtrain.comm.channel import Channel
 from dtrain.comm.collectives.two_phase import two_phase_bytes
 from dtrain.comm.compressors.compressor import AnyCompressor
 from dtrain.comm.feedback import Compression
 from dtrain.comm.layout import Named
 from dtrain.comm.runtime.loop_spec import LoopSpec
-from dtrain.compress import econtrol, ef21, error_feedback, powersgd, quantize, topk
+from dtrain.comm.runtime.method import Sync
+from dtrain.compress import cast, econtrol, ef21, error_feedback, powersgd, quantize, topk
 from dtrain.outer import sgd
 from dtrain.plans import after, by_layer, lgreco
 from dtrain.testing.replicas import SIZES, Replica, Replicas, draw, equal, quadratic
+from tests.comm.methods.test_methods import require_no_trace, same_after_each_step
 
 EF2 = error_feedback(quantize(bits=2, block=16))
 EF4 = error_feedback(quantize(bits=4, block=16))
@@ -206,6 +208,41 @@ def test_by_layer_and_by_step_too() -> None:
     replicas = Replicas(spec, 2, gradient=recorded, lr=LR)
     replicas.train(9)
     require_nothing_lost(replicas, recorded)
+
+
+EQUAL: dict[str, tuple[Sync, Sync]] = {
+    "a compressor that loses nothing, and fp32": (
+        diloco(every_steps=2, warmup_steps=5, warmup_compress=error_feedback(cast("fp32"))),
+        diloco(every_steps=2, warmup_steps=5),
+    ),
+    "a warm-up without end, and data parallelism in few bits": (
+        diloco(every_steps=2, warmup_steps=99, warmup_compress=EF4),
+        every_step(compress=EF4),
+    ),
+}
+
+
+@pytest.mark.parametrize("which", EQUAL)
+def test_two_that_are_one(which: str) -> None:
+    assert same_after_each_step(*EQUAL[which])
+
+
+RESUMED = {
+    "4 bits": diloco(every_steps=3, compress=EF4, warmup_steps=4, warmup_compress="same"),
+    "estimates": streaming_diloco(
+        every_steps=6, layers_per_fragment=1, compress=ef21(topk(0.3)), warmup_steps=5,
+        warmup_compress=econtrol(topk(0.3), eta=0.1),
+    ),
+    "low rank": diloco(every_steps=3, compress=error_feedback(powersgd(2)), warmup_steps=5, warmup_compress="same"),
+    "offloaded": diloco(every_steps=3, outer_state="offloaded", warmup_steps=4, warmup_compress=EF2),
+    "sharded": diloco(every_steps=3, outer_state="sharded", warmup_steps=4, warmup_compress=EF2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_stop_at_any_step_leaves_no_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrain.testing.replicas.Replica", OfMatrices)
+    require_no_trace(RESUMED[name], MATRICES)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

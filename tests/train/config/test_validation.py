@@ -211,6 +211,27 @@ def test_what_does_not_fit_is_refused_with_its_value(override: str, message: str
 
 
 @pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (
+            ("train.steps=30", "sync.every_steps={_target_:dtrain.rounds.power,steps:40,rounds:4,power:2}"),
+            "sync.every_steps.steps=40 is more than the 30 steps of rounds that there are: the last rounds of the",
+        ),
+        (
+            ("optim.warmup_steps=20", "sync.every_steps={_target_:dtrain.rounds.qsr,alpha:0.01,base:4}"),
+            "the learning rate rises for 20 steps of rounds, in which the quadratic rule would make them long; "
+            "sync.every_steps.warmup_steps=20 keeps them short there",
+        ),
+    ],
+)
+def test_rounds_that_will_hardly_be_as_meant_are_warned_of(words: tuple[str, ...], warning: str, make: Make) -> None:
+    config = make(*words)
+    validate(config)
+    (found,) = warnings(config)
+    assert found.startswith(warning)
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ("sync.every_steps={_target_:dtrain.rounds.power,steps:${train.steps},rounds:140,power:1.5}",),
