@@ -64,7 +64,7 @@ class Context:
         """Trained parameters that the optimizer of ``pieces`` does not step."""
         self.require_still: Callable[[], None] = lambda: None
         """Raises ``RuntimeError`` if the parameters were changed outside of a step."""
-        self._warn_of_rules(plan)
+        self.warn_of_rules(plan)
         self._warn_of_ranks()
 
     def begin(self, spec: str, identity: str = "") -> None:
@@ -127,7 +127,8 @@ class Context:
             if self.plan.changes != before:
                 self.decisions.append(self.plan.table().partition("\n")[0])
 
-    def _warn_of_rules(self, plan: Plan) -> None:
+    def warn_of_rules(self, plan: Plan) -> None:
+        """Warn of patterns in ``plan`` that match no parameter."""
         for pattern in unmatched(plan, self.pieces.shapes):
             warnings.warn(
                 f"by_layer: {pattern!r} matches no parameter; names are like {', '.join(list(self.pieces.shapes)[:3])}",

@@ -85,6 +85,8 @@ def parts_of(spec: LoopSpec, context: Context) -> Parts:
         store = ReplicatedStore(context, spec.outer) if replicated else OffloadedStore(context, spec.outer)
         parts = Parts(store, Deltas(spec, context))
     if spec.warmup_steps:
+        if spec.warmup_plan != spec.plan:
+            context.warn_of_rules(spec.warmup_plan)
         parts.source = WarmUp(context, spec.warmup_steps, spec.warmup_plan)
     return parts
 

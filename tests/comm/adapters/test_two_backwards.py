@@ -14,12 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import attach, dgc, every_step, onebit_adam
+from dtrain import attach, dgc, every_step, local_update, onebit_adam
 from dtrain.comm.compressors.projection import projection
 from dtrain.comm.feedback import econtrol
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.method import Sync
 from dtrain.compress import ef21, error_feedback, powersgd, quantize, randk, sign, topk
+from dtrain.outer import sgd
 from dtrain.testing import WorkerPool
 
 pytestmark = pytest.mark.processes
@@ -34,6 +35,9 @@ METHODS: dict[str, Sync] = {
     "powersgd": every_step(compress=error_feedback(powersgd(2))),
     "econtrol": every_step(compress=econtrol(topk(0.1), eta=0.3)),
     "dgc": dgc(0.1, momentum=0.0),
+    "warm-up": local_update(
+        every_steps=2, outer=sgd(), compress=error_feedback(topk(0.1)), warmup_steps=4, warmup_compress="same"
+    ),
 }
 SIDE, STEPS = 24, 8
 
@@ -99,7 +103,7 @@ def off(method: str, engine: str, passes: int, **options: Any) -> float:
 
 
 def all_off(engine: str, passes: int) -> dict[str, float]:
-    some = ("top-k", "powersgd") if engine == "ddp in shards" else METHODS
+    some = ("top-k", "powersgd", "warm-up") if engine == "ddp in shards" else METHODS
     return {method: off(method, engine, passes) for method in some}
 
 

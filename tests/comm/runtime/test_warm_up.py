@@ -280,6 +280,11 @@ def test_a_weak_compressor_without_feedback_is_warned_of() -> None:
         diloco(warmup_steps=5, warmup_compress=topk(0.01))
 
 
+def test_a_pattern_that_matches_nothing_is_warned_of() -> None:
+    with pytest.warns(RuntimeWarning, match=r"by_layer: 'head\*' matches no parameter"):
+        Replicas(diloco(warmup_steps=5, warmup_compress=by_layer({"head*": EF2}, default=EF4)), 1)
+
+
 def test_a_state_of_another_warm_up_is_refused_with_what_differs() -> None:
     saved = Replicas(diloco(every_steps=5, warmup_steps=4, warmup_compress=EF4), 1)
     loaded = Replicas(diloco(every_steps=5, warmup_steps=4, warmup_compress=EF2), 1)
