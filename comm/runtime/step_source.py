@@ -61,8 +61,9 @@ class WarmUp(StepSource):
         then, once     step with g_i + e_i;   e_i = 0
 
     With SGD of rate lr the mean of the deltas thereby contains lr mean(e_i), exactly what the warm-up had still to
-    apply. Estimates (EF21, EControl) are of gradients, too, owe nothing, and begin anew with deltas; the factors of low
-    rank are of no unit, and are carried over where the rounds have the same compressor.
+    apply; clipping sees it as part of the gradient, as it has seen before what feedback returned. Estimates (EF21,
+    EControl) are of gradients, too, owe nothing, and begin anew with deltas; the factors of low rank are of no unit,
+    and are carried over where the rounds have the same compressor.
     """
 
     def __init__(self, context: Context, steps: int, plan: Plan) -> None:
