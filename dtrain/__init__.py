@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dtrain.comm.methods.ferret import ferret
     from dtrain.comm.methods.local_sgd import local_sgd
     from dtrain.comm.methods.local_update import local_update
+    from dtrain.comm.methods.muloco import muloco
     from dtrain.comm.methods.one_byte import one_byte
     from dtrain.comm.methods.onebit_adam import onebit_adam
     from dtrain.comm.methods.post_local_sgd import post_local_sgd
@@ -48,6 +49,7 @@ __all__ = [
     "ferret",
     "local_sgd",
     "local_update",
+    "muloco",
     "one_byte",
     "onebit_adam",
     "post_local_sgd",
@@ -72,6 +74,7 @@ _HOME = {
     "ferret": "dtrain.comm.methods.ferret",
     "local_sgd": "dtrain.comm.methods.local_sgd",
     "local_update": "dtrain.comm.methods.local_update",
+    "muloco": "dtrain.comm.methods.muloco",
     "one_byte": "dtrain.comm.methods.one_byte",
     "onebit_adam": "dtrain.comm.methods.onebit_adam",
     "post_local_sgd": "dtrain.comm.methods.post_local_sgd",
@@ -82,9 +85,9 @@ _HOME = {
     "streaming_diloco": "dtrain.comm.methods.streaming_diloco",
 }
 
-_PACKAGES = ("aggregators", "compress", "outer", "plans", "rounds", "testing")
-"""Public too, and loaded on first use: aggregators, compressors and feedback, outer steps, plans, lengths of rounds,
-test tools.
+_PACKAGES = ("aggregators", "compress", "inner", "outer", "plans", "rounds", "testing")
+"""Public too, and loaded on first use: aggregators, compressors and feedback, inner optimizers, outer steps, plans,
+lengths of rounds, test tools.
 """
 
 

@@ -28,6 +28,7 @@ NAMES = [
     "ferret",
     "local_sgd",
     "local_update",
+    "muloco",
     "one_byte",
     "onebit_adam",
     "post_local_sgd",

@@ -272,6 +272,11 @@ def muon(
     return Muon([group for group in groups if group["params"]], settings)
 
 
+def has_muon(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is a Muon, of dtrain, torch or another package, or has one among its members."""
+    return any(type(member).__name__ == "Muon" for member in (optimizer, *getattr(optimizer, "members", ())))
+
+
 def _block_matrices(model: nn.Module, tables: set[int]) -> Iterator[str]:
     inside = {id(p) for block in blocks_of(model) for p in block.parameters()} - tables
     return (name for name, p in model.named_parameters() if id(p) in inside and p.requires_grad and p.dim() in (2, 4))

@@ -29,6 +29,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from dtrain.comm.aggregators.mean import Aggregator, mean
 from dtrain.comm.collectives.exchange import (
     Route,
@@ -36,6 +38,7 @@ from dtrain.comm.collectives.exchange import (
     require_mean_for_low_rank,
     require_summable,
 )
+from dtrain.comm.inner_optimizers.muon import has_muon
 from dtrain.comm.outer_optimizers import Looking, OuterOptimizer
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Adaptive
@@ -45,7 +48,7 @@ from dtrain.comm.runtime.consistency import Tie, require_guard
 from dtrain.comm.runtime.fragments import WHOLE, Fragments
 from dtrain.comm.runtime.knobs import LEAST_STEPS, Auto, Knob
 from dtrain.comm.runtime.local_updates import among_members, at_work
-from dtrain.comm.runtime.loop_spec import PLAIN, VERIFY_ROUNDS, Delay, LoopSpec, OuterState
+from dtrain.comm.runtime.loop_spec import PLAIN, VERIFY_ROUNDS, Delay, Inner, LoopSpec, OuterState
 from dtrain.comm.runtime.membership.members import Members
 from dtrain.comm.runtime.method import Sync
 from dtrain.comm.runtime.round_lengths import EverySteps, RoundLengths
@@ -56,11 +59,20 @@ class LocalUpdate(LoopSpec, Sync):
     """A local update method, made by `local_sgd`, `diloco`, ... or `local_update`."""
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
+        self.require_inner(pieces.optimizer)
         return at_work(self, pieces, seed)
 
     def bind_members(self, pieces: Pieces, seed: int, members: Members) -> Attached:
         """Raises ``ValueError`` for settings that need fixed replicas."""
+        self.require_inner(pieces.optimizer)
         return among_members(self, pieces, seed, members)
+
+    def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.inner == "muon" and not has_muon(optimizer):
+            raise ValueError(
+                f"muloco is DiLoCo with Muon inside, and the inner optimizer is {type(optimizer).__name__}; give it "
+                "dtrain.inner.muon(model), in dtrain train optim=muon, or take diloco"
+            )
 
 
 def local_update(
@@ -81,6 +93,7 @@ def local_update(
     utilization: float = 0.95,
     route: Route = "two_phase",
     lossless: int | None = None,
+    inner: Inner = "any",
 ) -> LocalUpdate:
     """The general loop, for combinations without a name of their own.
 
@@ -111,6 +124,7 @@ def local_update(
             memory, for what is sent in fp32: no compressor, low rank, random-k).
         lossless: zstandard's level for what a round sends, where that makes it shorter, for slow links between CPUs;
             None for no lossless coding.
+        inner: "muon" refuses inner optimizers without Muon.
 
     Raises ``ValueError`` for numbers outside their range, for rounds that are shorter than an overlap, and, when
     attached, for rounds that are too short for the fragments to take turns; ``TypeError`` for what is not an outer
@@ -149,7 +163,7 @@ def local_update(
     spec = LocalUpdate(
         steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps, verify_every,
         outer_state, auto if auto.wanted else None, route, tie, lossless,
-        lengths=lengths, warmup_plan=_warmup_plan(warmup_steps, warmup_compress, plan),
+        inner=inner, lengths=lengths, warmup_plan=_warmup_plan(warmup_steps, warmup_compress, plan),
     )  # fmt: skip
     _require_shardable(spec)
     return spec

@@ -21,6 +21,7 @@ UNSENT = "unsent"
 """What a replica's gradients in the warm-up still had to send at its end; see `step_source.WarmUp`."""
 
 Delay: TypeAlias = Literal["none", "stale", "eager"]
+Inner: TypeAlias = Literal["any", "muon"]
 OuterState: TypeAlias = Literal["replicated", "sharded", "offloaded"]
 
 
@@ -47,6 +48,7 @@ class LoopSpec:
     route: Route = "two_phase"
     tie: Tie = "stop"
     lossless: int | None = None
+    inner: Inner = "any"
     lengths: RoundLengths | None = None
     warmup_plan: Plan = PLAIN
 

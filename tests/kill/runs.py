@@ -25,6 +25,7 @@ SYNCS: dict[str, tuple[str, ...]] = {
     "onebit_adam": ("sync.warmup_steps=12",),
     "local_sgd": ROUNDS, "slowmo": ROUNDS, "diloco": ROUNDS, "delayed_diloco": ROUNDS, "eager_diloco": ROUNDS,
     "co2": ROUNDS, "post_local_sgd": (*ROUNDS, "sync.warmup_steps=9"),
+    "muloco": (*ROUNDS, "optim=muon"),
     "streaming_diloco": ("sync.every_steps=8", "sync.overlap_steps=2"),
     "fedavg_m": (*ROUNDS, *SGD), "scaffold_m": (*ROUNDS, *SGD),
     "sparta": ("sync.density=0.05",),
