@@ -29,7 +29,7 @@ from benchmarks.launches import on_hosts
 from benchmarks.page import Report, at_most, table
 from dtrain import attach, diloco
 from dtrain.bench import wire
-from dtrain.comm.collectives.exchange import Route
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.plans.plan import Compress
 from dtrain.comm.transports.json_gather import gather_json
 from dtrain.compress import error_feedback, quantize

@@ -1,21 +1,27 @@
 """An exchange: combine values over the peers, each compressed as its plan says. The one flow that every method calls.
 
-Values that are coded by rows take a route, two-phase or a native all-reduce; matrices of a compressor in two rounds go
-through means of their factors (`low_rank`). Flows that run at the same time share their messages (`together`):
-PowerSGD's first factors go with all that is not a matrix.
+Values that are coded by rows take a route (`routes`); matrices of a compressor in two rounds go through means of their
+factors (`low_rank`). Flows that run at the same time share their messages (`together`): PowerSGD's first factors go
+with all that is not a matrix, and what is gathered from all ranks with the second phase of the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
-from typing import Literal, TypeAlias, TypeVar, cast
+from typing import TypeVar, cast
+
+from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator, rank_order_mean
+from dtrain.comm.collectives.all_gather import all_gathered
 from dtrain.comm.collectives.all_reduce import native_mean
 from dtrain.comm.collectives.low_rank import low_rank_mean
+from dtrain.comm.collectives.routes import ROUTES, Route, of_the_mean, route_of
 from dtrain.comm.collectives.two_phase import Combined, two_phase
+from dtrain.comm.compressors.compressor import is_sparse
 from dtrain.comm.compressors.lossless import packed, require_zstandard
 from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import Matrix, Named
@@ -25,7 +31,6 @@ from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 
 R = TypeVar("R")
-Route: TypeAlias = Literal["two_phase", "all_reduce"]
 NO_MATRICES: Mapping[str, Matrix] = MappingProxyType({})
 
 
@@ -38,16 +43,16 @@ def exchange(
     state: State,
     *,
     matrices: Mapping[str, Matrix] = NO_MATRICES,
-    route: Route = "two_phase",
+    route: Route = "auto",
     lossless: int | None = None,
     weight: float | None = None,
     present: bool | None = None,
 ) -> Flow[Combined]:
     """Combine flat fp32 ``values`` over the peers by ``rule``. New state is staged in ``state``.
 
-    ``matrices`` says how each piece lies in its parameter; compressors in two rounds need it. The rule of the route
-    "all_reduce" is the mean. ``lossless``: zstandard's level, for what is sent. ``weight`` and ``present``: of this
-    rank, see `two_phase`.
+    ``matrices`` says how each piece lies in its parameter; compressors in two rounds need it. ``route``: see `routes`;
+    the rule of "all_reduce" is the mean. ``lossless``: zstandard's level, for what is sent. ``weight`` and
+    ``present``: of this rank, see `two_phase`.
     """
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
     in_two_rounds = {
@@ -56,27 +61,50 @@ def exchange(
         if (compressor := compression.two_rounds) is not None and compressor.pays(matrices[fqn])
     }
 
-    def send(group: Named, using: Plan, usable: bool = True) -> Flow[Combined]:
+    def send(group: Named, using: Plan, usable: bool = True) -> list[Flow[Combined]]:
         if route == "all_reduce":
-            return native_mean(group, using, key, state, weight, present, usable)
-        return two_phase(group, using, rule, place, key, state, weight, present, usable)
+            return [native_mean(group, using, key, state, weight, present, usable)]
+        to_all, to_owners = _by_route(group, using, key.step, place.size, route)
+        flows = []
+        if to_owners or not to_all:  # one flow at least: ranks vote even on nothing
+            wider = partial(of_the_mean, world=place.size, route=route)
+            flows.append(two_phase(to_owners, using, rule, place, key, state, weight, present, usable, wider))
+        if to_all:
+            flows.append(all_gathered(to_all, using, rule, place, key, state, weight, present, usable))
+        return flows
 
     def dense_mean(group: Named, usable: bool) -> Flow[Combined]:
-        return send(group, as_compression(None), usable)
+        return _merged(together(send(group, as_compression(None), usable)), list(group))
 
     by_row = {fqn: value for fqn, value in values.items() if fqn not in in_two_rounds}
-    if not in_two_rounds:
-        return (yield from packed(send(by_row, _ByRow(plan)), lossless))
-    feedbacks = {fqn: chosen[fqn].feedback for fqn in in_two_rounds}
-    matrix_values = {fqn: values[fqn] for fqn in in_two_rounds}
-    flows = [
-        low_rank_mean(matrix_values, in_two_rounds, feedbacks, matrices, dense_mean, key, state, counts=weight != 0)
-    ]
-    if by_row:
-        flows.append(send(by_row, _ByRow(plan)))
-    groups = yield from packed(together(flows), lossless)
-    combined = {fqn: tensor for group in groups for fqn, tensor in group.values.items()}
-    return Combined({fqn: combined[fqn] for fqn in values}, all(group.finite for group in groups), groups[0].present)
+    flows = []
+    if in_two_rounds:
+        feedbacks = {fqn: chosen[fqn].feedback for fqn in in_two_rounds}
+        low_rank = {fqn: values[fqn] for fqn in in_two_rounds}
+        flows.append(
+            low_rank_mean(low_rank, in_two_rounds, feedbacks, matrices, dense_mean, key, state, counts=weight != 0)
+        )
+    if by_row or not in_two_rounds:
+        flows += send(by_row, _ByRow(plan))
+    return (yield from packed(_merged(together(flows), list(values)), lossless))
+
+
+def _by_route(
+    values: Named, plan: Plan, step: int, world: int, route: Route
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is gathered from all ranks, and what goes through owners."""
+    to_all = {fqn for fqn in values if route_of(plan.of(fqn, step), world, route) == "all_gather"}
+    return (
+        {fqn: value for fqn, value in values.items() if fqn in to_all},
+        {fqn: value for fqn, value in values.items() if fqn not in to_all},
+    )
+
+
+def _merged(groups: Flow[list[Combined]], fqns: list[str]) -> Flow[Combined]:
+    """What several flows of one exchange have combined, as one, in the order of ``fqns``."""
+    parts = yield from groups
+    combined = {fqn: tensor for part in parts for fqn, tensor in part.values.items()}
+    return Combined({fqn: combined[fqn] for fqn in fqns}, all(part.finite for part in parts), parts[0].present)
 
 
 class _ByRow:
@@ -105,11 +133,19 @@ def require_mean_for_low_rank(plan: Plan, rule: Aggregator) -> None:
         )
 
 
-def require_summable(plan: Plan, rule: Aggregator, route: Route, *, weighted: bool = False) -> None:
-    """Raise ``ValueError`` for what a native all-reduce cannot sum. ``weighted``: replicas may weigh differently."""
-    if route not in ("two_phase", "all_reduce"):
-        raise ValueError(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")
-    if route == "two_phase":
+def require_route(plan: Plan, rule: Aggregator, route: Route, *, weighted: bool = False) -> None:
+    """Raise ``ValueError`` for a route that ``plan`` cannot take, above all for what a native all-reduce cannot sum.
+
+    ``weighted``: replicas may weigh differently.
+    """
+    if route not in ROUTES:
+        raise ValueError(f"route is {route!r}; choose {', '.join(map(repr, ROUTES[:-1]))} or {ROUTES[-1]!r}")
+    if route == "sparse_all_reduce" and not any(is_sparse(compression.by_row) for compression in plan.compressions):
+        compressors = " and ".join(sorted({f"{compression.compressor}" for compression in plan.compressions}))
+        raise ValueError(
+            f"route='sparse_all_reduce' is for sparse compressors such as topk, not for {compressors}; leave route out"
+        )
+    if route != "all_reduce":
         return
     for compression in plan.compressions:
         compressor = compression.by_row
@@ -154,35 +190,37 @@ def consolidate(state: State, place: Place, key: Key) -> Flow[None]:
 def together(flows: Sequence[Flow[R]]) -> Flow[list[R]]:
     """Run several flows in step, the ops of each turn as one message. Returns their results, in order.
 
-    They may have different numbers of ops, but those of one turn must be of one kind.
+    They may have different numbers of ops. Ops of another kind than the first flow's wait for a later turn.
     """
     results: list[R | None] = [None] * len(flows)
     replies: dict[int, Payload | None] = dict.fromkeys(range(len(flows)))
-    while replies:
-        ops: dict[int, Op] = {}
+    ops: dict[int, Op] = {}
+    while True:
         for number, reply in replies.items():
             try:
                 ops[number] = next(flows[number]) if reply is None else flows[number].send(reply)
             except StopIteration as done:
                 results[number] = done.value
         if not ops:
-            break
-        joint = yield _joined(list(ops.values()))
+            return cast(list[R], results)
+        first = ops[min(ops)]
+        turn = [number for number in sorted(ops) if _go_together(ops[number], first)]
+        joint = yield _joined([ops[number] for number in turn])
         replies, start = {}, 0
-        for number, op in ops.items():
-            replies[number] = joint[start : start + len(op.payload)]
-            start += len(op.payload)
-    return cast(list[R], results)
+        for number in turn:
+            count = len(ops.pop(number).payload)
+            replies[number] = joint[start : start + count]
+            start += count
+
+
+def _go_together(one: Op, other: Op) -> bool:
+    return type(one) is type(other) and one.axis == other.axis
 
 
 def _joined(ops: Sequence[Op]) -> Op:
     first = ops[0]
     if len(ops) == 1:
         return first
-    if any(type(op) is not type(first) or op.axis != first.axis for op in ops):
-        raise TypeError(
-            f"flows that share messages must yield ops of one kind; these yield {[type(op).__name__ for op in ops]}"
-        )
     if not isinstance(first, AllToAll | AllGather | AllReduce):
         raise TypeError(f"{type(first).__name__} cannot be joined with others")
     return replace(first, payload=tuple(tensor for op in ops for tensor in op.payload))

@@ -2,7 +2,8 @@
 
     first phase     encode one chunk for each destination, all-to-all; the owner of a chunk decodes all of it
                     and combines in rank order, in fp32
-    second phase    the owner encodes what it combined, all-gather; every rank, the owner too, decodes the same bytes
+    second phase    the owner encodes what it combined, the same way or with more room, see `routes`; all-gather;
+                    every rank, the owner too, decodes the same bytes
 
 Bytes: 2 (W - 1) / W of the encoded size, what a ring all-reduce sends of the plain size. With the identity compressor
 it is the deterministic dense route: bitwise independent of buckets, timing and transport.
@@ -19,7 +20,7 @@ votes against the result in the second phase: every state that is kept allows an
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -53,6 +54,11 @@ class Combined:
     present: bool | None = True
 
 
+def unchanged(compression: Compression) -> Compression:
+    """``compression``: the second phase is coded as the first."""
+    return compression
+
+
 def two_phase(
     values: Named,
     plan: Plan,
@@ -63,6 +69,7 @@ def two_phase(
     weight: float | None = None,
     present: bool | None = None,
     usable: bool = True,
+    of_the_mean: Callable[[Compression], Compression] = unchanged,
 ) -> Flow[Combined]:
     """Combine flat ``values`` over the peers. New feedback state is staged in ``state``.
 
@@ -71,6 +78,8 @@ def two_phase(
     not finite; None: all weigh the same, and none may be left out.
     ``present``: False if this rank has no values of its own and passes zeros; they count like any others.
     ``usable``: False if ``values`` were computed from something that is not finite, even if they are finite now.
+    ``of_the_mean``: from a value's compression to that of its mean in the second phase; the same feedback, and the same
+    answer on every rank.
 
     Raises ``RuntimeError`` on every peer if their names or steps differ (`mark`); not with a ``weight``.
     """
@@ -78,25 +87,27 @@ def two_phase(
     chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
     if weight is not None and not (usable and all_usable(values, chosen)):
         weight, values = 0.0, {fqn: torch.zeros_like(value) for fqn, value in values.items()}
-    payloads, measures = _first_phase(values, chosen, world, key, state, weight)
+    second = {fqn: of_the_mean(compression) for fqn, compression in chosen.items()}
+    payloads, measures = first_phase(values, chosen, world, key, state, weight)
     finite = weight is not None or (usable and all_usable(values, chosen, measures))
     statement = mark(values, key.step) + (MARKS if present is False else 0)
     received = yield AllToAll(joined(payloads, vote(world, finite, weight, device, statement)))
     votes = Votes(received[-1].flatten().tolist(), place)
     if weight is None:
-        votes, present = yield from _require_same_values(votes, values, key)
+        votes, present = yield from require_same_values(votes, values, key)
     finite = votes.passed if weight is None else votes.anybody
-    payloads = [
-        _second_phase(value, chosen[fqn], chunks, rule, votes, replace(key, fqn=fqn, phase=SECOND_PHASE), state)
-        for (fqn, value), chunks in zip(values.items(), cut(received, payloads), strict=True)
-    ]
+    chunks = dict(zip(values, cut(received, payloads), strict=True))
+    payloads = []
+    for fqn, value in values.items():
+        compressions, second_key = (chosen[fqn], second[fqn]), replace(key, fqn=fqn, phase=SECOND_PHASE)
+        payloads.append(_second_phase(value, compressions, chunks[fqn], rule, votes, second_key, state))
     finite = finite and all_staged_finite(chosen, state)
     gathered = yield AllGather(joined(payloads, vote(1, finite, None, device)))
-    combined = _decoded(values, chosen, cut(gathered, payloads), key, world, state)
+    combined = _decoded(values, second, cut(gathered, payloads), key, world, state)
     return Combined(combined.values, combined.finite and bool(gathered[-1].all()), present is not False)
 
 
-def _first_phase(
+def first_phase(
     values: Named, chosen: Mapping[str, Compression], world: int, key: Key, state: State, weight: float | None
 ) -> tuple[list[Payload], list[Tensor]]:
     """This rank's payload of each value, a row for each rank; and `_measure` of each, unless there is a ``weight``."""
@@ -119,20 +130,30 @@ def _first_phase(
 
 
 def _second_phase(
-    value: Tensor, compression: Compression, chunks: Payload, rule: Aggregator, votes: Votes, key: Key, state: State
+    value: Tensor,
+    compressions: tuple[Compression, Compression],
+    chunks: Payload,
+    rule: Aggregator,
+    votes: Votes,
+    key: Key,
+    state: State,
 ) -> Payload:
-    """The chunk of ``value`` that this rank owns, combined from all ranks' encoded ``chunks`` and encoded again."""
-    coder, feedback, place = coder_of(compression, value), compression.feedback, votes.place
+    """The chunk of ``value`` that this rank owns, combined from all ranks' encoded ``chunks`` and encoded again.
+
+    ``compressions``: those of the two phases.
+    """
+    first, second = (coder_of(compression, value) for compression in compressions)
+    feedback, place = compressions[0].feedback, votes.place
     width = chunk_width(value.numel(), place.size)
-    if rule is rank_order_mean and votes.alike and hasattr(coder, "encode_mean"):
-        chunk, payload = cast(OnePass, coder).encode_mean(chunks, width, key)
+    if rule is rank_order_mean and votes.alike and second == first and hasattr(first, "encode_mean"):
+        chunk, payload = cast(OnePass, first).encode_mean(chunks, width, key)
     else:
-        rows = coder.decode(chunks, width, key.shared)
+        rows = first.decode(chunks, width, key.shared)
         chunk = rule(rows) if votes.alike else among(rule, rows, votes.weights)
-        payload = coder.encode(chunk.unsqueeze(0), key)
+        payload = second.encode(chunk.unsqueeze(0), key)
     if feedback.kinds:
         start = min(place.rank * width, value.numel())
-        error = (chunk - coder.decode(payload, width, key.shared)[0])[: value.numel() - start]
+        error = (chunk - second.decode(payload, width, key.shared)[0])[: value.numel() - start]
         feedback.retain_owned(key.fqn, error, start, votes.divisor, state)
     return payload
 
@@ -163,7 +184,7 @@ def mark(names: Iterable[str], step: int) -> int:
     return 1 + zlib.crc32("\n".join([str(step), *names]).encode()) % MARKS
 
 
-def _require_same_values(votes: Votes, values: Named, key: Key) -> Flow[tuple[Votes, bool]]:
+def require_same_values(votes: Votes, values: Named, key: Key) -> Flow[tuple[Votes, bool]]:
     """The votes in the byte of each rank, and whether any rank was present.
 
     Raises ``RuntimeError`` with each peer's names and step, on all peers, if they differ.

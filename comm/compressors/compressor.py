@@ -1,8 +1,8 @@
 """What a compressor is: a pure pair of functions on rows, with its properties and its exact wire bytes declared.
 
-Four Protocols. Every compressor is a `Compressor`, which codes rows, or a `TwoRoundCompressor`, whose two factors are
-means over all peers. It may also be `OnePass`, with two steps in one pass over memory, and `Adjustable`, with a
-setting that a plan may choose for each parameter.
+Five Protocols. Every compressor is a `Compressor`, which codes rows, or a `TwoRoundCompressor`, whose two factors are
+means over all peers. It may also be `OnePass`, with two steps in one pass over memory, `Sparse`, whose ranks send
+different elements, and `Adjustable`, with a setting that a plan may choose for each parameter.
 """
 
 from __future__ import annotations
@@ -65,6 +65,16 @@ class OnePass(Protocol):
         """The mean [width] of the decoded rows, added up from the first to the last; and it encoded as one row."""
 
 
+class Sparse(Protocol):
+    """Optional method of a compressor that sends a few elements, others on each rank; see `routes`."""
+
+    def union(self, ranks: int) -> Compressor | None:
+        """The compressor of a mean of rows from ``ranks`` ranks, with room for all elements that they have sent.
+
+        None for one around another that is not sparse.
+        """
+
+
 @runtime_checkable
 class TwoRoundCompressor(Protocol):
     """Codes a matrix as the product of two factors of ``rank`` columns and rows, each the mean over all peers.
@@ -115,6 +125,16 @@ class Adjustable(Protocol):
 def two_rounds(compressor: object) -> TwoRoundCompressor | None:
     """``compressor``, if it is a `TwoRoundCompressor`. (isinstance of a Protocol takes ten times as long.)"""
     return cast(TwoRoundCompressor, compressor) if hasattr(compressor, "basis") else None
+
+
+def union(compressor: object, ranks: int) -> Compressor | None:
+    """The union of ``compressor`` over ``ranks`` ranks, if it is `Sparse`."""
+    return cast(Sparse, compressor).union(ranks) if hasattr(compressor, "union") else None
+
+
+def is_sparse(compressor: object) -> bool:
+    """Whether ``compressor`` is `Sparse`."""
+    return union(compressor, 1) is not None
 
 
 def adjustable(compressor: object) -> Adjustable | None:

@@ -30,6 +30,8 @@ def position_bits(n: int, k: int) -> int:
     >>> position_bits(2048, 205), position_bits(2048, 1024)
     (1075, 2048)
     """
+    if not k:
+        return 0
     low = low_bits(n, k)
     return n if low is None else _elias_fano(n, k, low)
 
@@ -37,6 +39,8 @@ def position_bits(n: int, k: int) -> int:
 def positions_to_bits(positions: Tensor, n: int) -> Tensor:
     """Code ``positions`` [..., k], ascending and below ``n``: bits [..., `position_bits`] uint8."""
     k = positions.shape[-1]
+    if not k:
+        return positions.to(torch.uint8)
     low = low_bits(n, k)
     if low is None:
         return positions.new_zeros((*positions.shape[:-1], n), dtype=torch.uint8).scatter_(-1, positions, 1)
@@ -51,22 +55,23 @@ def positions_of_bits(bits: Tensor, n: int, k: int) -> Tensor:
 
     Raises ``ValueError`` for bits that are no code of ``k`` positions below ``n``.
     """
+    if not k:
+        return bits.new_zeros((*bits.shape[:-1], 0), dtype=torch.int64)
     low = low_bits(n, k)
     high = bits if low is None else bits[..., : k + ((n - 1) >> low)]
-    if bool((high.sum(-1, dtype=torch.int64) != k).any()):
-        raise ValueError(f"a payload does not hold {k} positions of {n}{DAMAGED}")
-    places = high.flatten(0, -2).nonzero()[:, 1].view(*bits.shape[:-1], k)
-    if low is None:
-        return places
-    lows = bits[..., high.shape[-1] :].unflatten(-1, (k, low)).to(torch.int64)
-    highs = places - torch.arange(k, device=bits.device)
-    positions: Tensor = (highs << low) + (lows << torch.arange(low, device=bits.device)).sum(-1)
-    if positions.numel() and int(positions.max()) >= n:
-        raise ValueError(f"a payload holds position {int(positions.max())} of {n}{DAMAGED}")
-    return positions
-
-
-DAMAGED = ": it was damaged on its way, or the ranks were given different models or densities"
+    if bool((high.sum(-1, dtype=torch.int64) == k).all()):
+        places = high.flatten(0, -2).nonzero()[:, 1].view(*bits.shape[:-1], k)
+        if low is None:
+            return places
+        lows = bits[..., high.shape[-1] :].unflatten(-1, (k, low)).to(torch.int64)
+        highs = places - torch.arange(k, device=bits.device)
+        positions: Tensor = (highs << low) + (lows << torch.arange(low, device=bits.device)).sum(-1)
+        if bool((positions.diff(dim=-1) > 0).all()) and bool((positions[..., -1:] < n).all()):
+            return positions
+    raise ValueError(
+        f"a payload does not hold {k} ascending positions of {n}: it was damaged on its way, or the ranks were given "
+        "different models or densities"
+    )
 
 
 def _elias_fano(n: int, k: int, low: int) -> int:

@@ -1,13 +1,16 @@
 """Sparse: send a few elements of each row, the largest (top-k) or some that a shared seed draws (random-k).
 
-    top-k      k = ceil(density * width) of the largest magnitudes, with their indices        arXiv:1809.07599
+    top-k      k = ceil(density * width) of the largest magnitudes, with their indices        arXiv:1809.07599;
+               their values in fp32, or coded by another compressor as rows of k elements
     random-k   k elements drawn from (seed, step, FQN), the same on all ranks, so without indices; unscaled it is a
                contraction, scaled by width / k it is unbiased
 
-On the two-phase route each row goes to one rank, so every rank's chunk has a k of its own. Random-k keeps the same
-indices in all rows and both phases, so that the second one loses nothing.
-Communication: the two-phase route; random-k any. Keeps: nothing.
-Bytes for k elements: top-k 4 + 2 (rows up to 65536 elements) or 4 + 4, random-k 4.
+Ascending indices are coded in a length that depends on k and width only, see `positions`.
+
+Random-k keeps the same indices in all rows and in both phases of the two-phase route: the second one loses nothing.
+Communication: top-k an all-gather, or two phases of which the second sends more, see `routes`; random-k any route.
+Keeps: nothing.
+Bytes for k of n elements: top-k 4 k, or what values take, and up to (2 + log2(n / k)) k / 8; random-k 4 k.
 """
 
 from __future__ import annotations
@@ -18,23 +21,38 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.compressor import RowWise
+from dtrain.comm.compressors.cast import Cast
+from dtrain.comm.compressors.compressor import Compressor, RowWise, is_sparse
+from dtrain.comm.compressors.positions import position_bits, positions_of_bits, positions_to_bits
+from dtrain.comm.kernels import bytes_of, pack_bits, unpack_bits
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
 
+FP32 = Cast("fp32")
 SAMPLED_FROM = 1 << 16
 """Rows at least this long are searched above a threshold estimated from a sample; the result is the same set."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TopK(RowWise):
-    """See `topk`."""
+    """See `topk`. ``ranks``: room for what so many ranks send, see `union`."""
 
     density: float
+    values: Compressor = FP32
+    ranks: int = 1
+
+    def __repr__(self) -> str:
+        more = {"values": self.values if self.values != FP32 else None, "ranks": self.ranks if self.ranks > 1 else None}
+        told = "".join(f", {name}={value}" for name, value in more.items() if value is not None)
+        return f"TopK(density={self.density}{told})"
 
     @property
     def delta(self) -> float:
-        return self.density
+        return min(1.0, self.ranks * self.density) * self.values.delta  # of the part of |x|^2 that k elements have
+
+    @property
+    def homogeneous(self) -> bool:
+        return self.values.homogeneous
 
     @property
     def setting(self) -> str:
@@ -43,30 +61,33 @@ class TopK(RowWise):
     def alternatives(self) -> list[TopK]:
         return [replace(self, density=density) for density in _densities(self.density)]
 
+    def union(self, ranks: int) -> TopK:
+        """See `Sparse`."""
+        return replace(self, ranks=self.ranks * ranks)
+
+    def _kept(self, width: int) -> int:
+        return min(width, self.ranks * kept(self.density, width))
+
     def encode(self, rows: Tensor, key: Key) -> Payload:
         width = rows.shape[1]
-        k = kept(self.density, width)
+        k = self._kept(width)
         if width < SAMPLED_FROM:
             indices = rows.abs().nan_to_num_(nan=torch.inf).topk(k, dim=1, sorted=False).indices
         else:
             indices = torch.stack([largest(row, k) for row in rows]) if len(rows) else rows.new_zeros((0, k)).long()
-        indices = indices.sort(dim=1).values  # the order carries no information; sorted, neighbours stay neighbours
-        return rows.gather(1, indices), _narrow(indices, width)
+        indices = indices.sort(dim=1).values  # the order carries no information; sorted, they take few bits
+        return *self.values.encode(rows.gather(1, indices), key), packed_indices(indices, width)
 
     def decode(self, payload: Payload, width: int, key: Key) -> Tensor:
         """Raises ``ValueError`` for indices that such rows do not have."""
-        values, narrow = payload
-        indices = _wide(narrow)
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < width:
-            raise ValueError(
-                f"a top-k payload holds indices from {int(indices.min())} to {int(indices.max())} of rows of {width}: "
-                "it was damaged on its way, or the ranks were given different models or densities"
-            )
-        rows = torch.zeros(values.shape[0], width, device=values.device)
-        return rows.scatter_(1, indices, values)
+        *coded, packed = payload
+        k = self._kept(width)
+        values, indices = self.values.decode(tuple(coded), k, key), unpacked_indices(packed, k, width)
+        return torch.zeros(values.shape[0], width, device=values.device).scatter_(1, indices, values)
 
     def row_bytes(self, width: int) -> int:
-        return kept(self.density, width) * (4 + _index_dtype(width).itemsize)
+        k = self._kept(width)
+        return self.values.row_bytes(k) + bytes_of(position_bits(width, k), 1, 8)
 
 
 @dataclass(frozen=True)
@@ -116,18 +137,22 @@ class RandomK(RowWise):
         return width / max(1, kept(self.density, width))
 
 
-def topk(density: float = 0.01) -> TopK:
+def topk(density: float = 0.01, *, values: Compressor = FP32) -> TopK:
     """Send the largest magnitudes.
 
     Args:
         density: the fraction of the elements that is sent, in (0, 1]; at least one element of each row is.
+        values: how the elements that are sent are coded, for example ``quantize(bits=4, block=64)``; fp32 by default.
 
     >>> topk(0.01).row_bytes(1000)
-    60
+    51
 
-    Raises ``ValueError`` for another density. Source: the module's docstring.
+    Raises ``ValueError`` for another density, ``TypeError`` for values that are no compressor of rows. Source: the
+    module's docstring.
     """
-    return TopK(_checked(density))
+    if not isinstance(values, Compressor) or is_sparse(values):
+        raise TypeError(f"values is {values!r}; give a compressor of all elements, such as quantize(bits=4, block=64)")
+    return TopK(_checked(density), values)
 
 
 def randk(density: float = 0.01, *, scaled: bool = False) -> RandomK:
@@ -180,14 +205,21 @@ def _checked(density: float) -> float:
     return float(density)
 
 
-def _index_dtype(width: int) -> torch.dtype:
-    return torch.int16 if width <= 1 << 16 else torch.int32
+# ---- indices ---------------------------------------------------------------------------------------------------------
 
 
-def _narrow(indices: Tensor, width: int) -> Tensor:
-    """Indices in as few bytes as ``width`` allows; 16 bits hold them unsigned."""
-    return indices.to(torch.int32).to(_index_dtype(width))
+def packed_indices(indices: Tensor, width: int) -> Tensor:
+    """Ascending ``indices`` [m, k] of rows of ``width`` elements as bytes, [m, bytes] uint8; see `positions`.
+
+    >>> packed_indices(torch.tensor([[3, 500, 900]]), 1000).shape
+    torch.Size([1, 4])
+    """
+    return pack_bits(positions_to_bits(indices, width), 1)
 
 
-def _wide(indices: Tensor) -> Tensor:
-    return indices.long() & 0xFFFF if indices.dtype == torch.int16 else indices.long()
+def unpacked_indices(packed: Tensor, k: int, width: int) -> Tensor:
+    """Undo `packed_indices`: [m, k] int64.
+
+    Raises ``ValueError`` for bytes that are not those of ``k`` ascending indices below ``width``.
+    """
+    return positions_of_bits(unpack_bits(packed, 1, position_bits(width, k)), width, k)

@@ -5,8 +5,9 @@
 It has its own momentum, so the inner optimizer is plain SGD. The warm-up has the paper's four stages, here of equal
 length instead of an epoch each: 25, 6.25, 1.5625 and 0.390625 % of the elements, or the final density where that is
 more; then 0.1 %. The paper clips each replica's gradient before it accumulates; here the combined gradient is clipped.
-On the two-phase route the owner of a chunk applies top-k once more, to the mean.
-Communication: the two-phase route of `every_step`. Keeps: two fp32 numbers for each element, per replica.
+As in the paper every element that any replica has sent is stepped, at most `UNION` times as many as one replica sends
+where there are many replicas.
+Communication: that of `every_step` for top-k. Keeps: two fp32 numbers for each element, per replica.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.compressors.sparse import topk
 from dtrain.comm.feedback import Compression, Feedback
 from dtrain.comm.methods.every_step import VERIFY_STEPS, EveryStep, every_step
@@ -79,6 +81,7 @@ def dgc(
     *,
     momentum: float = 0.9,
     warmup_steps: int = 0,
+    route: Route = "auto",
     verify_every: int = VERIFY_STEPS,
     tie: Tie = "stop",
 ) -> Dgc:
@@ -89,6 +92,7 @@ def dgc(
         momentum: of each replica, applied before top-k.
         warmup_steps: steps in four equal stages, in which a quarter of the elements, 1/16, 1/64 and 1/256 are sent,
             but never less than ``density``.
+        route: see `every_step`.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `every_step`.
 
     Raises ``ValueError`` for values outside their range, and when attached to another optimizer than plain SGD.
@@ -105,7 +109,7 @@ def dgc(
         plan = stages[0]
         for number, then in enumerate([*stages[1:], Compression(topk(density), feedback)], 1):
             plan = after(number * warmup_steps // STAGES, then, before=plan)
-    return Dgc(every_step(compress=plan, verify_every=verify_every, tie=tie))
+    return Dgc(every_step(compress=plan, route=route, verify_every=verify_every, tie=tie))
 
 
 def _summary(optimizer: torch.optim.Optimizer) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dtrain.comm.collectives.exchange import Route
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.comm.outer_optimizers import OuterOptimizer, nesterov
 from dtrain.comm.plans.plan import Compress
@@ -30,7 +30,7 @@ def diloco(
     warmup_compress: Compress | Literal["same"] = None,
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
-    route: Route = "two_phase",
+    route: Route = "auto",
     lossless: int | None = None,
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
@@ -47,7 +47,7 @@ def diloco(
         outer_state: "sharded" (1 / M of anchor and outer momentum on each of M replicas; fp32 only) or "offloaded" (in
             host memory between rounds); "replicated" by default.
         utilization: the target compute utilization of "auto", in (0, 1).
-        route: "two_phase", or "all_reduce" in fp32; see `local_update`.
+        route: "auto", or another way to all peers, as "all_reduce" in fp32; see `local_update`.
         lossless: zstandard's level for what a round sends, or None; see `local_update`.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 

@@ -2,9 +2,9 @@
 
     g_i  ->  (compress)  ->  peers  ->  combine  ->  the gradient that every replica steps with
 
-Communication: one `two_phase` flow or native all-reduce for each group of gradients that the backward pass finishes,
-overlapped with the rest of it where the engine has gradients piece by piece.
-Bytes: `two_phase_bytes` of each group; every ``verify_every`` steps 16 more, see `guard`. Keeps: the feedback's state.
+Communication: one flow on one of the `routes` for each group of gradients that the backward pass finishes, overlapped
+with the rest of it where the engine has gradients piece by piece.
+Bytes: `route_bytes` of each group; every ``verify_every`` steps 16 more, see `guard`. Keeps: the feedback's state.
 
 Of several backward passes in a step, each outside of ``no_sync()`` is exchanged; feedback covers their sum. With
 `DistributedDataParallel.join`, a rank that has run out of data sends zeros and its residual; it assumes that the peers'
@@ -19,13 +19,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
-from dtrain.comm.collectives.exchange import (
-    Route,
-    exchange,
-    require_codable,
-    require_mean_for_low_rank,
-    require_summable,
-)
+from dtrain.comm.collectives.exchange import exchange, require_codable, require_mean_for_low_rank, require_route
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.layout import Named
 from dtrain.comm.plans.plan import Compress, Plan, as_plan, kinds_of, warn_of_loss
@@ -70,6 +65,7 @@ def context_of(
         parameters_kind="replicated",
     )  # fmt: skip
     context.begin(f"{spec}")
+    context.tell_routes(spec.route)
     return context
 
 
@@ -205,7 +201,7 @@ def every_step(
     *,
     compress: Compress = None,
     combine: Aggregator | None = None,
-    route: Route = "two_phase",
+    route: Route = "auto",
     lossless: int | None = None,
     verify_every: int = VERIFY_STEPS,
     tie: Tie = "stop",
@@ -215,7 +211,9 @@ def every_step(
     Args:
         compress: a compressor, ``error_feedback(...)`` of one, a plan, or None for full fp32.
         combine: the rule, rows [world, n] -> [n]; `mean` by default.
-        route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own; linear ones only).
+        route: "auto": "two_phase", for sparse compressors such as top-k "all_gather", or "sparse_all_reduce" where that
+            sends clearly fewer bytes between that many replicas; all are deterministic, see `routes`. One of these; or
+            "all_reduce" (the transport's own; linear compressors only).
         lossless: zstandard's level for what is sent, where that makes it shorter, for slow links between CPUs; None
             for no lossless coding.
         verify_every: steps between two comparisons of all replicas' parameters and optimizer state; 0 for none.
@@ -225,13 +223,13 @@ def every_step(
     >>> from dtrain import every_step
     >>> from dtrain.compress import error_feedback, quantize
     >>> every_step(compress=error_feedback(quantize(bits=8))).route
-    'two_phase'
+    'auto'
 
     Raises ``ValueError`` for settings that exclude each other, ``TypeError`` for what is not a compressor.
     """
     plan, rule = as_plan(compress), mean() if combine is None else combine
     require_mean_for_low_rank(plan, rule)
-    require_summable(plan, rule, route)
+    require_route(plan, rule, route)
     require_codable(lossless, route)
     require_guard(verify_every, tie, "steps")
     warn_of_loss(plan)

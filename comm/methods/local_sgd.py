@@ -6,7 +6,7 @@ Communication: one exchange every H steps. Bytes: those of one parameter exchang
 
 from __future__ import annotations
 
-from dtrain.comm.collectives.exchange import Route
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.methods.local_update import LocalUpdate, local_update
 from dtrain.comm.outer_optimizers import sgd
 from dtrain.comm.plans.plan import Compress
@@ -21,7 +21,7 @@ def local_sgd(
     compress: Compress = None,
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
-    route: Route = "two_phase",
+    route: Route = "auto",
     verify_every: int = VERIFY_ROUNDS,
     tie: Tie = "stop",
 ) -> LocalUpdate:

@@ -18,8 +18,8 @@ The inner optimizer's state is neither averaged nor reset. A replica whose param
 mean and reset to the anchor. Before the first round there may be `warmup_steps` of data parallelism, in fp32 or
 compressed. H may change from round to round (`round_lengths`). The methods are settings of this loop, each in its own
 file.
-Communication: for each fragment and round `two_phase` flows, or native all-reduces, of some 4 million elements each,
-hidden behind the inner steps of an overlap. Bytes: `two_phase_bytes` of them, weighted. Keeps: the anchor, the outer
+Communication: for each fragment and round flows of some 4 million elements each on one of the `routes`, hidden behind
+the inner steps of an overlap. Bytes: `route_bytes` of them, weighted. Keeps: the anchor, the outer
 optimizer's state and the feedback's; while a fragment is under way, the feedback's next state, and in a checkpoint the
 combined values that have arrived.
 """
@@ -27,31 +27,29 @@ combined values that have arrived.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from dtrain.comm.aggregators.mean import Aggregator, mean
-from dtrain.comm.collectives.exchange import (
-    Route,
-    require_codable,
-    require_mean_for_low_rank,
-    require_summable,
-)
+from dtrain.comm.collectives.exchange import require_codable, require_mean_for_low_rank, require_route
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.inner_optimizers.muon import has_muon
 from dtrain.comm.outer_optimizers import Looking, OuterOptimizer
-from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Adaptive
 from dtrain.comm.plans.plan import Compress, Plan, as_plan, warn_of_loss
-from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Tie, require_guard
 from dtrain.comm.runtime.fragments import WHOLE, Fragments
 from dtrain.comm.runtime.knobs import LEAST_STEPS, Auto, Knob
 from dtrain.comm.runtime.local_updates import among_members, at_work
 from dtrain.comm.runtime.loop_spec import PLAIN, VERIFY_ROUNDS, Delay, Inner, LoopSpec, OuterState
-from dtrain.comm.runtime.membership.members import Members
 from dtrain.comm.runtime.method import Sync
 from dtrain.comm.runtime.round_lengths import EverySteps, RoundLengths
+
+if TYPE_CHECKING:
+    from dtrain.comm.pieces import Pieces
+    from dtrain.comm.runtime.attached import Attached
+    from dtrain.comm.runtime.membership.members import Members
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def local_update(
     tie: Tie = "stop",
     outer_state: OuterState = "replicated",
     utilization: float = 0.95,
-    route: Route = "two_phase",
+    route: Route = "auto",
     lossless: int | None = None,
     inner: Inner = "any",
 ) -> LocalUpdate:
@@ -120,8 +118,9 @@ def local_update(
         outer_state: "sharded" keeps 1 / M of anchor and outer momentum on each of M replicas, "offloaded" keeps them in
             host memory between rounds; see `sharded` and `offloaded`.
         utilization: the target compute utilization of "auto", in (0, 1).
-        route: "two_phase" (deterministic, any compressor) or "all_reduce" (the transport's own, with fewer passes over
-            memory, for what is sent in fp32: no compressor, low rank, random-k).
+        route: "auto", see `every_step`; "two_phase", "all_gather", "sparse_all_reduce" (all deterministic); or
+            "all_reduce" (the transport's own, with fewer passes over memory, for what is sent in fp32: no compressor,
+            low rank, random-k).
         lossless: zstandard's level for what a round sends, where that makes it shorter, for slow links between CPUs;
             None for no lossless coding.
         inner: "muon" refuses inner optimizers without Muon.
@@ -158,7 +157,7 @@ def local_update(
     plan, rule = as_plan(compress), mean() if combine is None else combine
     require_mean_for_low_rank(plan, rule)
     warn_of_loss(plan)
-    require_summable(plan, rule, route, weighted=True)
+    require_route(plan, rule, route, weighted=True)
     require_codable(lossless, route)
     spec = LocalUpdate(
         steps, outer, plan, rule, fragments, overlap_steps, float(mix), delay, warmup_steps, verify_every,
@@ -217,7 +216,7 @@ def _require_shardable(spec: LocalUpdate) -> None:
             "outer_state='sharded' sends parameters as they are: a delta can only be compressed where the whole anchor "
             "is. Leave compress out, or keep the outer state replicated"
         )
-    if spec.route != "two_phase":
+    if spec.route not in ("auto", "two_phase"):
         raise ValueError("outer_state='sharded' has a two-phase route of its own; leave route out")
     if isinstance(spec.outer, Looking):
         raise ValueError(

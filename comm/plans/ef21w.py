@@ -14,12 +14,12 @@ is resumed on another mesh takes replica 0's scale on all.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dtrain.comm.compressors.compressor import Compressor, two_rounds
+from dtrain.comm.compressors.compressor import Compressor, two_rounds, union
 from dtrain.comm.feedback import EF21, Compression, Feedback, ef21
 from dtrain.comm.layout import Matrix
 from dtrain.comm.ops import AllGather, Flow, Payload
@@ -59,6 +59,11 @@ class Scaled:
 
     def row_bytes(self, width: int) -> int:
         return self.compressor.row_bytes(width) + 4
+
+    def union(self, ranks: int) -> Scaled | None:
+        """See `Sparse`."""
+        wider = union(self.compressor, ranks)
+        return None if wider is None else replace(self, compressor=wider)
 
 
 @dataclass(frozen=True)

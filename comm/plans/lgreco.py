@@ -23,11 +23,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dtrain.comm.collectives.routes import value_bytes
 from dtrain.comm.collectives.two_phase import two_phase_bytes
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.compressor import AnyCompressor, TwoRoundCompressor, adjustable
 from dtrain.comm.feedback import Compression, as_compression
-from dtrain.comm.layout import Matrix, chunk_width, to_rows
+from dtrain.comm.layout import Matrix, to_rows
 from dtrain.comm.ops import AllGather, Axis, Flow
 from dtrain.comm.seeds import Key
 from dtrain.comm.state import Kind, Numbers, State
@@ -188,7 +189,7 @@ def costs(value: Tensor, compressors: Sequence[AnyCompressor], matrix: Matrix, w
         else:
             decoded = compressor.decode(compressor.encode(rows, key), rows.shape[1], key.shared)
             error = float((decoded - rows).double().square().sum())
-            table.append((error, 2 * (world - 1) * compressor.row_bytes(chunk_width(value.numel(), world))))
+            table.append((error, value_bytes("auto", value.numel(), compressor, world)))
     return torch.tensor(table, dtype=torch.float64).T.contiguous()
 
 

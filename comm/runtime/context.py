@@ -9,6 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dtrain.comm.collectives.routes import Route, described
+from dtrain.comm.compressors.compressor import is_sparse
 from dtrain.comm.layout import Named, matrices
 from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Pieces
@@ -60,6 +62,8 @@ class Context:
         self.saves = 0  # how often this rank has saved its state
         self.gauges: dict[str, float] = {}
         self.decisions: list[str] = []  # as text; their reader clears the list
+        self._route: Route | None = None
+        self._routed: object = None
         self.stepped_elsewhere: frozenset[str] = frozenset()
         """Trained parameters that the optimizer of ``pieces`` does not step."""
         self.require_still: Callable[[], None] = lambda: None
@@ -119,6 +123,21 @@ class Context:
             corrected = feedback.correct(fqn, value, self.state.look())
             self.plan.measure(fqn, fresh, corrected, self.matrices[fqn], self.place.size, drawn)
 
+    def tell_routes(self, route: Route) -> None:
+        """Add what takes which route of ``route``, and its bytes, to ``decisions``: now, and whenever that changes."""
+        self._route = route
+        self._tell_routes()
+
+    def _tell_routes(self) -> None:
+        if self._route is None or not any(is_sparse(compression.by_row) for compression in self.plan.compressions):
+            return
+        chosen = {fqn: self.plan.of(fqn, self.steps) for fqn in self.pieces.segments}
+        world, numels = self.place.size, {fqn: segment.numel for fqn, segment in self.pieces.segments.items()}
+        if (routed := (world, *chosen.values())) != self._routed:
+            self._routed = routed
+            text = described(chosen, numels, world, self._route)
+            self.decisions += [] if text is None else [text]
+
     def review(self) -> None:
         """Let the plan choose its compressions anew. Every rank must call it, once for each exchange."""
         if not self.plan.settled:
@@ -126,6 +145,7 @@ class Context:
             self.pieces.channel.run(self.plan.review(self.state, self.rate), "plan")
             if self.plan.changes != before:
                 self.decisions.append(self.plan.table().partition("\n")[0])
+        self._tell_routes()
 
     def warn_of_rules(self, plan: Plan) -> None:
         """Warn of patterns in ``plan`` that match no parameter."""

@@ -77,6 +77,7 @@ def among_members(spec: LoopSpec, pieces: Pieces, seed: int, members: Members) -
 
 def parts_of(spec: LoopSpec, context: Context) -> Parts:
     """The parts that ``spec`` names."""
+    context.tell_routes(spec.route)
     if spec.outer_state == "sharded":
         sharded = ShardedStore(context, spec)
         parts = Parts(sharded, sharded.reduced)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from dtrain.comm.aggregators.mean import Aggregator
-from dtrain.comm.collectives.exchange import Route
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.outer_optimizers import OuterOptimizer
 from dtrain.comm.plans.plan import Plan, as_plan, kinds_of
 from dtrain.comm.runtime.consistency import Tie
@@ -45,7 +45,7 @@ class LoopSpec:
     verify_every: int = VERIFY_ROUNDS
     outer_state: OuterState = "replicated"
     auto: Auto | None = None
-    route: Route = "two_phase"
+    route: Route = "auto"
     tie: Tie = "stop"
     lossless: int | None = None
     inner: Inner = "any"

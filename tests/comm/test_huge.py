@@ -78,6 +78,8 @@ CASES = [
     *((name, 2, "two_phase") for name in PLANS),
     *((name, 4, "two_phase") for name in ("compeft", "sign", "econtrol")),
     *((name, 2, "all_reduce") for name in SUMMED),
+    *((name, 3, "all_gather") for name in PLANS),
+    *((name, 4, "sparse_all_reduce") for name in ("top-k", "ef21", "dgc")),
 ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.collectives import exchange as collective
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.compressor import Compressor
@@ -61,6 +62,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "least squares, 2 bits": quantize("least_squares", bits=2, block=31),
     "least squares, 4 bits": quantize("least_squares", bits=4, block=16),
     "top-k": topk(0.2),
+    "top-k, 8-bit values": topk(0.2, values=quantize(bits=8)),
     "random-k": randk(0.3),
     "random-k, unbiased": randk(0.6, scaled=True),
     "sign": sign(block=16),
@@ -75,6 +77,9 @@ worlds = st.integers(1, 5)
 seeds = st.integers(0, 2**31)
 numels = st.lists(st.sampled_from(NUMELS), min_size=1, max_size=4)
 kinds_of_values = st.sampled_from(VALUES)
+DETERMINISTIC: tuple[Route, ...] = ("auto", "two_phase", "all_gather", "sparse_all_reduce")
+"""Routes on which every rank has the same bits, whatever the transport."""
+routes = st.sampled_from(DETERMINISTIC)
 compressors = st.sampled_from(sorted(COMPRESSORS)).map(COMPRESSORS.__getitem__)
 
 
@@ -131,19 +136,20 @@ def exchange(
     *,
     step: int = 0,
     seed: int = 0,
+    route: Route = "auto",
 ) -> list[Combined]:
-    """One exchange between all ranks on the two-phase route; nothing is committed."""
+    """One exchange between all ranks; nothing is committed."""
     world = len(values)
     states = fresh_states(plan, world) if states is None else states
     lies = square(values[0])
-    return simulate(
-        [
-            collective.exchange(
-                values[r], plan, rank_order_mean, Place(r, world), Key(seed, step, r), states[r], matrices=lies
-            )
-            for r in range(world)
-        ]
-    )
+    flows = [
+        collective.exchange(
+            values[r], plan, rank_order_mean, Place(r, world), Key(seed, step, r), states[r], matrices=lies,
+            route=route,
+        )
+        for r in range(world)
+    ]  # fmt: skip
+    return simulate(flows)
 
 
 def once(op: Op) -> Flow[Payload]:

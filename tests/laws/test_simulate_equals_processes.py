@@ -25,7 +25,8 @@ from dtrain.comm.state import State
 from dtrain.comm.transports.simulate import simulate
 from dtrain.comm.transports.threads import Meeting
 from dtrain.comm.transports.transport import SelfTransport
-from dtrain.compress import error_feedback, quantize
+from dtrain.compress import ef21, error_feedback, quantize, topk
+from dtrain.plans import by_layer
 from dtrain.rounds import lengths, qsr
 from dtrain.testing import WorkerPool
 from dtrain.testing.replicas import Replica
@@ -40,6 +41,11 @@ SYNCS: dict[str, Callable[[], Sync]] = {
     "int8_ef": lambda: every_step(compress=error_feedback(quantize(bits=8, block=64))),
     "int2_ef, coded": lambda: every_step(compress=LEAST_SQUARES, lossless=1),
     "stochastic": lambda: every_step(compress=error_feedback(quantize(bits=4, block=16, rounding="stochastic"))),
+    "top-k": lambda: every_step(compress=error_feedback(topk(0.05))),
+    "top-k, all-gather": lambda: every_step(compress=error_feedback(topk(0.05)), route="all_gather"),
+    "top-k, sparse all-reduce": lambda: every_step(compress=error_feedback(topk(0.02)), route="sparse_all_reduce"),
+    "mixed": lambda: every_step(compress=by_layer({"*bias": None}, default=ef21(topk(0.02), eta=1)), route="auto"),
+    "diloco, top-k": lambda: diloco(every_steps=3, compress=error_feedback(topk(0.1, values=quantize(bits=8)))),
     "diloco": lambda: diloco(every_steps=4, compress=quantize(bits=8, block=64)),
     "diloco, int2_ef, coded": lambda: diloco(every_steps=4, compress=LEAST_SQUARES, lossless=1),
     "post_local_sgd": lambda: post_local_sgd(every_steps=3, warmup_steps=4),
@@ -186,7 +192,10 @@ def exchange_gradients(spec: EveryStep, replicas: list[nn.Module], states: list[
             parameter.grad = combined.values[fqn].view(parameter.shape).clone()
 
 
-@pytest.mark.parametrize("name", ["dense", "int8_ef", "int2_ef, coded", "stochastic"])
+BY_ROUTE = ["top-k", "top-k, all-gather", "top-k, sparse all-reduce", "mixed"]
+
+
+@pytest.mark.parametrize("name", ["dense", "int8_ef", "int2_ef, coded", "stochastic", *BY_ROUTE])
 def test_bitwise(pool: WorkerPool, name: str) -> None:
     for mine, theirs in zip(simulated(name), pool.run(real, name), strict=True):
         assert torch.equal(mine, theirs)
@@ -205,7 +214,7 @@ def test_the_native_all_reduce_to_round_off(pool: WorkerPool) -> None:
 
 
 def test_replicas_are_bitwise_equal_where_the_method_says_so(pool: WorkerPool) -> None:
-    for name in ("dense", "int8_ef", "int2_ef, coded", "stochastic"):
+    for name in ("dense", "int8_ef", "int2_ef, coded", "stochastic", *BY_ROUTE):
         first, *others = pool.run(real, name)
         assert all(torch.equal(first, other) for other in others)
     first, *others = pool.run(real, "diloco")

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain import Members, attach, diloco, streaming_diloco
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.method import Sync
-from dtrain.compress import error_feedback, quantize
+from dtrain.compress import error_feedback, quantize, topk
 from dtrain.rounds import lengths
 from dtrain.train.data.text import ByteText
 from tests.programs.hosts import PATIENCE_SECONDS, submit
@@ -45,6 +45,10 @@ SYNCS: dict[str, Callable[[int], Sync]] = {
     "diloco, 8 bits": lambda every: diloco(every_steps=every, compress=quantize(bits=8)),
     "diloco, 4 bits": lambda every: diloco(every_steps=every, compress=error_feedback(quantize(bits=4, block=16))),
     "diloco, lengths": lambda every: diloco(every_steps=lengths([every, every + 3, every - 1])),
+    "diloco, everything gathered": lambda every: diloco(
+        every_steps=every, compress=error_feedback(topk(1.0)), route="all_gather"
+    ),
+    "diloco, top-k": lambda every: diloco(every_steps=every, compress=error_feedback(topk(0.1))),
     "streaming": lambda every: streaming_diloco(
         every_steps=every, layers_per_fragment=1, overlap_steps=2, compress=error_feedback(quantize(bits=4, block=16))
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
+from typing import cast as cast_
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dtrain import onebit_adam
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.collectives import exchange as collective
 from dtrain.comm.collectives.exchange import consolidate, together
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.collectives.two_phase import two_phase_bytes
 from dtrain.comm.compressors.compressor import AnyCompressor
 from dtrain.comm.compressors.lowrank import LowRank, orthonormal
@@ -60,16 +62,23 @@ def mean_of(states: list[State], fqn: str, name: str, like: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)
-@pytest.mark.parametrize("compressor", BIASED)
-def test_nothing_is_lost_to_round_off_of_fp64(compressor: str, feedback: str) -> None:
+@pytest.mark.parametrize(
+    ("compressor", "route", "world"),
+    [
+        *((compressor, "auto", 3) for compressor in BIASED),
+        *((compressor, "all_gather", 3) for compressor in BIASED),
+        *(("top-k", route, world) for route in ("two_phase", "sparse_all_reduce") for world in (3, 6)),
+    ],
+)
+def test_nothing_is_lost_to_round_off_of_fp64(compressor: str, route: Route, world: int, feedback: str) -> None:
     """Both phases included: sum of results = sum of means - mean residual, and the estimates' mean is what all hold."""
-    plan, world = FEEDBACKS[feedback](BIASED[compressor]), 3
+    plan = FEEDBACKS[feedback](BIASED[compressor])
     states = fresh_states(plan, world)
     applied: dict[str, Tensor] = {}
     meant: dict[str, Tensor] = {}
     for step in range(20):
         values = doubles(step, world)
-        first, *others = exchange(values, plan, states, step=step)
+        first, *others = exchange(values, plan, states, step=step, route=route)
         for state in states:
             state.commit()
         for fqn, value in first.values.items():
@@ -379,13 +388,27 @@ def test_flows_of_other_lengths_go_together_in_as_many_messages_as_the_longest()
     assert meters[0].sent_bytes == 4 * 4
 
 
-def test_flows_that_send_differently_do_not_go_together() -> None:
-    def other() -> Flow[list[float]]:
-        yield AllReduce((torch.ones(1),))
-        return []
+def test_ops_of_another_kind_wait_until_the_first_flow_yields_theirs_or_has_ended() -> None:
+    sent: list[tuple[str, int]] = []
 
-    with pytest.raises(TypeError, match="must yield ops of one kind"):
-        simulate([together([waves(0, 1), other()])])
+    def summed_then_gathered(rank: int) -> Flow[list[float]]:
+        (total,) = yield AllReduce((torch.full((1,), float(rank)),))
+        (rows,) = yield AllGather((torch.full((1,), float(rank)),))
+        return [float(total), *rows.flatten().tolist()]
+
+    def watched(flow: Flow[list[list[float]]]) -> Flow[list[list[float]]]:
+        op = next(flow)
+        try:
+            while True:
+                sent.append((type(op).__name__, len(op.payload)))
+                op = flow.send((yield op))
+        except StopIteration as done:
+            return cast_("list[list[float]]", done.value)
+
+    flows = [together([summed_then_gathered(r), waves(r, 2), summed_then_gathered(r)]) for r in range(2)]
+    found = simulate([watched(flows[0]), flows[1]])
+    assert found == [[[1.0, 0.0, 1.0], [1.0, 21.0], [1.0, 0.0, 1.0]]] * 2
+    assert sent == [("AllReduce", 2), ("AllGather", 3), ("AllGather", 1)]
 
 
 def test_square_pieces_are_matrices_whose_first_row_is_cut() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dtrain.comm.aggregators.mean import mean, rank_order_mean
 from dtrain.comm.collectives.all_reduce import native_mean
+from dtrain.comm.collectives.routes import Route
 from dtrain.comm.collectives.two_phase import Combined, all_finite, two_phase, two_phase_bytes
 from dtrain.comm.compressors.cast import Cast, cast
 from dtrain.comm.compressors.compressor import Compressor
@@ -24,6 +26,7 @@ from dtrain.comm.state import State
 from dtrain.comm.transports.simulate import simulate
 from tests.comm.zoo import (
     COMPRESSORS,
+    DETERMINISTIC,
     bits,
     compressors,
     exchange,
@@ -33,6 +36,7 @@ from tests.comm.zoo import (
     numels,
     per_rank,
     plain,
+    routes,
     seeds,
     worlds,
 )
@@ -72,33 +76,35 @@ def test_the_rank_order_mean_adds_from_rank_0_to_the_last(world: int, numel: int
 # --- two phases -----------------------------------------------------------------------------------------------------
 
 
-@given(worlds, numels, kinds_of_values, seeds)
+@given(worlds, numels, kinds_of_values, seeds, routes)
 @settings(max_examples=40)
-def test_uncompressed_it_is_the_rank_order_mean_to_the_bit(world: int, sizes: list[int], kind: str, seed: int) -> None:
+def test_uncompressed_it_is_the_rank_order_mean_to_the_bit(
+    world: int, sizes: list[int], kind: str, seed: int, route: Route
+) -> None:
     values = per_rank(seed, sizes, world, kind)
     wanted = means(values)
-    for combined in exchange(values, FP32):
+    for combined in exchange(values, FP32, route=route):
         assert combined.finite
         assert all(torch.equal(combined.values[fqn], wanted[fqn]) for fqn in wanted)
         assert all(combined.values[fqn].shape == value.shape for fqn, value in values[0].items())
 
 
-@given(worlds, numels, compressors, kinds_of_values, seeds, st.data())
+@given(worlds, numels, compressors, kinds_of_values, seeds, routes, st.data())
 @settings(max_examples=40)
 def test_the_split_into_messages_changes_no_bit(
-    world: int, sizes: list[int], compressor: Compressor, kind: str, seed: int, data: st.DataObject
+    world: int, sizes: list[int], compressor: Compressor, kind: str, seed: int, route: Route, data: st.DataObject
 ) -> None:
     """Bucket independence: one message, one for each name, or anything between, in any order of the names."""
     compression = error_feedback(compressor) if compressor.delta > 0 and data.draw(st.booleans()) else plain(compressor)
     values = per_rank(seed, sizes, world, kind)
-    together, states = exchange(values, compression, whole := fresh_states(compression, world)), whole
+    together, states = exchange(values, compression, whole := fresh_states(compression, world), route=route), whole
     names = data.draw(st.permutations(list(values[0])))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(names)), max_size=3)))
     buckets = [names[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(names)], strict=True)]
     split = fresh_states(compression, world)
     apart: list[dict[str, Tensor]] = [{} for _ in range(world)]
     for bucket in buckets:  # an empty message too
-        parts = exchange([{fqn: mine[fqn] for fqn in bucket} for mine in values], compression, split)
+        parts = exchange([{fqn: mine[fqn] for fqn in bucket} for mine in values], compression, split, route=route)
         for rank, part in enumerate(parts):
             apart[rank].update(part.values)
     for rank in range(world):
@@ -110,12 +116,12 @@ def test_the_split_into_messages_changes_no_bit(
             assert torch.equal(*residuals)
 
 
-@given(worlds, numels, compressors, kinds_of_values, seeds)
+@given(worlds, numels, compressors, kinds_of_values, seeds, routes)
 @settings(max_examples=40)
 def test_every_rank_gets_the_same_bits(
-    world: int, sizes: list[int], compressor: Compressor, kind: str, seed: int
+    world: int, sizes: list[int], compressor: Compressor, kind: str, seed: int, route: Route
 ) -> None:
-    first, *others = exchange(per_rank(seed, sizes, world, kind), plain(compressor), seed=seed)
+    first, *others = exchange(per_rank(seed, sizes, world, kind), plain(compressor), seed=seed, route=route)
     for other in others:
         assert equal(first.values, other.values) and other.finite == first.finite
 
@@ -137,10 +143,10 @@ def test_a_quantized_mean_errs_by_half_a_unit_in_each_phase(
 
 
 def test_nothing_that_was_given_is_written_to() -> None:
-    for compressor in COMPRESSORS.values():
+    for compressor, route in itertools.product(COMPRESSORS.values(), DETERMINISTIC):
         values = per_rank(1, [7, 97], 3)
         untouched = [{fqn: value.clone() for fqn, value in mine.items()} for mine in values]
-        exchange(values, error_feedback(compressor) if compressor.delta > 0 else plain(compressor))
+        exchange(values, error_feedback(compressor) if compressor.delta > 0 else plain(compressor), route=route)
         assert all(equal(one, other) for one, other in zip(values, untouched, strict=True))
 
 
@@ -177,10 +183,11 @@ def test_the_rule_is_the_callers() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_value_on_one_rank_is_bad_for_all(compressor: Compressor, world: int, bad: float) -> None:
-    for numel, place in [(1, 0), (7, 6), (61, 0), (61, 33)]:
+    for (numel, place), route in itertools.product([(1, 0), (7, 6), (61, 0), (61, 33)], DETERMINISTIC):
         values = per_rank(2, [3, numel], world)
         list(values[world - 1].values())[1][place] = bad
-        assert [combined.finite for combined in exchange(values, plain(compressor))] == [False] * world
+        found = exchange(values, plain(compressor), route=route)
+        assert [combined.finite for combined in found] == [False] * world
 
 
 def test_a_bad_value_is_bad_for_all_under_a_rule_that_ignores_it_too() -> None:

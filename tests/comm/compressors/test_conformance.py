@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.compressors.quantize import Quantize
 from dtrain.comm.compressors.sign import Sign
-from dtrain.comm.compressors.sparse import SAMPLED_FROM, TopK, largest
+from dtrain.comm.compressors.sparse import SAMPLED_FROM, TopK, kept, largest, packed_indices, unpacked_indices
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
-from dtrain.compress import cast, compeft, powersgd, quantize, randk, sign, terngrad, topk
+from dtrain.compress import cast, compeft, error_feedback, powersgd, quantize, randk, sign, terngrad, topk
 from dtrain.testing import check_compressor
-from tests.comm.zoo import COMPRESSORS
+from tests.comm.zoo import COMPRESSORS, seeds
 
 KEY = Key(0, 0, 1, "w", "send")
 
@@ -205,8 +208,45 @@ def test_bad_arguments(make: object, message: str) -> None:
 
 
 @pytest.mark.parametrize("width", [1000, 1 << 17])
-def test_top_k_refuses_places_that_a_row_does_not_have(width: int) -> None:
-    values, places = topk(0.01).encode(torch.randn(2, width), KEY)
-    places[1, 3] = torch.iinfo(places.dtype).max
-    with pytest.raises(ValueError, match=f"a top-k payload holds indices from .* of rows of {width}: it was damaged"):
-        topk(0.01).decode((values, places), width, KEY.shared)
+@pytest.mark.parametrize("density", [0.01, 0.3])
+def test_top_k_refuses_bytes_that_are_no_indices_of_such_rows(width: int, density: float) -> None:
+    """Whatever single bit has changed: other indices of the row, or a refusal, and never an index that it lacks."""
+    values, packed = topk(density).encode(torch.randn(2, width), KEY)
+    said = []
+    for number, place in enumerate(torch.linspace(0, packed.shape[1] - 1, 40).long().tolist()):
+        damaged = packed.clone()
+        damaged[1, place] ^= 1 << (number % 8)
+        try:
+            assert topk(density).decode((values, damaged), width, KEY.shared).shape == (2, width)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 5
+    assert all(f"{values.shape[1]} ascending positions of {width}: it was damaged on" in text for text in said)
+
+
+@given(st.integers(0, 3000), st.floats(1e-4, 1.0), st.integers(0, 3), seeds)
+def test_indices_come_back_from_as_many_bytes_as_declared(width: int, density: float, m: int, seed: int) -> None:
+    k = kept(density, width)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(width, generator=generator)[:k].sort().values for _ in range(m)]
+    indices = torch.stack(drawn) if m else torch.zeros(0, k, dtype=torch.int64)
+    packed = packed_indices(indices, width)
+    assert torch.equal(unpacked_indices(packed, k, width), indices)
+    assert packed.shape == (m, topk(density).row_bytes(width) - 4 * k)
+    if k:  # log2 of the number of choices is at least k log2(width / k)
+        assert packed.shape[1] <= k * (2 + math.log2(width / k)) / 8 + 1
+
+
+def test_values_of_top_k_are_coded_by_another_compressor() -> None:
+    row, coded = torch.randn(2, 1000), topk(0.1, values=quantize(bits=8, block=50))
+    payload = coded.encode(row, KEY)
+    wanted = quantize(bits=8, block=50).decode(payload[:-1], 100, KEY)
+    found = coded.decode(payload, 1000, KEY.shared)
+    assert torch.equal(found[found != 0], wanted[wanted != 0]) and coded.delta == 0.1 * coded.values.delta
+    assert coded.row_bytes(1000) == quantize(bits=8, block=50).row_bytes(100) + topk(0.1).row_bytes(1000) - 400
+    assert str(topk(0.1)) == "TopK(density=0.1)" and "values=Quantize(bits=8" in str(coded)  # as states have it
+    for wrong in ("int8", topk(0.1), powersgd(2), None):
+        with pytest.raises(TypeError, match="give a compressor of all elements, such as quantize"):
+            topk(0.1, values=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="guarantees no contraction"):
+        error_feedback(topk(0.1, values=quantize(bits=2)))

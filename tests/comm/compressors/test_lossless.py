@@ -25,7 +25,7 @@ from dtrain.comm.state import State
 from dtrain.comm.transports.meter import Meter, metered
 from dtrain.comm.transports.simulate import simulate
 from dtrain.comm.transports.transport import CompletedWork, SelfTransport
-from dtrain.compress import cast, compeft, error_feedback, powersgd, quantize, topk
+from dtrain.compress import cast, error_feedback, powersgd, quantize, topk
 from dtrain.outer import nesterov
 from dtrain.testing.replicas import Replica, Replicas, equal, quadratic
 from tests.comm.zoo import bits, compressors, kinds_of_values, numels, per_rank, seeds, worlds
@@ -149,13 +149,14 @@ def test_what_gets_no_shorter_is_sent_as_it_is() -> None:
 
 # ---- local updates -------------------------------------------------------------------------------------------------
 
+FOUR_BITS = error_feedback(quantize(bits=4, block=128))
 FEW_BITS = error_feedback(quantize("least_squares", bits=2, block=64))
 START = {
     "layers.0.weight": torch.randn(60_000, generator=torch.Generator().manual_seed(0)),
     "layers.1.bias": torch.ones(7),
 }
 LOOPS: dict[str, Callable[[int | None], LocalUpdate]] = {
-    "diloco": lambda level: diloco(every_steps=2, compress=error_feedback(compeft()), lossless=level),
+    "diloco": lambda level: diloco(every_steps=2, compress=FOUR_BITS, lossless=level),
     "diloco, few bits": lambda level: diloco(every_steps=2, compress=FEW_BITS, lossless=level),
     "offloaded": lambda level: diloco(every_steps=2, compress=FEW_BITS, outer_state="offloaded", lossless=level),
     "sharded": lambda level: diloco(every_steps=2, outer_state="sharded", lossless=level),
@@ -225,7 +226,7 @@ DAMAGES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["every_step", "diloco", "sharded", "streaming"])
 def test_a_damaged_code_ends_the_step_in_words(name: str, damage: str) -> None:
-    spec: Sync = every_step(compress=error_feedback(compeft()), lossless=1) if name == "every_step" else LOOPS[name](1)
+    spec: Sync = every_step(compress=FOUR_BITS, lossless=1) if name == "every_step" else LOOPS[name](1)
     transport = Damaging(DAMAGES[damage])
     replica = Replica(Channel({"replicate": transport, "shard": SelfTransport()}), START, 0.05)
     attached = spec.bind(replica, 0)

@@ -14,7 +14,8 @@ from dtrain.comm.compressors.cast import cast
 from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.feedback import Compression, NoFeedback
 from dtrain.comm.methods.every_step import EveryStep
-from dtrain.compress import error_feedback, powersgd, quantize, randk
+from dtrain.compress import error_feedback, powersgd, quantize, randk, topk
+from dtrain.plans import by_layer
 from dtrain.testing.replicas import Replicas
 
 IDENTITY = Compression(cast("fp32"), NoFeedback())
@@ -25,7 +26,7 @@ def median(rows: Tensor) -> Tensor:
 
 
 def test_what_it_is_made_of() -> None:
-    assert every_step() == EveryStep(IDENTITY, rank_order_mean, "two_phase")
+    assert every_step() == EveryStep(IDENTITY, rank_order_mean, "auto")
     compressed = every_step(compress=quantize(bits=4, block=64))
     assert compressed.plan == Compression(quantize(bits=4, block=64), NoFeedback())
     wrapped = error_feedback(quantize(bits=8))
@@ -59,8 +60,19 @@ def test_an_all_reduce_has_only_the_mean() -> None:
 
 @pytest.mark.parametrize("route", ["ring", "", "TWO_PHASE", None])
 def test_an_unknown_route(route: object) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"route is {route!r}; choose 'two_phase' or 'all_reduce'")):
+    said = f"route is {route!r}; choose 'auto', 'two_phase', 'all_gather', 'sparse_all_reduce' or 'all_reduce'"
+    with pytest.raises(ValueError, match=re.escape(said)):
         every_step(route=route)  # type: ignore[arg-type]
+
+
+def test_the_sparse_all_reduce_needs_something_sparse() -> None:
+    said = (
+        "is for sparse compressors such as topk, not for Quantize(bits=8, block=512, rounding='nearest'); leave route"
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        every_step(compress=quantize(bits=8), route="sparse_all_reduce")
+    plan = by_layer({"*norm*": None}, default=error_feedback(topk(0.01)))
+    assert every_step(compress=plan, route="sparse_all_reduce").route == "sparse_all_reduce"
 
 
 @pytest.mark.parametrize("compress", ["int8", 8, quantize, torch.zeros(1)])

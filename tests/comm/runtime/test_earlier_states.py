@@ -7,6 +7,7 @@ and those after 6 steps more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,21 +34,25 @@ from dtrain.comm.runtime.method import Sync
 from dtrain.compress import econtrol, ef21, error_feedback, powersgd, quantize, topk
 from dtrain.outer import adam, fedhyper
 from dtrain.plans import accordion, ef21w, lgreco
-from dtrain.testing.replicas import Replicas
+from dtrain.testing.replicas import Replicas, equal
 from tests.comm.methods.test_fedkseed import Trying
 
-SPECS: dict[str, Sync] = {
-    "feedback": every_step(compress=error_feedback(topk(0.3))),
-    "ef21": every_step(compress=ef21(topk(0.3))),
-    "econtrol": every_step(compress=econtrol(topk(0.3))),
-    "low rank": every_step(compress=error_feedback(powersgd(2))),
-    "accordion": every_step(
-        compress=accordion(error_feedback(topk(0.5)), error_feedback(topk(0.1)), every=2, accumulate=1)
+OLD: Any = {"route": "two_phase"}  # the only route of what is sparse in those days
+SPARSE: dict[str, Callable[..., Sync]] = {
+    "feedback": lambda **route: every_step(compress=error_feedback(topk(0.3)), **route),
+    "ef21": lambda **route: every_step(compress=ef21(topk(0.3)), **route),
+    "econtrol": lambda **route: every_step(compress=econtrol(topk(0.3)), **route),
+    "accordion": lambda **route: every_step(
+        compress=accordion(error_feedback(topk(0.5)), error_feedback(topk(0.1)), every=2, accumulate=1), **route
     ),
-    "ef21w": every_step(compress=ef21w(topk(0.3), warmup_steps=3)),
+    "ef21w": lambda **route: every_step(compress=ef21w(topk(0.3), warmup_steps=3), **route),
+    "dgc": lambda **route: dgc(0.1, **route),
+    "diloco": lambda **route: diloco(every_steps=4, compress=error_feedback(topk(0.3)), **route),
+}
+SPECS: dict[str, Sync] = {
+    **{name: make(**OLD) for name, make in SPARSE.items()},
+    "low rank": every_step(compress=error_feedback(powersgd(2))),
     "lgreco": every_step(compress=lgreco(error_feedback(quantize(bits=4, block=16)), every=3)),
-    "dgc": dgc(0.1),
-    "diloco": diloco(every_steps=4, compress=error_feedback(topk(0.3))),
     "diloco, adam": diloco(every_steps=3, outer=adam(lr=0.1)),
     "fedhyper": diloco(every_steps=3, outer=fedhyper(kappa=0.3)),
     "sharded": diloco(every_steps=4, outer_state="sharded"),
@@ -99,6 +104,18 @@ def test_accordion_goes_on_by_sums_where_it_compared_single_gradients(earlier: d
     replicas.train(6)
     numbers = replicas.attached[0].plan.numbers()
     assert (numbers["plan.exchanges"], numbers["plan.rate"]) == (13, 0.05)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_sparse_one_goes_on_by_the_route_of_today(name: str, earlier: dict[str, Any]) -> None:
+    kept = earlier[name]
+    replicas = Replicas(SPARSE[name](), 2)
+    for pieces, parameters in zip(replicas.pieces, kept["parameters"], strict=True):
+        pieces.write(parameters)
+    replicas.all(lambda rank: replicas.attached[rank].load_state_dict(kept["states"][rank]))
+    replicas.train(5)
+    assert [attached.steps for attached in replicas.attached] == [12, 12]
+    assert equal(replicas.live(0), replicas.live(1))  # the step after a round of diloco is the twelfth
     replicas.close()
 
 

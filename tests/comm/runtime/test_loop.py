@@ -289,9 +289,17 @@ def test_something_that_is_no_compressor(name: str) -> None:
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
-        ({"route": "ring"}, "route is 'ring'; choose 'two_phase' or 'all_reduce'"),
+        (
+            {"route": "ring"},
+            "route is 'ring'; choose 'auto', 'two_phase', 'all_gather', 'sparse_all_reduce' or 'all_reduce'",
+        ),
         ({"route": "all_reduce", "compress": quantize(bits=8)}, "is not linear, so an all-reduce cannot sum"),
         ({"route": "all_reduce", "compress": cast("bf16")}, "cannot weigh replicas; use route='two_phase'"),
+        (
+            {"route": "sparse_all_reduce", "compress": cast("bf16")},
+            "is for sparse compressors such as topk, not for Cast(",
+        ),
+        ({"route": "all_gather", "outer_state": "sharded"}, "has a two-phase route of its own; leave route out"),
         ({"route": "all_reduce", "outer_state": "sharded"}, "has a two-phase route of its own; leave route out"),
     ],
 )

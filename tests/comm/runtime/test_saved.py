@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import diloco, every_step, fedavg_m, local_sgd, one_byte, post_local_sgd, streaming_diloco
+from dtrain import dgc, diloco, every_step, fedavg_m, local_sgd, one_byte, post_local_sgd, streaming_diloco
 from dtrain.comm.runtime.method import Sync
 from dtrain.comm.runtime.saved import Entries
 from dtrain.compress import ef21, error_feedback, powersgd, quantize, topk
@@ -28,6 +28,10 @@ SPECS: dict[str, Sync] = {
     "feedback": FEEDBACK,
     "ef21": every_step(compress=ef21(topk(0.3))),
     "low rank": every_step(compress=error_feedback(powersgd(2))),
+    "all-gather": every_step(compress=error_feedback(topk(0.3)), route="all_gather"),
+    "sparse all-reduce": every_step(compress=error_feedback(topk(0.1)), route="sparse_all_reduce"),
+    "dgc": dgc(0.1, warmup_steps=5),
+    "diloco, top-k": diloco(every_steps=4, compress=error_feedback(topk(0.1, values=quantize(bits=4, block=16)))),
     "diloco": diloco(every_steps=4, compress=error_feedback(quantize(bits=8, block=16))),
     "sharded": diloco(every_steps=4, outer_state="sharded"),
     "offloaded": diloco(every_steps=4, outer_state="offloaded"),

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.collectives.all_reduce import native_mean
+from dtrain.comm.collectives.exchange import exchange
+from dtrain.comm.collectives.routes import Route, route_bytes, route_of
 from dtrain.comm.collectives.two_phase import two_phase, two_phase_bytes
 from dtrain.comm.compressors.compressor import Compressor
 from dtrain.comm.feedback import error_feedback
@@ -19,7 +21,7 @@ from dtrain.comm.seeds import Key
 from dtrain.comm.state import State
 from dtrain.comm.transports.meter import Count, Meter, metered
 from dtrain.comm.transports.simulate import simulate
-from tests.comm.zoo import COMPRESSORS, compressors, named, numels, plain, worlds
+from tests.comm.zoo import COMPRESSORS, compressors, named, numels, plain, routes, worlds
 
 
 def places(rank: int, world: int) -> dict[Axis, Place]:
@@ -96,6 +98,30 @@ def test_a_two_phase_message_sends_what_its_formula_says(
     for meter in meters:
         assert meter.sent_bytes == two_phase_bytes(sizes, compressor, world)
         assert sum(count.messages for count in meter.by.values()) == 2
+
+
+@given(worlds, numels, compressors, routes, st.booleans(), st.booleans())
+@settings(max_examples=60)
+def test_an_exchange_sends_what_the_formula_of_its_route_says(
+    world: int, sizes: list[int], compressor: Compressor, route: Route, feedback: bool, weighted: bool
+) -> None:
+    compression = error_feedback(compressor) if feedback and compressor.delta > 0 else plain(compressor)
+    meters, weight = [Meter() for _ in range(world)], 2.0 if weighted else None
+    flows = [
+        metered(
+            exchange(
+                named(rank, sizes), compression, rank_order_mean, Place(rank, world), Key(0, 0, rank),
+                State(compression.feedback.kinds), route=route, weight=weight,
+            ),
+            meters[rank], places(rank, world), "gradients",
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    simulate(flows)
+    taken = route_of(compression, world, route)
+    for meter in meters:
+        assert meter.sent_bytes == route_bytes(route, sizes, compressor, world, weighted=weighted)
+        assert sum(count.messages for count in meter.by.values()) == (1 if taken == "all_gather" else 2)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])

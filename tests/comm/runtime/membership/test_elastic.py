@@ -93,7 +93,7 @@ def among(members: dict[int, list[int]]) -> list[list[float]]:
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("sync", ["diloco", "diloco, offloaded", "diloco, lengths"])
+@pytest.mark.parametrize("sync", ["diloco", "diloco, offloaded", "diloco, lengths", "diloco, everything gathered"])
 def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_is_lost(
     sync: str, tmp_path: Path
 ) -> None:
@@ -120,7 +120,7 @@ def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_i
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("sync", ["streaming", "streaming, 2 bits, coded"])
+@pytest.mark.parametrize("sync", ["streaming", "streaming, 2 bits, coded", "diloco, top-k"])
 def test_one_that_was_frozen_comes_back_as_a_newcomer(sync: str, tmp_path: Path) -> None:
     store = serve(0)
     common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", sync=sync, every_steps=6, steps=60, hold_at=33,
