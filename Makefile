@@ -61,10 +61,10 @@ train: setup
 QUICK := "not (processes or system or cluster or slow)"
 
 test: setup setup-system
-	$(BIN)/python -m pytest -m "not cluster" -n 2 --dist loadfile --slowest build/slowest.md $(ARGS)
+	$(BIN)/python -m pytest -m "not cluster" -n 2 --dist loadfile --slowest=build/slowest.md $(ARGS)
 
 test-quick: setup
-	$(BIN)/python -m pytest -m $(QUICK) --hypothesis-profile quick --few 3 -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m $(QUICK) --hypothesis-profile quick --few=3 -n 2 --dist worksteal $(ARGS)
 
 test-cluster: setup setup-system
 	$(BIN)/python -m pytest -m cluster -n 2 --dist loadfile $(ARGS)
