@@ -12,6 +12,7 @@ from benchmarks.compression import compressors, loss
 from benchmarks.elastic import elastic
 from benchmarks.equal_tokens import equal_tokens
 from benchmarks.evidence import circumstances, write
+from benchmarks.few_bytes import all_syncs, few_bytes
 from benchmarks.fine_tuning import fine_tuning
 from benchmarks.harness import Session, say
 from benchmarks.kernels import kernels
@@ -35,7 +36,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "stopping": stopping, "kernels": kernels, "compressors": compressors, "loss": loss, "lgreco": lgreco,
     "powersgd": powersgd, "slow": slow, "local": local, "torchft": torchft, "overlap": overlap,
     "equal_tokens": equal_tokens, "elastic": elastic, "one_byte": one_byte_on_hosts,
-    "leaks": leaks, "muon": muon,
+    "leaks": leaks, "muon": muon, "few_bytes": few_bytes, "all_syncs": all_syncs,
     "shared_seed": shared_seed, "fine_tuning": fine_tuning, "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named

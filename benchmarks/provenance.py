@@ -30,6 +30,8 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
         "comm/channel.py", "comm/transports", "dtrain/bench", "slurm/devcluster", "benchmarks/link_calibration.py",
     ),
     "stopping": (*TRAINING, "launchers", "slurm", "benchmarks/stopping.py"),
+    "few_bytes": (*TRAINING, "benchmarks/few_bytes.py"),
+    "all_syncs": (*TRAINING, "benchmarks/few_bytes.py"),
     "muon": ("comm/inner_optimizers", "dtrain/train/models", "benchmarks/muon.py"),
     "kernels": ("comm/kernels.py", "comm/compressors/quantize.py", "benchmarks/kernels.py"),
     "compressors": (*TRAINING, "benchmarks/compression.py"),
