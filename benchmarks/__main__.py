@@ -27,6 +27,7 @@ from benchmarks.prose import written_into_prose
 from benchmarks.provenance import EVIDENCE, DirtyTree, require_clean, stale
 from benchmarks.shared_seed import shared_seed
 from benchmarks.slow_links import local, powersgd, slow
+from benchmarks.sparse_routes import sparse_routes
 from benchmarks.stopping import stopping
 from benchmarks.training import default, fifteen, kill, quality, suite
 from benchmarks.vs_torchft import torchft
@@ -37,6 +38,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "powersgd": powersgd, "slow": slow, "local": local, "torchft": torchft, "overlap": overlap,
     "equal_tokens": equal_tokens, "elastic": elastic, "one_byte": one_byte_on_hosts,
     "leaks": leaks, "muon": muon, "few_bytes": few_bytes, "all_syncs": all_syncs,
+    "sparse_routes": sparse_routes,
     "shared_seed": shared_seed, "fine_tuning": fine_tuning, "suite": suite,
 }  # fmt: skip
 LATER = ("suite",)  # only when it is named

@@ -31,6 +31,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     ),
     "stopping": (*TRAINING, "launchers", "slurm", "benchmarks/stopping.py"),
     "few_bytes": (*TRAINING, "benchmarks/few_bytes.py"),
+    "sparse_routes": (*TRAINING, "benchmarks/sparse_routes.py"),
     "all_syncs": (*TRAINING, "benchmarks/few_bytes.py"),
     "muon": ("comm/inner_optimizers", "dtrain/train/models", "benchmarks/muon.py"),
     "kernels": ("comm/kernels.py", "comm/compressors/quantize.py", "benchmarks/kernels.py"),

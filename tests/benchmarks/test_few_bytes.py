@@ -23,6 +23,7 @@ from benchmarks.few_bytes import (
     settings,
 )
 from benchmarks.halved_text import HalvedText
+from benchmarks.sparse_routes import ALL_GATHER, DENSE, ROWS, TWO_PHASE, sparse_routes_report
 from dtrain.train.config import compose
 from dtrain.train.data.text import ByteText
 from tests.benchmarks.test_page import missed, run
@@ -63,6 +64,18 @@ def test_the_table_of_all_has_a_row_for_each() -> None:
     report = all_syncs_report({(name, inside): run(last=2.0) for inside in ALONE for name in names[inside]})
     assert all(f"| {name} |" in report.body for name in {*names["AdamW"], *names["Muon"]})
     assert "| muloco | - | 2.0000 (+0.0%) |" in report.body
+
+
+@pytest.mark.parametrize(("gathered", "bytes_", "lines"), [(1.8, 1000, 0), (1.9, 1000, 1), (1.8, 1001, 1)])
+def test_top_k_is_held_to_its_line(gathered: float, bytes_: int, lines: int) -> None:
+    runs = {
+        DENSE: [run(last=1.5)] * 3,
+        TWO_PHASE: [run(last=2.0)] * 3,
+        ALL_GATHER: [run(last=gathered, sent=bytes_)] * 3,
+    }
+    assert len(missed(sparse_routes_report(runs))) == lines
+    for words in ROWS.values():
+        compose(["run.dir=x", *words])
 
 
 def test_only_what_ran_with_every_seed_can_win() -> None:
