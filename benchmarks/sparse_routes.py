@@ -45,8 +45,8 @@ def sparse_routes_report(runs: Mapping[str, Sequence[Run]]) -> Report:
     body = (
         f"{STEPS} steps of AdamW on the default text and model, DDP, four replicas, top-k with EF14; mean and standard "
         f"deviation over seeds {SEEDS[0]} to {SEEDS[-1]}. On the two-phase route the owner of a chunk keeps the "
-        "largest of the mean of what it got; an all-gather loses nothing on the way, and sends twice as much for the same "
-        "density among four.\n\n" + table(["top-k", "validation loss", "against dense", "sent per rank"], rows)
+        "largest of the mean of what it got; an all-gather loses nothing on the way, and sends twice as much for the "
+        "same density among four.\n\n" + table(["top-k", "validation loss", "against dense", "sent per rank"], rows)
     )
     off = statistics.mean(differences(runs[ALL_GATHER], runs[TWO_PHASE]))
     checks = (
