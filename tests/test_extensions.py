@@ -79,7 +79,7 @@ from dtrain.train.engines.contract import loss_of
 class Plain:
     def __init__(self, model, optimizer, mesh, options):
         self.model, self.options, self.gradient_norm = model, options, 0.0
-        self.optimizer = optimizer(model.parameters())
+        self.optimizer = optimizer(model)
         self.pieces = pieces_of(model, self.optimizer, mesh.channel, overlap=False)
 
     def forward_backward(self, microbatches):

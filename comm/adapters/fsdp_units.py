@@ -112,8 +112,9 @@ class Unit:
             piece = piece.to(local.dtype).view(local.shape)
             if parameter.grad is None:
                 parameter.grad = param.to_sharded_dtensor(piece.clone())
-            else:
-                parameter.grad.to_local().add_(piece)
+            elif local.numel():  # of an empty unit on this rank FSDP2 itself has set an empty gradient
+                with torch.no_grad():
+                    parameter.grad.to_local().add_(piece)
 
     def _trained(self) -> list[Any]:
         return [param for param in self.group.fsdp_params if param.sharded_param.requires_grad]

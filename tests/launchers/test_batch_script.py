@@ -63,7 +63,7 @@ def test_a_job_that_is_cancelled_while_slurm_is_asked_ends_as_cancelled(ranks: i
     assert (end.get("code"), end.get("reason"), end["requeued"]) == (ranks, "cancelled", False), end["said"]
 
 
-@pytest.mark.parametrize(("ranks", "reason"), [(75, "Slurm does not say why"), (1, "attempts in a row")])
+@pytest.mark.parametrize(("ranks", "reason"), [(75, "Slurm does not say by whom"), (1, "attempts in a row")])
 def test_no_answer_never_requeues(ranks: int, reason: str, tmp_path: Path) -> None:
     end = run(tmp_path, ranks=ranks, says="")
     assert reason in str(end.get("reason")) and not end["requeued"], end["said"]
