@@ -44,7 +44,14 @@ SUMMABLE = ("bf16", "fp16", "none", "powersgd16_ef", "powersgd_ef", "projection_
 AS_ALL_REDUCE = ":all_reduce"
 
 TORCH = ("torch.all_reduce", "torch.fp16", "torch.bf16", "torch.powersgd")
-OURS = tuple(sorted([*(path.stem for path in COMPRESS.glob("*.yaml")), *(name + AS_ALL_REDUCE for name in SUMMABLE)]))
+SPARSE = ("topk_econtrol", "topk_ef", "topk_ef21", "topk_int4_ef")
+"""Choices of the group compress that have routes of their own; by their names alone the cost model chooses one."""
+OURS = tuple(
+    sorted([
+        *(path.stem for path in COMPRESS.glob("*.yaml")), *(name + AS_ALL_REDUCE for name in SUMMABLE),
+        *(f"{name}:{route}" for name in SPARSE for route in ("two_phase", "all_gather", "sparse_all_reduce")),
+    ])
+)  # fmt: skip
 HOOKS = (*TORCH, *OURS)
 GROUPS: Mapping[str, tuple[str, ...]] = {"all": HOOKS, "torch": TORCH, "dtrain": OURS}
 

@@ -49,7 +49,8 @@ examples:
 HOOKS_EPILOG = """\
 settings:
   bench.ops=all     torch: torch.all_reduce,torch.fp16,torch.bf16,torch.powersgd; dtrain: every choice of the group
-                    compress on the two-phase route, and those that can on an all-reduce (bf16:all_reduce); or by name
+                    compress, those that can on an all-reduce too (bf16:all_reduce), and sparse ones on each of their
+                    routes (topk_ef:all_gather); or by name
   bench.min_bytes=4M bench.max_bytes=4M bench.factor=4     sizes of the fp32 gradient, K is 1000
   bench.iterations=20 bench.seconds=3 bench.warmup=4 bench.link=auto     as of `dtrain bench collectives`
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from dtrain import every_step
 from dtrain.bench import hook_rows
 from dtrain.bench.hook_rows import HookRow
-from dtrain.bench.hooks import AS_ALL_REDUCE, GROUPS, HOOKS, OURS, SUMMABLE, TORCH, gradient
+from dtrain.bench.hooks import AS_ALL_REDUCE, GROUPS, HOOKS, OURS, SPARSE, SUMMABLE, TORCH, gradient
 from dtrain.bench.rows import read_as
 from dtrain.cli.main import main
 from dtrain.comm.methods.every_step import EveryStep
@@ -37,6 +38,8 @@ def test_hooks_are_right_between_real_ranks(tmp_path: Path) -> None:
         "none",
         "int4_ef",
         "topk_ef21",
+        "topk_ef:all_gather",
+        "topk_int4_ef:sparse_all_reduce",
         "powersgd_ef:all_reduce",
     )
     words = ("launcher.workers=3", "bench.min_bytes=6K", "bench.max_bytes=6K", "bench.iterations=3")
@@ -80,6 +83,10 @@ def test_what_an_all_reduce_can_carry_is_offered_there() -> None:
         elif not name.startswith(("lgreco_powersgd", "accordion")):
             with pytest.raises(Exception, match="all-reduce"):
                 instantiate(spec, "sync")
+        of_their_own = {"two_phase", "all_gather", "sparse_all_reduce"} if name in SPARSE else set()
+        assert {op.partition(":")[2] for op in OURS if op.startswith(f"{name}:")} - {"all_reduce"} == of_their_own
+        with contextlib.nullcontext() if name in SPARSE else pytest.raises(Exception, match=r"sparse|refused"):
+            instantiate({**spec, "route": "sparse_all_reduce"}, "sync")
     assert GROUPS["all"] == HOOKS == (*TORCH, *OURS)
     assert every_step(route="all_reduce").route == "all_reduce"
 
