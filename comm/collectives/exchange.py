@@ -64,6 +64,8 @@ def exchange(
     def send(group: Named, using: Plan, usable: bool = True) -> list[Flow[Combined]]:
         if route == "all_reduce":
             return [native_mean(group, using, key, state, weight, present, usable)]
+        if route == "two_phase" or (route == "auto" and not _any_sparse(group, using, key.step)):
+            return [two_phase(group, using, rule, place, key, state, weight, present, usable)]
         to_all, to_owners = _by_route(group, using, key.step, place.size, route)
         flows = []
         if to_owners or not to_all:  # one flow at least: ranks vote even on nothing
@@ -87,6 +89,10 @@ def exchange(
     if by_row or not in_two_rounds:
         flows += send(by_row, _ByRow(plan))
     return (yield from packed(_merged(together(flows), list(values)), lossless))
+
+
+def _any_sparse(values: Named, plan: Plan, step: int) -> bool:
+    return any(is_sparse(plan.of(fqn, step).by_row) for fqn in values)
 
 
 def _by_route(
