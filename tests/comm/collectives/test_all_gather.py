@@ -236,6 +236,7 @@ SYNCS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", [*SPARSE, "auto"])
 @pytest.mark.parametrize("name", SYNCS)
 def test_replicas_stay_equal_and_learn(name: str, route: Route) -> None:

@@ -279,6 +279,7 @@ def test_the_routes_work_on_nothing() -> None:
     assert all(combined.finite for combined in natively([{}, {}], cast("fp32")))
 
 
+@pytest.mark.slow
 def test_stochastic_two_phase_is_unbiased() -> None:
     compression = Compression(quantize(bits=3, block=16, rounding="stochastic"), plain(cast("fp32")).feedback)
     values = per_rank(5, [31], 2)

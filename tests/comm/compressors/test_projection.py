@@ -29,6 +29,7 @@ def kept(compressor: Projection, x: Tensor, step: int) -> Tensor:
     return compressor.decode(compressor.encode(x.view(1, -1), key), x.numel(), key.shared)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("directions", "size"), [(16, 2410), (256, 2410), (1024, 2410), (8, 65)])
 def test_cosine_and_norm_are_those_of_random_directions(directions: int, size: int) -> None:
     x, unbiased = draw(1, size), projection(directions, block=size, scaled=True)

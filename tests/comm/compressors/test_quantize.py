@@ -176,6 +176,7 @@ def test_a_value_that_is_not_finite_does_not_come_back_as_one_that_is(bad: float
 # --- expectations --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_stochastic_rounding_is_unbiased_and_no_noisier_than_declared(bits: int) -> None:
     compressor, draws = quantize(bits=bits, block=32, rounding="stochastic"), 1200

@@ -60,6 +60,7 @@ class Trying(Replicas):
 SMALL = fedkseed(every_steps=4, directions=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["uniform", "pro"])
 def test_all_have_the_same_weights_after_each_round_and_come_nearer(sampling: str) -> None:
     spec = FedKSeed(4, 400, 5e-4, "signs", sampling)  # type: ignore[arg-type]
@@ -74,6 +75,7 @@ def test_all_have_the_same_weights_after_each_round_and_come_nearer(sampling: st
     assert replicas.pieces[0].channel.meter.sent_as("round") == 30 * 2 * (4 * 8 + 4)
 
 
+@pytest.mark.slow
 def test_one_machine_that_always_has_a_new_direction_is_mezo() -> None:
     replicas = Trying(fedkseed(every_steps=1, directions=10**6), 1, lr=0.01)
     sync, values = replicas.of(0), {fqn: value.clone() for fqn, value in replicas.start.items()}

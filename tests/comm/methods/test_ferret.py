@@ -109,6 +109,7 @@ def test_weights_count_and_who_has_none_is_left_out() -> None:
     assert not any(result.finite for result in nobody)
 
 
+@pytest.mark.slow
 def test_all_replicas_step_alike_and_come_nearer() -> None:
     replicas = Replicas(ferret(every_steps=2, directions=40, block=16, outer=sgd(lr=2.0)), 3, gradient=common)
 

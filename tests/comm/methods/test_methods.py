@@ -463,6 +463,7 @@ def test_a_fragment_under_way_is_not_sent_twice() -> None:
     assert float((start["layers.0.weight"] - replicas.anchor["layers.0.weight"])[0]) == pytest.approx(6, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_plain_training_lowers_the_distance_under_every_method() -> None:
     for name, spec in METHODS.items():
         replicas = Replicas(spec, 2, gradient=common)

@@ -76,6 +76,7 @@ def bowls(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
     return (1 + 2 * rank) * (x - draw(rank, x.numel()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compress", [None, error_feedback(quantize(bits=8, block=16))], ids=["fp32", "8 bits with feedback"]
 )
@@ -132,6 +133,7 @@ LOSSY: dict[str, Compress] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*without feedback")
 @pytest.mark.parametrize("name", LOSSY)
 def test_what_a_round_loses_does_not_add_up_in_the_variates(name: str) -> None:

@@ -210,6 +210,7 @@ def test_many_layers_are_served_as_well_as_few() -> None:
         assert error <= budget * (1 + 1e-9) and size <= 0.752 * allowed
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31), st.sampled_from([0.6, 1.0, 2.0]))
 @settings(max_examples=10)
 def test_a_price_for_all_layers_finds_what_the_grid_finds(seed: int, alpha: float) -> None:

@@ -126,6 +126,7 @@ def test_rounds_of_one_length(which: str) -> None:
     assert same_after_each_step(*EQUAL[which])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["sharded", "offloaded"])
 def test_a_stop_at_any_step_leaves_no_trace(state: OuterState) -> None:
     """`test_methods` tries the other methods."""

@@ -239,6 +239,7 @@ RESUMED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_stop_at_any_step_leaves_no_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtrain.testing.replicas.Replica", OfMatrices)

@@ -150,6 +150,7 @@ def test_what_cannot_be_read_is_refused_in_our_words(word: str, message: str) ->
     assert not any(jargon in str(refused.value) for jargon in ("viable", "mismatched", "Lexer", "expecting", "EOF"))
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(word=ANY | SIGNS.map(lambda text: f"train.steps={text}") | SIGNS.map(lambda text: f"sync.outer={text}"))
 def test_no_word_is_a_traceback(word: str) -> None:
