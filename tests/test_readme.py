@@ -57,6 +57,7 @@ def test_links_resolve(page: Path) -> None:
             assert (page.parent / link).exists(), link
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", re.findall(r"\.venv/bin/(dtrain train .*)", README))
 def test_every_command_composes(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -509,6 +509,7 @@ def test_the_help_names_every_choice_of_every_group(shell: Shell) -> None:
     assert {group: choices for group, choices in groups.items() if len(choices) > 1} == named
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_help_compose(shell: Shell, text: Path, launches: Launches) -> None:
     Path("exp.yaml").write_text("sync: dense\ntrain: {steps: 3}\n")
     for words in (["--help"], ["train", "--help"]):

@@ -86,6 +86,7 @@ def test_a_dry_run_writes_nothing(sweep: Sweep, runs: Runs) -> None:
     assert "seed: 1" in out and "seed: 2" in out
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(
     sweep: Sweep, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +111,7 @@ def test_the_table_is_there_before_the_first_run_starts(sweep: Sweep, runs: Runs
     assert [entry["values"] for entry in json.loads(runs.tables[0])] == ["train.seed=1", "train.seed=2"]
 
 
+@pytest.mark.slow
 def test_a_sweep_with_other_values_keeps_what_there_was(
     sweep: Sweep, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +148,7 @@ def test_what_is_no_sweep_is_one_error(words: list[str], message: str, sweep: Sw
     assert code == 2 and message in err and runs.folders == [] and not Path("sw").exists()
 
 
+@pytest.mark.slow
 def test_a_glob_is_all_choices_of_its_name(sweep: Sweep, runs: Runs) -> None:
     assert sweep("compress=glob(int?_ef)", "train.steps=3")[0] == 0
     assert [folder.name for folder in runs.folders] == [

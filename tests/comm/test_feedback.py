@@ -192,6 +192,7 @@ def test_a_weighted_round_sends_its_mean_less_what_its_peers_keep_of_it(compress
 # --- boundedness ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize(
     "name", ["bf16", "int8", "int4", "int3", "int4 stochastic", "least squares, 2 bits", "least squares, 4 bits"]

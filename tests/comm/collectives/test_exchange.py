@@ -61,6 +61,7 @@ def mean_of(states: list[State], fqn: str, name: str, like: Tensor) -> Tensor:
     return torch.stack([state.get(fqn, name, like) for state in states]).mean(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 @pytest.mark.parametrize(
     ("compressor", "route", "world"),
@@ -117,6 +118,7 @@ def test_around_the_identity_feedback_changes_nothing(feedback: str) -> None:
     assert all(torch.equal(found.values[fqn], dense.values[fqn]) for fqn in dense.values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feedback", ["EF21", "EF21-SGDM", "EControl"])
 @pytest.mark.parametrize("compressor", ["top-k", "int4", "sign", "compeft"])
 def test_constant_values_of_unlike_workers_are_learned(compressor: str, feedback: str) -> None:

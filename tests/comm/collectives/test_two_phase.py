@@ -142,6 +142,7 @@ def test_a_quantized_mean_errs_by_half_a_unit_in_each_phase(
         assert float((combined.values[fqn] - value).abs().max() if value.numel() else 0.0) <= allowed
 
 
+@pytest.mark.slow
 def test_nothing_that_was_given_is_written_to() -> None:
     for compressor, route in itertools.product(COMPRESSORS.values(), DETERMINISTIC):
         values = per_rank(1, [7, 97], 3)

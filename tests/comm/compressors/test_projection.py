@@ -107,6 +107,7 @@ def test_numbers_that_make_nothing_smaller(directions: int, block: int) -> None:
         projection(directions, block=block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("directions", [1, 2, 3, 4, 5, 6])
 def test_few_directions_that_depend_on_each_other_still_answer(directions: int) -> None:
     """Of a mean that lies in their span, as it always does, the second phase loses nothing, whatever was drawn."""

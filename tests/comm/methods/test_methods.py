@@ -351,6 +351,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_stop_at_any_step_leaves_no_trace(name: str) -> None:
     require_no_trace(RESUMED[name])

@@ -145,6 +145,7 @@ def places(replicas: int, layout: list[Cut]) -> Iterator[tuple[Placement, Cut]]:
             yield Placement(replica, replicas, shard, len(layout)), segments
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), shapes=shapes_of_models(), seed=st.integers(0, 2**31), odd=st.sampled_from(DTYPES))
 def test_any_mesh_and_layout_reads_what_any_other_wrote(

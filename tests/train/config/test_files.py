@@ -53,6 +53,7 @@ def test_later_words_win() -> None:
     assert compose(["@exp.yaml", "engine=zero2"]).engine.name == "zero2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [[], ["sync=dense"], ["model=small", "optim=sgd", "launcher=slurm", "sync=every_step", "compress=int4_ef"]]
 )
@@ -70,6 +71,7 @@ def test_the_configuration_of_a_run_is_such_a_file(words: list[str]) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_has_choices() -> None:
     Path("mine/sync").mkdir(parents=True)
     Path("mine/sync/rare.yaml").write_text("defaults: [diloco, _self_]\nevery_steps: 500\n")
