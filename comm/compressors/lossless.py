@@ -105,7 +105,7 @@ def _decode(row: Tensor, like: Payload) -> Payload:
     raw = row.cpu().numpy().tobytes()
     length, checksum = int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:HEAD], "little")
     blob = raw[HEAD : HEAD + length]
-    if len(blob) != length or zlib.crc32(blob) != checksum:
+    if not length or len(blob) != length or zlib.crc32(blob) != checksum:  # no bytes have the checksum 0
         raise ValueError(
             f"a lossless code of {length:,} bytes does not have the checksum it was sent with: it was damaged on its "
             "way; look at the links and the memory of these machines, and resume from a checkpoint"
