@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.best_six import best_six, equal_time
 from benchmarks.compression import compressors, loss
 from benchmarks.elastic import elastic
 from benchmarks.equal_tokens import equal_tokens
@@ -29,6 +30,7 @@ from benchmarks.shared_seed import shared_seed
 from benchmarks.slow_links import local, powersgd, slow
 from benchmarks.sparse_routes import sparse_routes
 from benchmarks.stopping import stopping
+from benchmarks.time_to_loss import small_model, time_to_loss
 from benchmarks.training import default, fifteen, kill, quality, suite
 from benchmarks.vs_torchft import torchft
 
@@ -38,6 +40,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "powersgd": powersgd, "slow": slow, "local": local, "torchft": torchft, "overlap": overlap,
     "equal_tokens": equal_tokens, "elastic": elastic, "one_byte": one_byte_on_hosts,
     "leaks": leaks, "muon": muon, "few_bytes": few_bytes, "all_syncs": all_syncs,
+    "best_six": best_six, "equal_time": equal_time, "time_to_loss": time_to_loss, "small_model": small_model,
     "sparse_routes": sparse_routes,
     "shared_seed": shared_seed, "fine_tuning": fine_tuning, "suite": suite,
 }  # fmt: skip

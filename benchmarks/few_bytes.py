@@ -30,6 +30,8 @@ ADAMW, MUON = "AdamW data parallelism", "Muon data parallelism"
 RATES = (0.0015, 0.003, 0.0045, 0.006)
 
 Words = tuple[str, ...]
+Tried = dict[Words, list[float]]
+"""Losses by candidate."""
 
 
 def lr(rate: float) -> str:
@@ -118,11 +120,21 @@ def few_bytes(session: Session) -> Report:
 
 def all_syncs(session: Session) -> Report:
     """Every sync at its defaults with one seed, AdamW and Muon inside."""
-    runs: dict[tuple[str, str], Run] = {}
-    for inside in ("AdamW", "Muon"):
-        for name, words in {**EVERY_SYNC, **ALONE[inside]}.items():
-            runs[name, inside] = cell(session, (f"optim={inside.lower()}", *words), ONE_SEED, "reported")
-    return all_syncs_report(runs)
+    return all_syncs_report(measured_syncs(session))
+
+
+def measured_syncs(session: Session) -> dict[tuple[str, str], Run]:
+    """By name of the sync and inner optimizer."""
+    return {
+        (name, inside): cell(session, at_defaults(name, inside), ONE_SEED, "reported")
+        for inside in ALONE
+        for name in (*EVERY_SYNC, *ALONE[inside])
+    }
+
+
+def at_defaults(name: str, inside: str) -> Words:
+    """A row of the table of all."""
+    return f"optim={inside.lower()}", *{**EVERY_SYNC, **ALONE[inside]}[name]
 
 
 def cell(session: Session, words: Words, seed: int, part: str) -> Run:
@@ -130,22 +142,23 @@ def cell(session: Session, words: Words, seed: int, part: str) -> Run:
     return session.cell(*COMMON, f"data.part={part}", *words, f"train.seed={seed}")
 
 
-def tuned(session: Session) -> tuple[dict[str, dict[Words, list[float]]], dict[str, Words]]:
-    """The losses of every trial, by row and candidate, in the order of `TUNING`; and the candidate that won."""
-    trials: dict[str, dict[Words, list[float]]] = {}
-    chosen: dict[str, Words] = {}
-    for name, candidates in CANDIDATES.items():
-        first, second = TUNING
-        tried = {words: [_loss(session, name, words, first)] for words in candidates}
-        for words in sorted(tried, key=lambda words: tried[words])[:2]:
-            tried[words].append(_loss(session, name, words, second))
-        trials[name] = tried
-        chosen[name] = best(tried)
-    return trials, chosen
+def tuned(session: Session) -> tuple[dict[str, Tried], dict[str, Words]]:
+    """The trials of every row, and the candidate that won."""
+    trials = {name: tuned_row(session, FIXED[name], candidates) for name, candidates in CANDIDATES.items()}
+    return trials, {name: best(tried) for name, tried in trials.items()}
 
 
-def _loss(session: Session, name: str, words: Words, seed: int) -> float:
-    return cell(session, (*FIXED[name], *words), seed, "tuning").validation
+def tuned_row(session: Session, fixed: Words, candidates: Sequence[Words]) -> Tried:
+    """The losses of each candidate, in the order of `TUNING`: all with the first seed, the two best with the second."""
+    first, second = TUNING
+    tried = {words: [_loss(session, (*fixed, *words), first)] for words in candidates}
+    for words in sorted(tried, key=lambda words: tried[words])[:2]:
+        tried[words].append(_loss(session, (*fixed, *words), second))
+    return tried
+
+
+def _loss(session: Session, words: Words, seed: int) -> float:
+    return cell(session, words, seed, "tuning").validation
 
 
 def best(tried: Mapping[Words, Sequence[float]]) -> Words:
@@ -189,11 +202,6 @@ def few_bytes_report(
             if limit is not None:
                 off = statistics.mean(differences(runs[name], runs[base]))
                 checks.append(at_most(f"{name}: loss above that of {base}", off, limit, " %"))
-    tuning = [
-        [name, " ".join(words), *(f"{loss:.4f}" for loss in losses), *["-"] * (len(TUNING) - len(losses)),
-         "chosen" if words == chosen[name] else ""]
-        for name, tried in trials.items() for words, losses in tried.items()
-    ]  # fmt: skip
     number = sum(map(len, next(iter(trials.values())).values()))
     body = (
         f"{STEPS} steps on the default text and model, DDP, four replicas, equal batches: equal tokens. Bytes are "
@@ -205,13 +213,28 @@ def few_bytes_report(
         + f"\n\n**Tuning.** {number} runs for each row: every candidate with seed {TUNING[0]}, the two best with seed "
         f"{TUNING[1]} too, on other validation windows. bf16 and the rows with AdamW inside take what was chosen for "
         "the row that they belong to, and the learning rate of AdamW data parallelism.\n\n"
-        + table(["row", "candidate", *(f"seed {seed}" for seed in TUNING), ""], tuning)
+        + tuning_table(trials, chosen)
     )
     kept = {f"{name}, seed {seed}": run for name, by in runs.items() for seed, run in zip(SEEDS, by, strict=True)}
     figures: dict[str, object] = {name: as_figures(run) for name, run in kept.items()}
-    figures["tuning"] = {name: {" ".join(w): list(x) for w, x in tried.items()} for name, tried in trials.items()}
+    figures["tuning"] = tuning_figures(trials)
     commands = tuple(dict.fromkeys(run.command for run in kept.values()))
     return Report("Loss at few bytes", body, commands, tuple(checks), figures)
+
+
+def tuning_table(trials: Mapping[str, Mapping[Words, Sequence[float]]], chosen: Mapping[str, Words]) -> str:
+    """What was tried, by row and candidate."""
+    rows = [
+        [name, " ".join(words), *(f"{loss:.4f}" for loss in losses), *["-"] * (len(TUNING) - len(losses)),
+         "chosen" if words == chosen[name] else ""]
+        for name, tried in trials.items() for words, losses in tried.items()
+    ]  # fmt: skip
+    return table(["row", "candidate", *(f"seed {seed}" for seed in TUNING), ""], rows)
+
+
+def tuning_figures(trials: Mapping[str, Mapping[Words, Sequence[float]]]) -> dict[str, dict[str, list[float]]]:
+    """The same as plain JSON."""
+    return {name: {" ".join(words): list(its) for words, its in tried.items()} for name, tried in trials.items()}
 
 
 def all_syncs_report(runs: Mapping[tuple[str, str], Run]) -> Report:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,8 +22,10 @@ from pathlib import Path
 from dtrain.report import summary as summaries
 from dtrain.report.figures import in_time
 from dtrain.report.summary import Summary
+from dtrain.slurm.devcluster import login_command
 from dtrain.train.checkpoint.folders import step_name, write_text_durably
 from dtrain.train.metrics import read as read_rows
+from tests.programs.hosts import CLUSTER, environment
 
 POLL_SECONDS = 0.05
 
@@ -86,11 +89,11 @@ class Session:
         """How many runs of this report were found, by the revision that made them."""
         return dict(Counter(json.loads(path.read_text())["revision"] for path in sorted(self.reused)))
 
-    def cell(self, *overrides: str) -> Run:
-        """`train`, unless ``kept`` has this run already."""
-        path = self._path(overrides)
+    def cell(self, *overrides: str, over: str = "") -> Run:
+        """`train`, unless ``kept`` has this run already. ``over``: as of `Running`."""
+        path = self._path((*overrides, f"over {over}") if over else overrides)
         if not self.has(path):
-            self.train(*overrides).write(path)
+            self.train(*overrides, over=over).write(path)
         return Run.read(path)
 
     def resumed_cell(self, step: int, *overrides: str) -> tuple[Run, Run]:
@@ -118,18 +121,19 @@ class Session:
     def _path(self, key: Sequence[str]) -> Path:
         return self.kept / f"{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:24]}.json"
 
-    def train(self, *overrides: str) -> Run:
+    def train(self, *overrides: str, over: str = "") -> Run:
         """``dtrain train`` to its end. Raises ``RuntimeError`` with what it printed if it fails."""
-        if overrides not in self.done:
-            with self.training(*overrides) as running:
+        key = (*overrides, over)
+        if key not in self.done:
+            with self.training(*overrides, over=over) as running:
                 pass
-            self.done[overrides] = running.finished()
-        return self.done[overrides]
+            self.done[key] = running.finished()
+        return self.done[key]
 
     @contextmanager
-    def training(self, *overrides: str) -> Iterator[Running]:
+    def training(self, *overrides: str, over: str = "") -> Iterator[Running]:
         """``dtrain train`` under way; it is waited for at the end."""
-        running = Running(self.folder / f"run-{next(self.numbers)}", overrides, self.revision)
+        running = Running(self.folder / f"run-{next(self.numbers)}", overrides, self.revision, over)
         say(running.command)
         try:
             yield running
@@ -141,17 +145,26 @@ class Session:
 
 
 class Running:
-    """``dtrain train`` in a process of its own, what it prints in a file."""
+    """``dtrain train`` in a process of its own, what it prints in a file.
 
-    def __init__(self, folder: Path, overrides: Sequence[str], revision: str = "") -> None:
+    ``over``: the bandwidth of the links of cluster `CLUSTER`, on whose login host the command runs; "": it runs here.
+    """
+
+    def __init__(self, folder: Path, overrides: Sequence[str], revision: str = "", over: str = "") -> None:
         folder.mkdir(parents=True)
         self.revision = revision
         self.folder, self.printed = folder, folder / "printed.txt"
         self.command = shlex.join(["dtrain", "train", *overrides, "run.dir=RUN"])
         program = [str(Path(sys.executable).with_name("dtrain")), "train", *overrides, f"run.dir={folder}"]
+        variables = dict(os.environ)
+        if over:
+            program, own = login_command(program, CLUSTER)
+            variables = {**environment(CLUSTER), **own}
         self.started = time.monotonic()
         with self.printed.open("w") as out:
-            self.process = subprocess.Popen(program, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                program, env=variables, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
 
     def finished(self) -> Run:
         """The run, which has ended."""

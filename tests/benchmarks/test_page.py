@@ -236,18 +236,19 @@ def test_circumstances_are_found_out_on_any_machine() -> None:
 def test_a_sweep_goes_on_with_what_it_has_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, ...]] = []
 
-    def train(session: Session, *words: str) -> Run:
-        trained.append(words)
+    def train(session: Session, *words: str, over: str = "") -> Run:
+        trained.append((*words, over))
         return run(last=float(len(trained)))
 
     monkeypatch.setattr(Session, "train", train)
-    for reused in (0, 2):
+    for reused in (0, 3):
         session = Session(tmp_path / "new", tmp_path / "kept")
         assert session.cell("a", "b").validation == 1.0
         assert session.cell("a").validation == 2.0
         assert session.cell("a").validation == 2.0
+        assert session.cell("a", over="10mbit").validation == 3.0
         assert len(session.reused) == reused
-    assert trained == [("a", "b"), ("a",)]
+    assert trained == [("a", "b", ""), ("a", ""), ("a", "10mbit")]
 
 
 def test_gaps_are_those_of_the_best_rates() -> None:
