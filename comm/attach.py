@@ -16,11 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.adapters.communicating_optimizers import Listening, require_silent
 from dtrain.comm.adapters.grid import own_groups
+from dtrain.comm.adapters.optimizer import StepGuard
 from dtrain.comm.adapters.requirements import is_plain, require_call, require_servable
 from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.adapters.untrained_tensors import equalized
 from dtrain.comm.adapters.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.channel import Channel
+from dtrain.comm.inner_optimizers.together import Together
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import SelfTransport
@@ -42,13 +44,14 @@ def attach(
     replicate_group: dist.ProcessGroup | None = None,
     seed: int = 0,
     members: Members | None = None,
+    forward_steps: bool = False,
 ) -> Attached:
     """Attach ``sync`` to ``model``: it does all communication between replicas. Call on every rank that trains, before
     the first backward.
 
-    Call ``attached.step()`` where ``optimizer.step()`` and ``zero_grad()`` were called; gradient clipping
-    stays between ``backward`` and ``step``. Attaching copies the parameters of replica 0, trained and frozen, and its
-    buffers to all replicas.
+    Call ``attached.step()`` where ``optimizer.step()`` and ``zero_grad()`` were called, or attach with
+    ``forward_steps=True``; gradient clipping stays between ``backward`` and ``step``. Attaching copies the parameters
+    of replica 0, trained and frozen, and its buffers to all replicas.
 
     Args:
         model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` with the shard axis alone); or a DeepSpeed
@@ -63,6 +66,10 @@ def attach(
         seed: of all random draws (stochastic rounding, random-k, SPARTA's coordinates); the same on all ranks.
         members: for an elastic run: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
             default process group is then this replica's own; the sync is a local update.
+        forward_steps: ``optimizer.step()``, with or without a closure, is ``attached.step()`` until ``detach()``, for
+            trainers that call it themselves; of several optimizers in a list, the last one's that is stepped. With a
+            DeepSpeed engine: ``engine.step()`` at the last microbatch. ``attached.skipped_in_a_row`` is 0 after it
+            unless the step was skipped.
 
     Raises ``TypeError`` for another kind of model, for a sync that a plain module cannot serve, and for complex
     parameters; ``ValueError`` for a group that is missing or does not contain this rank, an optimizer of another model,
@@ -73,8 +80,9 @@ def attach(
     model, inner = unwrapped_model(model), unwrapped_optimizer(optimizer)
     plain = is_plain(model)
     require_servable(model, inner)  # before groups are made
+    steppers = _steppers(model, optimizer, inner) if forward_steps else []
     if members is not None:
-        return _attached_to_members(model, inner, sync, members, seed)
+        return _attached_to_members(model, inner, sync, members, seed, steppers)
     if replicate_group is None and isinstance(model, DistributedDataParallel):
         replicate_group = model.process_group
     if replicate_group is None and plain:
@@ -93,11 +101,25 @@ def attach(
         channel.run(equalized(model, pieces.place), "agreement")
         return attached
 
-    return _bound(pieces_of(model, inner, channel, overlap=False), bind)
+    return _bound(pieces_of(model, inner, channel, overlap=False), bind, steppers)
+
+
+def _steppers(model: nn.Module, given: object, inner: torch.optim.Optimizer | None) -> Sequence[object]:
+    """What a trainer steps: each of several that it was given one by one."""
+    if hasattr(model, "zero_optimization_stage"):
+        return [model]
+    if isinstance(inner, Together) and isinstance(given, list | tuple):
+        return inner.members
+    return [inner]
 
 
 def _attached_to_members(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, sync: Sync, members: Members, seed: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    sync: Sync,
+    members: Members,
+    seed: int,
+    steppers: Sequence[object],
 ) -> Attached:
     def bind(pieces: Pieces) -> Attached:
         return sync.bind_members(pieces, seed, members)
@@ -107,10 +129,10 @@ def _attached_to_members(
     world = list(range(dist.get_world_size()))
     shard = TorchTransport.between(world) if len(world) > 1 else SelfTransport()
     channel = Channel({"replicate": members.transport(), "shard": shard})
-    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
+    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind, steppers)
 
 
-def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
+def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached], steppers: Sequence[object]) -> Attached:
     try:
         attached = bind(pieces)
         pieces.trained.differ = attached.parameters_kind == "per_worker"
@@ -121,6 +143,8 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
             attached.context.stepped_elsewhere = frozenset(pieces.trained.outside)
             attached.context.require_still = pieces.trained.require_still
         pieces.trained.warn_of_outside()
+        if steppers:
+            pieces.guard.forward(steppers, attached.step)
         return attached
     except BaseException:  # a refusal leaves the model and the optimizer unchanged
         pieces.detach()
@@ -135,9 +159,10 @@ def _replica(channel: Channel) -> list[int]:
 
 
 class Adapter(Pieces, Protocol):
-    """Pieces of a model, and its trained parameters."""
+    """Pieces of a model, its trained parameters, and the guard of its optimizer."""
 
     trained: Trained
+    guard: StepGuard
 
 
 def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool) -> Adapter:

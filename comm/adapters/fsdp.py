@@ -51,7 +51,7 @@ class FSDPPieces:
         self.held = self.segments
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
         self._passes: Passes | None = None
-        self._guard = StepGuard(optimizer)
+        self.guard = StepGuard(optimizer)
         pieces = {p: [MatrixPiece(tuple(p.shape), _segment(name, p))] for name, p in named.items()}
         share_matrices(optimizer, channel, pieces, whole=False)
         self.trained.claim()
@@ -94,7 +94,7 @@ class FSDPPieces:
         return {fqn for fqn, parameter in self.parameters.items() if parameter.grad is None and fqn not in exchanged}
 
     def step(self) -> None:
-        with self._guard.opened(), self.trained.stepping():
+        with self.guard.opened(), self.trained.stepping():
             self.optimizer.step()
         self.optimizer.zero_grad()
         self._step_ended()
@@ -116,7 +116,7 @@ class FSDPPieces:
         load_elementwise_state(self.optimizer, self.parameters, optimizer, _like)
 
     def detach(self) -> None:
-        self._guard.remove()
+        self.guard.remove()
         unshare_matrices(self.optimizer)
         self.trained.release()
         if self._passes is not None:

@@ -40,7 +40,7 @@ class ModulePieces:
         self._sparse = sparse_modules(module)
         self._private: Exchange | None = None
         self._exchanged = False  # whether the private exchange has run in this step
-        self._guard = StepGuard(optimizer)
+        self.guard = StepGuard(optimizer)
         pieces = {p: [MatrixPiece(tuple(p.shape), self.held[name])] for name, p in self.parameters.items()}
         share_matrices(optimizer, channel, pieces, whole=True)
         self.trained.claim()
@@ -91,7 +91,7 @@ class ModulePieces:
         return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}
 
     def step(self) -> None:
-        with self._guard.opened(), self.trained.stepping():
+        with self.guard.opened(), self.trained.stepping():
             self.optimizer.step()
         self._exchanged = False
         self.optimizer.zero_grad()
@@ -116,7 +116,7 @@ class ModulePieces:
         load_elementwise_state(self.optimizer, self.parameters, optimizer, lambda value, p: value.view(p.shape))
 
     def detach(self) -> None:
-        self._guard.remove()
+        self.guard.remove()
         unshare_matrices(self.optimizer)
         self.trained.release()
 

@@ -7,19 +7,24 @@ is a number such as a step count. A whole-matrix optimizer's state could not be 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dtrain.comm.adapters.forwarding import Forwarded, forwarded_engine
 from dtrain.comm.layout import Named
 
 
 class StepGuard:
-    """Refuses a step of the optimizer that the sync did not make: it would silently communicate nothing."""
+    """Refuses a step of the optimizer that the sync did not make: it would silently communicate nothing.
+
+    `forward` makes it the sync's step instead.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer in _GUARDED:
@@ -33,6 +38,7 @@ class StepGuard:
         _GUARDED.add(optimizer)
         self._optimizer = optimizer
         self._allowed = False
+        self._undo: Callable[[], None] = lambda: None
         members: tuple[torch.optim.Optimizer, ...] = getattr(optimizer, "members", ())  # of several that are one
         self._hooks = [each.register_step_pre_hook(self._check) for each in (optimizer, *members)]
 
@@ -45,18 +51,29 @@ class StepGuard:
         finally:
             self._allowed = False
 
+    def forward(self, steppers: Sequence[Any], step: Callable[[], object]) -> None:
+        """Make ``stepper.step()`` the sync's ``step`` until `remove`.
+
+        ``steppers``: what the trainer steps: the optimizer, or all of its members, or one DeepSpeed engine.
+        """
+        if isinstance(steppers[0], torch.optim.Optimizer):
+            self._undo = Forwarded(steppers, step, lambda optimizer: self._allowed or _is_dry(optimizer)).undo
+        else:
+            self._undo = forwarded_engine(steppers[0], step, lambda _: self._allowed)
+
     def remove(self) -> None:
         """The optimizer may be stepped directly again."""
+        self._undo()
         _GUARDED.discard(self._optimizer)
         for hook in self._hooks:
             hook.remove()
 
-    def _check(self, *_: object) -> None:
-        if not self._allowed and not _is_dry(self._optimizer):
+    def _check(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if not self._allowed and not _is_dry(optimizer):
             raise RuntimeError(
                 "this optimizer is stepped by its sync: call sync.step() where optimizer.step(), or engine.step() at "
-                "the last microbatch, was called; sync.detach() gives it back. Where it was a GradScaler: "
-                "scaler.unscale_(optimizer), ok = sync.step(), and scaler.update() as docs/own_loop.md has it"
+                "the last microbatch, was called, or attach with forward_steps=True, which makes it the same; "
+                "sync.detach() gives it back. Where it was a GradScaler: dtrain.GradScaler (docs/own_loop.md)"
             )
 
 

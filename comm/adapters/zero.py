@@ -57,7 +57,7 @@ class ZeroPieces(ABC):
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         self._exchange: Exchange | None = None
         self._exchanged = False
-        self._guard = StepGuard(self.base)
+        self.guard = StepGuard(self.base)
         share_matrices(self.base, channel, self._matrix_pieces(), whole=False, groups=self._param_groups())
         self.trained.claim()
 
@@ -101,7 +101,7 @@ class ZeroPieces(ABC):
         return set()  # every exchanged gradient is used
 
     def step(self) -> None:
-        with self._guard.opened():
+        with self.guard.opened():
             self.engine.step()
         self._exchanged = False
 
@@ -146,7 +146,7 @@ class ZeroPieces(ABC):
 
     def detach(self) -> None:
         self._exchange = None
-        self._guard.remove()
+        self.guard.remove()
         unshare_matrices(self.base)
         self.trained.release()
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NoReturn
 
 from torch import Tensor
 
-from dtrain.comm.batch_norm import Norm, pooled, recalibrated
 from dtrain.comm.collectives.exchange import consolidate
 from dtrain.comm.kernels import compile_what_is_due
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Choosing
 from dtrain.comm.runtime.context import Context
+from dtrain.comm.runtime.evaluation import Evaluation, Shown
 from dtrain.comm.runtime.method import Method
-from dtrain.comm.runtime.optimizer_mode import mode_kept
 from dtrain.comm.runtime.saved import EACH_SAVES
 from dtrain.comm.runtime.saved_state import SavedState
 from dtrain.comm.state import Kind, Numbers, State
@@ -41,7 +40,7 @@ class Attached:
         self.plan: Choosing = context.plan
         self.meter: Meter = context.meter
         self.gauges, self.decisions = context.gauges, context.decisions
-        self._live: Mapping[str, Tensor] | None = None  # within `evaluation`
+        self._shown = Shown(context, method)
         self._detached = False
         self.may_compile = True
         self._saved = SavedState(context, method)
@@ -136,13 +135,13 @@ class Attached:
 
     # ---- evaluation and agreement ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def evaluation(self, *, recalibrate: Callable[[], object] | None = None) -> Iterator[None]:
-        """Within it the model holds the parameters to evaluate and export; do not train there.
+    def evaluation(self, *, recalibrate: Callable[[], object] | None = None) -> Evaluation:
+        """A block within which the model holds the parameters to evaluate and export; do not train there.
 
-        Every rank must enter it. ``recalibrate``: runs the model on some training batches (ten do), for BatchNorm:
-        within the block its running statistics are those of these passes on all ranks; they are restored after it.
-        An optimizer with modes (schedule-free) is left in the mode that it had.
+        Every rank must enter it. For callbacks that come in pairs: `Evaluation.enter` and `Evaluation.leave`.
+        ``recalibrate``: runs the model on some training batches (ten do), for BatchNorm: within the block its running
+        statistics are those of these passes on all ranks; they are restored after it. An optimizer with modes
+        (schedule-free) is left in the mode that it had.
 
         >>> def passes():
         ...     for batch in batches:
@@ -150,24 +149,7 @@ class Attached:
         >>> with sync.evaluation(recalibrate=passes):  # doctest: +SKIP
         ...     validate(model)
         """
-        shown, norms = self.method.to_evaluate(), list[Norm]()
-        live, before = self.pieces.read() if shown is not None else {}, self._live
-        try:
-            if shown is not None:
-                self.pieces.write(shown)
-                self._live = live if before is None else before
-            if recalibrate is not None:
-                norms = recalibrated(recalibrate)
-                membership = self.context.membership
-                membership.votes.run(pooled(norms, membership.together), "recalibrate")
-            with mode_kept(self.pieces.optimizer):
-                yield
-        finally:
-            for norm in norms:
-                norm.put_back()
-            self._live = before
-            if shown is not None:
-                self.pieces.write(live)
+        return Evaluation(partial(self._shown.shown, recalibrate), self._shown.paused)
 
     def verify(self) -> bool:
         """Compare what must be equal on all replicas, and repair it; True if it was equal. Every rank must call it.
@@ -190,7 +172,7 @@ class Attached:
         self._saved.require_read()
         if self._detached:
             raise RuntimeError(f"{call} after detach() was called: attach the model again, or step its own optimizer")
-        if self._live is not None:
+        if self._shown.live is not None:
             raise RuntimeError(
                 f"{call} within sync.evaluation(), where the model holds what is to be evaluated; call it behind that "
                 "block"
@@ -205,7 +187,7 @@ class Attached:
         save its own. "parameters" is a digest of this rank's parameters, which are saved separately; a state taken
         within `evaluation` also holds the live ones, and restores them.
         """
-        return self._saved.state_dict(self._live)
+        return self._saved.state_dict(self._shown.live)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Resume from a `state_dict`, after the model's and the optimizer's states were loaded.
