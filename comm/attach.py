@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.comm.adapters.communicating_optimizers import Listening, require_silent
 from dtrain.comm.adapters.grid import own_groups
 from dtrain.comm.adapters.optimizer import StepGuard
+from dtrain.comm.adapters.rank_files import Held, RankFiles
 from dtrain.comm.adapters.requirements import is_plain, require_call, require_servable
-from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.adapters.untrained_tensors import equalized
 from dtrain.comm.adapters.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.channel import Channel
@@ -143,6 +143,7 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached], steppers: Sequen
             attached.context.stepped_elsewhere = frozenset(pieces.trained.outside)
             attached.context.require_still = pieces.trained.require_still
         pieces.trained.warn_of_outside()
+        attached.files = RankFiles(attached, pieces)
         if steppers:
             pieces.guard.forward(steppers, attached.step)
         return attached
@@ -158,10 +159,9 @@ def _replica(channel: Channel) -> list[int]:
     return [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
 
 
-class Adapter(Pieces, Protocol):
-    """Pieces of a model, its trained parameters, and the guard of its optimizer."""
+class Adapter(Held, Protocol):
+    """Pieces of a model, and the guard of its optimizer."""
 
-    trained: Trained
     guard: StepGuard
 
 

@@ -9,6 +9,7 @@ fill later, during backward; otherwise the result is added.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtrain.comm.adapters.fsdp_units import Passes, units_of
-from dtrain.comm.adapters.optimizer import StepGuard, elementwise_state, load_elementwise_state
+from dtrain.comm.adapters.optimizer import (
+    StepGuard,
+    elementwise_state,
+    load_elementwise_state,
+    load_local_snapshot,
+    local_snapshot,
+)
 from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matrices, unshare_matrices
 from dtrain.comm.channel import Channel
@@ -114,6 +121,12 @@ class FSDPPieces:
         require_same_parts(self.optimizer, optimizer, self.parameters)
         self.write(parameters)
         load_elementwise_state(self.optimizer, self.parameters, optimizer, _like)
+
+    def optimizer_snapshot(self) -> dict[str, Any]:
+        return local_snapshot(self.optimizer)
+
+    def load_optimizer_snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        load_local_snapshot(self.optimizer, snapshot)
 
     def detach(self) -> None:
         self.guard.remove()

@@ -8,11 +8,19 @@ steps from its own gradients. Methods that exchange gradients need DistributedDa
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dtrain.comm.adapters.optimizer import StepGuard, elementwise_state, is_scalar, load_elementwise_state
+from dtrain.comm.adapters.optimizer import (
+    StepGuard,
+    elementwise_state,
+    is_scalar,
+    load_elementwise_state,
+    load_local_snapshot,
+    local_snapshot,
+)
 from dtrain.comm.adapters.requirements import sparse_modules
 from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matrices, unshare_matrices
@@ -114,6 +122,12 @@ class ModulePieces:
             for fqn, value in parameters.items():
                 self.parameters[fqn].copy_(value.view(self.shapes[fqn]))
         load_elementwise_state(self.optimizer, self.parameters, optimizer, lambda value, p: value.view(p.shape))
+
+    def optimizer_snapshot(self) -> dict[str, Any]:
+        return local_snapshot(self.optimizer)
+
+    def load_optimizer_snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        load_local_snapshot(self.optimizer, snapshot)
 
     def detach(self) -> None:
         self.guard.remove()

@@ -140,3 +140,67 @@ def load_elementwise_state(
         for fqn, value in tensors.items():
             parameter = parameters[fqn]
             optimizer.state[parameter][name] = value.clone() if is_scalar(value) else whole(value.clone(), parameter)
+
+
+def local_snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The whole state and the hyperparameters of any optimizer on this rank, of DTensors the local part.
+
+    ``{"state": {number of the parameter: {name: value}}, "groups": [{name: value}]}``; the tensors are the optimizer's.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if named := optimizer.state.get(p):
+            state[number] = {n: _on_this_rank(v) if isinstance(v, Tensor) else v for n, v in named.items()}
+    return {"state": state, "groups": hyperparameters(optimizer)}
+
+
+def load_local_snapshot(optimizer: torch.optim.Optimizer, snapshot: Mapping[str, Any]) -> None:
+    """Undo `local_snapshot`. Raises ``ValueError`` for that of an optimizer with other groups or parameters."""
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    state: Mapping[int, Mapping[str, Any]] = snapshot["state"]
+    unknown = [number for number in state if not 0 <= number < len(parameters)]
+    if unknown:
+        raise ValueError(
+            f"the saved optimizer has state for parameter {unknown[0]}, and this one has {len(parameters)} parameters; "
+            "make the same optimizer"
+        )
+    load_hyperparameters(optimizer, snapshot["groups"])
+    optimizer.state.clear()
+    for number, named in state.items():
+        p, group = parameters[number]
+        counts = p.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        optimizer.state[p] = {
+            name: _placed(value, p, counts) if isinstance(value, Tensor) else value for name, value in named.items()
+        }
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Of each group, without its parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def load_hyperparameters(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ``ValueError`` for another number of groups."""
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the saved optimizer has {len(groups)} groups of parameters, and this one {len(optimizer.param_groups)}; "
+            "make the same optimizer"
+        )
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        for name, value in saved.items():
+            now = group.get(name)
+            group[name] = value.to(now.device) if isinstance(value, Tensor) and isinstance(now, Tensor) else value
+
+
+def _placed(value: Tensor, parameter: Tensor, counts: torch.device) -> Tensor:
+    """A state tensor as the optimizer keeps it: numbers on ``counts``, all else beside its parameter."""
+    if is_scalar(value):
+        return value.to(counts, copy=True)
+    if not isinstance(parameter, DTensor):
+        return value.to(parameter.device, copy=True)
+    local = value.to(parameter.to_local().device, copy=True)
+    if value.shape != parameter.to_local().shape:
+        return local
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.comm.adapters.optimizer import StepGuard, is_scalar, require_elementwise
+from dtrain.comm.adapters.optimizer import (
+    StepGuard,
+    hyperparameters,
+    is_scalar,
+    load_hyperparameters,
+    require_elementwise,
+)
 from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matrices, unshare_matrices
 from dtrain.comm.adapters.wrappers import named_parameters
@@ -143,6 +149,13 @@ class ZeroPieces(ABC):
                 flat_state = self.base.state[flat].setdefault(name, torch.zeros_like(flat))
                 flat_state[home.start : home.start + home.segment.numel] = value
         self.write(parameters)
+
+    def optimizer_snapshot(self) -> dict[str, Any]:
+        return {"state": self.optimizer_state(), "groups": hyperparameters(self.base)}
+
+    def load_optimizer_snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        load_hyperparameters(self.base, snapshot["groups"])
+        self.restore(self.read(), snapshot["state"])
 
     def detach(self) -> None:
         self._exchange = None

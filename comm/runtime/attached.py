@@ -6,7 +6,8 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from dtrain.comm.runtime.saved_state import SavedState
 from dtrain.comm.state import Kind, Numbers, State
 from dtrain.comm.transports.meter import Meter
 
+if TYPE_CHECKING:
+    from dtrain.comm.adapters.rank_files import RankFiles
+
 MANY_SKIPPED = 10
 """Steps skipped in a row, after which a warning is raised."""
 
@@ -30,7 +34,8 @@ class Attached:
     """A sync at work. Call `step` where ``optimizer.step()`` was called; clip between `finish` and `step`.
 
     ``method``: see `Method`. ``gauges``: of the last exchange, for metrics. ``decisions``: choices that the method has
-    made, as text; their reader clears the list. ``may_compile``: kernels, between steps; it takes seconds.
+    made, as text; their reader clears the list. ``may_compile``: kernels, between steps; it takes seconds. ``files``:
+    where a model is attached, what `save` and `load` use.
     """
 
     def __init__(self, context: Context, method: Method) -> None:
@@ -43,6 +48,7 @@ class Attached:
         self._shown = Shown(context, method)
         self._detached = False
         self.may_compile = True
+        self.files: RankFiles | None = None
         self._saved = SavedState(context, method)
         context.pieces.set_gradient_exchange(method.exchange)
 
@@ -199,6 +205,30 @@ class Attached:
         sync's.
         """
         self._saved.load(state)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what this rank needs to go on into a file of its own in ``folder``: trained parameters, buffers, the
+        optimizer's state and hyperparameters, and the sync's state. Every rank must call it, at the same step, also
+        within `evaluation`; it returns when the files of all ranks are there. ``folder``: one that all ranks see, or
+        one of each machine's own.
+
+        Raises ``OSError`` where a file could not be written, and ``RuntimeError`` on the other ranks; ``TypeError`` for
+        an optimizer whose state is more than tensors, numbers and text.
+        """
+        self._require_files().save(Path(folder))
+
+    def load(self, folder: str | Path) -> None:
+        """Undo `save`, bitwise, on the same number of ranks, before the first step. Every rank must call it.
+
+        Raises ``FileNotFoundError`` if a rank's file is missing, ``ValueError`` for a damaged one, for another model,
+        optimizer or sync, and for files of different steps; ``RuntimeError`` where another rank has refused its file.
+        """
+        self._require_files().load(Path(folder))
+
+    def _require_files(self) -> RankFiles:
+        if self.files is None:
+            raise TypeError("this sync has no model around its pieces, so no files; save its state_dict()")
+        return self.files
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(

@@ -57,7 +57,7 @@ class OneRank:
 
     def backward(self) -> None:
         for number, parameter in enumerate(self.parameters):
-            (parameter - number - 1).square().sum().backward()  # type: ignore[no-untyped-call]
+            (parameter - number - 1).square().sum().backward()
 
 
 @pytest.mark.parametrize("before", [True, False])
