@@ -146,6 +146,7 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached], steppers: Sequen
         attached.files = RankFiles(attached, pieces)
         if steppers:
             pieces.guard.forward(steppers, attached.step)
+            attached.forwards_steps = True
         return attached
     except BaseException:  # a refusal leaves the model and the optimizer unchanged
         pieces.detach()

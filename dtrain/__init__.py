@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dtrain.comm.adapters.grad_scaler import GradScaler
     from dtrain.comm.attach import attach
     from dtrain.comm.methods.co2 import co2
     from dtrain.comm.methods.delayed_diloco import delayed_diloco, eager_diloco
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GradScaler",
     "Members",
     "__version__",
     "attach",
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "GradScaler": "dtrain.comm.adapters.grad_scaler",
     "Members": "dtrain.comm.runtime.membership.members",
     "attach": "dtrain.comm.attach",
     "co2": "dtrain.comm.methods.co2",

@@ -35,7 +35,7 @@ class Attached:
 
     ``method``: see `Method`. ``gauges``: of the last exchange, for metrics. ``decisions``: choices that the method has
     made, as text; their reader clears the list. ``may_compile``: kernels, between steps; it takes seconds. ``files``:
-    where a model is attached, what `save` and `load` use.
+    where a model is attached, what `save` and `load` use. ``forwards_steps``: whether ``optimizer.step()`` is `step`.
     """
 
     def __init__(self, context: Context, method: Method) -> None:
@@ -49,6 +49,7 @@ class Attached:
         self._detached = False
         self.may_compile = True
         self.files: RankFiles | None = None
+        self.forwards_steps = False
         self._saved = SavedState(context, method)
         context.pieces.set_gradient_exchange(method.exchange)
 
