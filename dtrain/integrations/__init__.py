@@ -1,0 +1,8 @@
+"""dtrain in trainers that step the optimizer, evaluate and save themselves; one line each.
+
+    dtrain.integrations.hf.sync_with(trainer, method)                       transformers.Trainer, TRL, PEFT
+    dtrain.integrations.lightning.SyncStrategy(method)                      Lightning, DDP and FSDP2; Fabric
+    dtrain.integrations.accelerate.Synced(accelerator, model, optimizer, method)
+
+Each is a module that imports its framework when it is itself imported.
+"""

@@ -1,0 +1,36 @@
+"""The packages of others that the integrations plug into, and with which versions that was tested."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+
+TESTED = {"transformers": ("5.24", "5.24"), "accelerate": ("1.15", "1.15"), "lightning": ("2.6", "2.6")}
+"""By package: the oldest and the newest minor version."""
+
+
+def require(package: str) -> None:
+    """Raise ``ImportError`` if ``package`` is missing; warn if it is a version that was not tested.
+
+    The integrations call methods of trainers that their authors may change between minor versions.
+    """
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(f"this integration needs {package}, which is not installed: pip install {package}") from error
+    oldest, newest = (_numbers(edge) for edge in TESTED[package])
+    if not oldest <= _numbers(version) <= newest:
+        warnings.warn(
+            f"{package} {version} was not tested with this dtrain, which was with {' to '.join(dict.fromkeys(TESTED[package]))}"
+            "; it is tried. If it fails, install a tested version, or step the sync in a loop of your own",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor.
+
+    >>> _numbers("5.24.0")
+    (5, 24)
+    """
+    return tuple(int(number) for number in version.split(".")[:2])
