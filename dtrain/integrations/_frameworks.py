@@ -20,9 +20,10 @@ def require(package: str) -> None:
         raise ImportError(f"this integration needs {package}, which is not installed: pip install {package}") from error
     oldest, newest = (_numbers(edge) for edge in TESTED[package])
     if not oldest <= _numbers(version) <= newest:
+        tested = " to ".join(dict.fromkeys(TESTED[package]))
         warnings.warn(
-            f"{package} {version} was not tested with this dtrain, which was with {' to '.join(dict.fromkeys(TESTED[package]))}"
-            "; it is tried. If it fails, install a tested version, or step the sync in a loop of your own",
+            f"dtrain was tested with {package} {tested}, and this is {version}: it is tried. If it fails, install what "
+            "was tested, or step the sync in a loop of your own",
             RuntimeWarning, stacklevel=3,
         )  # fmt: skip
 
