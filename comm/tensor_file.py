@@ -8,11 +8,12 @@ and a digest of all of it. (Format: https://github.com/huggingface/safetensors)
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +43,12 @@ def write(path: Path, value: object) -> None:
 
     Raises ``TypeError`` for anything else, naming where it stands; ``OSError`` where the file system refuses it.
     """
-    tensors: list[Tensor] = []
-    described = json.dumps(_described(value, tensors, ()))
-    header: dict[str, Any] = {}
-    begin = 0
-    for number, tensor in enumerate(tensors):
-        size = tensor.numel() * tensor.element_size()
-        header[str(number)] = {
-            "dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, begin + size],
-        }  # fmt: skip
-        begin += size
-    digest = _digest(header, described, (_bytes(tensor) for tensor in tensors))
-    text = json.dumps({**header, METADATA: {VALUE: described, DIGEST: digest}}).encode()
-    text += b" " * (-len(text) % 8)
+    content = _content(value)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors:
-                file.write(_bytes(tensor))
+            for piece in content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -79,11 +67,38 @@ def read(path: Path) -> object:
     Raises `DamagedFile` for a file that `write` did not write, or that has changed since; ``OSError`` if it cannot be
     opened.
     """
+    return decoded(path.read_bytes(), str(path))
+
+
+def encoded(value: object) -> bytes:
+    """What `write` would write."""
+    return b"".join(_content(value))
+
+
+def decoded(content: bytes, name: str) -> object:
+    """Undo `encoded`. Raises `DamagedFile`, which says ``name``."""
     try:
-        content = path.read_bytes()
         return _value(memoryview(content))
     except (DamagedFile, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedFile(f"{path} is damaged, or no file of dtrain: {error}; take another copy") from error
+        raise DamagedFile(f"{name} is damaged, or no file of dtrain: {error}; take another copy") from error
+
+
+def _content(value: object) -> Iterator[bytes | memoryview]:
+    """The file, piece by piece. Raises ``TypeError`` at once."""
+    tensors: list[Tensor] = []
+    described = json.dumps(_described(value, tensors, ()))
+    header: dict[str, Any] = {}
+    begin = 0
+    for number, tensor in enumerate(tensors):
+        size = tensor.numel() * tensor.element_size()
+        header[str(number)] = {
+            "dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, begin + size],
+        }  # fmt: skip
+        begin += size
+    digest = _digest(header, described, (_bytes(tensor) for tensor in tensors))
+    text = json.dumps({**header, METADATA: {VALUE: described, DIGEST: digest}}).encode()
+    text += b" " * (-len(text) % 8)
+    return itertools.chain([struct.pack("<Q", len(text)) + text], map(_bytes, tensors))
 
 
 def _described(value: object, tensors: list[Tensor], where: tuple[object, ...]) -> object:
@@ -158,7 +173,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _digest(header: Mapping[str, Any], described: str, data: Any) -> str:
+def _digest(header: Mapping[str, Any], described: str, data: Iterable[bytes | memoryview]) -> str:
     digest = hashlib.blake2b(digest_size=32)
     digest.update(json.dumps(header, sort_keys=True).encode() + b"\0" + described.encode() + b"\0")
     for piece in data:

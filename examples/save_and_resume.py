@@ -22,13 +22,9 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=200)
 sync = attach(model, optimizer, diloco(every_steps=20))  # first attach, then load
 
-path = folder / f"rank-{dist.get_rank()}.pt"  # every rank its own: within a round the replicas differ
-if path.exists():
-    saved = torch.load(path, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    scheduler.load_state_dict(saved["scheduler"])
-    sync.load_state_dict(saved["sync"])  # last: it checks that the model is the saved one
+if (folder / "scheduler.pt").exists():
+    sync.load(folder)  # this rank's own file: within a round the replicas differ
+    scheduler.load_state_dict(torch.load(folder / "scheduler.pt"))
 
 for step in range(sync.steps, steps):
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
@@ -38,10 +34,9 @@ for step in range(sync.steps, steps):
     sync.step()
     scheduler.step()
 
-folder.mkdir(parents=True, exist_ok=True)
-stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sync": sync}
-torch.save({name: value.state_dict() for name, value in stateful.items()}, path)
+sync.save(folder)
 if dist.get_rank() == 0:
+    torch.save(scheduler.state_dict(), folder / "scheduler.pt")
     total = sum(p.detach().double().sum().item() for p in model.parameters())
     print(f"step {steps}: sum of all parameters {total!r}")
 sync.detach()

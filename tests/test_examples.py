@@ -12,7 +12,7 @@ import pytest
 from dtrain.comm.runtime.membership.members import serve
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "deepspeed_zero": 4}
+EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "deepspeed_zero": 4, "accelerate_loop": 2}
 
 
 RESUMES, MEET, ONE_BYTE = "save_and_resume", "come_and_go", "one_byte_members"

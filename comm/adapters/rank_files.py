@@ -48,35 +48,53 @@ class RankFiles:
 
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
-            tensor_file.write(self._path(folder), content)
+            tensor_file.write(folder / f"{self.place()}{SUFFIX}", content)
 
         with self._sync.evaluation().paused():
-            content = {
-                "format": FORMAT,
-                "parameters": self._pieces.read(copy=False),
-                "buffers": self._buffers(),
-                "optimizer": self._pieces.optimizer_snapshot(),
-                "sync": {
-                    place: dict(cast(Entries, entries).entries) for place, entries in self._sync.state_dict().items()
-                },
-            }
+            content = self._content()
             self._together(write, "was not written")
 
     def load(self, folder: Path) -> None:
         """`Attached.load`."""
-        path = self._path(folder)
-        content: dict[str, Any] = {}
 
-        def read() -> None:
+        def read() -> object:
+            path = folder / f"{self.place()}{SUFFIX}"
             if not path.exists():
                 there = sorted(p.name for p in folder.glob(f"replica-*{SUFFIX}")) if folder.is_dir() else []
                 raise FileNotFoundError(
                     f"{folder} holds no {path.name}, but {', '.join(there) or 'no file of any rank'}; resume on as "
                     "many ranks as saved, or begin a new run from the weights"
                 )
-            content.update(self._checked(tensor_file.read(path), path))
+            return tensor_file.read(path)
 
-        self._together(read, "was not read")
+        self._restore(read)
+
+    def encoded(self) -> bytes:
+        """What `save` would write."""
+        with self._sync.evaluation().paused():
+            return tensor_file.encoded(self._content())
+
+    def decode(self, content: bytes) -> None:
+        """Undo `encoded`; raises as `load` does."""
+        self._restore(lambda: tensor_file.decoded(content, f"the part of {self.place()}"))
+
+    def place(self) -> str:
+        """The name of this rank's part."""
+        places = self._pieces.channel.places
+        return place_name(places["replicate"], places["shard"])
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "parameters": self._pieces.read(copy=False),
+            "buffers": self._buffers(),
+            "optimizer": self._pieces.optimizer_snapshot(),
+            "sync": {place: dict(cast(Entries, entries).entries) for place, entries in self._sync.state_dict().items()},
+        }
+
+    def _restore(self, read: Callable[[], object]) -> None:
+        content: dict[str, Any] = {}
+        self._together(lambda: content.update(self._checked(read())), "was not read")
         self._pieces.write(content["parameters"])
         buffers = self._buffers()
         with torch.no_grad():
@@ -85,17 +103,13 @@ class RankFiles:
         self._pieces.load_optimizer_snapshot(content["optimizer"])
         self._sync.load_state_dict(content["sync"])
 
-    def _path(self, folder: Path) -> Path:
-        places = self._pieces.channel.places
-        return folder / f"{place_name(places['replicate'], places['shard'])}{SUFFIX}"
-
     def _buffers(self) -> dict[str, Tensor]:
         return dict(self._pieces.trained.model.named_buffers())
 
-    def _checked(self, content: object, path: Path) -> dict[str, Any]:
-        """The file's content. Raises ``ValueError`` for another format or model."""
+    def _checked(self, content: object) -> dict[str, Any]:
+        """Raises ``ValueError`` for another format or model."""
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{path} is of another format than {FORMAT}, which this version of dtrain reads")
+            raise ValueError(f"what was saved is of another format than {FORMAT}, which this version of dtrain reads")
         for kind, now in (("parameters", self._pieces.read(copy=False)), ("buffers", self._buffers())):
             saved = {name: tuple(value.shape) for name, value in content[kind].items()}
             here = {name: tuple(value.shape) for name, value in now.items()}
@@ -103,8 +117,8 @@ class RankFiles:
             if differing:
                 name = differing[0]
                 raise ValueError(
-                    f"{path} holds the {kind} of another model: {name} is {saved.get(name, 'not there')}, and here "
-                    f"{here.get(name, 'not there')} ({len(differing)} differ); attach to the model that was saved"
+                    f"what was saved are the {kind} of another model: {name} is {saved.get(name, 'not there')}, and "
+                    f"here {here.get(name, 'not there')} ({len(differing)} differ); attach to the model that was saved"
                 )
         return content
 
@@ -120,4 +134,21 @@ class RankFiles:
             raise failed
         if any((*replicas, *shards)):
             where = [rank for rank, wrong in enumerate(replicas) if wrong] or "of another shard"
-            raise RuntimeError(f"the file of replicas {where} {what}, and they say why; this rank's is all right")
+            raise RuntimeError(f"the part of replicas {where} {what}, and they say why; this rank's is all right")
+
+
+class RankCheckpoint:
+    """A ``Stateful`` for ``torch.distributed.checkpoint``, synchronous or not; see `Attached.checkpoint`."""
+
+    def __init__(self, files: RankFiles) -> None:
+        self._files = files
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part under a key of its own, as bytes: tensors would be taken for copies of other replicas'."""
+        return {self._files.place(): self._files.encoded()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` if the checkpoint has no part of this rank, and as `Attached.load`."""
+        if self._files.place() not in state:
+            raise ValueError(f"the checkpoint has {', '.join(state)}, and this is {self._files.place()}")
+        self._files.decode(state[self._files.place()])

@@ -24,7 +24,7 @@ from dtrain.comm.state import Kind, Numbers, State
 from dtrain.comm.transports.meter import Meter
 
 if TYPE_CHECKING:
-    from dtrain.comm.adapters.rank_files import RankFiles
+    from dtrain.comm.adapters.rank_files import RankCheckpoint, RankFiles
 
 MANY_SKIPPED = 10
 """Steps skipped in a row, after which a warning is raised."""
@@ -225,6 +225,21 @@ class Attached:
         optimizer or sync, and for files of different steps; ``RuntimeError`` where another rank has refused its file.
         """
         self._require_files().load(Path(folder))
+
+    def checkpoint(self) -> RankCheckpoint:
+        """What `save` writes, for ``torch.distributed.checkpoint``: every rank's part in one folder of all ranks.
+
+        It holds parameters and optimizer; what else is in the checkpoint (schedulers, a model for other programs)
+        stands beside it. ``async_save`` may go on while training does: the part is a copy.
+
+        >>> dcp.save({"dtrain": sync.checkpoint(), "scheduler": scheduler}, checkpoint_id=folder)  # doctest: +SKIP
+        >>> dcp.load({"dtrain": sync.checkpoint(), "scheduler": scheduler}, checkpoint_id=folder)  # doctest: +SKIP
+
+        Loading raises as `load` does.
+        """
+        from dtrain.comm.adapters.rank_files import RankCheckpoint
+
+        return RankCheckpoint(self._require_files())
 
     def _require_files(self) -> RankFiles:
         if self.files is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adafactor, AdamW
 
@@ -98,6 +101,28 @@ def on_with(kind: str, name: str, optimizer: str, folder: str, evaluating: bool)
     same = all(torch.equal(a, b) for a, b in zip(end, again.state(), strict=True))
     again.sync.detach()
     return same
+
+
+def on_with_dcp(kind: str, name: str, folder: str, later: bool) -> bool:
+    """The same through ``torch.distributed.checkpoint``; ``later``: saved while training goes on."""
+    whole = Training(kind, name, "AdamW")
+    whole.train(range(STOP))
+    saving = None
+    if later:
+        saving = cast("Future[object]", async_save({"dtrain": whole.sync.checkpoint()}, checkpoint_id=folder))
+    else:
+        save({"dtrain": whole.sync.checkpoint()}, checkpoint_id=folder)
+    whole.train(range(STOP, END))
+    if saving is not None:
+        saving.result()
+    end = whole.state()
+    whole.sync.detach()
+    again = Training(kind, name, "AdamW", seed=1)
+    load({"dtrain": again.sync.checkpoint()}, checkpoint_id=folder)
+    assert again.sync.steps == STOP
+    again.train(range(STOP, END))
+    again.sync.detach()
+    return all(torch.equal(a, b) for a, b in zip(end, again.state(), strict=True))
 
 
 class ZeroNet(nn.Module):
@@ -189,6 +214,14 @@ def test_it_goes_on_bitwise(pool: WorkerPool, kind: str, name: str, optimizer: s
         assert pool.run(on_with, kind, name, optimizer, folder, evaluating, world=world) == [True] * world
 
 
+@pytest.mark.parametrize("later", [True, False])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_it_goes_on_bitwise_from_dcp(pool: WorkerPool, kind: str, later: bool) -> None:
+    world = 4 if kind == "fsdp" else 2
+    with tempfile.TemporaryDirectory() as folder:
+        assert pool.run(on_with_dcp, kind, "streaming", folder, later, world=world) == [True] * world
+
+
 @pytest.mark.parametrize("forward", [True, False])
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_it_goes_on_bitwise_in_deepspeed(pool: WorkerPool, stage: str, forward: bool) -> None:
@@ -200,8 +233,8 @@ def test_it_goes_on_bitwise_in_deepspeed(pool: WorkerPool, stage: str, forward: 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("missing", ["RuntimeError: the file of replicas [1] was not read", "FileNotFoundError: "]),
-        ("damaged", ["RuntimeError: the file of replicas [1] was not read", "DamagedFile: "]),
+        ("missing", ["RuntimeError: the part of replicas [1] was not read", "FileNotFoundError: "]),
+        ("damaged", ["RuntimeError: the part of replicas [1] was not read", "DamagedFile: "]),
         ("model", ["ValueError: ", "ValueError: "]),
         ("sync", ["ValueError: this state was saved with", "ValueError: this state was saved with"]),
     ],

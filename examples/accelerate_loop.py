@@ -1,0 +1,34 @@
+"""DiLoCo in a loop of Hugging Face Accelerate: ranks train alone, and every 20 steps exchange how far they moved.
+
+Run: torchrun --standalone --nproc-per-node=2 examples/accelerate_loop.py
+"""
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, TensorDataset
+
+from dtrain import diloco
+from dtrain.integrations.accelerate import Synced
+
+accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+x = torch.randn(6400, 64)
+loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16, shuffle=True)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+synced = Synced(accelerator, model, optimizer, diloco(every_steps=20))
+
+for _ in range(3):
+    for number, (x, y) in enumerate(loader):
+        with accelerator.accumulate(model):
+            loss = (model(x) - y).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if number % 66 == 0:
+            accelerator.print(f"step {synced.sync.steps}: loss {loss.item():.2f}")
+
+accelerator.print(synced.sync.report())
+synced.close()
+accelerator.end_training()
