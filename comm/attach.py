@@ -22,7 +22,7 @@ from dtrain.comm.adapters.requirements import is_plain, require_call, require_se
 from dtrain.comm.adapters.untrained_tensors import equalized
 from dtrain.comm.adapters.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.channel import Channel
-from dtrain.comm.inner_optimizers.together import Together
+from dtrain.comm.inner_optimizers.together import Together, with_members
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import SelfTransport
@@ -137,7 +137,8 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached], steppers: Sequen
         attached = bind(pieces)
         pieces.trained.differ = attached.parameters_kind == "per_worker"
         if pieces.trained.differ:
-            require_silent(pieces.optimizer)
+            for optimizer in with_members(pieces.optimizer):
+                require_silent(optimizer)
             pieces.trained.listening = Listening(pieces.optimizer, _replica(pieces.channel))
             pieces.trained.watch_outside()
             attached.context.stepped_elsewhere = frozenset(pieces.trained.outside)

@@ -131,7 +131,8 @@ class Channel:
         self._queue: queue.SimpleQueue[_Job | _Renewal | Channel | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="dtrain-channel", daemon=True)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = threading.Thread(target=self._serve, args=(device,), name="dtrain-channel", daemon=True)
         self._thread.start()
         _OPEN.add(self)
         # A thread that is inside the transport while the interpreter shuts down aborts the process.
@@ -192,8 +193,11 @@ class Channel:
             self._queue.put(self)
             self._thread.join(timeout_seconds)
 
-    def _serve(self) -> None:
-        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+    def _serve(self, device: int | None) -> None:
+        """Serve flows on ``device``, the GPU of the thread that made the channel: a new thread begins on GPU 0."""
+        if device is not None:
+            torch.cuda.set_device(device)
+        stream = torch.cuda.Stream() if device is not None else None
         with torch.cuda.stream(stream):
             while self._batch():
                 pass

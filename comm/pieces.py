@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -40,6 +41,22 @@ class Repeated(Exchange, Protocol):
 
     def stood_in(self) -> None:
         """Called when this rank, out of data, has sent zeros in place of a backward pass (``model.join()``)."""
+
+
+def nothing() -> None:
+    """What `EachPass` does where ranks cannot run out of data: replicas of a local update make as many steps."""
+
+
+@dataclass(frozen=True)
+class EachPass:
+    """A `Repeated` exchange, of functions of the method: ``exchanging`` for each group of each backward pass."""
+
+    exchanging: Exchange
+    adds: bool
+    stood_in: Callable[[], None] = nothing
+
+    def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
+        return self.exchanging(gradients, present)
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtrain.comm.adapters.forwarding import Forwarded, forwarded_engine
+from dtrain.comm.inner_optimizers.together import with_members
 from dtrain.comm.layout import Named
 
 
@@ -29,18 +30,19 @@ class StepGuard:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer in _GUARDED:
             raise RuntimeError("a sync is attached to this optimizer already; call its detach() first")
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ValueError(
-                f"{type(optimizer).__name__} evaluates the model again within its step (it needs a closure), which "
-                "sync.step() cannot give it; use an optimizer that steps from gradients, for example AdamW"
-            )
+        optimizers = with_members(optimizer)
+        for stepped in optimizers:
+            closure = inspect.signature(type(stepped).step).parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                raise ValueError(
+                    f"{type(stepped).__name__} evaluates the model again within its step (it needs a closure), which "
+                    "sync.step() cannot give it; use an optimizer that steps from gradients, for example AdamW"
+                )
         _GUARDED.add(optimizer)
         self._optimizer = optimizer
         self._allowed = False
         self._undo: Callable[[], None] = lambda: None
-        members: tuple[torch.optim.Optimizer, ...] = getattr(optimizer, "members", ())  # of several that are one
-        self._hooks = [each.register_step_pre_hook(self._check) for each in (optimizer, *members)]
+        self._hooks = [stepped.register_step_pre_hook(self._check) for stepped in optimizers]
 
     @contextmanager
     def opened(self) -> Iterator[None]:

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 from dtrain.comm.channel import Channel
 from dtrain.comm.inner_optimizers.muon import MatrixPiece, WholeMatrices
+from dtrain.comm.inner_optimizers.together import muons
 from dtrain.comm.layout import Named, Segment
 from dtrain.comm.ops import AllGather, Flow
 
 LABEL = "inner optimizer"
 """Of its traffic in the meter, all on the shard axis."""
 
-
 Laid: TypeAlias = Mapping[Tensor, Sequence[MatrixPiece]] | Mapping[nn.Parameter, Sequence[MatrixPiece]]
-
+"""In each tensor that an optimizer steps, this rank's piece of every parameter."""
 
 Groups: TypeAlias = Mapping[int, Mapping[str, Any]]
+"""The parameter group of each tensor, by id."""
 
 
 def groups_of(optimizer: torch.optim.Optimizer) -> Groups:
@@ -37,8 +38,9 @@ def share_matrices(
     same parameters in the same order on all ranks. ``whole``: every rank holds all of them. ``groups``: the parameter
     group of each tensor, by id, where the engine takes tensors out of them between steps.
     """
+    if not whole:
+        _require_sharing(optimizer)
     if not isinstance(optimizer, WholeMatrices):
-        _require_elementwise_steps(optimizer, cut=not whole)
         return
     group_of = groups_of(optimizer) if groups is None else groups
     matrices = {
@@ -93,11 +95,12 @@ def _device(pieces: Laid) -> torch.device:
     return next((tensor.device for tensor in pieces), torch.device("cpu"))
 
 
-def _require_elementwise_steps(optimizer: torch.optim.Optimizer, *, cut: bool) -> None:
-    """Raise ``ValueError`` for a whole-matrix optimizer that knows nothing of pieces, where matrices are cut."""
-    if cut and type(optimizer).__name__ == "Muon":
-        raise ValueError(
-            f"{type(optimizer).__module__}.Muon orthogonalizes whole matrices, and this engine cuts them over the "
-            "ranks of a replica; give dtrain.inner.muon(model), which assembles each on one rank, or use "
-            "DistributedDataParallel"
-        )
+def _require_sharing(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ``ValueError`` for a Muon that is no `WholeMatrices`, where matrices are cut."""
+    for muon in muons(optimizer):
+        if not isinstance(muon, WholeMatrices):
+            raise ValueError(
+                f"{type(muon).__module__}.{type(muon).__name__} orthogonalizes whole matrices, and this engine cuts "
+                "them over the ranks of a replica; give dtrain.inner.muon(model), which assembles each on one rank, or "
+                "use DistributedDataParallel"
+            )

@@ -29,6 +29,7 @@ from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matric
 from dtrain.comm.adapters.wrappers import named_parameters
 from dtrain.comm.channel import Channel
 from dtrain.comm.inner_optimizers.muon import MatrixPiece
+from dtrain.comm.inner_optimizers.together import states_of
 from dtrain.comm.layout import Named, Segment, copied, is_finite
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Exchange
@@ -137,16 +138,17 @@ class ZeroPieces(ABC):
 
     def restore(self, parameters: Named, optimizer: Mapping[str, Named]) -> None:
         tensors = {fqn: self._flat(home.group) for fqn, home in self.homes.items()}
-        require_same_parts(self.base, optimizer, tensors, self._param_groups())
+        groups = self._param_groups()
+        require_same_parts(self.base, optimizer, tensors, groups)
         self.base.state.clear()
         for name, pieces in optimizer.items():
             for fqn, value in pieces.items():
-                home = self.homes[fqn]
-                flat = self._flat(home.group)
+                home, flat = self.homes[fqn], tensors[fqn]
+                state = states_of(self.base, groups[id(flat)])[flat]
                 if is_scalar(value):
-                    self.base.state[flat][name] = value.clone()
+                    state[name] = value.clone()
                     continue
-                flat_state = self.base.state[flat].setdefault(name, torch.zeros_like(flat))
+                flat_state = state.setdefault(name, torch.zeros_like(flat))
                 flat_state[home.start : home.start + home.segment.numel] = value
         self.write(parameters)
 

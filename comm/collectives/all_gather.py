@@ -11,25 +11,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from dtrain.comm.aggregators.mean import Aggregator, among, rank_order_mean
 from dtrain.comm.collectives.two_phase import (
-    MARKS,
     Combined,
     Votes,
     all_finite,
     all_staged_finite,
-    all_usable,
     coder_of,
     cut,
-    device_of,
     first_phase,
     joined,
-    mark,
     require_same_values,
-    vote,
 )
 from dtrain.comm.feedback import Coder
 from dtrain.comm.layout import Named
@@ -54,18 +48,10 @@ def all_gathered(
 
     ``weight``, ``present`` and ``usable``, and what is raised: as in `two_phase`.
     """
-    chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
-    if weight is not None and not (usable and all_usable(values, chosen)):
-        weight, values = 0.0, {fqn: torch.zeros_like(value) for fqn, value in values.items()}
-    payloads, measures = first_phase(values, chosen, 1, key, state, weight)
+    first = first_phase(values, plan, 1, key, state, weight, usable)
+    values, chosen = first.values, first.chosen
     sound = all_staged_finite(chosen, state)
-    if weight is not None:
-        own_vote = vote(1, True, weight if sound else math.nan, device_of(values))
-    else:
-        finite = usable and sound and all_usable(values, chosen, measures)
-        statement = mark(values, key.step) + (MARKS if present is False else 0)
-        own_vote = vote(1, finite, None, device_of(values), statement)
-    gathered = yield AllGather(joined(payloads, own_vote))
+    gathered = yield AllGather(joined(first.payloads, first.vote(1, key.step, present, sound=sound)))
     votes = Votes(gathered[-1].flatten().tolist(), place)
     if weight is None:
         votes, present = yield from require_same_values(votes, values, key)
@@ -75,7 +61,7 @@ def all_gathered(
     else:
         finite = votes.anybody
     results, sums = {}, []
-    for (fqn, value), payload in zip(values.items(), cut(gathered, payloads), strict=True):
+    for (fqn, value), payload in zip(values.items(), cut(gathered, first.payloads), strict=True):
         shared = replace(key, fqn=fqn).shared
         combined = _combined(payload, coder_of(chosen[fqn], value), value.numel(), rule, votes, shared)
         results[fqn] = result = chosen[fqn].feedback.result(fqn, combined, state)

@@ -19,6 +19,7 @@ votes against the result in the second phase: every state that is kept allows an
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -84,19 +85,16 @@ def two_phase(
     Raises ``RuntimeError`` on every peer if their names or steps differ (`mark`); not with a ``weight``.
     """
     world, device = place.size, device_of(values)
-    chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
-    if weight is not None and not (usable and all_usable(values, chosen)):
-        weight, values = 0.0, {fqn: torch.zeros_like(value) for fqn, value in values.items()}
+    first = first_phase(values, plan, world, key, state, weight, usable)
+    values, chosen = first.values, first.chosen
     second = {fqn: of_the_mean(compression) for fqn, compression in chosen.items()}
-    payloads, measures = first_phase(values, chosen, world, key, state, weight)
-    finite = weight is not None or (usable and all_usable(values, chosen, measures))
-    statement = mark(values, key.step) + (MARKS if present is False else 0)
-    received = yield AllToAll(joined(payloads, vote(world, finite, weight, device, statement)))
+    received = yield AllToAll(joined(first.payloads, first.vote(world, key.step, present)))
     votes = Votes(received[-1].flatten().tolist(), place)
     if weight is None:
         votes, present = yield from require_same_values(votes, values, key)
     finite = votes.passed if weight is None else votes.anybody
-    chunks = dict(zip(values, cut(received, payloads), strict=True))
+    chunks = dict(zip(values, cut(received, first.payloads), strict=True))
+    del first  # its payloads have been sent
     payloads = []
     for fqn, value in values.items():
         compressions, second_key = (chosen[fqn], second[fqn]), replace(key, fqn=fqn, phase=SECOND_PHASE)
@@ -107,26 +105,50 @@ def two_phase(
     return Combined(combined.values, combined.finite and bool(gathered[-1].all()), present is not False)
 
 
+@dataclass(frozen=True)
+class FirstPhase:
+    """What a rank sends first. ``payloads``: of each of the ``values``, coded as ``chosen`` says, a row for each rank.
+
+    ``finite``: whether the values may be used; with a ``weight`` always, which is 0 where they may not.
+    """
+
+    values: Named
+    chosen: Mapping[str, Compression]
+    payloads: list[Payload]
+    weight: float | None
+    finite: bool
+
+    def vote(self, rows: int, step: int, present: bool | None, *, sound: bool = True) -> Tensor:
+        """The vote on them, for ``rows`` ranks. ``sound``: whether the state that feedback has staged may be kept; if
+        not, a rank with a weight sends NaN, as it cannot be left out any more.
+        """
+        if self.weight is not None:
+            return vote(rows, True, self.weight if sound else math.nan, device_of(self.values))
+        statement = mark(self.values, step) + (MARKS if present is False else 0)
+        return vote(rows, self.finite and sound, None, device_of(self.values), statement)
+
+
 def first_phase(
-    values: Named, chosen: Mapping[str, Compression], world: int, key: Key, state: State, weight: float | None
-) -> tuple[list[Payload], list[Tensor]]:
-    """This rank's payload of each value, a row for each rank; and `_measure` of each, unless there is a ``weight``."""
+    values: Named, plan: Plan, rows: int, key: Key, state: State, weight: float | None, usable: bool
+) -> FirstPhase:
+    """Encode ``values`` in ``rows`` rows each; zeros of weight 0 in their place where this rank is left out."""
+    chosen = {fqn: plan.of(fqn, key.step) for fqn in values}
+    if weight is not None and not (usable and all_usable(values, chosen)):
+        weight, values = 0.0, {fqn: torch.zeros_like(value) for fqn, value in values.items()}
     payloads: list[Payload] = []
     measures: list[Tensor] = []
     for fqn, value in values.items():
         if weight is None:
             measures.append(_measure(value, chosen[fqn]))  # here: the value is then in the caches when it is encoded
-        coder, feedback, first = (
-            coder_of(chosen[fqn], value),
-            chosen[fqn].feedback,
-            replace(key, fqn=fqn, phase=FIRST_PHASE),
-        )
+        coder, feedback = coder_of(chosen[fqn], value), chosen[fqn].feedback
+        first_key = replace(key, fqn=fqn, phase=FIRST_PHASE)
         if weight == 0:
             feedback.carry_over(fqn, value, state)
-            payloads.append(coder.encode(to_rows(value, world), first))
+            payloads.append(coder.encode(to_rows(value, rows), first_key))
         else:
-            payloads.append(feedback.encode(fqn, value, coder, world, first, state))
-    return payloads, measures
+            payloads.append(feedback.encode(fqn, value, coder, rows, first_key, state))
+    finite = weight is not None or (usable and all_usable(values, chosen, measures))
+    return FirstPhase(values, chosen, payloads, weight, finite)
 
 
 def _second_phase(

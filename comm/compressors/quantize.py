@@ -395,6 +395,7 @@ def _power_levels(codes: Tensor, levels: int) -> Tensor:
 
 
 WHOLE = 2.0**24
+"""Of the largest magnitude of a block: the search sees values as whole multiples of 1 / WHOLE of it."""
 STARTS = {1: (1.0,), 2: (1.0, 0.7, 0.5, 0.35), 3: (1.0, 0.8, 0.64, 0.5), 4: (1.0, 0.85, 0.72, 0.6)}
 """By bits, where the search begins: the outermost level as a part of the largest magnitude; signs need no search."""
 

@@ -42,9 +42,9 @@ class TopK(RowWise):
     ranks: int = 1
 
     def __repr__(self) -> str:
-        more = {"values": self.values if self.values != FP32 else None, "ranks": self.ranks if self.ranks > 1 else None}
-        told = "".join(f", {name}={value}" for name, value in more.items() if value is not None)
-        return f"TopK(density={self.density}{told})"
+        values = f", values={self.values}" if self.values != FP32 else ""
+        ranks = f", ranks={self.ranks}" if self.ranks > 1 else ""
+        return f"TopK(density={self.density}{values}{ranks})"
 
     @property
     def delta(self) -> float:

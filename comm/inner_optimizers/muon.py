@@ -16,7 +16,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast, overload, runtime_checkable
 
@@ -26,7 +26,7 @@ from torch.optim.adamw import adamw
 
 from dtrain.comm.blocks import blocks_of
 from dtrain.comm.inner_optimizers.newton_schulz import flops, orthogonalized_by_shape, workspace_bytes
-from dtrain.comm.inner_optimizers.owners import Replica, Work
+from dtrain.comm.inner_optimizers.owners import Replica
 from dtrain.comm.layout import Segment
 from dtrain.comm.ops import Flow, Place
 
@@ -36,7 +36,7 @@ MATRIX_STATE, OTHER_STATE = frozenset({"momentum_buffer"}), frozenset({"step", "
 
 @dataclass(frozen=True)
 class MatrixPiece:
-    """A rank's ``segment`` of a matrix, from element ``start`` of a flat tensor that the optimizer steps.
+    """A rank's ``segment`` of a matrix, from element ``start`` of a tensor that the optimizer steps, made flat.
 
     ``shape``: of the whole parameter. A segment may be empty.
     """
@@ -44,6 +44,14 @@ class MatrixPiece:
     shape: tuple[int, ...]
     segment: Segment
     start: int = 0
+
+    @property
+    def fqn(self) -> str:
+        return self.segment.fqn
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The elements of the piece, a view into ``flat``."""
+        return flat[self.start : self.start + self.segment.numel]
 
 
 Run: TypeAlias = Callable[[Flow[Mapping[str, Tensor]]], Mapping[str, Tensor]]
@@ -84,29 +92,42 @@ class Settings:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lr < math.inf:
+        if not _within(self.lr, 0, math.inf):
             raise ValueError(f"lr is {self.lr!r}; a learning rate is 0 or more")
-        if not 0 <= self.momentum < 1:
+        if not _within(self.momentum, 0, 1):
             raise ValueError(f"momentum is {self.momentum!r}; it lies in [0, 1)")
         if not isinstance(self.ns_steps, int) or isinstance(self.ns_steps, bool) or self.ns_steps < 1:
             raise ValueError(f"ns_steps is {self.ns_steps!r}; give 1 or more Newton-Schulz steps, as a rule 5")
-        if not 0 <= self.weight_decay < math.inf:
+        if not _within(self.weight_decay, 0, math.inf):
             raise ValueError(f"weight_decay is {self.weight_decay!r}; it is 0 or more")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {self.betas!r}; AdamW's two lie in [0, 1)")
-        if not 0 < self.eps < math.inf:
+        betas: object = self.betas
+        if not isinstance(betas, tuple) or len(betas) != 2 or not all(_within(beta, 0, 1) for beta in betas):
+            raise ValueError(f"betas is {betas!r}; give AdamW's two, which lie in [0, 1)")
+        if not _within(self.eps, 0, math.inf) or self.eps == 0:
             raise ValueError(f"eps is {self.eps!r}; it is positive and small")
 
 
 class Muon(torch.optim.Optimizer):
-    """See the module's docstring; made by `muon`. Groups with ``matrices`` are stepped by Muon, others by AdamW."""
+    """See the module's docstring; made by `muon`. Groups with ``matrices`` are stepped by Muon, others by AdamW.
+
+    ``ns_dtype``: of the iterations; see `orthogonalized`.
+    """
+
+    _pieces: dict[int, Sequence[MatrixPiece]]  # by id of the tensor
+    _shared: tuple[Replica, Run] | None
 
     def __init__(self, params: Iterable[Any], settings: Settings, *, ns_dtype: torch.dtype | None = None) -> None:
         self._ns_dtype = ns_dtype
-        self._pieces: dict[int, Sequence[MatrixPiece]] = {}
-        self._replica: Replica | None = None
-        self._run: Run | None = None
+        self.share_no_more()
         super().__init__(params, {**vars(settings), "matrices": True})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_ns_dtype": self._ns_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_pieces" not in vars(self):  # a copy, which has tensors of its own; load_state_dict calls this, too
+            self.share_no_more()
 
     def steps_matrices(self, group: Mapping[str, Any]) -> bool:
         return bool(group["matrices"])
@@ -119,10 +140,10 @@ class Muon(torch.optim.Optimizer):
         run: Run, *, whole: bool,
     ) -> None:  # fmt: skip
         self._pieces = {id(tensor): tensors_pieces for tensor, tensors_pieces in pieces.items()}
-        self._replica, self._run = Replica(held, place, whole), run
+        self._shared = Replica(held, place, whole), run
 
     def share_no_more(self) -> None:
-        self._pieces, self._replica, self._run = {}, None, None
+        self._pieces, self._shared = {}, None
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -165,33 +186,30 @@ class Muon(torch.optim.Optimizer):
 
     def _directions(self, tensors: list[Tensor], updates: Mapping[int, Tensor], steps: int) -> dict[int, Tensor]:
         """The scaled orthogonal directions of ``tensors``, by id, of the shapes that this rank has of them."""
-        laid = {id(p): self._pieces_of(p, number) for number, p in enumerate(tensors)}
-        pieces, shapes = {}, {}
-        for key, some in laid.items():
+        pieces_of = {id(p): self._pieces_of(p, number) for number, p in enumerate(tensors)}
+        values, shapes = {}, {}
+        for key, pieces in pieces_of.items():
             flat = updates[key].reshape(-1).float()
-            for piece in some:
-                fqn = piece.segment.fqn
-                pieces[fqn] = flat[piece.start : piece.start + piece.segment.numel]
-                shapes[fqn] = _as_matrix(piece.shape)
+            for piece in pieces:
+                values[piece.fqn], shapes[piece.fqn] = piece.of(flat), _as_matrix(piece.shape)
 
         def work(wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
             matrices = {fqn: whole.view(shapes[fqn]) for fqn, whole in wholes.items()}
             results = orthogonalized_by_shape(matrices, steps, self._ns_dtype)
             return {fqn: (RMS * math.sqrt(max(shapes[fqn])) * x).reshape(-1) for fqn, x in results.items()}
 
-        directions = self._performed(pieces, work, {fqn: flops(*shape, steps) for fqn, shape in shapes.items()})
+        if self._shared is None:
+            directions: Mapping[str, Tensor] = work(values)
+        else:
+            replica, run = self._shared
+            directions = run(replica.work(values, work, {fqn: flops(*shape, steps) for fqn, shape in shapes.items()}))
         results = {}
-        for key, some in laid.items():
+        for key, pieces in pieces_of.items():
             flat = torch.zeros(updates[key].numel(), dtype=torch.float32, device=updates[key].device)
-            for piece in some:
-                flat[piece.start : piece.start + piece.segment.numel] = directions[piece.segment.fqn]
+            for piece in pieces:
+                piece.of(flat).copy_(directions[piece.fqn])
             results[key] = flat.view(updates[key].shape)
         return results
-
-    def _performed(self, pieces: Mapping[str, Tensor], work: Work, costs: Mapping[str, int]) -> Mapping[str, Tensor]:
-        if not pieces or self._replica is None or self._run is None:
-            return work(pieces) if pieces else {}
-        return self._run(self._replica.work(pieces, work, costs))
 
     def _pieces_of(self, p: Tensor, number: int) -> Sequence[MatrixPiece]:
         if id(p) in self._pieces:
@@ -250,18 +268,21 @@ def muon(
     Raises ``ValueError`` if there is no such matrix, for a pattern that names none, for a matrix that is too large for
     the memory of its device, and for numbers outside their range. Source: the module's docstring.
     """
-    settings = Settings(lr, momentum, nesterov, ns_steps, weight_decay, cast(tuple[float, float], tuple(betas)), eps)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    two = cast(tuple[float, float], tuple(betas) if isinstance(betas, Sequence) else betas)
+    settings = Settings(lr, momentum, nesterov, ns_steps, weight_decay, two, eps)
+    named = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    chosen = _chosen(named, matrices) if matrices else set(_block_matrices(model, tables))
+    chosen = _chosen(named, matrices) if matrices else _block_matrices(model, named, tables)
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no matrix in the members of an nn.ModuleList, and Muon is for matrices; name "
             "them with matrices=[...], shell patterns over parameter names, or take AdamW"
         )
     _require_memory({name: named[name] for name in chosen})
-    muons = [p for name, p in named.items() if name in chosen]
-    others = [p for name, p in named.items() if name not in chosen]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    stepped = {id(named[name]) for name in chosen}
+    muons = [p for p in parameters if id(p) in stepped]
+    others = [p for p in parameters if id(p) not in stepped]
     decayed = [p for p in others if p.dim() >= 2 and id(p) not in tables]
     plain = [p for p in others if p.dim() < 2 or id(p) in tables]
     groups = [
@@ -272,17 +293,14 @@ def muon(
     return Muon([group for group in groups if group["params"]], settings)
 
 
-def has_muon(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is a Muon, of dtrain, torch or another package, or has one among its members."""
-    return any(type(member).__name__ == "Muon" for member in (optimizer, *getattr(optimizer, "members", ())))
-
-
-def _block_matrices(model: nn.Module, tables: set[int]) -> Iterator[str]:
+def _block_matrices(model: nn.Module, named: Mapping[str, Tensor], tables: set[int]) -> set[str]:
     inside = {id(p) for block in blocks_of(model) for p in block.parameters()} - tables
-    return (name for name, p in model.named_parameters() if id(p) in inside and p.requires_grad and p.dim() in (2, 4))
+    return {name for name, p in named.items() if id(p) in inside and p.dim() in (2, 4)}
 
 
 def _chosen(named: Mapping[str, Tensor], patterns: Sequence[str]) -> set[str]:
+    if isinstance(patterns, str):
+        raise ValueError(f"matrices is {patterns!r}; give a list of patterns: [{patterns!r}]")
     chosen: set[str] = set()
     for pattern in patterns:
         fitting = {name for name in named if fnmatch.fnmatchcase(name, pattern)}
@@ -296,6 +314,11 @@ def _chosen(named: Mapping[str, Tensor], patterns: Sequence[str]) -> set[str]:
                 )
         chosen |= fitting
     return chosen
+
+
+def _within(number: object, least: float, end: float) -> bool:
+    """Whether it is a number of [``least``, ``end``)."""
+    return isinstance(number, int | float | Tensor) and not isinstance(number, bool) and bool(least <= number < end)
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 A, B, C = 3.4445, -4.7750, 2.0315
 SMALLEST = 1e-7
 BATCH_BYTES = 1 << 28
-"""Of the matrices that are orthogonalized in one batch."""
+"""Of the matrices that are orthogonalized in one batch, in fp32."""
 
 
 def orthogonalized(matrices: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -25,6 +25,8 @@ def orthogonalized(matrices: Tensor, steps: int, dtype: torch.dtype | None = Non
     ``dtype``: of the iterations; bf16 on GPU and fp32 elsewhere by default. A matrix of zeros stays one, and one that
     is not finite does not become finite.
     """
+    if not matrices.numel():
+        return matrices.clone()
     if dtype is None:
         dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
     tall = matrices.size(-2) > matrices.size(-1)

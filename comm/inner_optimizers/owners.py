@@ -4,8 +4,9 @@
     back             the owner sends each rank what it computed for those pieces        all-to-all on the shard axis
 
 Where every rank of a replica holds whole matrices (DDP), only results are sent, by an all-gather. The owners are chosen
-so that the cost is balanced. Bytes for a matrix of n elements over M ranks: fp32, 2 (M - 1) / M of 4 n between all of
-them, padded to the longest row.
+so that the cost is balanced. Bytes of all ranks together, for a matrix of n elements that is cut evenly over M of them:
+4 n (M - 1) / M for each of the two; by the all-gather 4 n (M - 1). Rows of a message have one length, so shorter ones
+are padded with zeros.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ class Replica:
     whole: bool
 
     def work(self, pieces: Mapping[str, Tensor], work: Work, costs: Mapping[str, int]) -> Flow[Mapping[str, Tensor]]:
-        """What ``work`` makes of whole matrices, this rank's flat piece of each: as ``pieces``, which hold it before.
+        """The results of ``work`` on whole matrices: this rank's piece of each, flat, in the order of ``pieces``.
 
-        ``pieces``, ``costs``: of the same matrices on all ranks of the replica, in the same order; an empty piece for
-        none.
+        ``pieces``: this rank's part of each matrix, flat, empty where it has none. ``costs``: of work on each matrix,
+        in any unit; they decide on the owners. Both name the same matrices in the same order on all ranks.
         """
         if self.place.size == 1:
             return work(pieces)
@@ -117,7 +118,7 @@ class Replica:
 
 
 def _row(pieces: Mapping[str, Tensor], fqns: Sequence[str], width: int, like: Tensor) -> Tensor:
-    """``pieces`` of ``fqns`` behind each other, [width] with zeros at the end."""
+    """``pieces`` of ``fqns`` one after the other, then zeros, [width]."""
     row = like.new_zeros(width)
     start = 0
     for fqn in fqns:

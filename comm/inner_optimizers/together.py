@@ -17,17 +17,23 @@ class Together(torch.optim.Optimizer):
     """See `together`. Its groups and its state are those of its members, not copies."""
 
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
-        self.members = tuple(members)
         super().__init__(_parameters(members), {})
-        del self.param_groups, self.state  # made by torch, of the parameters alone
+        del self.param_groups  # made by torch, of the parameters alone
+        self.members = tuple(members)
+        self.state: Any = _States(self.members)
 
     def __getattr__(self, name: str) -> Any:
         members = vars(self).get("members", ())
         if members and name == "param_groups":
             return [group for member in members for group in member.param_groups]
-        if members and name == "state":
-            return _States(members)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"defaults": self.defaults, "members": self.members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.state = _States(self.members)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -40,7 +46,7 @@ class Together(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        chosen = {id(group) for group in self.param_groups}  # DeepSpeed steps one group at a time
+        chosen = {id(group) for group in self.param_groups}  # DeepSpeed sets it, to step one group at a time
         for member in self.members:
             groups = member.param_groups
             member.param_groups = [group for group in groups if id(group) in chosen]
@@ -55,20 +61,43 @@ class Together(torch.optim.Optimizer):
         for member in self.members:
             member.zero_grad(set_to_none)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises ``TypeError``: only a member can step new parameters."""
+        if "members" in vars(self):
+            raise TypeError(
+                f"which of {len(self.members)} optimizers is to step the new parameters? add the group to one of its "
+                "members: optimizer.members[0].add_param_group(...)"
+            )
+        super().add_param_group(param_group)
+
     def state_dict(self) -> dict[str, Any]:
         return {"members": [member.state_dict() for member in self.members]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ``ValueError`` for the state of another number of optimizers."""
+        if "members" not in state_dict:
+            raise ValueError(
+                f"the state to load is not one of several optimizers: it has {', '.join(map(str, state_dict))}; load "
+                "what together(...).state_dict() returned, or load each member's own"
+            )
         states = state_dict["members"]
         if len(states) != len(self.members):
-            raise ValueError(f"the state to load is of {len(states)} optimizers, and here are {len(self.members)}")
+            raise ValueError(
+                f"the state to load is of {len(states)} optimizers, and here are {len(self.members)}; give together() "
+                "those of the run that saved it, in the same order"
+            )
         for member, state in zip(self.members, states, strict=True):
             member.load_state_dict(state)
+        vars(self).pop("param_groups", None)  # set by DeepSpeed; the members have new groups now
+
+    def stepping(self, group: Mapping[str, Any]) -> torch.optim.Optimizer:
+        """The member that steps ``group``, one of ``param_groups``."""
+        return next(member for member in self.members if any(group is its for its in member.param_groups))
 
     # ---- whole matrices --------------------------------------------------------------------------------------------
 
     def steps_matrices(self, group: Mapping[str, Any]) -> bool:
-        member = self._stepping(group)
+        member = self.stepping(group)
         return isinstance(member, WholeMatrices) and member.steps_matrices(group)
 
     def share(
@@ -83,11 +112,8 @@ class Together(torch.optim.Optimizer):
             member.share_no_more()
 
     def state_names(self, group: Mapping[str, Any]) -> frozenset[str] | None:
-        member = self._stepping(group)
+        member = self.stepping(group)
         return member.state_names(group) if isinstance(member, WholeMatrices) else None
-
-    def _stepping(self, group: Mapping[str, Any]) -> torch.optim.Optimizer:
-        return next(member for member in self.members if any(group is its for its in member.param_groups))
 
     def _of_matrices(self) -> list[WholeMatrices]:
         return [member for member in self.members if isinstance(member, WholeMatrices)]
@@ -124,21 +150,35 @@ def together(*optimizers: torch.optim.Optimizer) -> Together:
     return Together(optimizers)
 
 
+def with_members(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
+    """``optimizer``, and its members where it is several `together`."""
+    return (optimizer, *optimizer.members) if isinstance(optimizer, Together) else (optimizer,)
+
+
+def states_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> MutableMapping[Tensor, dict[str, Any]]:
+    """The states by parameter where ``optimizer`` keeps those of ``group``, one of its ``param_groups``."""
+    return optimizer.stepping(group).state if isinstance(optimizer, Together) else optimizer.state
+
+
+def muons(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Those of `with_members` whose class is called Muon or derives from one: dtrain's, torch's, another package's."""
+    return [one for one in with_members(optimizer) if any(base.__name__ == "Muon" for base in type(one).__mro__)]
+
+
 class _States(MutableMapping[Tensor, dict[str, Any]]):
     """The states of all members, by parameter."""
 
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
         self._members = members
-        self._by_id = {id(p): member for member in members for p in _parameters([member])}
-
-    def _of(self, parameter: Tensor) -> MutableMapping[Tensor, dict[str, Any]]:
-        return self._by_id[id(parameter)].state
 
     def __getitem__(self, parameter: Tensor) -> dict[str, Any]:
         return self._of(parameter)[parameter]
 
+    def __contains__(self, parameter: object) -> bool:
+        return any(parameter in member.state for member in self._members)
+
     def get(self, parameter: Tensor, default: Any = None) -> Any:
-        return self._of(parameter).get(parameter, default)
+        return next((member.state[parameter] for member in self._members if parameter in member.state), default)
 
     def __setitem__(self, parameter: Tensor, state: dict[str, Any]) -> None:
         self._of(parameter)[parameter] = state
@@ -155,6 +195,12 @@ class _States(MutableMapping[Tensor, dict[str, Any]]):
     def clear(self) -> None:
         for member in self._members:
             member.state.clear()
+
+    def _of(self, parameter: Tensor) -> MutableMapping[Tensor, dict[str, Any]]:
+        for member in self._members:  # DeepSpeed takes tensors with a state out of the groups
+            if parameter in member.state or any(parameter is p for p in _parameters([member])):
+                return member.state
+        raise KeyError(f"no optimizer here steps a tensor of shape {tuple(parameter.shape)}")
 
 
 def _parameters(members: Sequence[torch.optim.Optimizer]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from dtrain.comm.collectives.exchange import exchange, require_codable, require_
 from dtrain.comm.collectives.routes import Route
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.layout import Named
+from dtrain.comm.pieces import EachPass
 from dtrain.comm.plans.plan import Compress, Plan, as_plan, kinds_of, warn_of_loss
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.consistency import Held, Tie, kept_by, numbers_of, require_guard
@@ -35,7 +36,7 @@ from dtrain.comm.state import Kind
 
 if TYPE_CHECKING:
     from dtrain.comm.ops import Flow
-    from dtrain.comm.pieces import Pieces, Repeated
+    from dtrain.comm.pieces import Pieces
 
 VERIFY_STEPS = 100
 
@@ -86,8 +87,8 @@ class ExchangedGradients(GradientSteps):
         self._guard = Guard(context, spec.tie, means, self._held, words=lambda: numbers_of(context.pieces.optimizer))
 
     @property
-    def exchange(self) -> Repeated:
-        return _Exchanged(self, adds=bool(self.context.state.kinds))
+    def exchange(self) -> EachPass:
+        return EachPass(self.exchanging, adds=bool(self.context.state.kinds), stood_in=self.stood_in)
 
     def prepare(self) -> bool:
         if not self._has_gradients and self.context.pieces.segments:
@@ -181,20 +182,6 @@ class Around(Protocol):
     """The flow by which a method built on `EveryStep` gets from a replica's gradients to the combined ones."""
 
     def __call__(self, gradients: Named, key: Key, present: bool | None) -> Flow[Combined]: ...
-
-
-@dataclass(frozen=True)
-class _Exchanged:
-    """The exchange that the pieces call; see `Repeated`."""
-
-    method: ExchangedGradients
-    adds: bool
-
-    def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
-        return self.method.exchanging(gradients, present)
-
-    def stood_in(self) -> None:
-        self.method.stood_in()
 
 
 def every_step(

@@ -34,7 +34,7 @@ import torch
 from dtrain.comm.aggregators.mean import Aggregator, mean
 from dtrain.comm.collectives.exchange import require_codable, require_mean_for_low_rank, require_route
 from dtrain.comm.collectives.routes import Route
-from dtrain.comm.inner_optimizers.muon import has_muon
+from dtrain.comm.inner_optimizers.together import muons
 from dtrain.comm.outer_optimizers import Looking, OuterOptimizer
 from dtrain.comm.plans.adaptive import Adaptive
 from dtrain.comm.plans.plan import Compress, Plan, as_plan, warn_of_loss
@@ -66,7 +66,7 @@ class LocalUpdate(LoopSpec, Sync):
         return among_members(self, pieces, seed, members)
 
     def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.inner == "muon" and not has_muon(optimizer):
+        if self.inner == "muon" and not muons(optimizer):
             raise ValueError(
                 f"muloco is DiLoCo with Muon inside, and the inner optimizer is {type(optimizer).__name__}; give it "
                 "dtrain.inner.muon(model), in dtrain train optim=muon, or take diloco"

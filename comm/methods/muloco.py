@@ -45,8 +45,8 @@ def muloco(
     """MuLoCo. The inner optimizer is `dtrain.inner.muon`, or torch's ``Muon`` beside another.
 
     Args:
-        every_steps: H, inner steps in a round, 30 in the authors' code; or "auto", see `knobs`, or a
-            schedule of `dtrain.rounds`.
+        every_steps: H, inner steps in a round, 30 in the authors' code; or "auto", see `knobs`; or rounds of changing
+            length, see `dtrain.rounds`.
         outer: the outer optimizer; ``nesterov(lr=0.8, momentum=0.6)`` by default. The authors' code has 0.8 to 1 and
             0.9, for hundreds of rounds.
         compress: of the pseudo-gradients; 2 bits with error feedback by default, None for fp32.
@@ -56,7 +56,7 @@ def muloco(
             `local_update`.
         outer_state: "sharded" (without ``compress``) or "offloaded", see `diloco`.
         utilization: the target compute utilization of "auto", in (0, 1).
-        lossless: a level of zstandard for what is sent; None for none.
+        lossless: zstandard's level for what a round sends, or None; see `local_update`.
         verify_every, tie: when replicas are compared, and what happens if they differ; see `local_update`.
 
     >>> muloco().outer == nesterov(lr=0.8, momentum=0.6)

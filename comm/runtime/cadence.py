@@ -80,7 +80,9 @@ class Cadence:
     def due(self, ahead: int = 0) -> list[Fragment]:
         """The fragments that are captured ``ahead`` steps from now; in the next cycle, as if it were as long."""
         step, every_steps = self._context.steps + ahead - self._spec.warmup_steps, self.knobs.every_steps
-        begun = max(0, step - 1) // every_steps * every_steps
+        if step < 1:
+            return []
+        begun = (step - 1) // every_steps * every_steps
         if self._spec.lengths is not None:
             begun, every_steps = self.cycle
             begun += every_steps if step > begun + every_steps else 0
@@ -164,11 +166,11 @@ class Cadence:
         """Use ``knobs`` from now on, before the first round."""
         self._choosing, self.knobs = None, knobs
         before = self.fragments[0]
-        self.fragments = self._cut(before.captured, before.tokens, before.rates)
+        self.fragments = self._cut(before.begun, before.tokens, before.rates)
 
-    def _cut(self, captured: int, tokens: int, rates: tuple[float, int, float, float]) -> list[Fragment]:
+    def _cut(self, begun: int, tokens: int, rates: tuple[float, int, float, float]) -> list[Fragment]:
         pieces = self.knobs.fragments.cut(self._context.pieces.shapes)
-        cut = [Fragment(number, fqns, captured, tokens, rates=rates) for number, fqns in enumerate(pieces)]
+        cut = [Fragment(number, fqns, begun, tokens, rates=rates) for number, fqns in enumerate(pieces)]
         for fragment in cut:
             fragment.steps = self.knobs.every_steps
         return cut

@@ -162,7 +162,7 @@ class LocalUpdateLoop(GradientSteps):
             return False
         delayed = self.spec.delay != "none"
         applied = not delayed and self._apply_all(self.cadence.knobs.mix)
-        open_ones = [fragment for fragment in self.cadence.fragments if fragment.captured < self.context.steps]
+        open_ones = [fragment for fragment in self.cadence.fragments if fragment.begun < self.context.steps]
         for fragment, deltas in self._capture_all(open_ones):
             if delayed:
                 mean = self._reduced(fragment) if len(fragment.reductions) > 1 else None
@@ -179,8 +179,8 @@ class LocalUpdateLoop(GradientSteps):
     def _capture(self, fragment: Fragment) -> dict[str, Tensor]:
         """Capture this replica's ``fragment``, start its reduction, and return what was captured."""
         context, weighs = self.context, self.spec.weighs
-        captured = self.store.pseudo_gradients(fragment.fqns)
-        deltas, square = captured.values, captured.square
+        pseudo_gradients = self.store.pseudo_gradients(fragment.fqns)
+        deltas, square = pseudo_gradients.values, pseudo_gradients.square
         weight = float(self.tokens - fragment.tokens) if weighs else None
         sent, norms = deltas, None if square is None else [square.sqrt()]
         if not context.agree_in_replica(is_keepable(*deltas.values(), norms=norms)):
@@ -254,7 +254,7 @@ class LocalUpdateLoop(GradientSteps):
             if self.spec.delay == "eager":
                 anchors = self.store.anchor(fragment.fqns)
                 mean = self._blended(mean, {fqn: torch.zeros_like(anchor) for fqn, anchor in anchors.items()})
-            self._apply(fragment, mean, mix if fragment.captured < self.context.steps else 0.0)
+            self._apply(fragment, mean, mix if fragment.begun < self.context.steps else 0.0)
         return bool(under_way)
 
     def _begin_next_round(self, fragment: Fragment, mean: Named | None, deltas: Named) -> None:
@@ -345,9 +345,7 @@ class LocalUpdateLoop(GradientSteps):
         if together:
             yield from parameters_held(self.context)
             yield from kept_by(self.context.pieces.optimizer)
-        at_anchor = (
-            f for f in self.cadence.fragments if f.captured == self.context.steps and not self.cadence.knobs.mix
-        )
+        at_anchor = (f for f in self.cadence.fragments if f.begun == self.context.steps and not self.cadence.knobs.mix)
         yield from self.store.held({fqn for fragment in at_anchor for fqn in fragment.fqns}, together=together)
 
     def _words(self) -> str:
@@ -381,7 +379,7 @@ class LocalUpdateLoop(GradientSteps):
         self.store.loaded()
 
     def report(self) -> str:
-        open_steps = self.context.steps - min(fragment.captured for fragment in self.cadence.fragments)
+        open_steps = self.context.steps - min(fragment.begun for fragment in self.cadence.fragments)
         return f", {open_steps} steps since the last round" if open_steps else ""
 
     def detach(self) -> None:

@@ -6,26 +6,31 @@ from elsewhere, the flag has to follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from dtrain.comm.inner_optimizers.together import with_members
+
 
 @contextmanager
 def mode_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Restore the optimizer's mode at the end, whatever the model then holds."""
-    modes = [getattr(optimizer, name, None) for name in ("train", "eval")]
-    if not all(callable(mode) for mode in modes):
-        yield
-        return
-    before = _flags(optimizer)
+    """Restore the mode of the optimizer, and of all where it is several, at the end, whatever the model then holds."""
+    before = [(one, _flags(one)) for one in with_members(optimizer) if _modes(one)]
     try:
         yield
     finally:
-        for mode in modes:
-            if callable(mode) and _flags(optimizer) != before:
-                mode()
+        for one, flags in before:
+            for mode in _modes(one):
+                if _flags(one) != flags:
+                    mode()
+
+
+def _modes(optimizer: torch.optim.Optimizer) -> list[Callable[[], object]]:
+    """Its ``train()`` and ``eval()``; empty unless it has both."""
+    modes = [getattr(optimizer, name, None) for name in ("train", "eval")]
+    return [mode for mode in modes if callable(mode)] if all(map(callable, modes)) else []
 
 
 def _flags(optimizer: torch.optim.Optimizer) -> list[dict[str, bool | str]]:

@@ -52,7 +52,7 @@ class Pinned:
 
 @dataclass
 class Fragment:
-    """One fragment's rounds. ``captured``, ``tokens``: the step, and the tokens seen, when its present round began.
+    """One fragment's rounds. ``begun``, ``tokens``: the step, and the tokens seen, when its present round began.
 
     ``steps``: the length of the round before it; until there is one, that of a full round.
     ``scalar``: what a `Looking` outer optimizer chose for it. ``rates``: the mean inner learning rate of the
@@ -61,7 +61,7 @@ class Fragment:
 
     number: int
     fqns: list[str]
-    captured: int = 0
+    begun: int = 0
     tokens: int = 0
     scalar: float = 0.0
     rates: tuple[float, int, float, float] = (0.0, 0, 0.0, 0.0)
@@ -76,14 +76,14 @@ class Fragment:
 
     def begin_round(self, step: int, tokens: int, rate: float) -> None:
         """Begin a round. ``rate``: the present one, taken as the last round's mean if that had no step."""
-        self.captured, self.tokens, self.steps = step, tokens, step - self.captured
+        self.begun, self.tokens, self.steps = step, tokens, step - self.begun
         mean, steps, last, before = self.rates
         self.rates = (0.0, 0, mean if steps else rate, last or before)
 
     def numbers(self) -> Numbers:
         """What a checkpoint keeps of this fragment."""
         reduction = self.reductions[0] if self.reductions else None
-        values: Numbers = {"captured": self.captured, "tokens": self.tokens, "scalar": float(self.scalar)}
+        values: Numbers = {"captured": self.begun, "tokens": self.tokens, "scalar": float(self.scalar)}
         values["steps"] = self.steps
         mean, made, last, before = self.rates
         values |= zip(RATES, (float(mean), made, float(last), float(before)), strict=True)
@@ -94,10 +94,10 @@ class Fragment:
     def load_numbers(self, numbers: Mapping[str, float], state: State, held: Collection[str]) -> None:
         """Undo `numbers`. ``state``: has the results that had arrived. ``held``: FQNs of this rank's pieces."""
         prefix = f"part.{self.number}."
-        captured, tokens, flight, arrived = (
+        begun, tokens, flight, arrived = (
             int(numbers[prefix + name]) for name in ("captured", "tokens", "flight", "arrived")
         )
-        self.captured, self.tokens, self.scalar = captured, tokens, float(numbers[prefix + "scalar"])
+        self.begun, self.tokens, self.scalar = begun, tokens, float(numbers[prefix + "scalar"])
         # Older checkpoints have none of these.
         self.steps = int(numbers.get(prefix + "steps", self.steps))
         mean, made, last, before = (numbers.get(prefix + name, 0.0) for name in RATES)

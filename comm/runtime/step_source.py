@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from dtrain.comm.collectives.exchange import exchange
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.layout import Named
 from dtrain.comm.ops import Flow
-from dtrain.comm.pieces import Exchange, Repeated
+from dtrain.comm.pieces import EachPass, Exchange
 from dtrain.comm.plans.plan import Plan, kinds_of
 from dtrain.comm.runtime.context import Context
 from dtrain.comm.runtime.loop_spec import UNSENT
@@ -75,8 +74,8 @@ class WarmUp(StepSource):
         context.fed_back |= {*self._kinds, UNSENT}
 
     @property
-    def exchange(self) -> Repeated:
-        return _Warming(self, adds=bool(self._kinds))
+    def exchange(self) -> EachPass:
+        return EachPass(self.exchanging, adds=bool(self._kinds))
 
     def exchanged(self) -> bool:
         finite, self._finite, self._exchanges = self._finite, True, {}
@@ -91,7 +90,7 @@ class WarmUp(StepSource):
         if self._context.steps == self._steps:
             self._end()
 
-    def exchanging(self, gradients: Named, present: bool | None) -> Flow[Combined]:
+    def exchanging(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
         """Combine the gradients of one backward pass, or a group of them; after the warm-up they stay as they are."""
         context = self._context
         again = max((self._exchanges.get(fqn, 0) for fqn in gradients), default=0)
@@ -129,17 +128,3 @@ class WarmUp(StepSource):
                 state.drop(fqn, name)
             if residual is not None and "residual" in self._kinds:
                 state.put(fqn, UNSENT, residual)
-
-
-@dataclass(frozen=True)
-class _Warming:
-    """The exchange that the pieces call; see `Repeated`."""
-
-    source: WarmUp
-    adds: bool
-
-    def __call__(self, gradients: Named, present: bool | None = None) -> Flow[Combined]:
-        return self.source.exchanging(gradients, present)
-
-    def stood_in(self) -> None:
-        """Nothing: replicas of a local update make the same number of steps."""

@@ -208,7 +208,7 @@ def _attempt(job: Job, slurm: Slurm, start: Start, address: str) -> int | None:
         "MASTER_ADDR": address, "MASTER_PORT": str(choose_port(job, slurm, address, number)), ATTEMPT: str(number),
         SECONDS_LEFT: "" if left is None else str(left),
     })  # fmt: skip
-    ended = verdict(job, code)
+    ended = _exit_code(job, code)
     if ended in (FINISHED, BAD_CONFIG, INTERRUPTED):
         raise Over(ended, "ended by the user after a checkpoint" if ended == INTERRUPTED else ENDINGS[ended])
     who = slurm.who_ended_it()
@@ -229,12 +229,6 @@ def _attempt(job: Job, slurm: Slurm, start: Start, address: str) -> int | None:
     say(f"the ranks failed ({cause}); they start again from the last checkpoint")
     left = slurm.seconds_left()
     return RUN_AGAIN if left is not None and left < LEAST_SECONDS and slurm.requeue() else None  # too late for here
-
-
-def verdict(job: Job, srun: int) -> int:
-    """How the ranks ended, by their records: srun's own code mixes in the ranks that it killed."""
-    ended = RankRecord.verdict(job.folder, job.workers)
-    return FAILED if ended == FINISHED and srun else ended
 
 
 def meeting_point(job: Job, slurm: Slurm) -> str:
@@ -259,6 +253,12 @@ def choose_port(job: Job, slurm: Slurm, address: str, attempt: int) -> int:
     first = int(slurm.id) * 13 + attempt * 7919
     ports = [FIRST_PORT + (first + 1009 * more) % PORTS for more in range(10)]
     return next((port for port in ports if not _taken(address, port)), ports[-1])
+
+
+def _exit_code(job: Job, srun: int) -> int:
+    """The exit code of the ranks, by their records: srun's own code mixes in the ranks that it killed."""
+    ended = RankRecord.verdict(job.folder, job.workers)
+    return FAILED if ended == FINISHED and srun else ended
 
 
 def _end_steps(slurm: Slurm, others: frozenset[str]) -> None:

@@ -20,7 +20,7 @@ from dtrain.comm.channel import Channel, Handle
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Flow, Op, Payload, Place, Shift
 from dtrain.comm.transports.meter import Count, Meter
 from dtrain.comm.transports.simulate import simulate
-from dtrain.comm.transports.transport import pack, unpack
+from dtrain.comm.transports.transport import SelfTransport, pack, unpack
 from dtrain.testing import WorkerPool
 from tests.comm.transports.flows import LAYOUTS, ROUNDS, Layout, chained, ops_for, payload
 from tests.comm.zoo import DTYPES, SHAPES, bits, once, same, seeds
@@ -218,6 +218,21 @@ def test_flows_run_on_the_worker_thread_and_so_does_what_follows_them(channel: C
     assert within(20, handle.wait) == "dtrain-channel"
     channel.close()
     assert seen == ["dtrain-channel" * 2]
+
+
+def test_the_worker_thread_is_on_the_gpu_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread begins on GPU 0; a stream there would order nothing that this rank computes on another."""
+    devices: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: devices.append((threading.current_thread().name, device))
+    )
+    channel = Channel({"replicate": SelfTransport(), "shard": SelfTransport()})
+    assert channel.run(logged(0, 2, []), "x") is not None
+    channel.close()
+    assert devices == [("dtrain-channel", 3)]
 
 
 def broken(at: int) -> Flow[None]:

@@ -146,9 +146,7 @@ class ElasticRounds:
         counters = {name: getattr(self._context, name) for name in COUNTERS} | {
             name: value for name, value in loop.numbers().items() if name in loop.counters
         }
-        progress = [
-            (f.captured, f.scalar, f.steps, [reduction.captured for reduction in f.reductions]) for f in fragments
-        ]
+        progress = [(f.begun, f.scalar, f.steps, [reduction.captured for reduction in f.reductions]) for f in fragments]
         rates = [fragment.rates for fragment in fragments]
         position = self.membership.position
         state_of_run = {
@@ -182,8 +180,8 @@ class ElasticRounds:
             setattr(owner, name, value)
         progress = zip(loop.cadence.fragments, shared["parts"], shared["rates"], strict=True)
         loop.cadence.cycle = tuple(shared["cycle"])
-        for fragment, (captured, scalar, steps, reductions), rates in progress:
-            fragment.captured, fragment.scalar, fragment.steps, fragment.rates = captured, scalar, steps, tuple(rates)
+        for fragment, (begun, scalar, steps, reductions), rates in progress:
+            fragment.begun, fragment.scalar, fragment.steps, fragment.rates = begun, scalar, steps, tuple(rates)
             fragment.tokens = loop.tokens
             fragment.reductions = [_empty_reduction(loop, fragment, captured, device) for captured in reductions]
         self.membership.position = shared["position"]
@@ -203,8 +201,8 @@ class ElasticRounds:
             "cycle": len(shared["cycle"]) != 2 or not all(map(_number, shared["cycle"])),
             "parts": len(progress) != len(fragments)
             or not all(
-                _number(captured, NEVER) and math.isfinite(scalar) and all(map(_number, (steps, *reductions)))
-                for captured, scalar, steps, reductions in progress
+                _number(begun, NEVER) and math.isfinite(scalar) and all(map(_number, (steps, *reductions)))
+                for begun, scalar, steps, reductions in progress
             ),
             "rates": len(shared["rates"]) != len(fragments)
             or not all(

@@ -137,7 +137,7 @@ def one_that_communicates(kind: str, sync_kind: str) -> tuple[bool, str]:
     from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 
     optimizer: torch.optim.Optimizer
-    if kind == "zero":
+    if kind.startswith("zero"):
         optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
     elif kind == "post local sgd":
         averager = torch.distributed.algorithms.model_averaging.averagers.PeriodicModelAverager(period=1)
@@ -146,7 +146,8 @@ def one_that_communicates(kind: str, sync_kind: str) -> tuple[bool, str]:
         optimizer = Sending(model.parameters(), lr=0.1)
     attached = None
     try:
-        attached = attach(model, optimizer, every_step() if sync_kind == "every_step" else diloco(every_steps=5))
+        given = [optimizer] if kind.endswith("in a list") else optimizer
+        attached = attach(model, given, every_step() if sync_kind == "every_step" else diloco(every_steps=5))
         for step in range(2):
             backward(model, dist.get_rank(), step)
             attached.step()
@@ -192,7 +193,7 @@ def test_one_nan_costs_one_step_wherever_it_got(pool: WorkerPool, engine: str, w
     assert pool.run(nan_outside, engine, world=world) == world * [[True, False, True, True, True]]
 
 
-@pytest.mark.parametrize("kind", ["zero", "post local sgd", "of their own"])
+@pytest.mark.parametrize("kind", ["zero", "zero in a list", "post local sgd", "of their own"])
 def test_nobody_else_communicates_under_a_local_update(pool: WorkerPool, kind: str) -> None:
     for attached, message in pool.run(one_that_communicates, kind, "diloco", world=2):
         assert "communicates in its steps" in message

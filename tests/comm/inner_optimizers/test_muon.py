@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, cast
 
 import pytest
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from dtrain import inner
 from dtrain.comm.inner_optimizers import muon as muon_module
-from dtrain.comm.inner_optimizers.muon import Muon, Settings
+from dtrain.comm.inner_optimizers.muon import MatrixPiece, Muon, Settings
 from dtrain.comm.inner_optimizers.newton_schulz import flops, orthogonalized, orthogonalized_by_shape
+from dtrain.comm.layout import Segment
+from dtrain.comm.ops import Flow, Place
+from dtrain.comm.transports.simulate import simulate
 from dtrain.train.models.transformer import Transformer
 
 
@@ -155,6 +159,10 @@ def test_a_matrix_that_does_not_fit_its_owner_is_refused_with_the_figure(monkeyp
         ({"ns_steps": True}, "ns_steps is True"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\)"),
+        ({"betas": 0.9}, r"betas is 0.9; give AdamW's two"),
+        ({"lr": "0.1"}, "lr is '0.1'"),
+        ({"momentum": None}, "momentum is None"),
+        ({"eps": 0.0}, "eps is 0.0"),
     ],
 )
 def test_numbers_outside_their_range_are_refused(wrong: dict[str, Any], words: str) -> None:
@@ -196,3 +204,57 @@ def test_two_shards_share_the_work_of_the_default_model_evenly() -> None:
         owner = balanced(costs, ranks)
         loads = [sum(costs[name] for name in costs if owner[name] == rank) for rank in range(ranks)]
         assert max(loads) <= most * sum(costs.values())
+
+
+def test_a_matrix_without_elements_is_stepped() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4)])})
+    model["blocks"][0].register_parameter("none", nn.Parameter(torch.zeros(0, 6)))  # type: ignore[index]
+    optimizer = inner.muon(model)
+    assert [tuple(p.shape) for p in optimizer.param_groups[0]["params"]] == [(4, 4), (0, 6)]
+    train(optimizer, list(model.parameters()), 2)
+    assert orthogonalized(torch.zeros(3, 0, 6), 5).shape == (3, 0, 6)
+
+
+def test_a_copy_steps_as_it_does() -> None:
+    net = Net()
+    optimizer = inner.muon(net)
+    train(optimizer, list(net.parameters()), 2)
+    optimizer.zero_grad()
+    other, copied = copy.deepcopy((net, optimizer))
+    for it, model in ((optimizer, net), (copied, other)):
+        train(it, list(model.parameters()), 2)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_a_loaded_state_leaves_the_work_shared_and_a_copy_does_it_alone() -> None:
+    net = Net()
+    optimizer, runs = inner.muon(net), []
+    matrices = {p: [MatrixPiece(tuple(p.shape), Segment(str(p.dim()), 0, p.numel()))] for p in _matrices(optimizer)}
+    held = [{pieces[0].fqn: pieces[0].segment for pieces in matrices.values()}]
+
+    def run(flow: Flow[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        runs.append(flow)
+        return simulate([flow])[0]
+
+    optimizer.share(matrices, held, Place(0, 1), run, whole=True)
+    train(optimizer, list(net.parameters()), 1)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, list(net.parameters()), 1)
+    assert len(runs) == 2
+    other, copied = copy.deepcopy((net, optimizer))
+    train(copied, list(other.parameters()), 1)
+    assert len(runs) == 2
+
+
+def _matrices(optimizer: Muon) -> list[Tensor]:
+    return list(optimizer.param_groups[0]["params"])
+
+
+def test_patterns_see_every_name_of_a_tied_weight() -> None:
+    net = Net()
+    net.head.weight = net.table.weight
+    optimizer = inner.muon(net, matrices=["head.*", "table.*"])
+    assert [p is net.table.weight for p in optimizer.param_groups[0]["params"]] == [True]
+    assert not any(p is net.head.weight for group in inner.muon(net).param_groups[:1] for p in group["params"])
+    with pytest.raises(ValueError, match=r"matrices is '\*head\*'; give a list of patterns: \['\*head\*'\]"):
+        inner.muon(net, matrices="*head*")

@@ -95,3 +95,71 @@ def attached_as_one() -> None:
         optimizers[1].step()
     sync.detach()
     optimizers[1].step()
+
+
+def test_its_states_are_those_of_its_members() -> None:
+    model = net()
+    optimizer = inner.together(*two(model))
+    first, foreign = next(model.parameters()), torch.zeros(2)
+    assert first not in optimizer.state and foreign not in optimizer.state and not optimizer.state
+    gradients(model, 0)
+    optimizer.step()
+    assert first in optimizer.state and optimizer.state[first] is optimizer.members[0].state[first]
+    assert optimizer.state.get(foreign, "none") == "none"
+    with pytest.raises(KeyError, match=r"no optimizer here steps a tensor of shape \(2,\)"):
+        optimizer.state[foreign] = {}
+    optimizer.members[0].param_groups[0]["params"] = []  # as DeepSpeed has it between steps
+    assert optimizer.state[first] is optimizer.members[0].state[first]
+
+
+def test_a_group_is_added_to_a_member_and_not_lost() -> None:
+    optimizer = inner.together(*two(net()))
+    with pytest.raises(TypeError, match=r"add the group to one of its members: optimizer\.members\[0\]"):
+        optimizer.add_param_group({"params": [torch.zeros(2)]})
+    late = nn.Parameter(torch.zeros(2))
+    optimizer.members[1].add_param_group({"params": [late]})
+    late.grad = torch.ones(2)
+    optimizer.step()
+    assert late.detach().all() and late in optimizer.state
+
+
+def test_a_state_is_loaded_after_one_group_was_stepped_at_a_time() -> None:
+    """DeepSpeed sets ``param_groups``; a loaded state makes new groups of them."""
+    model = net()
+    optimizer = inner.together(*two(model))
+    groups = optimizer.param_groups
+    gradients(model, 0)
+    for group in groups:
+        optimizer.param_groups = [group]
+        optimizer.step()
+    optimizer.param_groups = groups
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    with pytest.raises(ValueError, match="the state to load is not one of several optimizers"):
+        optimizer.load_state_dict(optimizer.members[0].state_dict())
+
+
+def test_a_copy_steps_as_it_does() -> None:
+    ours = net()
+    optimizer = inner.together(*two(ours))
+    gradients(ours, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    theirs, other = copy.deepcopy((ours, optimizer))
+    for model, it in ((ours, optimizer), (theirs, other)):
+        gradients(model, 1)
+        it.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_member_that_needs_a_closure_is_not_attached(pool: WorkerPool) -> None:
+    pool.run(refused_closure, world=1)
+
+
+def refused_closure() -> None:
+    model = net()
+    matrices, others = ([p for p in model.parameters() if (p.dim() == 2) == whole] for whole in (True, False))
+    with pytest.raises(ValueError, match="LBFGS evaluates the model again within its step"):
+        attach(model, [torch.optim.AdamW(others), torch.optim.LBFGS(matrices)], local_sgd(every_steps=2))

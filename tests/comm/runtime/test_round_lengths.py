@@ -98,15 +98,15 @@ def loop(replicas: Replicas, rank: int = 0) -> LocalUpdateLoop:
 def rounds_of(replicas: Replicas, steps: int, rate: Callable[[int], float] | None = None) -> list[list[int]]:
     """After which steps each fragment was captured, within ``steps`` more; ``rate``: of the step that is made."""
     found: list[list[int]] = [[] for _ in loop(replicas).cadence.fragments]
-    before = [fragment.captured for fragment in loop(replicas).cadence.fragments]
+    before = [fragment.begun for fragment in loop(replicas).cadence.fragments]
     for _ in range(steps):
         for pieces in replicas.pieces if rate is not None else ():
             pieces.optimizer.param_groups[0]["lr"] = rate(replicas.attached[0].steps)  # type: ignore[misc]
         replicas.train(1)
         for number, fragment in enumerate(loop(replicas).cadence.fragments):
-            if fragment.captured != before[number]:
-                found[number].append(fragment.captured)
-                before[number] = fragment.captured
+            if fragment.begun != before[number]:
+                found[number].append(fragment.begun)
+                before[number] = fragment.begun
     return found
 
 
@@ -165,9 +165,17 @@ def test_replicas_of_different_rates_take_the_longest_round() -> None:
     replicas = Replicas(diloco(every_steps=qsr(alpha=0.2, base=2)), 3)
     replicas.pieces[1].optimizer.param_groups[0]["lr"] = 0.1  # and the others 0.05
     replicas.train(20)
-    assert {loop(replicas, rank).cadence.fragments[0].captured for rank in range(3)} == {16}
+    assert {loop(replicas, rank).cadence.fragments[0].begun for rank in range(3)} == {16}
     assert all(equal(replicas.kept(rank, "anchor"), replicas.anchor) for rank in range(3))
     assert replicas.attached[0].meter.sent_as("agreement") > 0
+
+
+def test_nothing_is_due_before_the_first_round() -> None:
+    """What is due next is fetched ahead: within the warm-up that would be all of an offloaded state."""
+    replicas = Replicas(diloco(every_steps=lengths([4]), warmup_steps=3), 1)
+    for _ in range(3):
+        replicas.train(1)
+        assert loop(replicas).cadence.due(ahead=1) == []
 
 
 @dataclass(frozen=True)
