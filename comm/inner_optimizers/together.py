@@ -71,24 +71,48 @@ class Together(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"members": [member.state_dict() for member in self.members]}
+        """As one optimizer's: the groups of all members behind each other, parameters numbered through."""
+        state: dict[Any, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for member, begin in zip(self.members, self._begins(), strict=True):
+            own = member.state_dict()
+            for key, values in own[
+                "state"
+            ].items():  # a tensor that DeepSpeed has taken out of the groups is its own key
+                state[key + begin if isinstance(key, int) else key] = values
+            groups += [{**group, "params": [n + begin for n in group["params"]]} for group in own["param_groups"]]
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ``ValueError`` for the state of another number of optimizers."""
-        if "members" not in state_dict:
+        """Raises ``ValueError`` for the state of optimizers with other groups."""
+        state, groups = state_dict["state"], state_dict["param_groups"]
+        numbers = [len(group["params"]) for member in self.members for group in member.param_groups]
+        if [len(group["params"]) for group in groups] != numbers:
             raise ValueError(
-                f"the state to load is not one of several optimizers: it has {', '.join(map(str, state_dict))}; load "
-                "what together(...).state_dict() returned, or load each member's own"
+                f"the state to load has groups of {[len(group['params']) for group in groups]} parameters, and here "
+                f"they are of {numbers}; give together() the optimizers of the run that saved it, in the same order"
             )
-        states = state_dict["members"]
-        if len(states) != len(self.members):
-            raise ValueError(
-                f"the state to load is of {len(states)} optimizers, and here are {len(self.members)}; give together() "
-                "those of the run that saved it, in the same order"
+        first = 0
+        for member in self.members:
+            own = groups[first : first + len(member.param_groups)]
+            first += len(member.param_groups)
+            ids = [number for group in own for number in group["params"]]  # as the saved groups have them
+            new = {number: position for position, number in enumerate(ids)}
+            member.load_state_dict(
+                {
+                    "state": {new[number]: values for number, values in state.items() if number in new},
+                    "param_groups": [{**group, "params": [new[n] for n in group["params"]]} for group in own],
+                }
             )
-        for member, state in zip(self.members, states, strict=True):
-            member.load_state_dict(state)
         vars(self).pop("param_groups", None)  # set by DeepSpeed; the members have new groups now
+        self.state.update({key: values for key, values in state.items() if isinstance(key, Tensor)})
+
+    def _begins(self) -> Iterator[int]:
+        """The number of each member's first parameter."""
+        begin = 0
+        for member in self.members:
+            yield begin
+            begin += len(_parameters([member]))
 
     def stepping(self, group: Mapping[str, Any]) -> torch.optim.Optimizer:
         """The member that steps ``group``, one of ``param_groups``."""

@@ -58,7 +58,7 @@ def test_its_state_comes_back() -> None:
         gradients(model, 1)
         it.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), other.parameters(), strict=True))
-    with pytest.raises(ValueError, match="of 2 optimizers, and here are 1"):
+    with pytest.raises(ValueError, match=r"groups of \[\d+, \d+\] parameters, and here they are of \[\d+\]"):
         inner.together(two(other)[0]).load_state_dict(optimizer.state_dict())
 
 
@@ -137,7 +137,7 @@ def test_a_state_is_loaded_after_one_group_was_stepped_at_a_time() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    with pytest.raises(ValueError, match="the state to load is not one of several optimizers"):
+    with pytest.raises(ValueError, match="the state to load has groups of"):
         optimizer.load_state_dict(optimizer.members[0].state_dict())
 
 
