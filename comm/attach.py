@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.comm.adapters.communicating_optimizers import Listening, require_silent
+from dtrain.comm.adapters.fsdp_mesh import replicate_group_of, reshard
 from dtrain.comm.adapters.grid import own_groups
 from dtrain.comm.adapters.optimizer import StepGuard
 from dtrain.comm.adapters.rank_files import Held, RankFiles
@@ -22,7 +24,7 @@ from dtrain.comm.adapters.requirements import is_plain, require_call, require_se
 from dtrain.comm.adapters.untrained_tensors import equalized
 from dtrain.comm.adapters.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.channel import Channel
-from dtrain.comm.inner_optimizers.together import Together, with_members
+from dtrain.comm.inner_optimizers.chained import Chained, with_members
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import SelfTransport
@@ -54,15 +56,16 @@ def attach(
     of replica 0, trained and frozen, and its buffers to all replicas.
 
     Args:
-        model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` with the shard axis alone); or a DeepSpeed
-            engine of ZeRO stage 1, 2 or 3 whose ``mpu`` names the shard group. For a local update, such as `diloco`,
-            also a plain module, each rank a replica.
+        model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` on a mesh of a replicate and a shard axis, or
+            of the shard axis alone); or a DeepSpeed engine of ZeRO stage 1, 2 or 3 whose ``mpu`` names the shard group.
+            For a local update, such as `diloco`, also a plain module, each rank a replica.
         optimizer: the inner optimizer, or several, each of its own parameters; None for a DeepSpeed engine, which has
             its own.
         sync: made by `every_step`, `diloco`, ...
         replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default;
-            for a plain module: all ranks. With FSDP2 and DeepSpeed it must be given. Ranks that do not train, such as
-            evaluators, do not call `attach`.
+            for a plain module: all ranks; for FSDP2 on a mesh with a replicate axis: that axis. With the shard axis
+            alone, and with DeepSpeed, it must be given. Ranks that do not train, such as evaluators, do not call
+            `attach`.
         seed: of all random draws (stochastic rounding, random-k, SPARTA's coordinates); the same on all ranks.
         members: for an elastic run: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
             default process group is then this replica's own; the sync is a local update.
@@ -79,10 +82,14 @@ def attach(
     require_call(optimizer, sync)
     model, inner = unwrapped_model(model), unwrapped_optimizer(optimizer)
     plain = is_plain(model)
+    if isinstance(model, FSDPModule):
+        reshard(model)  # a look at the model before has swapped its parameters
     require_servable(model, inner)  # before groups are made
     steppers = _steppers(model, optimizer, inner) if forward_steps else []
     if members is not None:
         return _attached_to_members(model, inner, sync, members, seed, steppers)
+    if isinstance(model, FSDPModule):
+        replicate_group = replicate_group_of(model, replicate_group)
     if replicate_group is None and isinstance(model, DistributedDataParallel):
         replicate_group = model.process_group
     if replicate_group is None and plain:
@@ -108,7 +115,7 @@ def _steppers(model: nn.Module, given: object, inner: torch.optim.Optimizer | No
     """What a trainer steps: each of several that it was given one by one."""
     if hasattr(model, "zero_optimization_stage"):
         return [model]
-    if isinstance(inner, Together) and isinstance(given, list | tuple):
+    if isinstance(inner, Chained) and isinstance(given, list | tuple):
         return inner.members
     return [inner]
 

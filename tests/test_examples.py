@@ -12,7 +12,7 @@ import pytest
 from dtrain.comm.runtime.membership.members import serve
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "deepspeed_zero": 4, "accelerate_loop": 2}
+EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "hsdp_fsdp2": 4, "deepspeed_zero": 4, "accelerate_loop": 2}
 
 
 RESUMES, MEET, ONE_BYTE = "save_and_resume", "come_and_go", "one_byte_members"
@@ -38,6 +38,16 @@ def test_runs_and_learns(name: str) -> None:
     losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", said)]
     assert losses[-1] < 0.2 * losses[0]
     assert "0 skipped, sent" in said
+
+    digests = re.findall(r"weights (\w{16})", said)
+    assert len(set(digests)) <= 1 and len(digests) == (2 if name == "hsdp_fsdp2" else 0)
+
+
+def test_native_hsdp_takes_at_most_five_lines() -> None:
+    """More than without dtrain, where `optimizer.step()` and `optimizer.zero_grad()` stand."""
+    lines = (ROOT / "examples" / "hsdp_fsdp2.py").read_text().split('"""', 2)[2].splitlines()
+    ours = [line for line in lines if re.search(r"\b(dtrain|sync|method)\b", line) and "digest" not in line]
+    assert len(ours) - 2 <= 5, ours
 
 
 @pytest.mark.processes

@@ -1,4 +1,4 @@
-"""Adapts FSDP2 (`fully_shard` on a one-dimensional shard mesh): gradients are exchanged unit by unit.
+"""Adapts FSDP2 (`fully_shard`): gradients are exchanged unit by unit. Its mesh has a shard axis alone, or is made so.
 
 FSDP2 reduce-scatters a unit's gradients over the shard axis and then calls the unit's all-reduce hook with this rank's
 flat gradient, before it becomes ``p.grad``. The hook starts the exchange with the peers (`fsdp_units`). Where FSDP2
@@ -8,7 +8,7 @@ fill later, during backward; otherwise the result is added.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dtrain.comm.adapters.fsdp_mesh import require_whole_replicas, reshard, to_native, to_shard_axis
 from dtrain.comm.adapters.fsdp_units import Passes, units_of
 from dtrain.comm.adapters.optimizer import (
     StepGuard,
@@ -37,16 +38,28 @@ class FSDPPieces:
     """Pieces of an FSDP2 model.
 
     Args:
-        model: the root; it and its units were given to ``fully_shard`` with a mesh of the shard axis only.
+        model: the root; it and its units were given to ``fully_shard`` with a mesh of the shard axis, or of a replicate
+            axis before it (native HSDP): see `fsdp_mesh`.
         overlap: overlap exchanges with backward. The caller then calls `finish` before it reads a gradient.
 
-    Raises ``ValueError`` for native HSDP (its all-reduce cannot be replaced) and for shards along another dim than 0.
+    Raises ``ValueError`` for tensor parallelism beside it, for several shard axes, and for shards along another dim
+    than 0.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, channel: Channel, *, overlap: bool) -> None:
         self.model, self.optimizer, self.channel, self.overlap = model, optimizer, channel, overlap
-        self.units = units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.trained = Trained(model, optimizer, lambda: _reshard(units))
+        self.trained = Trained(model, optimizer, lambda: reshard(model))
+        self.guard = StepGuard(optimizer)
+        try:
+            to_shard_axis(model, optimizer)
+            require_whole_replicas(model, channel.places["shard"])
+            self._adapt()
+        except BaseException:
+            self.guard.remove()
+            to_native(model, optimizer)
+            raise
+
+    def _adapt(self) -> None:
         named = self.trained.parameters
         self.segments: dict[str, Segment] = {}
         self.parameters: dict[str, DTensor] = {}
@@ -58,9 +71,8 @@ class FSDPPieces:
         self.held = self.segments
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
         self._passes: Passes | None = None
-        self.guard = StepGuard(optimizer)
         pieces = {p: [MatrixPiece(tuple(p.shape), _segment(name, p))] for name, p in named.items()}
-        share_matrices(optimizer, channel, pieces, whole=False)
+        share_matrices(self.optimizer, self.channel, pieces, whole=False)
         self.trained.claim()
 
     @property
@@ -73,7 +85,7 @@ class FSDPPieces:
         return copied(values) if copy else values
 
     def write(self, values: Named, fqns: Collection[str] | None = None) -> None:
-        _reshard(self.units)  # or a unit that is still gathered would keep the old values
+        reshard(self.model)  # or a unit that is still gathered would keep the old values
         with torch.no_grad(), self.trained.writing():
             for fqn, value in values.items():
                 _local(self.parameters[fqn].detach()).copy_(value)
@@ -134,12 +146,7 @@ class FSDPPieces:
         self.trained.release()
         if self._passes is not None:
             self._passes.detach()
-
-
-def _reshard(units: Iterable[FSDPModule]) -> None:
-    """A forward pass without backward leaves units gathered, the root for one."""
-    for unit in units:
-        unit.reshard()
+        to_native(self.model, self.optimizer)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -156,28 +163,15 @@ def _like(piece: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _segment(fqn: str, parameter: Tensor) -> Segment:
-    """Rows of dim 0: FSDP2 gives ceil(rows / shards) to each rank until none are left."""
+    """On a mesh of one axis. Rows of dim 0: FSDP2 gives ceil(rows / shards) to each rank until none are left."""
     if not isinstance(parameter, DTensor):
         raise ValueError(
             f"{fqn} is whole on every rank of a model that fully_shard has cut: it was among ignored_params, or came "
             "into the model later, so FSDP2 averages its gradient over no rank; leave ignored_params out, call "
             "fully_shard when the model is complete, or freeze it (requires_grad_(False))"
         )
-    if not any(placement.is_replicate() for placement in parameter.placements) and parameter.device_mesh.ndim != 1:
-        axes = parameter.device_mesh.mesh_dim_names or parameter.device_mesh.ndim
-        raise ValueError(
-            f"{fqn} is cut along the mesh axes {axes} as {parameter.placements}: tensor parallelism beside FSDP2, or "
-            "two shard axes. dtrain follows one; leave parallelize_module out and give fully_shard a mesh with all "
-            "ranks of a replica"
-        )
-    if parameter.device_mesh.ndim != 1:
-        raise ValueError(
-            "the model is sharded over a mesh with a replicate axis (native HSDP), whose all-reduce stays; "
-            'give fully_shard the shard axis alone, for example mesh=mesh["shard"]'
-        )
-    (placement,) = parameter.placements
-    if not placement.is_shard(0):
-        raise ValueError(f"{fqn} is placed as {placement}; dtrain follows Shard(0) only")
+    if len(parameter.placements) != 1 or not parameter.placements[0].is_shard(0):
+        raise ValueError(f"{fqn} is placed as {parameter.placements}; dtrain follows Shard(0) only")
     rows = parameter.shape[0]
     width = -(-rows // parameter.device_mesh.size())
     begin = min(parameter.device_mesh.get_local_rank() * width, rows)

@@ -16,12 +16,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from dtrain.comm.adapters.torch_private import (
+    ParameterGroup,
+    ShardedParameter,
+    at_end_of_backward,
+    backward_id,
+    outer_backward_goes_on,
+    parameter_groups,
+)
 from dtrain.comm.adapters.wrappers import named_parameters
 from dtrain.comm.collectives.two_phase import Combined
 from dtrain.comm.layout import Named, Segment, working
@@ -35,63 +44,54 @@ NOTHING: Named = MappingProxyType({})
 
 
 class Unit:
-    """One of FSDP2's parameter groups. Only private attributes say where its flat buffer holds each parameter."""
+    """One of FSDP2's parameter groups, and where its flat gradient holds each parameter."""
 
-    def __init__(self, group: Any, names: Mapping[int, str], segments: Mapping[str, Segment]) -> None:
+    def __init__(self, group: ParameterGroup, names: Mapping[int, str], segments: Mapping[str, Segment]) -> None:
         self.group, self.names, self.segments = group, names, segments
-
-    def set_hook(self, hook: Any) -> None:
-        self.group._all_reduce_hook = hook
 
     def cut(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of the pieces in FSDP2's flat gradient, by FQN. Raises ``RuntimeError`` if parameters are missing."""
         pieces, start = {}, 0
         for param in self._trained():
-            fqn = self.names[id(param.sharded_param)]
+            fqn = self.names[id(param.parameter)]
             if fqn in self.segments:
                 pieces[fqn] = flat[start : start + self.segments[fqn].numel]
-            start += param.padded_sharded_param_size.numel()
+            start += param.padded_numel
         if start != flat.numel():
             raise RuntimeError(
                 f"an FSDP2 unit handed over {flat.numel()} gradient elements for parameters of {start}; were some "
-                "unused in this step? call set_reduce_scatter_unused_params(True) on the model"
+                "unused in this step? give fully_shard each module that a step may leave out, such as an expert, as a "
+                "unit of its own, or call set_reduce_scatter_unused_params(True) on the model: torch then makes zeros "
+                "of gradients that are missing"
             )
         return pieces
 
     def unsynced(self) -> bool:
         """Whether it holds a gradient that no pass has reduced yet."""
-        for param in self._trained():
-            waits = param.unsharded_accumulated_grad is not None
-            if waits or (hasattr(param, "_unsharded_param") and param._unsharded_param.grad is not None):
-                return True
-        return False
+        return any(param.unreduced for param in self._trained())
 
     def zeros(self) -> dict[str, Tensor]:
         """The gradients that a replica sends for a unit that it did not run."""
-        zeros = {}
+        zeros, dtype, device = {}, self.group.reduce_dtype, self.group.device
         for param in self._trained():
-            fqn = self.names[id(param.sharded_param)]
+            fqn = self.names[id(param.parameter)]
             if fqn in self.segments:
-                zeros[fqn] = working(torch.zeros(self.segments[fqn].numel, dtype=self._dtype, device=self.group.device))
+                zeros[fqn] = working(torch.zeros(self.segments[fqn].numel, dtype=dtype, device=device))
         return zeros
 
     def shows(self, flat: Tensor) -> bool:
         """Whether ``p.grad`` will be a view of ``flat``, which may be filled later: FSDP2 makes no copy."""
-        if self._divisor is not None:
+        if self.group.divisor_after_hook is not None:
             return False
-        return all(
-            param.sharded_param.dtype == flat.dtype
-            and param.sharded_param.grad is None
-            and param.sharded_param.device == flat.device
-            for param in self._trained()
-        )
+        parameters = [param.parameter for param in self._trained()]
+        return all(p.dtype == flat.dtype and p.grad is None and p.device == flat.device for p in parameters)
 
     def require_shown(self, filled: Named) -> None:
         """Raise ``RuntimeError`` unless the gradients are views of the buffers that were filled after the hook."""
         for param in self._trained():
-            fqn = self.names[id(param.sharded_param)]
-            gradient, piece = param.sharded_param.grad, filled.get(fqn)
-            if gradient is None or piece is None or _address(gradient.to_local()) == _address(piece):
+            fqn = self.names[id(param.parameter)]
+            gradient, piece = param.parameter.grad, filled.get(fqn)
+            if gradient is None or piece is None or _address(_local(gradient)) == _address(piece):
                 continue
             raise RuntimeError(
                 f"the gradient of {fqn} is a copy that was made before the exchange had "
@@ -101,61 +101,35 @@ class Unit:
 
     def add(self, values: Named) -> None:
         """Add combined gradients to what the parameters have; those that have none, on any shard, get them."""
+        divisor = self.group.divisor_after_hook
         for param in self._trained():
-            parameter, fqn = param.sharded_param, self.names[id(param.sharded_param)]
+            parameter, fqn = param.parameter, self.names[id(param.parameter)]
             local = parameter.to_local()
             if local.numel() and fqn not in values:
                 continue  # it became trainable after attach
             piece = values.get(fqn, local).to(device=local.device)
-            if self._divisor is not None:
-                piece = piece / self._divisor
+            if divisor is not None:
+                piece = piece / divisor
             piece = piece.to(local.dtype).view(local.shape)
             if parameter.grad is None:
-                parameter.grad = param.to_sharded_dtensor(piece.clone())
+                parameter.grad = param.sharded(piece.clone())
             elif local.numel():  # of an empty unit on this rank FSDP2 itself has set an empty gradient
                 with torch.no_grad():
-                    parameter.grad.to_local().add_(piece)
+                    _local(parameter.grad).add_(piece)
 
-    def _trained(self) -> list[Any]:
-        return [param for param in self.group.fsdp_params if param.sharded_param.requires_grad]
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        policy = self.group.mp_policy
-        stored = self.group.fsdp_params[0].sharded_param.dtype
-        dtype: torch.dtype = policy.reduce_dtype or policy.param_dtype or stored
-        return dtype
-
-    @property
-    def _divisor(self) -> float | None:
-        """FSDP2's divisor after the hook, as where it reduces in fp16; None for none."""
-        from torch.distributed.fsdp._fully_shard._fsdp_collectives import _get_gradient_divide_factors
-
-        group = self.group
-        _, after, _, _ = _get_gradient_divide_factors(
-            group._reduce_scatter_process_group, None, self._dtype, group.device.type, group.gradient_divide_factor,
-            group.force_sum_reduction_for_comms,
-        )  # fmt: skip
-        return None if after in (None, 1) else after
+    def _trained(self) -> list[ShardedParameter]:
+        return [param for param in self.group.parameters if param.parameter.requires_grad]
 
 
 def units_of(model: nn.Module, segments: Mapping[str, Segment]) -> list[Unit]:
-    """All units with trainable parameters, the same on all ranks. Raises ``ValueError`` for one with several meshes."""
+    """All units with trainable parameters, in one order on all ranks. A module may have several, each on its mesh."""
     names = {id(parameter): fqn for fqn, parameter in named_parameters(model)}
-    units: dict[int, Unit] = {}  # modules given to fully_shard together are one unit
-    for name, module in model.named_modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        groups = module._get_fsdp_state()._fsdp_param_groups
-        if len(groups) > 1:
-            raise ValueError(
-                f"{name or 'the root'} was sharded over {len(groups)} meshes (shard_placement_fn); dtrain follows one "
-                "shard axis: give fully_shard one mesh for all parameters"
-            )
-        for group in groups:
-            if any(param.sharded_param.requires_grad for param in group.fsdp_params):
-                units.setdefault(id(group), Unit(group, names, segments))
-    return list(units.values())
+    groups = (group for _, group in parameter_groups(model))
+    return [
+        Unit(group, names, segments)
+        for group in groups
+        if any(param.parameter.requires_grad for param in group.parameters)
+    ]
 
 
 class Passes:
@@ -184,7 +158,7 @@ class Passes:
         self._closed = 0  # passes of this step
         self._watched = -1
         for number, unit in enumerate(units):
-            unit.set_hook(partial(self._arrived, number))
+            unit.group.set_hook(partial(self._arrived, number))
 
     def finish(self) -> None:
         """Block until every gradient of this step is the combined one. All replicas must call it.
@@ -210,7 +184,7 @@ class Passes:
 
     def detach(self) -> None:
         for unit in self.units:
-            unit.set_hook(None)
+            unit.group.set_hook(None)
 
     def _arrived(self, number: int, flat: Tensor) -> None:
         """The hook of a unit: ``flat`` is this replica's gradient, to be replaced by the combined one."""
@@ -308,21 +282,20 @@ class Passes:
 
     def _watch(self) -> None:
         """Have `_backward_ended` called at the end of this backward pass."""
-        task = torch._C._current_graph_task_id()
-        if task not in (-1, self._watched):
-            self._watched = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+        number = backward_id()
+        if number not in (-1, self._watched):
+            self._watched = number
+            at_end_of_backward(self._backward_ended)
 
     def _backward_ended(self) -> None:
         self._watched = -1
         # Within a reentrant checkpoint only a block's backward ends; FSDP2's own callback comes before this one.
-        inner = self.root._get_fsdp_state()._state_ctx.post_backward_final_callback_queued
-        if self._open and not inner:
+        if self._open and not outer_backward_goes_on(self.root):
             self._close()
 
     @property
     def _device(self) -> torch.device:
-        return torch.device(self.units[0].group.device)
+        return self.units[0].group.device
 
 
 @dataclass(frozen=True)
@@ -333,6 +306,11 @@ class _Sent:
     handle: Handle[Combined]
     gradients: Named | None
     into: Named
+
+
+def _local(gradient: Tensor) -> Tensor:
+    assert isinstance(gradient, DTensor)  # of a sharded parameter
+    return gradient.to_local()
 
 
 def _address(tensor: Tensor) -> int:

@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.comm.adapters.fsdp_mesh import shard_ranks
 from dtrain.comm.ops import Axis
 from dtrain.comm.transports.json_gather import gather_json
 from dtrain.comm.transports.process_group import TorchTransport
@@ -47,9 +47,7 @@ def _replica_of(model: nn.Module, peers: list[int]) -> list[int]:
     """The ranks that together are one replica, this one among them."""
     rank = dist.get_rank()
     if isinstance(model, FSDPModule):
-        cut = next((p for p in model.parameters() if isinstance(p, DTensor)), None)  # without one the adapter raises
-        alone = cut is None or cut.device_mesh.ndim != 1
-        return [rank] if cut is None or alone else sorted(dist.get_process_group_ranks(cut.device_mesh.get_group()))
+        return shard_ranks(model) or [rank]  # without a sharded parameter the adapter raises
     if hasattr(model, "zero_optimization_stage"):
         return sorted(dist.get_process_group_ranks(cast(Any, model).data_parallel_group))
     if not isinstance(model, DistributedDataParallel):

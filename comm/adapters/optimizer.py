@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtrain.comm.adapters.forwarding import Forwarded, forwarded_engine
-from dtrain.comm.inner_optimizers.together import with_members
+from dtrain.comm.inner_optimizers.chained import with_members
 from dtrain.comm.layout import Named
 
 

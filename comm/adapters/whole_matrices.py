@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dtrain.comm.channel import Channel
+from dtrain.comm.inner_optimizers.chained import muons
 from dtrain.comm.inner_optimizers.muon import MatrixPiece, WholeMatrices
-from dtrain.comm.inner_optimizers.together import muons
 from dtrain.comm.layout import Named, Segment
 from dtrain.comm.ops import AllGather, Flow
 
@@ -96,9 +97,14 @@ def _device(pieces: Laid) -> torch.device:
 
 
 def _require_sharing(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ``ValueError`` for a Muon that is no `WholeMatrices`, where matrices are cut."""
+    """Raise ``ValueError`` for a Muon that would take this rank's rows for a matrix.
+
+    torch's own steps DTensors, of which products and norms are those of the whole matrix.
+    """
     for muon in muons(optimizer):
-        if not isinstance(muon, WholeMatrices):
+        of_torch = type(muon).__module__.split(".")[:2] == ["torch", "optim"]
+        cut_as_dtensors = all(isinstance(p, DTensor) for group in muon.param_groups for p in group["params"])
+        if not (isinstance(muon, WholeMatrices) or (of_torch and cut_as_dtensors)):
             raise ValueError(
                 f"{type(muon).__module__}.{type(muon).__name__} orthogonalizes whole matrices, and this engine cuts "
                 "them over the ranks of a replica; give dtrain.inner.muon(model), which assembles each on one rank, or "

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dtrain.comm.adapters.communicating_optimizers import require_silent
-from dtrain.comm.inner_optimizers.together import together
+from dtrain.comm.inner_optimizers.chained import chain
 
 IN_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 """Submodules that torch adds to a name: those of ``torch.compile`` and ``checkpoint_wrapper``."""
@@ -51,13 +51,13 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
 
 
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The torch optimizer, without what trainers put around it; several `together`.
+    """The torch optimizer, without what trainers put around it; several `chain`.
 
     Raises ``TypeError`` for what is not one, and for an unknown wrapper; ``ValueError`` for one that communicates, and
     for several that step the same parameter.
     """
     if isinstance(optimizer, list | tuple):
-        return together(*(cast(torch.optim.Optimizer, unwrapped_optimizer(member)) for member in optimizer))
+        return chain(*(cast(torch.optim.Optimizer, unwrapped_optimizer(member)) for member in optimizer))
     while (inner := _within(optimizer, AROUND_OPTIMIZERS)) is not None:
         optimizer = inner
     if optimizer is None:

@@ -28,8 +28,8 @@ from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matrices, unshare_matrices
 from dtrain.comm.adapters.wrappers import named_parameters
 from dtrain.comm.channel import Channel
+from dtrain.comm.inner_optimizers.chained import states_of
 from dtrain.comm.inner_optimizers.muon import MatrixPiece
-from dtrain.comm.inner_optimizers.together import states_of
 from dtrain.comm.layout import Named, Segment, copied, is_finite
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.pieces import Exchange

@@ -34,7 +34,7 @@ import torch
 from dtrain.comm.aggregators.mean import Aggregator, mean
 from dtrain.comm.collectives.exchange import require_codable, require_mean_for_low_rank, require_route
 from dtrain.comm.collectives.routes import Route
-from dtrain.comm.inner_optimizers.together import muons
+from dtrain.comm.inner_optimizers.chained import muons
 from dtrain.comm.outer_optimizers import Looking, OuterOptimizer
 from dtrain.comm.plans.adaptive import Adaptive
 from dtrain.comm.plans.plan import Compress, Plan, as_plan, warn_of_loss

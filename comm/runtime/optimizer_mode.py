@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dtrain.comm.inner_optimizers.together import with_members
+from dtrain.comm.inner_optimizers.chained import with_members
 
 
 @contextmanager

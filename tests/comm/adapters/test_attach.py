@@ -244,11 +244,7 @@ def refused(case: str) -> str:
     optimizer: torch.optim.Optimizer | None
     model: nn.Module = small()
     group: dist.ProcessGroup | None = dist.new_group([0, 1])
-    if case == "native HSDP":
-        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
-        fully_shard(model, mesh=mesh)
-        group = mesh.get_group("replicate")
-    elif case == "no group":
+    if case == "no group":
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh["shard"])
         group = None
@@ -575,7 +571,6 @@ def test_a_late_fill_loses_nothing_that_is_accumulated(pool: WorkerPool, keep_ze
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("native HSDP", 'mesh=mesh["shard"]'),
         ("no group", "pass replicate_group"),
         ("no optimizer", "needs its optimizer"),
         ("DDP mixed precision", "takes the only communication hook"),

@@ -53,7 +53,7 @@ def small() -> nn.Module:
 
 
 class Run:
-    """A model, its optimizer and a sync, in DDP or FSDP2."""
+    """A model, its optimizer and a sync, in DDP, FSDP2 or native HSDP."""
 
     def __init__(self, kind: str, spec: Sync, make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> None:
         self.kind = kind
@@ -66,11 +66,11 @@ class Run:
             replicas = 3 if dist.get_world_size() == 3 else 2
             shape = (replicas, dist.get_world_size() // replicas)
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
-            model = small()
+            model, native = small(), kind == "hsdp"
             for layer in (model[0], model[2]):  # type: ignore[index]
-                fully_shard(layer, mesh=mesh["shard"])
-            self.model = cast(nn.Module, fully_shard(model, mesh=mesh["shard"]))
-            self.replica, group = mesh.get_local_rank("replicate"), mesh.get_group("replicate")
+                fully_shard(layer, mesh=mesh if native else mesh["shard"])
+            self.model = cast(nn.Module, fully_shard(model, mesh=mesh if native else mesh["shard"]))
+            self.replica, group = mesh.get_local_rank("replicate"), None if native else mesh.get_group("replicate")
         self.optimizer = make(self.model.parameters(), lr=0.01)
         self.sync: Attached = attach(self.model, self.optimizer, spec, replicate_group=group)
 
@@ -183,8 +183,8 @@ def documented(kind: str, name: str) -> tuple[bool, bool]:
     return there, torch.equal(one.flat(), other.flat())
 
 
-@pytest.mark.parametrize("name", ["feedback", "diloco"])
-@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("fsdp", 4)])
+@pytest.mark.parametrize("name", ["feedback", "diloco", "streaming"])
+@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("fsdp", 4), ("hsdp", 4)])
 def test_a_run_goes_on_bitwise_through_dcp(pool: WorkerPool, kind: str, world: int, name: str) -> None:
     for there, stays in pool.run(documented, kind, name, world=world):
         assert there and stays
@@ -232,7 +232,7 @@ def torchs_functions(kind: str, make: Callable[..., torch.optim.Optimizer], trai
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, sgd, heavy_ball, tensor_lr])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
 def test_torchs_state_functions_work_on_what_is_attached(
     pool: WorkerPool, kind: str, make: Callable[..., torch.optim.Optimizer]
 ) -> None:

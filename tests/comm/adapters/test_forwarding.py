@@ -19,7 +19,7 @@ from dtrain import attach, diloco, every_step, streaming_diloco
 from dtrain.comm.adapters.optimizer import StepGuard
 from dtrain.comm.runtime.method import Sync
 from dtrain.compress import error_feedback, quantize
-from dtrain.inner import together
+from dtrain.inner import chain
 from dtrain.testing import WorkerPool
 from tests.comm.adapters.test_attach import backward, flat, sharded, small
 
@@ -42,7 +42,7 @@ class OneRank:
     def __init__(self, optimizers: int = 1, **options: Any) -> None:
         self.parameters = [nn.Parameter(torch.zeros(3)) for _ in range(optimizers)]
         self.optimizers: list[torch.optim.Optimizer] = [AdamW([p], lr=0.1, **options) for p in self.parameters]
-        self.whole = self.optimizers[0] if optimizers == 1 else together(*self.optimizers)
+        self.whole = self.optimizers[0] if optimizers == 1 else chain(*self.optimizers)
         self.guard, self.steps = StepGuard(self.whole), 0
 
     def forward(self) -> None:

@@ -145,6 +145,7 @@ METHODS: dict[str, tuple[str, Callable[[], Sync]]] = {
     "dense": ("ddp", every_step),
     "int8_ef": ("ddp", lambda: every_step(compress=error_feedback(quantize(bits=8)))),
     "fsdp": ("fsdp", every_step),
+    "native HSDP": ("hsdp", lambda: diloco(every_steps=2)),
     "diloco": ("plain", lambda: diloco(every_steps=2)),
     "streaming": ("ddp", lambda: streaming_diloco(every_steps=4, overlap_steps=1)),
     "co2": ("plain", lambda: co2(every_steps=2)),
@@ -171,6 +172,8 @@ def attached_often(method: str, times: int, early: bool) -> list[tuple[int, int]
     model: nn.Module = small()
     if kind == "fsdp":
         fully_shard(model, mesh=mesh["shard"])
+    elif kind == "hsdp":
+        fully_shard(model, mesh=mesh)
     elif kind == "ddp":
         model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

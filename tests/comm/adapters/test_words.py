@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import attach, diloco, every_step, local_sgd, streaming_diloco
-from dtrain.comm.inner_optimizers.together import together
+from dtrain.comm.inner_optimizers.chained import chain
 from dtrain.comm.runtime.optimizer_mode import mode_kept
 from dtrain.compress import error_feedback, powersgd, quantize
 from dtrain.testing import WorkerPool
@@ -169,7 +169,7 @@ def test_an_optimizer_is_left_in_the_mode_in_which_it_was_found(start: str, seve
     optimizer = TwoFaced(small().parameters(), lr=0.1)
     getattr(optimizer, start)()
     before = copy.deepcopy(optimizer.param_groups[0]["train_mode"])
-    with mode_kept(together(torch.optim.SGD(small().parameters(), lr=0.1), optimizer) if several else optimizer):
+    with mode_kept(chain(torch.optim.SGD(small().parameters(), lr=0.1), optimizer) if several else optimizer):
         optimizer.eval()
         optimizer.train()
         optimizer.eval() if start == "train" else optimizer.train()

@@ -30,7 +30,7 @@ def gradients(model: nn.Module, step: int) -> None:
 
 def test_one_step_is_a_step_of_each() -> None:
     ours, theirs = net(), net()
-    optimizer, apart = inner.together(*two(ours)), two(theirs)
+    optimizer, apart = inner.chain(*two(ours)), two(theirs)
     for step in range(3):
         gradients(ours, step)
         gradients(theirs, step)
@@ -47,11 +47,11 @@ def test_one_step_is_a_step_of_each() -> None:
 
 def test_its_state_comes_back() -> None:
     ours = net()
-    optimizer = inner.together(*two(ours))
+    optimizer = inner.chain(*two(ours))
     gradients(ours, 0)
     optimizer.step()
     other = copy.deepcopy(ours)
-    again = inner.together(*two(other))
+    again = inner.chain(*two(other))
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for model, it in ((ours, optimizer), (other, again)):
         model.zero_grad()
@@ -59,18 +59,18 @@ def test_its_state_comes_back() -> None:
         it.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), other.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"groups of \[\d+, \d+\] parameters, and here they are of \[\d+\]"):
-        inner.together(two(other)[0]).load_state_dict(optimizer.state_dict())
+        inner.chain(two(other)[0]).load_state_dict(optimizer.state_dict())
 
 
 def test_what_cannot_be_one_is_refused() -> None:
     model = net()
     adamw = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match="together\\(\\) got no optimizer"):
-        inner.together()
+    with pytest.raises(ValueError, match="chain\\(\\) got no optimizer"):
+        inner.chain()
     with pytest.raises(ValueError, match=r"a parameter of shape \(8, 6\) is in two of the optimizers"):
-        inner.together(*two(model), adamw)
-    with pytest.raises(TypeError, match="together\\(\\) got a Sequential"):
-        inner.together(adamw, model)  # type: ignore[arg-type]
+        inner.chain(*two(model), adamw)
+    with pytest.raises(TypeError, match="chain\\(\\) got a Sequential"):
+        inner.chain(adamw, model)  # type: ignore[arg-type]
 
 
 def test_a_list_of_optimizers_is_attached_as_one(pool: WorkerPool) -> None:
@@ -99,7 +99,7 @@ def attached_as_one() -> None:
 
 def test_its_states_are_those_of_its_members() -> None:
     model = net()
-    optimizer = inner.together(*two(model))
+    optimizer = inner.chain(*two(model))
     first, foreign = next(model.parameters()), torch.zeros(2)
     assert first not in optimizer.state and foreign not in optimizer.state and not optimizer.state
     gradients(model, 0)
@@ -113,7 +113,7 @@ def test_its_states_are_those_of_its_members() -> None:
 
 
 def test_a_group_is_added_to_a_member_and_not_lost() -> None:
-    optimizer = inner.together(*two(net()))
+    optimizer = inner.chain(*two(net()))
     with pytest.raises(TypeError, match=r"add the group to one of its members: optimizer\.members\[0\]"):
         optimizer.add_param_group({"params": [torch.zeros(2)]})
     late = nn.Parameter(torch.zeros(2))
@@ -126,7 +126,7 @@ def test_a_group_is_added_to_a_member_and_not_lost() -> None:
 def test_a_state_is_loaded_after_one_group_was_stepped_at_a_time() -> None:
     """DeepSpeed sets ``param_groups``; a loaded state makes new groups of them."""
     model = net()
-    optimizer = inner.together(*two(model))
+    optimizer = inner.chain(*two(model))
     groups = optimizer.param_groups
     gradients(model, 0)
     for group in groups:
@@ -143,7 +143,7 @@ def test_a_state_is_loaded_after_one_group_was_stepped_at_a_time() -> None:
 
 def test_a_copy_steps_as_it_does() -> None:
     ours = net()
-    optimizer = inner.together(*two(ours))
+    optimizer = inner.chain(*two(ours))
     gradients(ours, 0)
     optimizer.step()
     optimizer.zero_grad()

@@ -13,8 +13,8 @@ from dtrain.comm.layout import Segment
 from dtrain.comm.ops import Place
 
 
-class Together(torch.optim.Optimizer):
-    """See `together`. Its groups and its state are those of its members, not copies."""
+class Chained(torch.optim.Optimizer):
+    """See `chain`. Its groups and its state are those of its members, not copies."""
 
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__(_parameters(members), {})
@@ -90,7 +90,7 @@ class Together(torch.optim.Optimizer):
         if [len(group["params"]) for group in groups] != numbers:
             raise ValueError(
                 f"the state to load has groups of {[len(group['params']) for group in groups]} parameters, and here "
-                f"they are of {numbers}; give together() the optimizers of the run that saved it, in the same order"
+                f"they are of {numbers}; give chain() the optimizers of the run that saved it, in the same order"
             )
         first = 0
         for member in self.members:
@@ -143,7 +143,7 @@ class Together(torch.optim.Optimizer):
         return [member for member in self.members if isinstance(member, WholeMatrices)]
 
 
-def together(*optimizers: torch.optim.Optimizer) -> Together:
+def chain(*optimizers: torch.optim.Optimizer) -> Chained:
     """Several optimizers over one model as one, for what takes one: a DeepSpeed engine, a scheduler of all their rates.
 
     ``attach(model, [first, second], sync)`` does the same.
@@ -152,17 +152,17 @@ def together(*optimizers: torch.optim.Optimizer) -> Together:
         optimizers: with no parameter in common, for example torch's ``Muon`` for matrices and ``AdamW`` for the rest.
 
     >>> from torch.optim import SGD
-    >>> both = together(SGD([torch.zeros(1)], lr=0.1), SGD([torch.zeros(2)], lr=0.2))
+    >>> both = chain(SGD([torch.zeros(1)], lr=0.1), SGD([torch.zeros(2)], lr=0.2))
     >>> [group["lr"] for group in both.param_groups]
     [0.1, 0.2]
 
     Raises ``ValueError`` for none, and for a parameter that two of them step; ``TypeError`` for what is no optimizer.
     """
     if not optimizers:
-        raise ValueError("together() got no optimizer; give those of the model")
+        raise ValueError("chain() got no optimizer; give those of the model")
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"together() got a {type(optimizer).__name__}; give torch.optim.Optimizers")
+            raise TypeError(f"chain() got a {type(optimizer).__name__}; give torch.optim.Optimizers")
     parameters = _parameters(optimizers)
     if len({id(p) for p in parameters}) < len(parameters):
         seen: set[int] = set()
@@ -171,17 +171,17 @@ def together(*optimizers: torch.optim.Optimizer) -> Together:
             f"a parameter of shape {tuple(twice.shape)} is in two of the optimizers, which would both step it; give "
             "each parameter to one"
         )
-    return Together(optimizers)
+    return Chained(optimizers)
 
 
 def with_members(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
-    """``optimizer``, and its members where it is several `together`."""
-    return (optimizer, *optimizer.members) if isinstance(optimizer, Together) else (optimizer,)
+    """``optimizer``, and its members where it is several `chain`."""
+    return (optimizer, *optimizer.members) if isinstance(optimizer, Chained) else (optimizer,)
 
 
 def states_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> MutableMapping[Tensor, dict[str, Any]]:
     """The states by parameter where ``optimizer`` keeps those of ``group``, one of its ``param_groups``."""
-    return optimizer.stepping(group).state if isinstance(optimizer, Together) else optimizer.state
+    return optimizer.stepping(group).state if isinstance(optimizer, Chained) else optimizer.state
 
 
 def muons(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 def sgd_and_adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """SGD with momentum for matrices, AdamW for vectors."""
     matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == whole] for whole in (True, False))
-    return inner.together(torch.optim.SGD(matrices, lr=10 * lr, momentum=0.9), torch.optim.AdamW(vectors, lr=lr))
+    return inner.chain(torch.optim.SGD(matrices, lr=10 * lr, momentum=0.9), torch.optim.AdamW(vectors, lr=lr))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -51,7 +51,7 @@ def refusal_of(engine: str, *, alone: bool) -> str:
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == whole] for whole in (True, False))
         muon = DerivedMuon(matrices, lr=0.01)
-        return muon if alone else inner.together(muon, torch.optim.AdamW(vectors))
+        return muon if alone else inner.chain(muon, torch.optim.AdamW(vectors))
 
     options = EngineOptions(
         precision="fp32", activation_checkpointing=False, bucket_mib=1, clip_norm=1.0, microbatches=1, microbatch_size=4
