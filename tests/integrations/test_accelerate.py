@@ -7,14 +7,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, ParallelismConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LinearLR
 
@@ -62,11 +64,27 @@ def launched() -> Iterator[None]:
             del os.environ[name]
 
 
+def accelerator(kind: str) -> Accelerator:
+    """Accelerate takes FSDP2 on GPUs only, and is told here that there are some: native HSDP, two by two."""
+    if kind == "ddp":
+        return Accelerator(cpu=True, gradient_accumulation_steps=EACH)
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=EACH,
+        fsdp_plugin=FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10
+        ),
+        parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2),
+    )
+
+
 class Loop:
     """A loop as Accelerate's documentation has it."""
 
-    def __init__(self, name: str, several: bool, seed: int = 0, **options: Any) -> None:
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=EACH)
+    def __init__(self, kind: str, name: str, several: bool, seed: int = 0, **options: Any) -> None:
+        self.accelerator = accelerator(kind)
         model = net(seed)
         optimizers: list[torch.optim.Optimizer] = [
             AdamW(model[0].parameters(), lr=0.02),
@@ -98,25 +116,34 @@ class Loop:
             self.losses.append(float(loss.detach()))
 
     def weights(self) -> list[float]:
-        return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()]).tolist()
+        return flat(dict(self.model.named_parameters()))
 
 
-def gone_on_with(name: str, several: bool, folder: str) -> tuple[list[list[float]], list[float], list[list[float]]]:
+def flat(named: dict[str, Tensor]) -> list[float]:
+    return torch.cat([whole(value.detach()).reshape(-1) for value in named.values()]).tolist()
+
+
+def whole(value: Any) -> Tensor:
+    return cast(Tensor, value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def gone_on_with(
+    kind: str, name: str, several: bool, folder: str
+) -> tuple[list[list[float]], list[float], list[float]]:
     """The weights of a run at its end, of one that was loaded in the middle; the outer ones; what was saved."""
     with launched():
-        whole = Loop(name, several)
-        assert whole.synced is not None
-        whole.train(0, STOP)
-        whole.accelerator.save_state(folder)
-        with whole.synced.evaluation():
-            outer = whole.weights()
-        state = whole.accelerator.get_state_dict(whole.model)
-        saved = [torch.cat([value.reshape(-1) for value in state.values()]).tolist()]
-        whole.train(STOP, END)
-        whole.synced.close()
-        ends = [whole.weights()]
+        once = Loop(kind, name, several)
+        assert once.synced is not None
+        once.train(0, STOP)
+        once.accelerator.save_state(folder)
+        with once.synced.evaluation():
+            outer = once.weights()
+        saved = flat(once.accelerator.get_state_dict(once.model)) if kind == "ddp" else outer
+        once.train(STOP, END)
+        once.synced.close()
+        ends = [once.weights()]
     with launched():
-        again = Loop(name, several, seed=1)
+        again = Loop(kind, name, several, seed=1)
         assert again.synced is not None
         again.accelerator.load_state(folder)
         assert again.synced.sync.steps == STOP
@@ -126,9 +153,9 @@ def gone_on_with(name: str, several: bool, folder: str) -> tuple[list[list[float
     return ends, outer, saved
 
 
-def losses_of(name: str) -> list[float]:
+def losses_of(kind: str, name: str) -> list[float]:
     with launched():
-        loop = Loop(name, several=False)
+        loop = Loop(kind, name, several=False)
         loop.train(0, END)
         if loop.synced is not None:
             loop.synced.close()
@@ -138,12 +165,12 @@ def losses_of(name: str) -> list[float]:
 def without_our_part(folder: str, begin_anew: bool) -> str:
     """A checkpoint that Accelerate alone has written, loaded into a loop with a sync."""
     with launched():
-        plain = Loop("plain", several=False)
+        plain = Loop("ddp", "plain", several=False)
         plain.train(0, STOP)
         plain.accelerator.save_state(folder)
         weights = plain.weights()
     with launched():
-        loop = Loop("diloco", several=False, seed=1, begin_anew=begin_anew)
+        loop = Loop("ddp", "diloco", several=False, seed=1, begin_anew=begin_anew)
         try:
             loop.accelerator.load_state(folder)
         except FileNotFoundError as error:
@@ -164,21 +191,30 @@ def not_prepared() -> str:
         return ""
 
 
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("name", SPECS)
-def test_a_checkpoint_in_a_round_goes_on_bitwise(pool: WorkerPool, name: str, several: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "several", "name"),
+    [
+        *(("ddp", several, name) for several in (False, True) for name in SPECS),
+        *(("fsdp", False, name) for name in SPECS),
+    ],
+)
+def test_a_checkpoint_in_a_round_goes_on_bitwise(pool: WorkerPool, kind: str, several: bool, name: str) -> None:
+    world, shards = (2, 1) if kind == "ddp" else (4, 2)
     with tempfile.TemporaryDirectory() as folder:
-        found = pool.run(gone_on_with, name, several, folder, world=2)
+        (ends, outer, saved), *others = pool.run(gone_on_with, kind, name, several, folder, world=world)
         assert {path.name for path in (Path(folder) / FOLDER).iterdir()} == {
-            f"replica-{rank}-of-2.shard-0-of-1.safetensors" for rank in range(2)
+            f"replica-{replica}-of-2.shard-{shard}-of-{shards}.safetensors"
+            for replica in range(2)
+            for shard in range(shards)
         }
-    (ends, outer, saved), (other_ends, other_outer, _) = found
-    assert ends[0] == ends[1] == other_ends[0] == other_ends[1]
-    assert outer == other_outer == saved[0]
+    assert ends[0] == ends[1] and outer == saved
+    assert all((its_ends, its_outer) == (ends, outer) for its_ends, its_outer, _ in others)
 
 
-def test_dense_is_what_accelerate_does_alone(pool: WorkerPool) -> None:
-    plain, ours = (pool.run(losses_of, name, world=2) for name in ("plain", "dense"))
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_dense_is_what_accelerate_does_alone(pool: WorkerPool, kind: str) -> None:
+    world = 2 if kind == "ddp" else 4
+    plain, ours = (pool.run(losses_of, kind, name, world=world) for name in ("plain", "dense"))
     for theirs, mine in zip(plain, ours, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
 
