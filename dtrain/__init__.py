@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from dtrain.comm.methods.streaming_diloco import streaming_diloco
     from dtrain.comm.runtime.membership.members import Members
     from dtrain.comm.transports.simulate import simulate
+    from dtrain.loading import load
+    from dtrain.training import Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GradScaler",
     "Members",
+    "Trainer",
     "__version__",
     "attach",
     "co2",
@@ -49,6 +52,7 @@ __all__ = [
     "fedavg_m",
     "fedkseed",
     "ferret",
+    "load",
     "local_sgd",
     "local_update",
     "muloco",
@@ -65,6 +69,7 @@ __all__ = [
 _HOME = {
     "GradScaler": "dtrain.comm.adapters.grad_scaler",
     "Members": "dtrain.comm.runtime.membership.members",
+    "Trainer": "dtrain.training",
     "attach": "dtrain.comm.attach",
     "co2": "dtrain.comm.methods.co2",
     "delayed_diloco": "dtrain.comm.methods.delayed_diloco",
@@ -75,6 +80,7 @@ _HOME = {
     "fedavg_m": "dtrain.comm.methods.scaffold",
     "fedkseed": "dtrain.comm.methods.fedkseed",
     "ferret": "dtrain.comm.methods.ferret",
+    "load": "dtrain.loading",
     "local_sgd": "dtrain.comm.methods.local_sgd",
     "local_update": "dtrain.comm.methods.local_update",
     "muloco": "dtrain.comm.methods.muloco",

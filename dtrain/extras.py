@@ -18,6 +18,7 @@ OF_LAUNCHING = ("hydra", "omegaconf", "yaml", "safetensors")
 EXTRAS = {
     **dict.fromkeys(OF_TRAINING, "train"), "submitit": "slurm", "jinja2": "slurm", "cloudpickle": "slurm",
     "pyroute2": "cluster", "deepspeed": "zero", "mpi4py": "mpi", "tokenizers": "text", "zstandard": "lossless",
+    "transformers": "hf", "peft": "hf",
 }  # fmt: skip
 
 

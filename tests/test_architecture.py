@@ -32,6 +32,7 @@ TOUCH_TORCH_DISTRIBUTED = {
     "dtrain/train/mesh.py": "makes the process groups of a run",
     "dtrain/train/engines/*.py": "wrap models in DDP, FSDP2 and DeepSpeed, which own the shard axis",
     "dtrain/train/worker.py": "joins and leaves the default process group",
+    "dtrain/train/process_group.py": "joins and leaves one where the calling program has none; makes its models equal",
     "dtrain/train/checkpoint_choice.py": "rank 0's choice goes to all ranks before there is a mesh to send it over",
     "dtrain/testing/*.py": "make the process groups of tests",
     "launchers/rendezvous.py": "serves the store where ranks of one machine meet; no collective is called there",

@@ -16,6 +16,7 @@ EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "hsdp_fsdp2": 4, "deepspeed_zero"
 
 
 RESUMES, MEET, ONE_BYTE = "save_and_resume", "come_and_go", "one_byte_members"
+NOTEBOOK, LORA = "notebook", "lora"
 
 
 def torchrun(workers: int, name: str, *arguments: str) -> str:
@@ -27,7 +28,9 @@ def torchrun(workers: int, name: str, *arguments: str) -> str:
 
 
 def test_all_are_tested() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, RESUMES, MEET, ONE_BYTE}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {
+        *EXAMPLES, RESUMES, MEET, ONE_BYTE, NOTEBOOK, LORA,
+    }  # fmt: skip
 
 
 @pytest.mark.processes
@@ -77,6 +80,31 @@ def test_machines_that_tell_a_byte_end_with_the_same_weights(tmp_path: Path) -> 
         losses = [float(loss) for loss in re.findall(r"loss (\S+)", text)]
         assert losses[-1] < 0.2 * losses[0]
         assert "its log of 400 steps reproduces them" in text
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_cells_of_a_notebook_run_in_one_process_and_in_several(workers: int, tmp_path: Path) -> None:
+    said = torchrun(2, NOTEBOOK, str(tmp_path)) if workers == 2 else ran(NOTEBOOK, str(tmp_path))
+    losses = [float(loss) for loss in re.findall(r"step \d+/200  loss (\S+)", said)]
+    assert losses[-1] < 0.5 * losses[0] and "finished at step 200" in said and "loaded True" in said
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(240)
+def test_adapters_are_trained_measured_continued_and_exported() -> None:
+    pytest.importorskip("peft")
+    said = ran(LORA)
+    first, last = map(float, re.findall(r"validation loss (\S+) to (\S+)", said)[0])
+    assert last < first and "bits per byte" in said and "adapter_model.safetensors" in said
+
+
+def ran(name: str, *arguments: str) -> str:
+    command = [sys.executable, f"examples/{name}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=220)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def three_members(name: str, *arguments: str) -> list[str]:

@@ -15,6 +15,7 @@ import dtrain
 
 NAMES = [
     "Members",
+    "Trainer",
     "__version__",
     "attach",
     "co2",
@@ -26,6 +27,7 @@ NAMES = [
     "fedavg_m",
     "fedkseed",
     "ferret",
+    "load",
     "local_sgd",
     "local_update",
     "muloco",
@@ -39,7 +41,15 @@ NAMES = [
     "streaming_diloco",
 ]
 FOR_TRAINING_ONLY = {"hydra", "omegaconf", "antlr4", "yaml", "rich", "safetensors", "tensorboard"}
-NOT_FOR_THE_HOOKS = FOR_TRAINING_ONLY | {"submitit", "deepspeed", "mpi4py", "tokenizers", "pyroute2"}
+NOT_FOR_THE_HOOKS = FOR_TRAINING_ONLY | {
+    "submitit",
+    "deepspeed",
+    "mpi4py",
+    "tokenizers",
+    "pyroute2",
+    "transformers",
+    "peft",
+}
 
 
 def loaded_by(code: str) -> set[str]:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO, cast
 
 from dtrain import __version__
-from dtrain.cli import Command, bench, cluster, data, doctor, jobs, launch, log, members, train
+from dtrain.cli import Command, bench, cluster, data, doctor, jobs, launch, log, members, train, trained
 from dtrain.errors import DtrainError
 from dtrain.extras import missing
 from dtrain.launchers.exit_codes import INTERRUPTED
 
-COMMANDS = cast("list[Command]", [train, launch, jobs, doctor, bench, cluster, data, members, log])
+COMMANDS = cast("list[Command]", [train, trained, launch, jobs, doctor, bench, cluster, data, members, log])
 
 TOP = """\
 examples:
@@ -23,6 +23,7 @@ examples:
   dtrain train engine=zero2 sync=every_step compress=int8_ef train.steps=500 run.dir=runs/x
   dtrain train --dry-run sync=local_sgd           print the configuration and the command, start nothing
   dtrain data tokenize source=texts/ out=tokens/
+  dtrain eval runs/x                              loss, perplexity, bits per byte of what a run has trained
 """
 
 

@@ -17,16 +17,15 @@ from torch import nn
 
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.method import Sync
-from dtrain.errors import CheckpointError, ConfigError, DataError, ModelError
+from dtrain.errors import DataError
 from dtrain.launchers import strict_json
 from dtrain.train import rng
-from dtrain.train.checkpoint.weights import put_into, weights_of
 from dtrain.train.config import Config, instantiate, run_folder
 from dtrain.train.config.data_contract import DATA, check_content
-from dtrain.train.config.model_factory import build_model
 from dtrain.train.config.optimizer_factory import inner_optimizer
 from dtrain.train.data.batches import Share
 from dtrain.train.engines import Engine, EngineOptions, build_engine
+from dtrain.train.initial_model import initial_model
 from dtrain.train.lr import learning_rate_factor
 from dtrain.train.mesh import Mesh
 
@@ -60,11 +59,7 @@ def build(config: Config, mesh: Mesh) -> Parts:
         held_out = instantiate(config.data, "data", split="validation")
     tokens_per_example = int(data.tokens_per_example)
     rng.seed_everything(config.train.seed)
-    model = build_model(config.model, data)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(f"model: {config.model['_target_']} has no parameter that requires a gradient")
-    if config.run.weights:
-        _begin_with(model, Path(config.run.weights))
+    model = initial_model(config, data, rank=mesh.rank)
     engine = _engine(config, model, mesh)
     sync = cast(Sync, instantiate(config.sync, "sync"))
     attached = sync.bind(engine.pieces, config.train.seed)
@@ -94,14 +89,6 @@ def _check_data(config: Config, data: Any) -> None:
     if changed:
         raise DataError(f"the data have changed since the run was launched: {changed}; bring the same files back")
     check_content(config, data, description)
-
-
-def _begin_with(model: nn.Module, path: Path) -> None:
-    """A file that a run begins with is as wrong at the next start: ``ConfigError``, which nobody restarts."""
-    try:
-        put_into(model, weights_of(path, dict(model.named_parameters())), f"run.weights={path}")
-    except CheckpointError as error:
-        raise ConfigError(f"{error}; give a safetensors file, a checkpoint or a run of this model") from error
 
 
 def _engine(config: Config, model: nn.Module, mesh: Mesh) -> Engine:

@@ -46,6 +46,14 @@ def full_parameters(path: Path, section: str | None = None) -> dict[str, Tensor]
     return {fqn: flat[fqn].float().reshape(shape) for fqn, shape in sorted(manifest.shapes.items())}
 
 
+def full_buffers(path: Path) -> dict[str, Tensor]:
+    """The persistent buffers of replica 0 in step folder ``path``, in their own dtype."""
+    manifest = read_manifest(path)
+    first = manifest.files[0]
+    with Files(path, manifest) as files:
+        return {name: files.whole(first.rank, BUFFERS, name) for name in first.sections.get(BUFFERS, {})}
+
+
 def digest(named_tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) of named tensors in fp32: equal digests mean bitwise equal parameters.
 
@@ -76,10 +84,7 @@ def export(path: Path, out: Path) -> str:
     Raises CheckpointError as `full_parameters`, or if a buffer has a parameter's name.
     """
     manifest = read_manifest(path)
-    parameters = full_parameters(path)
-    first = manifest.files[0]
-    with Files(path, manifest) as files:
-        buffers = {name: files.whole(first.rank, BUFFERS, name) for name in first.sections.get(BUFFERS, {})}
+    parameters, buffers = full_parameters(path), full_buffers(path)
     if both := sorted(parameters.keys() & buffers.keys()):
         raise CheckpointError(f"{path}: these are parameters and buffers: {both[:5]}")
     parameters_digest = digest(parameters)

@@ -49,7 +49,7 @@ def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[st
 
 
 def put_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Copy ``weights`` into ``model``; buffers that they lack stay as they are.
+    """Copy ``weights`` into ``model``; buffers and frozen parameters that they lack stay as they are.
 
     Raises CheckpointError where they belong to another model.
     """
@@ -58,7 +58,7 @@ def put_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     problems = [
         f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'} there, {tuple(p.shape)} in the model"
         for name, p in parameters.items()
-        if name not in weights or weights[name].shape != p.shape
+        if (name in weights or p.requires_grad) and (name not in weights or weights[name].shape != p.shape)
     ]
     problems += [f"the model has no {name}" for name in weights if name not in names]
     if problems:

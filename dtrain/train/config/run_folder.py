@@ -50,11 +50,15 @@ def absolute(config: Config) -> Config:
     folder = str(Path(config.run.dir).absolute())
     run = dataclasses.replace(config.run, dir=folder, resume=resume, weights=weights)
     log = {"log": str(Path(str(config.sync["log"])).absolute())} if config.sync.get("log") else {}
-    path = config.data.get("path")
-    # A user's data set may mean something else by it, which is then no file here.
-    data_path = Path(path).expanduser() if isinstance(path, str) and path else None
-    data = {"path": str(data_path.absolute())} if data_path is not None and data_path.exists() else {}
-    return dataclasses.replace(config, run=run, sync={**config.sync, **log}, data={**config.data, **data})
+    data, model = _absolute_path(config.data), _absolute_path(config.model)
+    return dataclasses.replace(config, run=run, sync={**config.sync, **log}, data=data, model=model)
+
+
+def _absolute_path(settings: Mapping[str, object]) -> dict[str, object]:
+    """With ``path`` absolute, if it is there: a user's target may mean something else by it."""
+    path = settings.get("path")
+    found = Path(path).expanduser() if isinstance(path, str) and path else None
+    return {**settings, **({"path": str(found.absolute())} if found is not None and found.exists() else {})}
 
 
 def previous(config: Config) -> Path | None:

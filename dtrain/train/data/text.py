@@ -6,8 +6,9 @@ import hashlib
 import os
 import stat
 import sysconfig
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ class ByteText:
     """
 
     vocab_size = VOCAB_SIZE
+    tokenizer: Mapping[str, object] = MappingProxyType({"name": "bytes"})
 
     def __init__(
         self,

@@ -74,6 +74,8 @@ class TokenFile:
         self._tokens: npt.NDArray[np.unsignedinteger] = _map(folder / TOKENS, manifest)
         self.vocab_size = manifest.vocab_size
         self.tokens_per_example = block
+        described = manifest.source.get("tokenizer")
+        self.tokenizer: dict[str, object] = dict(described) if isinstance(described, Mapping) else {}
         self._path, self._split = str(folder), split
         self._modified = (folder / TOKENS).stat().st_mtime_ns
         ranges = manifest.held_out if split == "validation" else _gaps(manifest)

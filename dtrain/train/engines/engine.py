@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dtrain.comm.blocks import blocks_of
 from dtrain.comm.pieces import Pieces
+from dtrain.errors import ModelError
 from dtrain.train.engines.contract import loss_of
 from dtrain.train.mesh import Mesh
 
@@ -109,4 +110,20 @@ class TorchEngine(Engine):
 def checkpoint_activations(model: nn.Module, *, reentrant: bool = False) -> None:
     """Recompute each block's activations in backward instead of keeping them. Names of parameters stay as they are."""
     for block in blocks_of(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)
+        recomputed = functools.partial(_reentrant, block.forward) if reentrant else None
+        block.forward = recomputed or functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _reentrant(forward: Callable[..., object], *inputs: object, **settings: object) -> object:
+    """The reentrant form takes no keywords, and gives what is not an argument no gradient.
+
+    Raises ``ModelError`` for a keyword that needs one; masks and positions do not.
+    """
+    for name, value in settings.items():
+        held = value if isinstance(value, tuple | list) else (value,)
+        if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in held):
+            raise ModelError(
+                f"a block is given {name} by keyword, where recomputed activations of zero3 lose its gradient: give it "
+                "by position, or set engine.activation_checkpointing=false"
+            )
+    return checkpoint(functools.partial(forward, **settings), *inputs, use_reentrant=True)

@@ -166,3 +166,13 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match=r"No space left on device: .*x.safetensors") as raised:
         tensors.save(tmp_path / "x.safetensors", {})
     assert raised.value.errno == errno.ENOSPC
+
+
+def test_frozen_parameters_that_weights_lack_stay_as_they_are() -> None:
+    base, adapter = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    model = nn.ModuleDict({"base": base.requires_grad_(False), "adapter": adapter})
+    before = base.weight.clone()
+    put_into(model, {"adapter.weight": torch.ones(2, 2)}, "here")
+    assert torch.equal(base.weight, before) and torch.equal(adapter.weight, torch.ones(2, 2))
+    with pytest.raises(CheckpointError, match=r"adapter\.weight is missing there"):
+        put_into(model, {"base.weight": torch.ones(2, 2)}, "here")

@@ -19,6 +19,7 @@ from dtrain.train.config.composition import OPEN, dotted_keys, folder
 CHOICES = sorted((path.parent.name, path.stem) for path in folder().glob("*/*.yaml"))
 NEEDS = {
     ("model", "custom"): ["model._target_=torch.nn.Identity"],
+    ("model", "hf"): ["model.path=folder"],
     ("data", "custom"): ["data._target_=dtrain.train.data.text.ByteText"],
     ("data", "tokens"): ["data.path=tokens"],
 }
