@@ -17,6 +17,8 @@ EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "hsdp_fsdp2": 4, "deepspeed_zero"
 
 RESUMES, MEET, ONE_BYTE = "save_and_resume", "come_and_go", "one_byte_members"
 NOTEBOOK, LORA = "notebook", "lora"
+ELSEWHERE = {"hf_trainer", "hf_lora"}
+"""In tests/integrations."""
 
 
 def torchrun(workers: int, name: str, *arguments: str) -> str:
@@ -29,7 +31,7 @@ def torchrun(workers: int, name: str, *arguments: str) -> str:
 
 def test_all_are_tested() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {
-        *EXAMPLES, RESUMES, MEET, ONE_BYTE, NOTEBOOK, LORA,
+        *EXAMPLES, *ELSEWHERE, RESUMES, MEET, ONE_BYTE, NOTEBOOK, LORA,
     }  # fmt: skip
 
 

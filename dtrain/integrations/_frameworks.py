@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 
+from dtrain.comm.transports.json_gather import gather_json
+
 TESTED = {"transformers": ("5.24", "5.24"), "accelerate": ("1.15", "1.15"), "lightning": ("2.6", "2.6")}
 """By package: the oldest and the newest minor version."""
 
@@ -26,6 +28,21 @@ def require(package: str) -> None:
             "was tested, or step the sync in a loop of your own",
             RuntimeWarning, stacklevel=3,
         )  # fmt: skip
+
+
+def require_alike(integration: str, **settings: object) -> None:
+    """Raise ``ValueError`` on all ranks unless they use the same integration with the same settings.
+
+    Every rank must call it, before `attach`.
+    """
+    ranks = gather_json({"integration": integration, **settings})
+    for name, value in ranks[0].items():
+        other = next((rank for rank, theirs in enumerate(ranks) if theirs.get(name) != value), None)
+        if other is not None:
+            raise ValueError(
+                f"ranks differ: {name} is {value!r} on rank 0 and {ranks[other].get(name)!r} on rank {other}; run the "
+                "same script with the same settings on all ranks"
+            )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
