@@ -7,7 +7,7 @@ adapter in `adapters`; methods use `dtrain.comm.pieces.Pieces` only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -15,16 +15,16 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.comm.adapters.adapter import Adapter, pieces_of, steppers_of
 from dtrain.comm.adapters.communicating_optimizers import Listening, require_silent
 from dtrain.comm.adapters.fsdp_mesh import replicate_group_of, reshard
 from dtrain.comm.adapters.grid import own_groups
-from dtrain.comm.adapters.optimizer import StepGuard
-from dtrain.comm.adapters.rank_files import Held, RankFiles
+from dtrain.comm.adapters.rank_files import RankFiles
 from dtrain.comm.adapters.requirements import is_plain, require_call, require_servable
 from dtrain.comm.adapters.untrained_tensors import equalized
 from dtrain.comm.adapters.wrappers import unwrapped_model, unwrapped_optimizer
 from dtrain.comm.channel import Channel
-from dtrain.comm.inner_optimizers.chained import Chained, with_members
+from dtrain.comm.inner_optimizers.chained import with_members
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import SelfTransport
@@ -85,48 +85,50 @@ def attach(
     if isinstance(model, FSDPModule):
         reshard(model)  # a look at the model before has swapped its parameters
     require_servable(model, inner)  # before groups are made
-    steppers = _steppers(model, optimizer, inner) if forward_steps else []
     if members is not None:
-        return _attached_to_members(model, inner, sync, members, seed, steppers)
+        attached = _attached_to_members(model, inner, sync, members, seed)
+    else:
+        attached = _attached_to_peers(model, inner, sync, _peers(model, replicate_group, plain=plain), seed)
+    if forward_steps:
+        cast(Adapter, attached.pieces).guard.forward(steppers_of(model, optimizer, inner), attached.step)
+        attached.forwards_steps = True
+    return attached
+
+
+def _peers(model: nn.Module, given: dist.ProcessGroup | None, *, plain: bool) -> dist.ProcessGroup:
+    """The ranks with the same shard as this one."""
+    group = given
     if isinstance(model, FSDPModule):
-        replicate_group = replicate_group_of(model, replicate_group)
-    if replicate_group is None and isinstance(model, DistributedDataParallel):
-        replicate_group = model.process_group
-    if replicate_group is None and plain:
-        replicate_group = dist.group.WORLD
-    if replicate_group is None:
+        group = replicate_group_of(model, given)
+    if group is None and isinstance(model, DistributedDataParallel):
+        group = model.process_group
+    if group is None and plain:
+        group = dist.group.WORLD
+    if group is None:
         raise ValueError(
             f"{type(model).__name__} shards the model, so dtrain cannot know which ranks hold the same shard; pass "
             'replicate_group, for example mesh.get_group("replicate")'
         )
-    if replicate_group.rank() < 0:
+    if group.rank() < 0:
         raise ValueError("this rank is not in replicate_group; build the groups on every rank and pass its own")
-    channel = Channel(own_groups(model, replicate_group))
+    return group
+
+
+def _attached_to_peers(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, sync: Sync, peers: dist.ProcessGroup, seed: int
+) -> Attached:
+    channel = Channel(own_groups(model, peers))
 
     def bind(pieces: Pieces) -> Attached:
         attached = sync.bind(pieces, seed)
         channel.run(equalized(model, pieces.place), "agreement")
         return attached
 
-    return _bound(pieces_of(model, inner, channel, overlap=False), bind, steppers)
-
-
-def _steppers(model: nn.Module, given: object, inner: torch.optim.Optimizer | None) -> Sequence[object]:
-    """What a trainer steps: each of several that it was given one by one."""
-    if hasattr(model, "zero_optimization_stage"):
-        return [model]
-    if isinstance(inner, Chained) and isinstance(given, list | tuple):
-        return inner.members
-    return [inner]
+    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
 
 
 def _attached_to_members(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    sync: Sync,
-    members: Members,
-    seed: int,
-    steppers: Sequence[object],
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, sync: Sync, members: Members, seed: int
 ) -> Attached:
     def bind(pieces: Pieces) -> Attached:
         return sync.bind_members(pieces, seed, members)
@@ -136,10 +138,10 @@ def _attached_to_members(
     world = list(range(dist.get_world_size()))
     shard = TorchTransport.between(world) if len(world) > 1 else SelfTransport()
     channel = Channel({"replicate": members.transport(), "shard": shard})
-    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind, steppers)
+    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
 
 
-def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached], steppers: Sequence[object]) -> Attached:
+def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
     try:
         attached = bind(pieces)
         pieces.trained.differ = attached.parameters_kind == "per_worker"
@@ -152,9 +154,6 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached], steppers: Sequen
             attached.context.require_still = pieces.trained.require_still
         pieces.trained.warn_of_outside()
         attached.files = RankFiles(attached, pieces)
-        if steppers:
-            pieces.guard.forward(steppers, attached.step)
-            attached.forwards_steps = True
         return attached
     except BaseException:  # a refusal leaves the model and the optimizer unchanged
         pieces.detach()
@@ -166,37 +165,3 @@ def _replica(channel: Channel) -> list[int]:
     """The ranks of this replica."""
     group = getattr(channel.transports["shard"], "group", None)
     return [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
-
-
-class Adapter(Held, Protocol):
-    """Pieces of a model, and the guard of its optimizer."""
-
-    guard: StepGuard
-
-
-def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, *, overlap: bool) -> Adapter:
-    """The adapter for ``model``; see `attach`. ``overlap``: the caller waits (`Pieces.finish`) before it clips."""
-    plain = is_plain(model)
-    require_servable(model, optimizer)
-    if hasattr(model, "zero_optimization_stage"):
-        from dtrain.comm.adapters.zero import zero_pieces
-
-        return zero_pieces(model, channel)
-    if optimizer is None:
-        raise ValueError(f"{type(model).__name__} needs its optimizer here; None is for DeepSpeed engines")
-    if isinstance(model, DistributedDataParallel):
-        from dtrain.comm.adapters.ddp import DDPPieces
-
-        return DDPPieces(model, optimizer, channel)
-    if plain:
-        from dtrain.comm.adapters.module import ModulePieces
-
-        if channel.places["shard"].size > 1:
-            raise TypeError(
-                f"{type(model).__name__} is a plain module, of which each rank is a replica, and here "
-                f"{channel.places['shard'].size} ranks are one; wrap it in DistributedDataParallel or fully_shard"
-            )
-        return ModulePieces(model, optimizer, channel)
-    from dtrain.comm.adapters.fsdp import FSDPPieces
-
-    return FSDPPieces(model, optimizer, channel, overlap=overlap)

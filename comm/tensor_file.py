@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,7 +150,7 @@ def _tensor(about: Mapping[str, Any], data: memoryview) -> Tensor:
         raise DamagedFile(f"a tensor of {about['dtype']} {shape} in bytes {begin} to {end}")
     if begin == end:
         return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(np.frombuffer(data[begin:end], np.uint8).copy()).view(dtype).view(shape)
+    return torch.frombuffer(bytearray(data[begin:end]), dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _restored(described: Any, tensors: list[Tensor], depth: int) -> object:

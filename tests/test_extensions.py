@@ -73,7 +73,7 @@ ENGINE = '''
 """One replica, one rank: the plain module."""
 import torch
 
-from dtrain.comm.attach import pieces_of
+from dtrain.comm.adapters.adapter import pieces_of
 from dtrain.train.engines.contract import loss_of
 
 class Plain:

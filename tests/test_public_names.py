@@ -14,6 +14,7 @@ import pytest
 import dtrain
 
 NAMES = [
+    "GradScaler",
     "Members",
     "Trainer",
     "__version__",

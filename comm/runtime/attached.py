@@ -77,8 +77,8 @@ class Attached:
     def step(self) -> bool:
         """Step the inner optimizer, then communicate what the method exchanges after a step.
 
-        Returns False if some rank's gradient was not finite: then no rank has stepped, no state has changed, and
-        ``skipped`` has gone up.
+        Returns False if some rank's gradient was not finite: then no rank has stepped (under local updates no rank of
+        this replica), no state has changed, and ``skipped`` has gone up.
         """
         self._require_live("step()")
         self.finish()
@@ -226,14 +226,15 @@ class Attached:
         """
         self._require_files().load(Path(folder))
 
+    @property
     def checkpoint(self) -> RankCheckpoint:
         """What `save` writes, for ``torch.distributed.checkpoint``: every rank's part in one folder of all ranks.
 
         It holds parameters and optimizer; what else is in the checkpoint (schedulers, a model for other programs)
         stands beside it. ``async_save`` may go on while training does: the part is a copy.
 
-        >>> dcp.save({"dtrain": sync.checkpoint(), "scheduler": scheduler}, checkpoint_id=folder)  # doctest: +SKIP
-        >>> dcp.load({"dtrain": sync.checkpoint(), "scheduler": scheduler}, checkpoint_id=folder)  # doctest: +SKIP
+        >>> dcp.save({"dtrain": sync.checkpoint, "scheduler": scheduler}, checkpoint_id=folder)  # doctest: +SKIP
+        >>> dcp.load({"dtrain": sync.checkpoint, "scheduler": scheduler}, checkpoint_id=folder)  # doctest: +SKIP
 
         Loading raises as `load` does.
         """
@@ -251,10 +252,6 @@ class Attached:
             f"{self.context.description.partition(':')[0]} is at work in this process, between its model and the "
             f"links, and cannot be pickled or copied; save its state. {EACH_SAVES}"
         )
-
-    def numbers(self) -> Numbers:
-        """The counters that a checkpoint keeps."""
-        return self._saved.numbers()
 
     def report(self) -> str:
         """One line of text: steps, bytes sent, and exposed communication."""
@@ -284,6 +281,11 @@ class Attached:
     def parameters_kind(self) -> Kind:
         """Whether the live parameters and the inner optimizer's state are equal on all replicas."""
         return self.context.parameters_kind
+
+    @property
+    def numbers(self) -> Numbers:
+        """The counters that a checkpoint keeps."""
+        return self._saved.numbers()
 
     @property
     def steps(self) -> int:

@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.comm.attach import pieces_of
+from dtrain.comm.adapters.adapter import pieces_of
 from dtrain.comm.channel import Channel, Handle
 from dtrain.comm.collectives.exchange import exchange
 from dtrain.comm.layout import Segment, matrices

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from dtrain import GradScaler, attach
-from dtrain.integrations._frameworks import require
+from dtrain.integrations._frameworks import require, require_alike
 
 require("accelerate")
 
@@ -74,6 +74,7 @@ class Synced:
         self._method, self._begin_anew, self._options = method, begin_anew, options
         self._loading = Path()
         self._undo: list[Callable[[], None]] = []
+        require_alike("dtrain.integrations.accelerate", begin_anew=begin_anew)
         self.sync: Attached = self._attach()
         self._wrap("save_state", self._save_state)
         self._wrap("load_state", self._load_state)
@@ -97,11 +98,9 @@ class Synced:
         sync = attach(self._model, given, self._method, forward_steps=True, **self._options)
         scaler = accelerator.scaler
         if scaler is not None:
-            kept = {
-                name: getattr(scaler, f"get_{name}")()
-                for name in ("growth_factor", "backoff_factor", "growth_interval")
-            }
-            scaler = GradScaler(sync, accelerator.device.type, init_scale=scaler.get_scale(), **kept)
+            kept = scaler.state_dict()
+            scaler = GradScaler(sync, accelerator.device.type)
+            scaler.load_state_dict(kept)
             accelerator.scaler = scaler
         for optimizer in optimizers:
             _tell_skipped(optimizer, sync)
@@ -146,11 +145,14 @@ class Synced:
 
 
 def _tell_skipped(optimizer: AcceleratedOptimizer, sync: Attached) -> None:
-    """Let Accelerate's scheduler wait where the sync has skipped a step, as it does after an overflow."""
+    """Let Accelerate's scheduler wait, as after an overflow, where the sync has skipped a step on all ranks.
+
+    Under local updates a replica skips alone; its scheduler goes on with those of the others.
+    """
     original = type(optimizer).step
 
     def step(itself: Any, closure: Callable[[], float] | None = None) -> None:
         original(itself, closure)
-        itself._is_overflow = sync.skipped_in_a_row > 0
+        itself._is_overflow = sync.parameters_kind == "replicated" and sync.skipped_in_a_row > 0
 
     cast(Any, optimizer).step = types.MethodType(step, optimizer)

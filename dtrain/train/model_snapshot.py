@@ -47,7 +47,7 @@ def capture(attached: Attached, model: nn.Module) -> RankState:
         segments=_with_empty(pieces, dict(pieces.segments)),
         sections=sections,
         kinds=kinds,
-        numbers=attached.numbers(),
+        numbers=attached.numbers,
         rng=rng.capture(),
         buffers={name: buffer.detach().cpu() for name, buffer in _buffers(model).items()},
         opaque=opaque,

@@ -37,7 +37,10 @@ def test_it_learns_and_tells_its_bytes(name: str, tmp_path: Path) -> None:
     command = [*run, f"examples/{name}.py", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"'eval_loss': '(\S+)'", done.stdout)]
-    assert len(losses) == 3 and losses[-1] < losses[0] - 0.15
+    losses, evaluated = (
+        [float(loss) for loss in re.findall(rf"'{label}': '(\S+)'", done.stdout)] for label in ("loss", "eval_loss")
+    )
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.5
+    assert len(evaluated) == 3 and max(evaluated) < 4.5  # a byte drawn evenly has log(256), 5.5
     assert re.findall(r"'dtrain_sent_bytes': (\d+), 'dtrain_skipped_steps': 0", done.stdout)
     assert (tmp_path / "checkpoint-60" / "dtrain" / "replica-1-of-2.shard-0-of-1.safetensors").exists()

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import every_step
-from dtrain.comm.attach import pieces_of
+from dtrain.comm.adapters.adapter import pieces_of
 from dtrain.comm.channel import Channel
 from dtrain.comm.ops import AllGather, AllReduce, Broadcast, Flow, Op, Payload
 from dtrain.comm.transports import mpi

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.comm.attach import pieces_of
+from dtrain.comm.adapters.adapter import pieces_of
 from dtrain.train.engines.contract import loss_of, unused
 from dtrain.train.engines.engine import Batch, EngineOptions, OptimizerFactory, TorchEngine, checkpoint_activations
 from dtrain.train.mesh import Mesh

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from dtrain.comm.attach import pieces_of
+from dtrain.comm.adapters.adapter import pieces_of
 from dtrain.comm.blocks import blocks_of
 from dtrain.train.engines.contract import loss_of, unused
 from dtrain.train.engines.engine import (

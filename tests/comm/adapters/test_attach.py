@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 
 from dtrain import attach, diloco, every_step, local_sgd
-from dtrain.comm.attach import pieces_of
+from dtrain.comm.adapters.adapter import pieces_of
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.method import Sync
 from dtrain.compress import error_feedback, powersgd, quantize, topk

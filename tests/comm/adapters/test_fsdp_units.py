@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from dtrain import attach, diloco, every_step
+from dtrain.comm.adapters.adapter import pieces_of
 from dtrain.comm.aggregators.mean import rank_order_mean
-from dtrain.comm.attach import pieces_of
 from dtrain.comm.collectives.two_phase import two_phase
 from dtrain.comm.feedback import as_compression
 from dtrain.comm.ops import Place

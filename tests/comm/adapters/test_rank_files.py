@@ -109,16 +109,16 @@ def on_with_dcp(kind: str, name: str, folder: str, later: bool) -> bool:
     whole.train(range(STOP))
     saving = None
     if later:
-        saving = cast("Future[object]", async_save({"dtrain": whole.sync.checkpoint()}, checkpoint_id=folder))
+        saving = cast("Future[object]", async_save({"dtrain": whole.sync.checkpoint}, checkpoint_id=folder))
     else:
-        save({"dtrain": whole.sync.checkpoint()}, checkpoint_id=folder)
+        save({"dtrain": whole.sync.checkpoint}, checkpoint_id=folder)
     whole.train(range(STOP, END))
     if saving is not None:
         saving.result()
     end = whole.state()
     whole.sync.detach()
     again = Training(kind, name, "AdamW", seed=1)
-    load({"dtrain": again.sync.checkpoint()}, checkpoint_id=folder)
+    load({"dtrain": again.sync.checkpoint}, checkpoint_id=folder)
     assert again.sync.steps == STOP
     again.train(range(STOP, END))
     again.sync.detach()

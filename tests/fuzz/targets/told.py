@@ -312,13 +312,13 @@ def handed_over(folder: Path) -> Case:
 
     intact = rounds.packed(loop).numpy().tobytes()
     rounds.unpack(loop, rounds.packed(loop), 0)
-    expected = [*kept(), rounds.membership.position, sync.numbers()]
+    expected = [*kept(), rounds.membership.position, sync.numbers]
 
     def read(data: bytes) -> object:
         try:
             rounds.unpack(loop, torch.frombuffer(bytearray(data or b"x"), dtype=torch.uint8), 0)
         finally:
-            assert [*kept(), rounds.membership.position, sync.numbers()] == expected, "something else was loaded"
+            assert [*kept(), rounds.membership.position, sync.numbers] == expected, "something else was loaded"
         return None
 
     return Case(intact, read, (Unfit,), lambda found, intact: None)
@@ -366,21 +366,21 @@ def sync_state(spec: Sync, folder: Path) -> Case:
     whole = shapes()
 
     def read(data: bytes) -> object:
-        before, counters = attached.state.tensors, attached.numbers()
+        before, counters = attached.state.tensors, attached.numbers
         found = json.loads(data, parse_int=lambda digits: int(digits[:40]))
         try:
             attached.load_state_dict(cast("dict[str, object]", _state(found)))
         except (TypeError, ValueError) as error:
             if type(error) is TypeError and "state of a sync is" not in str(error):
                 raise AssertionError("no error of ours") from error
-            assert attached.state.tensors is before and attached.numbers() == counters, "half of it was loaded"
+            assert attached.state.tensors is before and attached.numbers == counters, "half of it was loaded"
             raise
         return shapes()
 
     def check(found: object, intact: bool) -> None:
         # What a state lacks together with its entry in the list of what it holds cannot be missed.
         assert {*flat(found)} <= {*flat(whole)} and (not intact or found == whole)
-        assert all(type(value) in (int, float) for value in attached.numbers().values())
+        assert all(type(value) in (int, float) for value in attached.numbers.values())
 
     intact = json.dumps(_plain(attached.state_dict())).encode()
     return Case(intact, read, (TypeError, ValueError, RecursionError), check, json=True)
