@@ -23,8 +23,7 @@ class GradScaler(torch.amp.GradScaler):
 
     Args:
         sync: what `attach` returned.
-        device, options: as of ``torch.amp.GradScaler``: init_scale, growth_factor, backoff_factor, growth_interval,
-            enabled.
+        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as of ``torch.amp.GradScaler``.
 
     >>> scaler = GradScaler(sync, "cuda")  # doctest: +SKIP
     >>> scaler.scale(loss).backward()  # doctest: +SKIP
@@ -35,12 +34,15 @@ class GradScaler(torch.amp.GradScaler):
     Raises ``ValueError`` for a sync that was attached without ``forward_steps=True``.
     """
 
-    def __init__(self, sync: Attached, device: str = "cuda", **options: Any) -> None:
+    def __init__(
+        self, sync: Attached, device: str = "cuda", *, init_scale: float = 2.0**16, growth_factor: float = 2.0,
+        backoff_factor: float = 0.5, growth_interval: int = 2000, enabled: bool = True,
+    ) -> None:  # fmt: skip
         if not sync.forwards_steps:
             raise ValueError(
                 "GradScaler steps the optimizer, and this sync does not take its steps; attach with forward_steps=True"
             )
-        super().__init__(device, **options)
+        super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         self._sync = sync
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -66,4 +68,4 @@ class GradScaler(torch.amp.GradScaler):
         super().update(new_scale)
         after = self.get_scale()
         if after != before and self._sync.parameters_kind == "replicated":  # deltas are in no loss scale
-            self._sync.rescale(after / before)
+            self._sync.feedback.rescale(after / before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
 
-from dtrain.comm.collectives.exchange import consolidate
 from dtrain.comm.kernels import compile_what_is_due
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.plans.adaptive import Choosing
 from dtrain.comm.runtime.context import Context
 from dtrain.comm.runtime.evaluation import Evaluation, Shown
+from dtrain.comm.runtime.kept_by_feedback import KeptByFeedback
 from dtrain.comm.runtime.method import Method
 from dtrain.comm.runtime.saved import EACH_SAVES
 from dtrain.comm.runtime.saved_state import SavedState
@@ -33,9 +32,10 @@ MANY_SKIPPED = 10
 class Attached:
     """A sync at work. Call `step` where ``optimizer.step()`` was called; clip between `finish` and `step`.
 
-    ``method``: see `Method`. ``gauges``: of the last exchange, for metrics. ``decisions``: choices that the method has
-    made, as text; their reader clears the list. ``may_compile``: kernels, between steps; it takes seconds. ``files``:
-    where a model is attached, what `save` and `load` use. ``forwards_steps``: whether ``optimizer.step()`` is `step`.
+    ``method``: see `Method`. ``feedback``: what error feedback keeps. ``gauges``: of the last exchange, for metrics.
+    ``decisions``: choices that the method has made, as text; their reader clears the list. ``may_compile``: kernels,
+    between steps; it takes seconds. ``files``: where a model is attached, what `save` and `load` use.
+    ``forwards_steps``: whether ``optimizer.step()`` is `step`.
     """
 
     def __init__(self, context: Context, method: Method) -> None:
@@ -45,6 +45,7 @@ class Attached:
         self.plan: Choosing = context.plan
         self.meter: Meter = context.meter
         self.gauges, self.decisions = context.gauges, context.decisions
+        self.feedback = KeptByFeedback(context)
         self._shown = Shown(context, method)
         self._detached = False
         self.may_compile = True
@@ -116,29 +117,6 @@ class Attached:
                 "finite; lower the learning rate, look at the data, or go back to a checkpoint",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
-
-    # ---- feedback --------------------------------------------------------------------------------------------------
-
-    def consolidate(self) -> None:
-        """Replace feedback's state on every replica by its mean: applied values change by round-off only.
-
-        It bounds the residuals of low rank where the replicas' data differ. Costs one exchange in full precision.
-        Every rank must call it, between two steps.
-        """
-        self.pieces.channel.run(consolidate(self.state, self.pieces.place, self.context.key()), "consolidate")
-
-    def rescale(self, factor: float) -> None:
-        """Multiply feedback's state, when the scale of the gradients changes by ``factor``.
-
-        Call it on every rank: when a loss scale changes, with new / old; with error_feedback also when the learning
-        rate changes, with old / new, if residuals shall move the parameters as much as before.
-
-        Raises ``ValueError`` for a factor that is not positive and finite.
-        """
-        if not 0 < factor < math.inf:
-            raise ValueError(f"factor is {factor!r}; give the new scale over the old one, a positive finite number")
-        kinds = self.state.kinds
-        self.state.scale({name for name in self.context.fed_back if kinds.get(name) != "opaque"}, factor)
 
     # ---- evaluation and agreement ----------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ ROOT = Path(next(iter(dtrain.__path__)))
 def modules_with_examples() -> list[str]:
     names = []
     for path in sorted(file for folder in (ROOT, ROOT / "comm") for file in folder.rglob("*.py")):
-        if ">>>" in path.read_text(encoding="utf-8"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if any(">>>" in line and "doctest: +SKIP" not in line for line in lines):
             relative = path.relative_to(ROOT).with_suffix("")
             names.append(".".join(("dtrain", *(part for part in relative.parts if part != "__init__"))))
     return sorted(set(names))

@@ -387,7 +387,7 @@ def misused(case: str) -> str:
         if case == "no state":
             attach(model, optimizer, every_step()).load_state_dict({})
         if case == "a meaningless scale":
-            attach(model, optimizer, every_step()).rescale(float("nan"))
+            attach(model, optimizer, every_step()).feedback.rescale(float("nan"))
         if case == "a hook of their own":
             model.register_comm_hook(None, fp16_compress_hook)
         if case == "not a sync":

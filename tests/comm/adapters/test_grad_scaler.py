@@ -35,8 +35,7 @@ def trained(name: str, fused: bool, several: bool) -> tuple[list[float], tuple[i
         halves = [net[0], net[2]] if several else [net]
         optimizers = [AdamW(half.parameters(), lr=0.02, fused=fused) for half in halves]
         sync = attach(model, optimizers, SPECS[name], forward_steps=True)
-        options = {"init_scale": 1024.0, "growth_interval": 4}
-        scaler = GradScaler(sync, "cpu", enabled=scaled, **options)
+        scaler = GradScaler(sync, "cpu", init_scale=1024.0, growth_interval=4, enabled=scaled)
         for step in range(STEPS):
             x, y = data(dist.get_rank(), step)
             loss = (model(x) - y).square().mean() * (float("inf") if step in BROKEN and dist.get_rank() == 1 else 1.0)

@@ -83,7 +83,7 @@ def scaled(infinite: bool) -> tuple[list[bool], float, Tensor, Tensor]:
             said.append(sync.step())
             scaler.update(None if said[-1] else before * scaler.get_backoff_factor())
             if scaler.get_scale() != before:
-                sync.rescale(scaler.get_scale() / before)
+                sync.feedback.rescale(scaler.get_scale() / before)
         found.append(flat(model))
         sync.detach()
     return said, scaler.get_scale(), found[0], found[1]

@@ -119,7 +119,7 @@ def test_it_comes_back_to_the_bit(stop: int) -> None:
     whole.train(6)
     again.train(6)
     assert all(equal(again.live(rank), whole.live(rank)) for rank in range(3))
-    assert again.attached[1].numbers() == whole.attached[1].numbers()
+    assert again.attached[1].numbers == whole.attached[1].numbers
 
 
 def test_a_loss_that_is_no_number_is_no_step() -> None:

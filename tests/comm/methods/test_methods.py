@@ -370,7 +370,7 @@ def require_no_trace(spec: LocalUpdate, start: Parameters | None = None) -> None
             assert equal(again.live(rank), end.live(rank))
             for kept in spec.kinds:
                 assert equal(again.kept(rank, kept), end.kept(rank, kept))
-        assert again.attached[0].numbers() == end.attached[0].numbers()
+        assert again.attached[0].numbers == end.attached[0].numbers
 
 
 def test_a_round_that_failed_on_its_way_is_resumed_as_failed() -> None:
@@ -384,7 +384,7 @@ def test_a_round_that_failed_on_its_way_is_resumed_as_failed() -> None:
         one.train(4)
     assert replicas.attached[0].method.failed_rounds >= 1  # type: ignore[attr-defined]
     assert all(equal(again.live(rank), replicas.live(rank)) for rank in range(2))
-    assert again.attached[0].numbers() == replicas.attached[0].numbers()
+    assert again.attached[0].numbers == replicas.attached[0].numbers
 
 
 @pytest.mark.parametrize("state", ["replicated", "sharded", "offloaded"])

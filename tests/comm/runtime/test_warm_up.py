@@ -196,7 +196,7 @@ def test_what_is_owed_follows_the_scale_of_the_gradients() -> None:
     replicas = Replicas(diloco(every_steps=3, warmup_steps=3, warmup_compress=EF2), 2)
     replicas.train(3)
     before, anchor = replicas.kept(0, "unsent"), replicas.anchor
-    replicas.attached[0].rescale(4.0)
+    replicas.attached[0].feedback.rescale(4.0)
     assert equal(replicas.kept(0, "unsent"), {fqn: 4 * value for fqn, value in before.items()})
     assert equal(replicas.anchor, anchor)
 
