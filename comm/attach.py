@@ -153,7 +153,7 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
             attached.context.stepped_elsewhere = frozenset(pieces.trained.outside)
             attached.context.require_still = pieces.trained.require_still
         pieces.trained.warn_of_outside()
-        attached.files = RankFiles(attached, pieces)
+        attached.files = RankFiles(attached, pieces, attached.saved)
         return attached
     except BaseException:  # a refusal leaves the model and the optimizer unchanged
         pieces.detach()

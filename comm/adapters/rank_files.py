@@ -16,6 +16,7 @@ from torch import Tensor
 from dtrain.comm import tensor_file
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.runtime.saved import Entries, place_name
+from dtrain.comm.runtime.saved_state import REFUSED, SavedState
 
 if TYPE_CHECKING:
     from dtrain.comm.adapters.trained_parameters import Trained
@@ -40,15 +41,16 @@ class Held(Pieces, Protocol):
 class RankFiles:
     """Saves and loads this rank's file; all ranks succeed, or all raise."""
 
-    def __init__(self, sync: Attached, pieces: Held) -> None:
-        self._sync, self._pieces = sync, pieces
+    def __init__(self, sync: Attached, pieces: Held, saved: SavedState) -> None:
+        self._sync, self._pieces, self._saved = sync, pieces, saved
 
     def save(self, folder: Path) -> None:
         """`Attached.save`."""
 
-        def write() -> None:
+        def write() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             tensor_file.write(folder / f"{self.place()}{SUFFIX}", content)
+            return self._sync.steps
 
         with self._sync.evaluation().paused():
             content = self._content()
@@ -94,7 +96,13 @@ class RankFiles:
 
     def _restore(self, read: Callable[[], object]) -> None:
         content: dict[str, Any] = {}
-        self._together(lambda: content.update(self._checked(read())), "was not read")
+
+        def checked() -> int:
+            content.update(self._checked(read()))
+            return self._saved.step_of(content["sync"])
+
+        self._together(checked, "was not read")
+        self._pieces.trained.clear()
         self._pieces.write(content["parameters"])
         buffers = self._buffers()
         with torch.no_grad():
@@ -110,6 +118,11 @@ class RankFiles:
         """Raises ``ValueError`` for another format or model."""
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"what was saved is of another format than {FORMAT}, which this version of dtrain reads")
+        groups, here_groups = len(content["optimizer"]["groups"]), len(self._pieces.optimizer.param_groups)
+        if groups != here_groups:
+            raise ValueError(
+                f"the saved optimizer has {groups} groups of parameters, and this one {here_groups}; make the same one"
+            )
         for kind, now in (("parameters", self._pieces.read(copy=False)), ("buffers", self._buffers())):
             saved = {name: tuple(value.shape) for name, value in content[kind].items()}
             here = {name: tuple(value.shape) for name, value in now.items()}
@@ -122,18 +135,24 @@ class RankFiles:
                 )
         return content
 
-    def _together(self, work: Callable[[], None], what: str) -> None:
-        """Do it on all ranks; raises on all of them if it failed on one."""
+    def _together(self, work: Callable[[], int], what: str) -> None:
+        """Do it on all ranks; ``work`` returns its step. Raises on all of them if it failed on one, or steps differ."""
         failed: Exception | None = None
+        step = REFUSED
         try:
-            work()
+            step = work()
         except (OSError, TypeError, ValueError) as error:
             failed = error
-        replicas, shards = self._sync.context.membership.gather_number(int(failed is not None))
+        replicas, shards = self._sync.context.membership.gather_number(step)
         if failed is not None:
             raise failed
-        if any((*replicas, *shards)):
-            where = [rank for rank, wrong in enumerate(replicas) if wrong] or "of another shard"
+        if len({*replicas, *shards} - {REFUSED}) > 1:
+            raise ValueError(
+                f"the parts are of different steps: {replicas} on the replicas, {shards} on the ranks of this one; all "
+                "ranks make the same number of steps, and save and load at the same one"
+            )
+        if REFUSED in (*replicas, *shards):
+            where = [rank for rank, its in enumerate(replicas) if its == REFUSED] or "of another shard"
             raise RuntimeError(f"the part of replicas {where} {what}, and they say why; this rank's is all right")
 
 

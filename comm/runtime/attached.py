@@ -34,7 +34,8 @@ class Attached:
 
     ``method``: see `Method`. ``feedback``: what error feedback keeps. ``gauges``: of the last exchange, for metrics.
     ``decisions``: choices that the method has made, as text; their reader clears the list. ``may_compile``: kernels,
-    between steps; it takes seconds. ``files``: where a model is attached, what `save` and `load` use.
+    between steps; it takes seconds. ``saved``: saves and loads `state_dict`. ``files``: where a model is
+    attached, what `save` and `load` use.
     ``forwards_steps``: whether ``optimizer.step()`` is `step`.
     """
 
@@ -51,7 +52,7 @@ class Attached:
         self.may_compile = True
         self.files: RankFiles | None = None
         self.forwards_steps = False
-        self._saved = SavedState(context, method)
+        self.saved = SavedState(context, method)
         context.pieces.set_gradient_exchange(method.exchange)
 
     # ---- one step --------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ class Attached:
 
     def _require_live(self, call: str) -> None:
         """Raise ``RuntimeError`` within `evaluation`, at whose end changes by ``call`` would be lost."""
-        self._saved.require_read()
+        self.saved.require_read()
         if self._detached:
             raise RuntimeError(f"{call} after detach() was called: attach the model again, or step its own optimizer")
         if self._shown.live is not None:
@@ -172,7 +173,7 @@ class Attached:
         save its own. "parameters" is a digest of this rank's parameters, which are saved separately; a state taken
         within `evaluation` also holds the live ones, and restores them.
         """
-        return self._saved.state_dict(self._shown.live)
+        return self.saved.state_dict(self._shown.live)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Resume from a `state_dict`, after the model's and the optimizer's states were loaded.
@@ -183,7 +184,7 @@ class Attached:
         ``state | {"sync": None}`` is loaded even if method or settings differ, if the names of its entries are this
         sync's.
         """
-        self._saved.load(state)
+        self.saved.load(state)
 
     def save(self, folder: str | Path) -> None:
         """Write what this rank needs to go on into a file of its own in ``folder``: trained parameters, buffers, the
@@ -246,7 +247,7 @@ class Attached:
         self.pieces.detach()
         self.pieces.channel.close()
         self.context.membership.close()
-        self._saved.require_read()
+        self.saved.require_read()
 
     # ---- properties ------------------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class Attached:
     @property
     def numbers(self) -> Numbers:
         """The counters that a checkpoint keeps."""
-        return self._saved.numbers()
+        return self.saved.numbers()
 
     @property
     def steps(self) -> int:

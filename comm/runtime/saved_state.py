@@ -101,8 +101,19 @@ class SavedState:
         if isinstance(live := entries.get("live"), Mapping):
             self._context.pieces.write(live)
 
+    def step_of(self, state: object) -> int:
+        """The step at which ``state`` was taken. Raises as `load` does, whatever the model holds."""
+        return int(self._fitting(state)[2]["steps"])
+
     def _checked(self, state: object) -> tuple[Mapping[str, object], Tensors, Numbers]:
         """This rank's entries, and their tensors and numbers. Raises ``ValueError``, ``TypeError`` if unfit."""
+        entries, tensors, numbers = self._fitting(state)
+        self._require_parameters(entries)
+        self._require_optimizer(entries)
+        return entries, tensors, numbers
+
+    def _fitting(self, state: object) -> tuple[Mapping[str, object], Tensors, Numbers]:
+        """The same, whatever model and optimizer hold."""
         saved = self._last_saved() if self._last_saved is not None else None
         if saved is not None and isinstance(state, Mapping) and any(value is saved for value in state.values()):
             raise ValueError(NOTHING_LOADED)
@@ -110,8 +121,6 @@ class SavedState:
         require_same_sync(entries, self._context.description, self._place() if self._context.differs_by_rank else None)
         tensors = tensors_of(entries, self._context.state.kinds, self._context.pieces.segments, self._method.always)
         numbers = numbers_of(entries, (*COUNTERS, *self._method.counters), self.numbers())
-        self._require_parameters(entries)
-        self._require_optimizer(entries)
         return entries, tensors, numbers
 
     def _require_parameters(self, entries: Mapping[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -74,6 +75,12 @@ class Synced:
         self._method, self._begin_anew, self._options = method, begin_anew, options
         self._loading = Path()
         self._undo: list[Callable[[], None]] = []
+        if any(inner.optimizer.state for inner in self._each()):
+            warnings.warn(
+                "the optimizer has a state already: if accelerator.load_state made it, call Synced before load_state, "
+                "or what the ranks saved is not loaded and a new round begins",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
         require_alike("dtrain.integrations.accelerate", begin_anew=begin_anew)
         self.sync: Attached = self._attach()
         self._wrap("save_state", self._save_state)
@@ -142,6 +149,11 @@ class Synced:
 
     def _remember(self, models: list[nn.Module], folder: str) -> None:
         self._loading = Path(os.path.expanduser(folder))
+        if not self._begin_anew and not (self._loading / FOLDER).is_dir():
+            raise FileNotFoundError(
+                f"{folder} has no folder {FOLDER}: it was saved without Synced. To begin a round from its weights: "
+                "Synced(..., begin_anew=True)"
+            )
 
 
 def _tell_skipped(optimizer: AcceleratedOptimizer, sync: Attached) -> None:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adafactor, AdamW
 
 from dtrain import attach, diloco, every_step, streaming_diloco
+from dtrain.comm import tensor_file
 from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.method import Sync
 from dtrain.compress import error_feedback, topk
@@ -178,6 +179,10 @@ def refusals(folder: str, kind: str) -> str:
     dist.barrier()
     if kind == "missing" and dist.get_rank() == 1:
         own.unlink()
+    if kind == "steps" and dist.get_rank() == 1:
+        later = cast("dict[str, Any]", tensor_file.read(own))
+        next(iter(later["sync"].values()))["numbers"]["steps"] += 2
+        tensor_file.write(own, later)
     if kind == "damaged" and dist.get_rank() == 1:
         content = bytearray(own.read_bytes())
         content[-1] ^= 1
@@ -194,7 +199,7 @@ def refusals(folder: str, kind: str) -> str:
     except (ValueError, OSError, RuntimeError) as error:
         changed = not all(torch.equal(value, before[fqn]) for fqn, value in other.sync.pieces.read().items())
         other.sync.detach()
-        return f"{type(error).__name__}: {error}" + (" CHANGED" if changed and kind != "sync" else "")
+        return f"{type(error).__name__}: {error}" + (" CHANGED" if changed else "")
     return "loaded"
 
 
@@ -230,12 +235,29 @@ def test_it_goes_on_bitwise_in_deepspeed(pool: WorkerPool, stage: str, forward: 
         assert pool.run(on_with_zero, stage, name, folder, forward, world=4) == [True] * 4
 
 
+def saved_apart() -> str:
+    """What a rank is told that saves after another number of steps than the others."""
+    training = Training("plain", "diloco", "AdamW")
+    training.train(range(2 + dist.get_rank()))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            training.sync.save(folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_save_at_different_steps_are_told(pool: WorkerPool) -> None:
+    assert all("different steps: [2, 3] on the replicas" in said for said in pool.run(saved_apart, world=2))
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
         ("missing", ["RuntimeError: the part of replicas [1] was not read", "FileNotFoundError: "]),
         ("damaged", ["RuntimeError: the part of replicas [1] was not read", "DamagedFile: "]),
         ("model", ["ValueError: ", "ValueError: "]),
+        ("steps", ["ValueError: the parts are of different steps: [2, 4]"] * 2),
         ("sync", ["ValueError: this state was saved with", "ValueError: this state was saved with"]),
     ],
 )
