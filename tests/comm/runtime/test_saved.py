@@ -295,7 +295,7 @@ def test_a_framework_that_writes_the_main_process_only_is_found_out_at_once(name
     replicas = trained(SPECS[name])
     with pytest.warns(RuntimeWarning, match="the state of step 7 was thrown away unread"):
         saves(replicas)
-    replicas.attached[0]._saved.require_read()
+    replicas.attached[0].saved.require_read()
     call = {"diloco": "close_round", "ef21": "state_dict", "sharded": "detach"}.get(name, "step")
     with pytest.raises(RuntimeError, match="gave at step 7 was thrown away unread") as error:
         getattr(replicas.attached[1], call)()
@@ -313,7 +313,7 @@ def test_whoever_looks_into_it_has_it() -> None:
     for look in looks.values():
         look(states(replicas)[0])
         gc.collect()
-        replicas.attached[0]._saved.require_read()
+        replicas.attached[0].saved.require_read()
     with pytest.warns(RuntimeWarning, match="thrown away unread"):
         states(replicas)
     with pytest.raises(RuntimeError, match="was thrown away"):
