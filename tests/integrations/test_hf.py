@@ -482,7 +482,7 @@ def resumed(kind: str, folder: str) -> str:
     [
         ("plain", ["FileNotFoundError: ", "FileNotFoundError: "]),
         ("only the model", ["FileNotFoundError: ", "FileNotFoundError: "]),
-        ("a rank's is missing", ["RuntimeError: the file of replicas [1] was not read", "FileNotFoundError: "]),
+        ("a rank's is missing", ["RuntimeError: the part of replicas [1] was not read", "FileNotFoundError: "]),
         ("another", ["ValueError: this state was saved with", "ValueError: this state was saved with"]),
     ],
 )
