@@ -81,7 +81,7 @@ class Forwarded:
                 "step each of them once, then the next"
             )
         optimizer._opt_called = True  # for its scheduler, which may be stepped before the last optimizer is
-        self._asked[id(optimizer)] = _hyperparameters(optimizer) if self._number > 1 else []
+        self._asked[id(optimizer)] = _copied(hyperparameters(optimizer)) if self._number > 1 else []
         if len(self._asked) == self._number:
             try:
                 self._step()
@@ -138,7 +138,10 @@ def _replaced(owner: object, name: str, function: Callable[..., Any]) -> Callabl
     return undo
 
 
-def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Of each group, copied."""
-    named = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    return [{n: v.clone() if isinstance(v, Tensor) else v for n, v in group.items()} for group in named]
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Of each group, without its parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def _copied(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{n: v.clone() if isinstance(v, Tensor) else v for n, v in group.items()} for group in groups]

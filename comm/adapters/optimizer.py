@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtrain.comm.adapters.forwarding import Forwarded, forwarded_engine
+from dtrain.comm.adapters.forwarding import Forwarded, forwarded_engine, hyperparameters
 from dtrain.comm.inner_optimizers.chained import with_members
 from dtrain.comm.layout import Named
 
@@ -174,11 +174,6 @@ def load_local_snapshot(optimizer: torch.optim.Optimizer, snapshot: Mapping[str,
         optimizer.state[p] = {
             name: _placed(value, p, counts) if isinstance(value, Tensor) else value for name, value in named.items()
         }
-
-
-def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Of each group, without its parameters."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def load_hyperparameters(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -30,7 +30,7 @@ def is_plain(model: nn.Module) -> bool:
     if cut is not None:
         raise TypeError(
             f"{cut} of this {type(model).__name__} is a DTensor, so no rank holds the model whole; give the root of "
-            "fully_shard, sharded over the shard axis alone"
+            "fully_shard"
         )
     return True
 

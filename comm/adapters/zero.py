@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrain.comm.adapters.forwarding import hyperparameters
 from dtrain.comm.adapters.optimizer import (
     StepGuard,
-    hyperparameters,
     is_scalar,
     load_hyperparameters,
     require_elementwise,

@@ -83,6 +83,8 @@ class Synced:
             )  # fmt: skip
         require_alike("dtrain.integrations.accelerate", begin_anew=begin_anew)
         self.sync: Attached = self._attach()
+        for wrapped in self._each():
+            self._tell_skipped(wrapped)
         self._wrap("save_state", self._save_state)
         self._wrap("load_state", self._load_state)
         self._wrap("get_state_dict", self._get_state_dict)
@@ -110,7 +112,6 @@ class Synced:
             scaler.load_state_dict(kept)
             accelerator.scaler = scaler
         for optimizer in optimizers:
-            _tell_skipped(optimizer, sync)
             if scaler is not None:
                 optimizer.scaler = scaler
                 optimizer._optimizer_original_step_method = optimizer.optimizer.step
@@ -155,16 +156,16 @@ class Synced:
                 "Synced(..., begin_anew=True)"
             )
 
+    def _tell_skipped(self, optimizer: AcceleratedOptimizer) -> None:
+        """Let Accelerate's scheduler wait, as after an overflow, where the sync has skipped a step on all ranks.
 
-def _tell_skipped(optimizer: AcceleratedOptimizer, sync: Attached) -> None:
-    """Let Accelerate's scheduler wait, as after an overflow, where the sync has skipped a step on all ranks.
+        Under local updates a replica skips alone; its scheduler goes on with those of the others.
+        """
+        original = type(optimizer).step
 
-    Under local updates a replica skips alone; its scheduler goes on with those of the others.
-    """
-    original = type(optimizer).step
+        def step(itself: Any, closure: Callable[[], float] | None = None) -> None:
+            original(itself, closure)
+            itself._is_overflow = self.sync.parameters_kind == "replicated" and self.sync.skipped_in_a_row > 0
 
-    def step(itself: Any, closure: Callable[[], float] | None = None) -> None:
-        original(itself, closure)
-        itself._is_overflow = sync.parameters_kind == "replicated" and sync.skipped_in_a_row > 0
-
-    cast(Any, optimizer).step = types.MethodType(step, optimizer)
+        cast(Any, optimizer).step = types.MethodType(step, optimizer)
+        self._undo.append(lambda: delattr(optimizer, "step"))
