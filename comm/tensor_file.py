@@ -76,9 +76,10 @@ def encoded(value: object) -> bytes:
 
 def decoded(content: bytes, name: str) -> object:
     """Undo `encoded`. Raises `DamagedFile`, which says ``name``."""
+    # A digest is no signature: behind a right one there may be any JSON, so all that reading it can raise is refused.
     try:
         return _value(memoryview(content))
-    except (DamagedFile, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise DamagedFile(f"{name} is damaged, or no file of dtrain: {error}; take another copy") from error
 
 
@@ -155,6 +156,8 @@ def _tensor(about: Mapping[str, Any], data: memoryview) -> Tensor:
 
 def _restored(described: Any, tensors: list[Tensor], depth: int) -> object:
     if not isinstance(described, dict):
+        if isinstance(described, list):
+            raise DamagedFile("its values are nested in another way")
         return described
     if depth > DEEPEST or len(described) != 1:
         raise DamagedFile("its values are nested in another way")
@@ -162,7 +165,12 @@ def _restored(described: Any, tensors: list[Tensor], depth: int) -> object:
     if kind == TENSOR:
         return tensors[inner]
     if kind == PAIRS:
-        return {key: _restored(value, tensors, depth + 1) for key, value in inner}
+        pairs = {key: _restored(value, tensors, depth + 1) for key, value in inner}
+        if not all(type(key) in (str, int) for key in pairs):
+            raise DamagedFile("its keys are neither text nor integers")
+        return pairs
+    if kind not in (LIST, TUPLE):
+        raise DamagedFile(f"a value of the kind {kind[:40]!r}")
     values = [_restored(value, tensors, depth + 1) for value in inner]
     return tuple(values) if kind == TUPLE else values
 

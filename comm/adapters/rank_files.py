@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dtrain.comm import tensor_file
+from dtrain.comm.adapters.forwarding import hyperparameters
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.runtime.saved import Entries, place_name
-from dtrain.comm.runtime.saved_state import REFUSED, SavedState
+from dtrain.comm.runtime.saved_state import REFUSED, Beside, SavedState
 
 if TYPE_CHECKING:
     from dtrain.comm.adapters.trained_parameters import Trained
@@ -102,6 +103,8 @@ class RankFiles:
             return self._saved.step_of(content["sync"])
 
         self._together(checked, "was not read")
+        states = len(content["optimizer"]["state"])
+        self._saved.load(content["sync"], Beside(content["parameters"], states))  # or nothing at all is changed
         self._pieces.trained.clear()
         self._pieces.write(content["parameters"])
         buffers = self._buffers()
@@ -109,7 +112,6 @@ class RankFiles:
             for name, value in content["buffers"].items():
                 buffers[name].copy_(value)
         self._pieces.load_optimizer_snapshot(content["optimizer"])
-        self._sync.load_state_dict(content["sync"])
 
     def _buffers(self) -> dict[str, Tensor]:
         return dict(self._pieces.trained.model.named_buffers())
@@ -118,14 +120,9 @@ class RankFiles:
         """Raises ``ValueError`` for another format or model."""
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"what was saved is of another format than {FORMAT}, which this version of dtrain reads")
-        groups, here_groups = len(content["optimizer"]["groups"]), len(self._pieces.optimizer.param_groups)
-        if groups != here_groups:
-            raise ValueError(
-                f"the saved optimizer has {groups} groups of parameters, and this one {here_groups}; make the same one"
-            )
         for kind, now in (("parameters", self._pieces.read(copy=False)), ("buffers", self._buffers())):
-            saved = {name: tuple(value.shape) for name, value in content[kind].items()}
-            here = {name: tuple(value.shape) for name, value in now.items()}
+            saved = {name: _kind(value) for name, value in _table(content, kind).items()}
+            here = {name: _kind(value) for name, value in now.items()}
             differing = sorted({name for name, _ in {*saved.items()} ^ {*here.items()}})
             if differing:
                 name = differing[0]
@@ -133,6 +130,8 @@ class RankFiles:
                     f"what was saved are the {kind} of another model: {name} is {saved.get(name, 'not there')}, and "
                     f"here {here.get(name, 'not there')} ({len(differing)} differ); attach to the model that was saved"
                 )
+        _require_snapshot(_table(content, "optimizer"), self._pieces.optimizer, self._pieces.shapes)
+        _table(content, "sync")
         return content
 
     def _together(self, work: Callable[[], int], what: str) -> None:
@@ -171,3 +170,52 @@ class RankCheckpoint:
         if self._files.place() not in state:
             raise ValueError(f"the checkpoint has {', '.join(state)}, and this is {self._files.place()}")
         self._files.decode(state[self._files.place()])
+
+
+def _table(content: Mapping[Any, Any], name: str) -> Mapping[Any, Any]:
+    value = content.get(name)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"what was saved has no table {name!r}, but {str(value)[:40]!r}; take another copy")
+    return value
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"no tensor, but {str(value)[:40]!r}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def _require_snapshot(
+    saved: Mapping[Any, Any], optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ``ValueError`` for the snapshot of an optimizer with other groups, parameters or kinds of values."""
+    groups, here = saved.get("groups"), hyperparameters(optimizer)
+    if not isinstance(groups, list) or len(groups) != len(here):
+        count = len(groups) if isinstance(groups, list) else "no"
+        raise ValueError(
+            f"the saved optimizer has {count} groups of parameters, and this one {len(here)}; make the same one"
+        )
+    for group, now in zip(groups, here, strict=True):
+        for name, value in group.items() if isinstance(group, Mapping) else [("all of it", group)]:
+            if not _alike(value, now.get(name, value if isinstance(group, Mapping) else {})):
+                raise ValueError(
+                    f"the saved optimizer has {name} = {str(value)[:40]!r}, and this one {now.get(name)!r}; make the "
+                    "same one"
+                )
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    for key, named in _table(saved, "state").items():
+        inner = dict(named) if isinstance(named, Mapping) else None
+        known = 0 <= key < count if isinstance(key, int) else inner is not None and inner.keys() <= shapes.keys()
+        if inner is None or not known:
+            raise ValueError(
+                f"the saved optimizer has state for parameter {key!r}, and this one has {count} parameters; make the "
+                "same one"
+            )
+
+
+def _alike(saved: object, now: object) -> bool:
+    """Whether a hyperparameter has the kind of the present one; what is None in one of them may be anything."""
+    numbers = (int, float, Tensor)
+    if saved is None or now is None or type(saved) is type(now):
+        return True
+    return isinstance(saved, numbers) and isinstance(now, numbers)

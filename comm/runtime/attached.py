@@ -201,7 +201,8 @@ class Attached:
         """Undo `save`, bitwise, on the same number of ranks, before the first step. Every rank must call it.
 
         Raises ``FileNotFoundError`` if a rank's file is missing, ``ValueError`` for a damaged one, for another model,
-        optimizer or sync, and for files of different steps; ``RuntimeError`` where another rank has refused its file.
+        optimizer or sync, and for files of different steps; ``TypeError`` for one without a sync's state;
+        ``RuntimeError`` where another rank has refused its file. Nothing is changed then.
         """
         self._require_files().load(Path(folder))
 

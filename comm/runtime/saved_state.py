@@ -6,6 +6,7 @@ import hashlib
 import warnings
 import weakref
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +31,15 @@ REFUSED = -1
 
 COUNTERS = ("steps", "skipped", "skipped_in_a_row")
 """Counters of the context, saved for every method."""
+
+
+class Beside(NamedTuple):
+    """What a state of a sync is loaded beside."""
+
+    parameters: Mapping[str, Tensor]
+    """This rank's pieces."""
+    optimizer: int
+    """The number of parameters of which the optimizer has state."""
 
 
 class SavedState:
@@ -65,13 +75,13 @@ class SavedState:
 
         return RankedState(self._name(), entries, unread if self._context.differs_by_rank else None)
 
-    def load(self, state: Mapping[str, object]) -> None:
-        """`Attached.load_state_dict`."""
+    def load(self, state: Mapping[str, object], beside: Beside | None = None) -> None:
+        """`Attached.load_state_dict`. ``beside``: what model and optimizer will hold; None: what they hold now."""
         refusal: Exception | None = None
         tensors: Tensors = {}
         numbers: Numbers = {"steps": REFUSED}
         try:
-            entries, tensors, numbers = self._checked(state)
+            entries, tensors, numbers = self._checked(state, beside or self._beside())
         except (TypeError, ValueError) as error:
             refusal = error
         replicas, shards = self._context.membership.gather_number(int(numbers["steps"]))
@@ -105,11 +115,11 @@ class SavedState:
         """The step at which ``state`` was taken. Raises as `load` does, whatever the model holds."""
         return int(self._fitting(state)[2]["steps"])
 
-    def _checked(self, state: object) -> tuple[Mapping[str, object], Tensors, Numbers]:
+    def _checked(self, state: object, beside: Beside) -> tuple[Mapping[str, object], Tensors, Numbers]:
         """This rank's entries, and their tensors and numbers. Raises ``ValueError``, ``TypeError`` if unfit."""
         entries, tensors, numbers = self._fitting(state)
-        self._require_parameters(entries)
-        self._require_optimizer(entries)
+        self._require_parameters(entries, beside.parameters)
+        self._require_optimizer(entries, beside.optimizer)
         return entries, tensors, numbers
 
     def _fitting(self, state: object) -> tuple[Mapping[str, object], Tensors, Numbers]:
@@ -123,11 +133,14 @@ class SavedState:
         numbers = numbers_of(entries, (*COUNTERS, *self._method.counters), self.numbers())
         return entries, tensors, numbers
 
-    def _require_parameters(self, entries: Mapping[str, object]) -> None:
+    def _beside(self) -> Beside:
+        return Beside(self._context.pieces.read(copy=False), self._optimizer_states())
+
+    def _require_parameters(self, entries: Mapping[str, object], parameters: Mapping[str, Tensor]) -> None:
         saved = entries.get("parameters")
         if saved is None:
             return
-        now = _digest(self._context.pieces.read(copy=False))
+        now = _digest(parameters)
         other_shard = str(entries.get("place")).partition(", ")[2] not in self._place()  # other parameters
         live = entries.get("live")
         if saved != now and not other_shard and not (isinstance(live, Mapping) and _digest(live) == now):
@@ -137,10 +150,10 @@ class SavedState:
                 "files (in a round of a local update the replicas differ)"
             )
 
-    def _require_optimizer(self, entries: Mapping[str, object]) -> None:
+    def _require_optimizer(self, entries: Mapping[str, object], states: int) -> None:
         """Raise ``ValueError`` if the optimizer has no state, but had some when this state was taken."""
         saved = entries.get("optimizer")
-        if isinstance(saved, int) and saved > 0 and not self._optimizer_states():
+        if isinstance(saved, int) and saved > 0 and not states:
             raise ValueError(
                 f"the optimizer has no state, and had that of {saved} parameters when this was taken: load the "
                 "optimizer's state first, then the sync's; if it is to begin anew, leave out the entry 'optimizer': "

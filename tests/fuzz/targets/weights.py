@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
+import struct
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 
+from dtrain import attach, diloco
+from dtrain.comm import tensor_file
 from dtrain.comm.layout import Segment, even_slice
 from dtrain.errors import CheckpointError, DataError, ResumeError
 from dtrain.train.checkpoint import Placement, load, newest
@@ -19,6 +25,7 @@ from dtrain.train.checkpoint.weights import weights_of
 from dtrain.train.data.tokenize import tokenize
 from dtrain.train.data.tokens import MANIFEST as DESCRIPTION
 from dtrain.train.data.tokens import TOKENS, TokenFile
+from tests.comm.zoo import draw
 from tests.fakes.checkpoint_threads import write_together
 from tests.fuzz.harness import Case, Target
 
@@ -168,6 +175,76 @@ def tokens(name: str, folder: Path) -> Case:
     return Case(intact, read, (DataError, IndexError), check, json=name == DESCRIPTION)
 
 
+def _sealed(header: dict[str, Any], described: str, data: bytes) -> bytes:
+    """A file of `tensor_file` whose digest is right, whatever it says."""
+    digest = tensor_file._digest(header, described, [data])
+    metadata = {tensor_file.VALUE: described, tensor_file.DIGEST: digest}
+    text = json.dumps({**header, tensor_file.METADATA: metadata}).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def _opened(content: bytes) -> tuple[dict[str, Any], str, bytes]:
+    """Header, value and tensors of a file of `tensor_file`."""
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8:end])
+    return header, header.pop(tensor_file.METADATA)[tensor_file.VALUE], content[end:]
+
+
+def tensor_files(folder: Path) -> Case:
+    """What `Attached.save` writes, by its digest as it was written or refused."""
+    value = {"w": torch.arange(6.0).view(2, 3), "groups": [{"lr": 0.1, "betas": (0.9, 0.999)}], 3: None}
+    tensor_file.write(folder / "rank", value)
+
+    def read(data: bytes) -> object:
+        (folder / "rank").write_bytes(data)
+        return tensor_file.read(folder / "rank")
+
+    def check(found: object, intact: bool) -> None:
+        assert repr(found) == repr(value)
+
+    return Case((folder / "rank").read_bytes(), read, (tensor_file.DamagedFile,), check)
+
+
+def rank_files(folder: Path) -> Case:
+    """The same, of a sync, sealed anew: loaded as what fits model, optimizer and sync, or nothing is changed."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    sync = attach(model, optimizer, diloco(every_steps=4))
+    for seed in range(2):
+        model(draw(seed, 12).view(4, 3)).square().mean().backward()
+        sync.step()
+    sync.save(folder)
+    (file,) = folder.glob("*.safetensors")
+    header, described, tensors = _opened(file.read_bytes())
+
+    def state() -> str:
+        return repr([model.state_dict(), optimizer.state_dict(), sync.state.tensors, sync.numbers])
+
+    def read(data: bytes) -> object:
+        try:
+            content = json.loads(data)
+            changed, value = content["header"], json.dumps(content["value"])
+            file.write_bytes(_sealed(changed, value, tensors))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise tensor_file.DamagedFile(str(error)) from error
+        before = state()
+        try:
+            sync.load(folder)
+        except Exception as error:
+            assert state() == before, "a refused file changed something"
+            if type(error) is TypeError and "state of a sync is" not in str(error):
+                raise AssertionError("no error of ours") from error
+            raise
+        return sync
+
+    def check(found: object, intact: bool) -> None:
+        assert {str(value.dtype) for value in model.parameters()} == {"torch.float32"}
+
+    intact = json.dumps({"header": header, "value": json.loads(described)}).encode()
+    return Case(intact, read, (TypeError, ValueError), check, json=True)
+
+
 TARGETS = (
     Target("checkpoint: manifest", functools.partial(checkpoint, MANIFEST)),
     Target("checkpoint: rank file", functools.partial(checkpoint, data_name(1))),
@@ -175,6 +252,8 @@ TARGETS = (
     Target("weights: manifest", functools.partial(step_folder, MANIFEST)),
     Target("weights: rank file", functools.partial(step_folder, data_name(0))),
     Target("weights: export", exported),
+    Target("sync.save: rank file", tensor_files),
+    Target("sync.save: rank file sealed anew", rank_files),
     Target("tokens: description", functools.partial(tokens, DESCRIPTION)),
     Target("tokens: tokens", functools.partial(tokens, TOKENS)),
 )
