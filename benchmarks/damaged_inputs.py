@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from benchmarks.evidence import circumstances, write
 from benchmarks.harness import say
@@ -27,6 +28,8 @@ CHUNK = 5_000
 PROCESSES = 2
 KEPT = Path("build/fuzz.jsonl")
 CODE = ("comm", "dtrain", "launchers", "slurm", "tests/fuzz")
+
+Row: TypeAlias = dict[str, Any]
 
 Work = tuple[int, int, int, int]
 """Number of the target, first input, how many, seed."""
@@ -83,14 +86,32 @@ def merged(chunks: Sequence[Counts]) -> Counts:
     return total
 
 
-def report(by_parser: dict[str, Counts], command: str) -> Report:
-    """The page, from what became of the inputs of each target."""
-    rows = [
-        [name, f"{c.inputs:,}", f"{c.refused:,}", f"{c.read:,}", f"{sum(c.failures.values()):,}",
-         f"{1000 * c.slowest_seconds:,.0f}", f"{c.peak_mib:,.0f}"]
-        for name, c in by_parser.items()
+def row(counts: Counts, revision: str) -> Row:
+    """What the page says of one target."""
+    return {
+        "inputs": counts.inputs, "refused": counts.refused, "read": counts.read, "failures": dict(counts.failures),
+        "slowest_seconds": counts.slowest_seconds, "peak_mib": counts.peak_mib, "made_at": revision,
+    }  # fmt: skip
+
+
+def rows_of(page: Path) -> dict[str, Row]:
+    """Those of a page that was written before, of the targets that there still are; none without a page."""
+    if not page.exists():
+        return {}
+    content = json.loads(page.read_text())
+    names = {target.name for target in TARGETS}
+    made_at = content["made"]["revision"]
+    return {name: {"made_at": made_at, **said} for name, said in content["figures"].items() if name in names}
+
+
+def report(rows: Mapping[str, Row], command: str) -> Report:
+    """The page, by `row` of each target."""
+    lines = [
+        [name, f"{r['inputs']:,}", f"{r['refused']:,}", f"{r['read']:,}", f"{sum(r['failures'].values()):,}",
+         f"{1000 * r['slowest_seconds']:,.0f}", f"{r['peak_mib']:,.0f}", r["made_at"][:10]]
+        for name, r in rows.items()
     ]  # fmt: skip
-    failures = {name: dict(counts.failures) for name, counts in by_parser.items() if counts.failures}
+    failures = {name: r["failures"] for name, r in rows.items() if r["failures"]}
     listed = "".join(f"- {name}: {places}\n" for name, places in failures.items()) or "None.\n"
     body = (
         "Each input is an intact file or message with bits flipped, ends cut off or added, slices removed, repeated, "
@@ -98,26 +119,49 @@ def report(by_parser: dict[str, Counts], command: str) -> Report:
         "the exception that the parser documents. Read: a value; where the format has a checksum it was compared with "
         "what was written, elsewhere its types were. Failed: any other exception, a changed value behind a checksum, a "
         f"value of wrong types, more than {MEMORY_MIB} MiB or {SECONDS:.0f} s, or the end of the process.\n\n"
-        + table(["parser", "inputs", "refused", "read", "failed", "slowest, ms", "memory, MiB"], rows)
+        + table(["parser", "inputs", "refused", "read", "failed", "slowest, ms", "memory, MiB", "made at"], lines)
         + "\n\n## Failures\n\n" + listed
     )  # fmt: skip
     checks = (
-        at_most("inputs that failed", sum(sum(counts.failures.values()) for counts in by_parser.values()), 0),
-        at_most("slowest input", max(counts.slowest_seconds for counts in by_parser.values()), SECONDS, " s"),
-        at_most("memory for one input", max(counts.peak_mib for counts in by_parser.values()), MEMORY_MIB, " MiB"),
+        at_most("inputs that failed", sum(sum(r["failures"].values()) for r in rows.values()), 0),
+        at_most("slowest input", max(r["slowest_seconds"] for r in rows.values()), SECONDS, " s"),
+        at_most("memory for one input", max(r["peak_mib"] for r in rows.values()), MEMORY_MIB, " MiB"),
     )
-    figures = {
-        name: {"inputs": c.inputs, "refused": c.refused, "read": c.read, "failures": dict(c.failures),
-               "slowest_seconds": c.slowest_seconds, "peak_mib": c.peak_mib}
-        for name, c in by_parser.items()
-    }  # fmt: skip
-    return Report("Damaged inputs", body, (command,), checks, figures)
+    return Report("Damaged inputs", body, (command,), checks, dict(rows))
+
+
+def _tried(picked: Sequence[int], inputs: int, seed: int) -> dict[str, list[Counts]]:
+    """Chunks of the picked targets, by name; those that are kept are not tried again."""
+    firsts = range(0, inputs, CHUNK)
+    work = [(n, first, min(CHUNK, inputs - first), seed) for n in picked for first in firsts]
+    kept = Kept(KEPT)
+    by_parser: dict[str, list[Counts]] = {}
+    with ProcessPoolExecutor(PROCESSES) as pool, contextlib.ExitStack() as ended:
+        ended.callback(pool.shutdown, cancel_futures=True)  # an error here does not wait for hours of work
+        tried = pool.map(_chunk, [chunk for chunk in work if kept.get(chunk) is None])
+        for chunk in work:
+            counts = kept.get(chunk)
+            if counts is None:
+                counts = next(tried)
+                kept.add(chunk, counts)
+            name = TARGETS[chunk[0]].name
+            by_parser.setdefault(name, []).append(counts)
+            if chunk[1] + CHUNK >= inputs:
+                tried_all = merged(by_parser[name])
+                failures = dict(tried_all.failures)
+                say(f"{name}: {tried_all.inputs:,} inputs, {sum(failures.values())} failed {failures}")
+                for example in tried_all.examples[:3]:
+                    say(example)
+    return by_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 if no input failed. Raises `DirtyTree` before anything runs, if a page would be written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.damaged_inputs", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="parsers whose names contain it; all by default")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME",
+        help="parsers whose names contain it; all by default. With --out the page there keeps its other rows",
+    )  # fmt: skip
     parser.add_argument("--inputs", type=int, default=100_000, help="for each parser (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -132,29 +176,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if out is not None:
         require_clean()
     made = circumstances()
-    firsts = range(0, chosen.inputs, CHUNK)
-    work = [(n, first, min(CHUNK, chosen.inputs - first), chosen.seed) for n in picked for first in firsts]
-    kept = Kept(KEPT)
-    by_parser: dict[str, list[Counts]] = {}
-    with ProcessPoolExecutor(PROCESSES) as pool, contextlib.ExitStack() as ended:
-        ended.callback(pool.shutdown, cancel_futures=True)  # an error here does not wait for hours of work
-        tried = pool.map(_chunk, [chunk for chunk in work if kept.get(chunk) is None])
-        for chunk in work:
-            counts = kept.get(chunk)
-            if counts is None:
-                counts = next(tried)
-                kept.add(chunk, counts)
-            name = TARGETS[chunk[0]].name
-            by_parser.setdefault(name, []).append(counts)
-            if chunk[1] + CHUNK >= chosen.inputs:
-                whole = merged(by_parser[name])
-                say(f"{name}: {whole.inputs:,} inputs, {sum(whole.failures.values())} failed {dict(whole.failures)}")
-                for example in whole.examples[:3]:
-                    say(example)
-    whole_report = report({name: merged(parts) for name, parts in by_parser.items()}, "make fuzz")
+    by_parser = _tried(picked, chosen.inputs, chosen.seed)
+    rows = {name: row(merged(parts), made.revision) for name, parts in by_parser.items()}
+    others = rows_of(out / "fuzz.json") if out is not None and chosen.names else {}
+    kept_rows = {name: said for name, said in others.items() if name not in rows}
+    order = [target.name for target in TARGETS if target.name in rows or target.name in kept_rows]
+    whole = report({name: rows.get(name) or kept_rows[name] for name in order}, "make fuzz")
     if out is not None:
-        write("fuzz", whole_report, made, out)
-    return int(not all(check.met for check in whole_report.checks))
+        write("fuzz", whole, made, out, Counter(said["made_at"] for said in kept_rows.values()))
+    return int(not all(check.met for check in whole.checks))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class RankFiles:
         for kind, now in (("parameters", self._pieces.read(copy=False)), ("buffers", self._buffers())):
             saved = {name: _kind(value) for name, value in _table(content, kind).items()}
             here = {name: _kind(value) for name, value in now.items()}
-            differing = sorted({name for name, _ in {*saved.items()} ^ {*here.items()}})
+            differing = sorted({name for name, _ in {*saved.items()} ^ {*here.items()}}, key=str)
             if differing:
                 name = differing[0]
                 raise ValueError(
