@@ -17,7 +17,7 @@ EXAMPLES = {"plain_ddp": 2, "diloco_fsdp2": 4, "hsdp_fsdp2": 4, "deepspeed_zero"
 
 RESUMES, MEET, ONE_BYTE = "save_and_resume", "come_and_go", "one_byte_members"
 NOTEBOOK, LORA = "notebook", "lora"
-ELSEWHERE = {"hf_trainer", "hf_lora"}
+ELSEWHERE = {"hf_trainer", "hf_lora", "lightning_trainer", "fabric_loop"}
 """In tests/integrations."""
 
 

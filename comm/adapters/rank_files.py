@@ -215,7 +215,7 @@ def _require_snapshot(
 
 def _alike(saved: object, now: object) -> bool:
     """Whether a hyperparameter has the kind of the present one; what is None in one of them may be anything."""
-    numbers = (int, float, Tensor)
+    numbers, sequences = (int, float, Tensor), (list, tuple)  # DCP makes lists of tuples
     if saved is None or now is None or type(saved) is type(now):
         return True
-    return isinstance(saved, numbers) and isinstance(now, numbers)
+    return any(isinstance(saved, kinds) and isinstance(now, kinds) for kinds in (numbers, sequences))

@@ -1,0 +1,55 @@
+"""DiLoCo in Lightning's Trainer: two replicas train alone, and exchange int8 deltas every 10 steps.
+
+Run: torchrun --standalone --nproc-per-node=2 examples/lightning_trainer.py FOLDER
+"""
+
+import sys
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+
+from dtrain import diloco
+from dtrain.compress import quantize
+from dtrain.integrations.lightning import SyncStrategy
+
+
+class Regression(lightning.LightningModule):
+    """The sum of 64 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 1))
+
+    def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        loss = (self.net(batch[0]) - batch[1]).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[torch.Tensor]) -> None:
+        self.log("val_loss", (self.net(batch[0]) - batch[1]).square().mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=2e-3)
+
+
+torch.manual_seed(0)
+x = torch.randn(6400, 64)
+data = TensorDataset(x, x.sum(1, keepdim=True))
+trainer = lightning.Trainer(
+    accelerator="cpu",
+    devices=2,
+    max_epochs=3,
+    log_every_n_steps=20,
+    gradient_clip_val=10.0,
+    logger=CSVLogger(sys.argv[1], name="", version=""),
+    callbacks=[ModelCheckpoint(sys.argv[1], monitor="val_loss")],
+    enable_progress_bar=False,
+    strategy=SyncStrategy(diloco(every_steps=10, compress=quantize(bits=8))),
+)
+trainer.fit(Regression(), DataLoader(data, batch_size=32, shuffle=True), DataLoader(data, batch_size=640))
+trainer.print(
+    f"val_loss {trainer.callback_metrics['val_loss']:.3f}, best {trainer.checkpoint_callback.best_model_path}"
+)

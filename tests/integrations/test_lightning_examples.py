@@ -1,0 +1,51 @@
+"""The examples of Lightning and Fabric run, learn, and are at most five lines longer than without dtrain."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.mark.parametrize("name", ["lightning_trainer", "fabric_loop"])
+def test_at_most_five_lines_are_dtrains(name: str) -> None:
+    text = (ROOT / "examples" / f"{name}.py").read_text().split('"""', 2)[2]
+    lines = [line for line in text.splitlines() if re.search(r"\b(dtrain|SyncStrategy|synced)\b", line)]
+    assert 0 < len(lines) <= 5, lines
+
+
+def torchrun(name: str, *arguments: str) -> str:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*run, f"examples/{name}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_the_trainer_learns_logs_its_bytes_and_keeps_the_best(tmp_path: Path) -> None:
+    said = torchrun("lightning_trainer", str(tmp_path))
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    losses, values = ([float(row[name]) for row in rows if row[name]] for name in ("loss", "val_loss"))
+    assert losses[-1] < 0.2 * losses[0] and values[-1] == min(values) and f"val_loss {values[-1]:.3f}" in said
+    sent = [float(row["dtrain_sent_bytes"]) for row in rows if row["dtrain_sent_bytes"]]
+    assert sent == sorted(sent) and sent[-1] > sent[0]
+    assert {row["dtrain_skipped_steps"] for row in rows} == {"", "0.0"}
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    files = {path.name for path in Path(f"{checkpoint}.dtrain").iterdir()}
+    assert files == {f"replica-{replica}-of-2.shard-0-of-1.safetensors" for replica in range(2)}
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_the_loop_learns() -> None:
+    said = torchrun("fabric_loop")
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", said)]
+    assert losses[-1] < 0.2 * losses[0] and "0 skipped, sent" in said
