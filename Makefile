@@ -3,6 +3,8 @@
 #   make test      set up, then run the tests, all but those that need a cluster
 #   make test-quick  the tests that start no processes, three cases of each: about two minutes on two cores
 #   make test-cluster   set up, then run the tests on a Slurm cluster on this machine, and under mpirun
+#   make gpu       the tests on one CUDA card, then docs/evidence/gpu.md: twenty minutes; without a card it says so and
+#                  fails. make gpu GPU_PYTHON=python3 takes a Python that has torch for CUDA, and sets nothing up
 #   make check     ruff and mypy --strict
 #   make fuzz      100,000 damaged inputs for every parser, into docs/evidence/fuzz.md (an hour or two)
 #   make kill      100 runs killed at random and resumed, into docs/evidence/kill_and_resume.md (three quarters of an hour)
@@ -15,7 +17,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system train test test-quick test-cluster check fuzz kill evidence measured-beside clean
+.PHONY: help setup setup-system train test test-quick test-cluster gpu check fuzz kill evidence measured-beside clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -58,16 +60,23 @@ setup-system:
 train: setup
 	$(BIN)/dtrain train $(ARGS)
 
-QUICK := "not (processes or system or cluster or slow)"
+QUICK := "not (processes or system or cluster or slow or gpu)"
 
 test: setup setup-system
-	$(BIN)/python -m pytest -m "not cluster" -n 2 --dist loadfile --slowest=build/slowest.md $(ARGS)
+	$(BIN)/python -m pytest -m "not (cluster or gpu)" -n 2 --dist loadfile --slowest=build/slowest.md $(ARGS)
 
 test-quick: setup
 	$(BIN)/python -m pytest -m $(QUICK) --hypothesis-profile quick --few=3 -n 2 --dist worksteal $(ARGS)
 
 test-cluster: setup setup-system
 	$(BIN)/python -m pytest -m cluster -n 2 --dist loadfile $(ARGS)
+
+# Both are made, and either may fail it. The cards of a machine are shared: one process after the other.
+GPU_PYTHON ?= $(BIN)/python
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
+	@$(GPU_PYTHON) -m tests.gpu.card
+	@code=0; $(GPU_PYTHON) -m pytest -m gpu tests/gpu $(ARGS) || code=$$?; \
+	$(GPU_PYTHON) -m benchmarks gpu || code=$$?; exit $$code
 
 check: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from benchmarks.equal_tokens import equal_tokens
 from benchmarks.evidence import circumstances, write
 from benchmarks.few_bytes import all_syncs, few_bytes
 from benchmarks.fine_tuning import fine_tuning
+from benchmarks.gpu import gpu
 from benchmarks.harness import Session, say
 from benchmarks.kernels import kernels
 from benchmarks.leaks import leaks
@@ -43,8 +44,9 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "best_six": best_six, "equal_time": equal_time, "time_to_loss": time_to_loss, "small_model": small_model,
     "sparse_routes": sparse_routes,
     "shared_seed": shared_seed, "fine_tuning": fine_tuning, "suite": suite,
+    "gpu": gpu,
 }  # fmt: skip
-LATER = ("suite",)  # only when it is named
+LATER = ("suite", "gpu")  # only when it is named
 STALE, PROSE = "stale", "prose"
 
 
@@ -55,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure, into docs/evidence/.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME",
-        help=f"{', '.join(REPORTS)}; all but {LATER[0]} by default. {STALE}: list what is out of date. {PROSE}: write "
-        "the figures of the pages into README.md and docs",
+        help=f"{', '.join(REPORTS)}; all but {' and '.join(LATER)} by default. {STALE}: list what is out of date. "
+        f"{PROSE}: write the figures of the pages into README.md and docs",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path(EVIDENCE), help="the folder (default: %(default)s)")
     parser.add_argument(

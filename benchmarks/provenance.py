@@ -53,6 +53,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "leaks": ("comm", "dtrain/train", "benchmarks/leaks.py"),
     "shared_seed": ("comm", "benchmarks/digits.py", "benchmarks/shared_seed.py"),
     "fine_tuning": (*TRAINING, "benchmarks/fine_tuning.py"),
+    "gpu": ("comm", "dtrain/train/models", "tests/gpu", "benchmarks/gpu.py"),
     "suite": ("comm", "configs", "dtrain", "launchers", "slurm", "tests"),
     "fuzz": ("comm", "dtrain", "launchers", "slurm", "tests/fuzz"),
     "kill_and_resume": (*TRAINING, "tests/kill", "tests/programs"),

@@ -9,23 +9,31 @@ comes first. All ranks start the same flows in the same order, so they issue the
 is encoded, and another flow decoded, while the ops of flow b are on the wire. With NCCL the newest comes last, as the
 others would wait in the stream until its tensors are computed. `flush`, and every wait, ends a batch of flows on all
 ranks.
+
+With CUDA a flow begins, on the side stream, when what its caller's stream had enqueued is done, and the stream of
+whoever asks for its result waits for its end. The allocator knows of neither: it gives memory that is freed to the
+stream it was allocated on, at once. So what a flow was given is kept until its result is asked for, and the result's
+memory until the stream that got it has come past its use.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
+import inspect
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dtrain.comm.ops import Axis, Flow, Op, Place
 from dtrain.comm.transports.meter import Meter
@@ -50,6 +58,8 @@ class Handle(Generic[R]):
         self._result: R | None = None
         self._error: BaseException | None = None
         self._ready: torch.cuda.Event | None = None
+        self._given: object = None
+        """What the flow was given, where the side stream may read it after the flow has ended."""
 
     def wait(self) -> R:
         """Block until the flow has ended; the time blocked counts as exposed. Every rank must call it at this place."""
@@ -66,7 +76,12 @@ class Handle(Generic[R]):
             why = "; a peer has left: do all ranks make the same number of steps? Its own log says more" if left else ""
             raise RuntimeError(f"a collective flow failed: {self._error}{why}") from self._error
         if self._ready is not None:
-            torch.cuda.current_stream().wait_event(self._ready)
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._ready)
+            for tensor in _tensors(self._result):
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)
+            self._given = None
         return cast(R, self._result)
 
     def _finish(self, result: R | None, error: BaseException | None) -> None:
@@ -153,6 +168,7 @@ class Channel:
         ready = None
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             ready = torch.cuda.current_stream().record_event()
+            handle._given = inspect.getgeneratorlocals(flow) if inspect.isgenerator(flow) else None
         self._queue.put(_Job(cast(Flow[object], flow), cast(Handle[object], handle), ready))
         return handle
 
@@ -259,6 +275,19 @@ class Channel:
             self._failure = self._failure or error
             job.handle._finish(None, error)
         return None
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in what a flow has returned."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
 
 
 def _places(transports: Mapping[Axis, Transport]) -> dict[Axis, Place]:

@@ -2,7 +2,9 @@
 
 A kernel is a function of tensors [rows, blocks, elements] that writes its results into the last of them (`by_blocks`
 cuts flat rows into such views). The eager function is readable, and the reference: `torch.compile` makes of it one pass
-over memory, vectorized C++ on CPU and Triton on GPU, with the same bits (tests/comm/test_kernels.py).
+over memory, vectorized C++ on CPU and Triton on GPU, with the same bits (tests/comm/test_kernels.py, tests/gpu). Triton
+by itself fuses multiplications with additions and approximates quotients, so that inductor is told to round as eager
+code does (`AS_EAGER`); on a GPU, a torch that cannot be told runs them eagerly.
 
 Compiling takes seconds, so small tensors never cause it, and larger ones only after eager calls have taken about as
 long. It happens in `compile_what_is_due`, on the thread that calls it (a sync does between
@@ -34,6 +36,9 @@ SMALLEST = 1 << 16
 WORTHWHILE = 1 << 28
 """Elements that go through eagerly before a kernel is compiled: about five seconds of one core, as compiling takes."""
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+AS_EAGER = ("emulate_precision_casts", "eager_numerics.division_rounding")
+"""Settings of inductor by which Triton rounds every operation (the first also switches fusing off), and divides
+exactly."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ class _Compiler:
         def eager(*tensors: Tensor) -> None:
             function(*tensors, **constants)
 
-        if cls.missing:
+        options = _options(like[0].device)
+        if cls.missing or options is None:
             return eager
         # A code object of its own: torch counts compilations by code object, and stops after eight.
         copy = types.FunctionType(
@@ -118,7 +124,7 @@ class _Compiler:
         )  # fmt: skip
         copy.__kwdefaults__ = dict(constants)
         _keep_cache_private()
-        compiled = torch.compile(copy, fullgraph=True)
+        compiled = torch.compile(copy, fullgraph=True, options=options)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's own, about itself
@@ -132,6 +138,16 @@ class _Compiler:
             )  # fmt: skip
             return eager
         return compiled
+
+
+def _options(device: torch.device) -> dict[str, str | int | bool | Callable[..., object]] | None:
+    """Inductor's for ``device``; None where what it compiles would have other bits than eager code."""
+    if device.type == "cpu":
+        return {}
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    return dict.fromkeys(AS_EAGER, True) if all(name in known for name in AS_EAGER) else None
 
 
 def _keep_cache_private() -> None:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import settings
 
 from dtrain.testing import WorkerPool
+from tests.gpu.card import asked
 
 # No deadline: the machines that run the tests are shared, and an example that is slow once is no finding.
 settings.register_profile("local", deadline=None)
@@ -36,6 +37,12 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """But for those of `tests/gpu`, tests are on the CPU where there is a card too."""
+    if torch.version.cuda is not None and not asked(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_finish() -> None:

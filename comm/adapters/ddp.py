@@ -115,7 +115,7 @@ class DDPPieces(ModulePieces):
     def on_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Exchange one bucket's gradients in the background."""
         buffer = bucket.buffer()
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future = _future(buffer)
         if self._keeps_its_own:  # DDP calls the hook nevertheless, as with a static graph in the first step
             future.set_result(buffer)
             return future
@@ -280,9 +280,16 @@ def _averaged(bucket: GradBucket, group: dist.ProcessGroup) -> torch.futures.Fut
     """What DDP does without a hook."""
     buffer = bucket.buffer()
     dist.all_reduce(buffer, group=group)
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future = _future(buffer)
     future.set_result(buffer.div_(group.size()))
     return future
+
+
+def _future(buffer: Tensor) -> torch.futures.Future[Tensor]:
+    """A future of ``buffer``. On a GPU whoever waits for it waits for the stream that set it, and it refuses tensors of
+    devices that it was not told of.
+    """
+    return torch.futures.Future(devices=[] if buffer.is_cpu else [buffer.device])
 
 
 class EarlierPasses:

@@ -1,5 +1,8 @@
 """torch.distributed as a transport: NCCL moves ops on a side stream, gloo on threads of its own.
 
+Each moves tensors of its own device (`served`); others are copied there and back: small numbers that a rank computes on
+the CPU where the group is NCCL's, tensors of a GPU where it is gloo's, which has no sends and receives for them.
+
 gloo's all-to-all sends to a peer and then receives from it, one peer after the other. A receiver signals that it
 is ready over the connection that carries the data, so that signal waits behind the data, and the link carries one
 direction at a time: over links of 100 Mbit/s a little more than half of what it can. So on CPU this module uses sends
@@ -37,7 +40,8 @@ class TorchTransport:
         self._group: dist.ProcessGroup | None = group
         self._owned, self._noted = owned, 0
         self.rank, self.size = group.rank(), group.size()
-        self.in_stream_order = dist.get_backend(group) == "nccl"
+        self._served = served(group)
+        self.in_stream_order = self._served != ["cpu"]
 
     @classmethod
     def between(cls, ranks: Sequence[int], backend: str | None = None) -> TorchTransport:
@@ -52,13 +56,15 @@ class TorchTransport:
 
     def issue(self, op: Op) -> Collective:
         """Pass ``op`` to torch.distributed, as one packed message."""
-        if not isinstance(op, AllToAll | Shift) or not all(tensor.is_cpu for tensor in op.payload):
-            return Collective(op, self.group)
+        packed = outgoing(op, self.size)
+        sent = packed.to(near(packed.device, self._served))
+        if not isinstance(op, AllToAll | Shift) or not sent.is_cpu:
+            return Collective(op, sent, packed.device, self.group)
         self._noted += 1
         size = sum(tensor.numel() for tensor in op.payload)
         dtypes = " ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in op.payload}))
         over = note(self.group.group_name, type(op).__name__, self._noted, size, dtypes)
-        return Collective(op, self.group, over)
+        return Collective(op, sent, packed.device, self.group, over)
 
     def clone(self) -> TorchTransport:
         return self.between(dist.get_process_group_ranks(self.group), dist.get_backend(self.group))
@@ -69,13 +75,41 @@ class TorchTransport:
             free(group)
 
 
-class Collective:
-    """An op under way in torch.distributed. ``over``: called at its end."""
+def served(group: dist.ProcessGroup) -> list[str]:
+    """Types of the devices whose tensors ``group`` moves; the CPU's first."""
+    types = [
+        device.type
+        for device in group._device_types
+        if device.type == "cpu" or group._get_backend(device).name() != "gloo"
+    ]
+    return sorted(types, key=lambda name: name != "cpu")
 
-    def __init__(self, op: Op, group: dist.ProcessGroup, over: Callable[[], None] = lambda: None) -> None:
-        self._op, self._world, self._over = op, group.size(), over
+
+def near(device: torch.device, types: Sequence[str]) -> torch.device:
+    """``device``, or where its tensors are copied to for a group that serves ``types``.
+
+    >>> near(torch.device("cuda", 1), ["cpu"])
+    device(type='cpu')
+    """
+    if device.type in types:
+        return device
+    return torch.device(types[0]) if types[0] == "cpu" else torch.device(types[0], torch.cuda.current_device())
+
+
+class Collective:
+    """An op under way in torch.distributed.
+
+    ``sent``: as bytes, on a device that the group serves. ``home``: the device of the reply. ``over``: called at its
+    end.
+    """
+
+    def __init__(
+        self, op: Op, sent: Tensor, home: torch.device, group: dist.ProcessGroup,
+        over: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._op, self._world, self._home, self._over = op, group.size(), home, over
         self._works: list[dist.Work] = []
-        self._arrived = self._issue(outgoing(op, self._world), group)
+        self._arrived = self._issue(sent, group)
 
     def __del__(self) -> None:
         self._over()  # also after another flow failed, when nobody waits for this op
@@ -89,7 +123,7 @@ class Collective:
         for work in self._works:
             work.wait()
         self._over()
-        return reply(self._op, self._arrived, self._world)
+        return reply(self._op, self._arrived.to(self._home), self._world)
 
     def _issue(self, sent: Tensor, group: dist.ProcessGroup) -> Tensor:
         """The buffer of the reply."""

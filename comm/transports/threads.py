@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+import torch
+
 from dtrain.comm.ops import Op, Payload
 from dtrain.comm.transports.simulate import replies_of
 from dtrain.comm.transports.transport import CompletedWork
@@ -36,6 +38,7 @@ class Meeting:
     def exchange(self, rank: int, op: Op) -> Payload:
         """Wait for all ranks' ops; returns this rank's reply. Raises ``RuntimeError`` if the ranks diverge."""
         self._ops[rank] = op
+        _await_device(op)  # of a rank's stream, which another one's does not wait for
         try:
             self._barrier.wait()
         except threading.BrokenBarrierError as error:
@@ -54,6 +57,7 @@ class Meeting:
     def _meet(self) -> None:
         try:
             self._replies = replies_of([self._ops[rank] for rank in range(self.world)], self._number)
+            _await_device(self._ops[0])
         except Exception as error:  # raised on every rank: a barrier whose action fails raises on one
             self._failure = error
         self._number += 1
@@ -81,3 +85,9 @@ class Seat:
 
     def close(self) -> None:
         pass
+
+
+def _await_device(op: Op) -> None:
+    """Block until the current stream is done, if the tensors of ``op`` are on a GPU."""
+    if any(tensor.is_cuda for tensor in op.payload):
+        torch.cuda.current_stream().synchronize()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,8 @@ from dtrain.bench.rows import Row, append
 from dtrain.bench.settings import Settings
 from dtrain.comm.channel import Channel
 from dtrain.launchers import rendezvous as meeting
-from dtrain.launchers.environment import Environment
 from dtrain.report.environment import record
+from dtrain.train.mesh import own_device
 
 __all__ = ["main"]
 
@@ -32,7 +31,7 @@ __all__ = ["main"]
 def main(what: str, path: Path) -> None:
     """Measure every op, or every hook, at every size."""
     settings = Settings.read(path)
-    device = _device()
+    device = own_device()
     native = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(native, **meeting.of_environment())
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -118,21 +117,6 @@ def _hook(bench: Bench, settings: Settings, name: str, size: int, channel: Chann
     figures = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     wire = sent or row.sent_bytes
     return HookRow(**figures, wire_bytes=wire, error=error, encode=encode, exchange=exchange, decode=decode)
-
-
-def _device() -> torch.device:
-    """This rank's GPU, or the processor where there is none. Raises ``RuntimeError`` for fewer GPUs than ranks."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank, gpus = Environment.read(os.environ).local_rank, torch.cuda.device_count()
-    if gpus == 1:  # a launcher may show each rank its own GPU alone
-        local_rank = 0
-    if local_rank >= gpus:
-        raise RuntimeError(
-            f"local rank {local_rank} has no GPU of its own, there are {gpus}: take fewer launcher.workers"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def _group(world: int, backend: str) -> dist.ProcessGroup:

@@ -25,13 +25,14 @@ DRAWS = 1500  # of a random compressor, for its mean
 KEY = Key(seed=1, step=2, rank=3, fqn="w", phase=FIRST_PHASE)
 
 
-def check_compressor(compressor: Compressor) -> None:
-    """Raise ``AssertionError``, saying what is wrong, unless ``compressor`` keeps the contract of `Compressor`.
+def check_compressor(compressor: Compressor, device: torch.device | str = "cpu") -> None:
+    """Raise ``AssertionError``, saying what is wrong, unless ``compressor`` keeps the contract of `Compressor` on rows
+    that are on ``device``.
 
     Checked: declared bytes and shapes, which must not depend on values; rows that are coded independently; the same
     bytes for the same key, and no global random generator touched; inputs left alone; zeros stay zeros; a value that is
     not finite affects no other row, and a contraction does not return it finite; the contraction, the mean, the
-    homogeneity and the linearity that it declares.
+    homogeneity and the linearity that it declares; and that it stays on the device.
     """
     assert not isinstance(compressor, type), f"{compressor.__name__} is a class; give one of its instances"
     assert not hasattr(compressor, "feedback") and two_rounds(compressor) is None, (
@@ -43,17 +44,19 @@ def check_compressor(compressor: Compressor) -> None:
     assert not missing, f"{compressor!r} lacks {', '.join(missing)}: see dtrain.comm.compressors.compressor"
     assert isinstance(compressor.delta, int | float), f"delta is {compressor.delta!r}; it is a number"
     assert isinstance(compressor.row_bytes(7), int), f"row_bytes gives {compressor.row_bytes(7)!r}; bytes are an int"
+    device = torch.empty(0, device=device).device  # with its number
     for width in WIDTHS:
-        for name, rows in _inputs(width):
+        for name, values in _inputs(width):
+            rows = values.to(device)
             _check_coding(compressor, rows, f"{name}, {width} wide")
             _check_contraction(compressor, rows, f"{name}, {width} wide")
-    _check_not_finite(compressor)
+    _check_not_finite(compressor, device)
     if compressor.homogeneous:
-        _check_homogeneous(compressor)
+        _check_homogeneous(compressor, device)
     if compressor.linear:
-        _check_linear(compressor)
+        _check_linear(compressor, device)
     if compressor.unbiased:
-        _check_unbiased(compressor)
+        _check_unbiased(compressor, device)
 
 
 def _inputs(width: int) -> Iterator[tuple[str, Tensor]]:
@@ -79,22 +82,25 @@ def _round_trip(compressor: Compressor, rows: Tensor, key: Key = KEY) -> Tensor:
 
 
 def _check_coding(compressor: Compressor, rows: Tensor, what: str) -> None:
-    width, before, generators = rows.shape[1], rows.clone(), torch.get_rng_state()
+    width, before, generators = rows.shape[1], rows.clone(), _generators(rows.device)
     payload = compressor.encode(rows, KEY)
     assert isinstance(payload, tuple), f"{what}: encode gave a {type(payload).__name__}; give a tuple of tensors"
     assert torch.equal(rows, before), f"{what}: encode wrote into its input"
     sent, declared = payload_bytes(payload), rows.shape[0] * compressor.row_bytes(width)
     assert sent == declared, f"{what}: {sent} bytes were sent, row_bytes declares {declared} for these rows"
     assert all(tensor.shape[:1] == rows.shape[:1] for tensor in payload), f"{what}: a payload tensor has no row per row"
+    devices = {tensor.device for tensor in payload}
+    assert devices <= {rows.device}, f"{what}: encode made of rows on {rows.device} a payload on {devices}"
     before_decode = tuple(tensor.clone() for tensor in payload)
     decoded = compressor.decode(payload, width, KEY.shared)
+    assert decoded.device == rows.device, f"{what}: decode gave rows on {decoded.device}, not on {rows.device}"
     assert decoded.shape == rows.shape, f"{what}: decoded to {tuple(decoded.shape)}, encoded from {tuple(rows.shape)}"
     assert decoded.dtype == torch.float32, f"{what}: decoded to {decoded.dtype}; fp32 is the contract"
     assert _same(payload, before_decode), f"{what}: decode wrote into the payload"
     assert _same(payload, compressor.encode(rows, KEY)), f"{what}: the same key gave other bytes"
     last_row = compressor.decode(tuple(tensor[-1:] for tensor in payload), width, KEY.shared)
     assert torch.equal(last_row[0], _round_trip(compressor, rows)[-1]), f"{what}: a row alone decodes to something else"
-    assert torch.equal(torch.get_rng_state(), generators), f"{what}: the global generator moved; use key.generator()"
+    assert torch.equal(_generators(rows.device), generators), f"{what}: the global generator moved; use key.generator()"
     if not bool(rows.any()):
         assert not bool(_round_trip(compressor, rows).any()), f"{what}: zeros did not stay zeros"
 
@@ -114,9 +120,9 @@ def _check_contraction(compressor: Compressor, rows: Tensor, what: str) -> None:
     )
 
 
-def _check_not_finite(compressor: Compressor) -> None:
+def _check_not_finite(compressor: Compressor, device: torch.device) -> None:
     for bad in (math.nan, math.inf, -math.inf):
-        rows = torch.linspace(-1, 1, 61).repeat(2, 1)
+        rows = torch.linspace(-1, 1, 61).repeat(2, 1).to(device)
         rows[0, 40] = bad
         decoded = _round_trip(compressor, rows)
         wrong = bool(torch.isfinite(decoded[0]).all()) and compressor.delta > 0 and not _random(compressor)
@@ -124,8 +130,8 @@ def _check_not_finite(compressor: Compressor) -> None:
         assert bool(torch.isfinite(decoded[1]).all()), f"{bad} in one row broke another"
 
 
-def _check_homogeneous(compressor: Compressor) -> None:
-    rows = torch.randn(2, 61, generator=torch.Generator().manual_seed(5))
+def _check_homogeneous(compressor: Compressor, device: torch.device) -> None:
+    rows = torch.randn(2, 61, generator=torch.Generator().manual_seed(5)).to(device)
     for factor in (2.0**-20, 4.0, 2.0**30):  # powers of two: nothing is rounded another way
         scaled, plain = _round_trip(compressor, rows * factor), _round_trip(compressor, rows)
         assert torch.allclose(scaled, plain * factor, rtol=1e-5, atol=0), f"not homogeneous: factor {factor:g}"
@@ -137,8 +143,8 @@ def _check_homogeneous(compressor: Compressor) -> None:
         )
 
 
-def _check_linear(compressor: Compressor) -> None:
-    first, second = torch.randn(2, 3, 61, generator=torch.Generator().manual_seed(6))
+def _check_linear(compressor: Compressor, device: torch.device) -> None:
+    first, second = torch.randn(2, 3, 61, generator=torch.Generator().manual_seed(6)).to(device)
     keys = [Key(1, 2, rank, "w", FIRST_PHASE) for rank in (0, 1)]
     payloads = [compressor.encode(rows, key) for rows, key in zip((first, second), keys, strict=True)]
     total = tuple(a.float() + b.float() for a, b in zip(*payloads, strict=True))
@@ -148,11 +154,11 @@ def _check_linear(compressor: Compressor) -> None:
     assert torch.allclose(together, torch.as_tensor(apart), rtol=0.02, atol=0.02), "not linear: the sum decodes wrong"
 
 
-def _check_unbiased(compressor: Compressor) -> None:
+def _check_unbiased(compressor: Compressor, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(7)
     normal = torch.randn(1, 61, generator=generator)
     tailed = normal / torch.rand(1, 61, generator=generator).clamp(min=0.02)
-    for rows in (normal, tailed):
+    for rows in (normal.to(device), tailed.to(device)):
         decoded = [_round_trip(compressor, rows, Key(seed, 0, 0, "w", FIRST_PHASE)) for seed in range(DRAWS)]
         draws = torch.cat(decoded).double()
         off = (draws.mean(0) - rows[0].double()).abs()
@@ -171,6 +177,12 @@ def _random(compressor: Compressor) -> bool:
     return not torch.equal(
         _round_trip(compressor, rows), _round_trip(compressor, rows, Key(99, 98, 3, "w", FIRST_PHASE))
     )
+
+
+def _generators(device: torch.device) -> Tensor:
+    """The states of torch's global generators."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return torch.cat([torch.get_rng_state(), *on_device])
 
 
 def _same(one: Payload, other: Payload) -> bool:

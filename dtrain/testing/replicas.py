@@ -45,7 +45,8 @@ def draw(seed: int, numel: int) -> Tensor:
 
 def quadratic(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
     """The gradient of a quadratic that differs by rank, with noise that differs by step."""
-    return (1 + 0.3 * rank) * (x - draw(rank, x.numel())) + 0.1 * draw(1000 * rank + step, x.numel())
+    towards, noise = (draw(seed, x.numel()).to(x.device) for seed in (rank, 1000 * rank + step))
+    return (1 + 0.3 * rank) * (x - towards) + 0.1 * noise
 
 
 def common(rank: int, step: int, fqn: str, x: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class Replicas:
     """``world`` of them under one sync, each in a thread.
 
     ``gradient``: of (rank, step, fqn, parameter), which differs by rank by default; ``start``: the first parameters,
-    flat.
+    flat, on any device.
     """
 
     def __init__(

@@ -20,6 +20,8 @@ from dtrain.comm.transports.groups import kept_group
 from dtrain.comm.transports.mpi import TIMEOUT_SECONDS, MpiTransport, replicate_transport
 from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import SelfTransport, Transport
+from dtrain.errors import ConfigError
+from dtrain.launchers.environment import Environment
 from dtrain.launchers.probe import HANG_SECONDS, note_collective
 
 # The probe ends a hanging rank and writes its stacks; it looks every few seconds and must act before this timeout.
@@ -88,6 +90,24 @@ def build_mesh(replicas: int, shards: int, transport: Literal["torch", "mpi"] = 
         channel=Channel({"replicate": peers, "shard": TorchTransport.between(row) if shards > 1 else SelfTransport()}),
         control=Channel({"replicate": TorchTransport.between(range(world), backend="gloo")}),
     )
+
+
+def own_device() -> torch.device:
+    """This rank's GPU, which becomes the current one, or the processor where there is none.
+
+    Raises ``ConfigError`` for fewer GPUs than ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, gpus = Environment.read(os.environ).local_rank, torch.cuda.device_count()
+    if gpus == 1:  # a launcher may show each rank its own GPU alone
+        local_rank = 0
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own, there are {gpus}: take fewer launcher.workers"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def _over_mpi(replicas: int, shards: int, rank: int) -> MpiTransport:

@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import HashStore
 
 from dtrain.launchers import rendezvous as meeting
 from dtrain.launchers.probe import await_gloo_threads
-from dtrain.train.mesh import patience
+from dtrain.train.mesh import own_device, patience
 
 __all__ = ["joined", "make_equal"]
 
@@ -29,9 +29,7 @@ def joined() -> Iterator[tuple[int, int]]:
     if dist.is_initialized():
         yield dist.get_rank(), dist.get_world_size()
         return
-    if cuda := torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if cuda else "gloo"
+    backend = "nccl" if own_device().type == "cuda" else "gloo"
     alone = "RANK" not in os.environ or "WORLD_SIZE" not in os.environ
     if alone:
         before = {name: os.environ.get(name) for name in ALONE}

@@ -39,13 +39,12 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 def main(arguments: list[str]) -> int:
     """Train one rank; returns the exit code. Raises what training raises, for the launcher's error file."""
     with loading():
-        import torch
         import torch.distributed as dist
 
         from dtrain.comm.transports.mpi import finalize
         from dtrain.report.progress import printer
         from dtrain.train.config import load
-        from dtrain.train.mesh import patience
+        from dtrain.train.mesh import own_device, patience
         from dtrain.train.signals import StopRequest
         from dtrain.train.time_limit import Clock
         from dtrain.train.trainer import train
@@ -64,10 +63,7 @@ def main(arguments: list[str]) -> int:
     check_interface(os.environ.get(INTERFACE, ""), (name for _, name in socket.if_nameindex()))
     # `dtrain train` on one machine shows the rows of metrics.jsonl itself; elsewhere they belong in the log.
     in_foreground = "TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT not in os.environ
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if cuda else "gloo"
+    backend = "nccl" if own_device().type == "cuda" else "gloo"
     with alone(Path(config.run.dir)):
         dist.init_process_group(backend, timeout=patience(backend), **meeting.of_environment())
         try:

@@ -209,3 +209,17 @@ def test_without_a_compiler_it_is_said_once_and_everything_works(monkeypatch: py
         warnings.simplefilter("error")
         Kernel(doubled)(values, out := torch.empty_like(values))
     assert torch.equal(out, 2 * values)
+
+
+def test_on_a_gpu_kernels_are_compiled_to_round_as_eager_code_does_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert fused._options(torch.device("cpu")) == {}
+    assert fused._options(torch.device("cuda")) in (None, dict.fromkeys(fused.AS_EAGER, True))  # None before torch 2.13
+    monkeypatch.setattr(fused, "AS_EAGER", ("what_this_torch_does_not_know",))
+    assert fused._options(torch.device("cuda")) is None
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    like = fused._Like((2,), (1,), torch.float32, torch.device("cuda"))
+    eager = fused._Compiler.compile(doubled, {}, [like])
+    eager(torch.ones(2), out := torch.empty(2))
+    assert torch.equal(out, torch.full((2,), 2.0))
