@@ -59,8 +59,8 @@ def attach(
         model: ``DistributedDataParallel``; an FSDP2 root (``fully_shard`` on a mesh of a replicate and a shard axis, or
             of the shard axis alone); or a DeepSpeed engine of ZeRO stage 1, 2 or 3 whose ``mpu`` names the shard group.
             For a local update, such as `diloco`, also a plain module, each rank a replica.
-        optimizer: the inner optimizer, or several, each of its own parameters; None for a DeepSpeed engine, which has
-            its own.
+        optimizer: the inner optimizer, or several, each of its own parameters: a list, or an optimizer that contains
+            them in ``optimizers``, as torchtitan's does; None for a DeepSpeed engine, which has its own.
         sync: made by `every_step`, `diloco`, ...
         replicate_group: the peers of this rank: those that hold the same shard. For DDP: its process group, by default;
             for a plain module: all ranks; for FSDP2 on a mesh with a replicate axis: that axis. With the shard axis
@@ -70,7 +70,7 @@ def attach(
         members: for an elastic run: ``Members("host:port", replicas=4)``, in place of ``replicate_group``. The
             default process group is then this replica's own; the sync is a local update.
         forward_steps: ``optimizer.step()``, with or without a closure, is ``attached.step()`` until ``detach()``, for
-            trainers that call it themselves; of several optimizers in a list, the last one's that is stepped. With a
+            trainers that call it themselves; of several optimizers, the last one's that is stepped. With a
             DeepSpeed engine: ``engine.step()`` at the last microbatch. ``attached.skipped_in_a_row`` is 0 after it
             unless the step was skipped.
 

@@ -1,14 +1,16 @@
 """DiLoCo in a loop of Hugging Face Accelerate: ranks train alone, and every 20 steps exchange how far they moved.
 
 Run: torchrun --standalone --nproc-per-node=2 examples/accelerate_loop.py
+
+Lines that end in `# dtrain` are what the sync takes.
 """
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain import diloco
-from dtrain.integrations.accelerate import Synced
+from dtrain import diloco  # dtrain
+from dtrain.integrations.accelerate import Synced  # dtrain
 
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)
 torch.manual_seed(0)
@@ -17,7 +19,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 x = torch.randn(6400, 64)
 loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16, shuffle=True)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-synced = Synced(accelerator, model, optimizer, diloco(every_steps=20))
+synced = Synced(accelerator, model, optimizer, diloco(every_steps=20))  # dtrain
 
 for _ in range(3):
     for number, (x, y) in enumerate(loader):
@@ -27,8 +29,8 @@ for _ in range(3):
             optimizer.step()
             optimizer.zero_grad()
         if number % 66 == 0:
-            accelerator.print(f"step {synced.sync.steps}: loss {loss.item():.2f}")
+            accelerator.print(f"step {number // 2}: loss {loss.item():.2f}")
 
-accelerator.print(synced.sync.report())
-synced.close()
+accelerator.print(synced.sync.report())  # dtrain
+synced.close()  # dtrain
 accelerator.end_training()

@@ -1,6 +1,8 @@
 """Compressed gradients between DeepSpeed ZeRO-2 replicas: ZeRO shards inside a replica, dtrain syncs the replicas.
 
 Run: torchrun --standalone --nproc-per-node=4 examples/deepspeed_zero.py
+
+Lines that end in `# dtrain` are what the sync takes beside the groups of ranks, which DeepSpeed has to be told.
 """
 
 import deepspeed
@@ -8,8 +10,8 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 
-from dtrain import attach, every_step
-from dtrain.compress import error_feedback, quantize
+from dtrain import attach, every_step  # dtrain
+from dtrain.compress import error_feedback, quantize  # dtrain
 
 # On CPU this op takes a minute to compile, and small collectives would bypass gloo.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -45,18 +47,16 @@ engine, *_ = deepspeed.initialize(
         "zero_optimization": {"stage": 2, "overlap_comm": False},
     },
 )
-sync = attach(engine, None, every_step(compress=error_feedback(quantize(bits=8))), replicate_group=peers)
+method = every_step(compress=error_feedback(quantize(bits=8)))  # dtrain
+sync = attach(engine, None, method, replicate_group=peers)  # dtrain
 
 torch.manual_seed(1 + dist.get_rank())
 for step in range(100):
     x = torch.randn(32, 64)
     loss = (engine(x) - x.sum(1, keepdim=True)).square().mean()
     engine.backward(loss)
-    sync.step()  # replaces engine.step()
+    sync.step()  # dtrain, in place of: engine.step()
     if dist.get_rank() == 0 and step % 33 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 
-if dist.get_rank() == 0:
-    print(sync.report())
-sync.detach()
 dist.destroy_process_group()

@@ -1,14 +1,16 @@
 """DiLoCo in a loop of Lightning Fabric: ranks train alone, and every 20 steps exchange how far they moved.
 
 Run: torchrun --standalone --nproc-per-node=2 examples/fabric_loop.py
+
+Lines that end in `# dtrain` are what the sync takes.
 """
 
 import torch
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain import diloco
-from dtrain.integrations.fabric import Synced
+from dtrain import diloco  # dtrain
+from dtrain.integrations.fabric import Synced  # dtrain
 
 fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
 fabric.launch()
@@ -18,7 +20,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 x = torch.randn(6400, 64)
 loader = fabric.setup_dataloaders(DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16, shuffle=True))
 model, optimizer = fabric.setup(model, optimizer)
-synced = Synced(fabric, model, optimizer, diloco(every_steps=20))
+synced = Synced(fabric, model, optimizer, diloco(every_steps=20))  # dtrain
 
 for epoch in range(3):
     for number, (x, y) in enumerate(loader):
@@ -32,5 +34,5 @@ for epoch in range(3):
         if number % 66 == 0:
             fabric.print(f"epoch {epoch}, step {number}: loss {loss.item():.2f}")
 
-fabric.print(synced.sync.report())
-synced.close()
+fabric.print(synced.sync.report())  # dtrain
+synced.close()  # dtrain

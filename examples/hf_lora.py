@@ -1,6 +1,8 @@
 """Streaming DiLoCo of LoRA adapters: two replicas adapt a small Llama with PEFT; only the adapters are exchanged.
 
 Run: torchrun --standalone --nproc-per-node=2 examples/hf_lora.py FOLDER
+
+Lines that end in `# dtrain` are what the sync takes.
 """
 
 import argparse
@@ -11,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dtrain import streaming_diloco
-from dtrain.integrations.hf import sync_with
+from dtrain import streaming_diloco  # dtrain
+from dtrain.integrations.hf import sync_with  # dtrain
 
 text = torch.tensor(list(Path(argparse.__file__).read_bytes()[: 64 * 500]))  # bytes are tokens
 blocks = [{"input_ids": block, "labels": block} for block in text.view(-1, 64)]
@@ -39,6 +41,6 @@ trainer = Trainer(
     train_dataset=blocks[:-16],
     eval_dataset=blocks[-16:],
 )
-sync_with(trainer, streaming_diloco(every_steps=10, layers_per_fragment=1))
+sync_with(trainer, streaming_diloco(every_steps=10, layers_per_fragment=1))  # dtrain
 trainer.train()
 trainer.save_model()

@@ -1,6 +1,8 @@
 """DiLoCo in transformers.Trainer: two replicas train a small Llama on bytes and exchange int8 deltas every 10 steps.
 
 Run: torchrun --standalone --nproc-per-node=2 examples/hf_trainer.py FOLDER
+
+Lines that end in `# dtrain` are what the sync takes.
 """
 
 import argparse
@@ -10,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dtrain import diloco
-from dtrain.compress import quantize
-from dtrain.integrations.hf import sync_with
+from dtrain import diloco  # dtrain
+from dtrain.compress import quantize  # dtrain
+from dtrain.integrations.hf import sync_with  # dtrain
 
 text = torch.tensor(list(Path(argparse.__file__).read_bytes()[: 64 * 500]))  # bytes are tokens
 blocks = [{"input_ids": block, "labels": block} for block in text.view(-1, 64)]
@@ -38,6 +40,6 @@ trainer = Trainer(
     train_dataset=blocks[:-16],
     eval_dataset=blocks[-16:],
 )
-sync_with(trainer, diloco(every_steps=10, compress=quantize(bits=8)))
+sync_with(trainer, diloco(every_steps=10, compress=quantize(bits=8)))  # dtrain
 trainer.train()
 trainer.save_model()

@@ -3,6 +3,8 @@
 Model, mesh, optimizer and scheduler are made as without dtrain; `attach` finds the replicas in the mesh.
 
 Run: torchrun --standalone --nproc-per-node=4 examples/hsdp_fsdp2.py
+
+Lines that end in `# dtrain` are what the sync takes.
 """
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dtrain import attach, streaming_diloco
+from dtrain import attach, streaming_diloco  # dtrain
 
 
 class Block(nn.Module):
@@ -34,8 +36,7 @@ for block in model[1:-1]:
 fully_shard(model, mesh=mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
-method = streaming_diloco(every_steps=10, overlap_steps=2)
-sync = attach(model, optimizer, method)
+sync = attach(model, optimizer, streaming_diloco(every_steps=10, overlap_steps=2))  # dtrain
 
 torch.manual_seed(1 + dist.get_rank())
 for step in range(100):
@@ -43,16 +44,11 @@ for step in range(100):
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-    sync.step()  # in place of optimizer.step() and optimizer.zero_grad()
+    sync.step()  # dtrain, in place of: optimizer.step(); optimizer.zero_grad()
     scheduler.step()
     if dist.get_rank() == 0 and step % 33 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 
-sync.close_round()
-digest = sync.digest()  # of this replica's weights
-if mesh.get_local_rank("dp_shard") == 0:
-    print(f"replica {mesh.get_local_rank('dp_replicate')}: weights {digest:016x}")
-if dist.get_rank() == 0:
-    print(sync.report())
-sync.detach()  # the model is native HSDP again
+sync.close_round()  # dtrain
+sync.detach()  # dtrain: the model is native HSDP again
 dist.destroy_process_group()

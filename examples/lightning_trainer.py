@@ -1,6 +1,8 @@
 """DiLoCo in Lightning's Trainer: two replicas train alone, and exchange int8 deltas every 10 steps.
 
 Run: torchrun --standalone --nproc-per-node=2 examples/lightning_trainer.py FOLDER
+
+Lines that end in `# dtrain` are what the sync takes.
 """
 
 import sys
@@ -11,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain import diloco
-from dtrain.compress import quantize
-from dtrain.integrations.lightning import SyncStrategy
+from dtrain import diloco  # dtrain
+from dtrain.compress import quantize  # dtrain
+from dtrain.integrations.lightning import SyncStrategy  # dtrain
 
 
 class Regression(lightning.LightningModule):
@@ -47,7 +49,7 @@ trainer = lightning.Trainer(
     logger=CSVLogger(sys.argv[1], name="", version=""),
     callbacks=[ModelCheckpoint(sys.argv[1], monitor="val_loss")],
     enable_progress_bar=False,
-    strategy=SyncStrategy(diloco(every_steps=10, compress=quantize(bits=8))),
+    strategy=SyncStrategy(diloco(every_steps=10, compress=quantize(bits=8))),  # dtrain, in place of: strategy="ddp",
 )
 trainer.fit(Regression(), DataLoader(data, batch_size=32, shuffle=True), DataLoader(data, batch_size=640))
 trainer.print(

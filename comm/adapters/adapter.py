@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.comm.adapters.optimizer import StepGuard
 from dtrain.comm.adapters.rank_files import Held
 from dtrain.comm.adapters.requirements import is_plain, require_servable
+from dtrain.comm.adapters.wrappers import several_in
 from dtrain.comm.channel import Channel
 from dtrain.comm.inner_optimizers.chained import with_members
 
@@ -56,4 +57,4 @@ def steppers_of(model: nn.Module, given: object, optimizer: torch.optim.Optimize
         return [model]
     assert optimizer is not None  # `pieces_of` has refused that
     members = with_members(optimizer)[1:]
-    return members if members and isinstance(given, list | tuple) else [optimizer]
+    return members if members and several_in(given) is not None else [optimizer]

@@ -82,13 +82,15 @@ class StepGuard:
 def _is_dry(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step would only create the optimizer's state: torch makes one before it loads a state.
 
-    ``torch.distributed.checkpoint.state_dict`` does so with zero gradients and rates of 0. Rates alone are not
-    enough: a warm-up begins with 0 too.
+    ``torch.distributed.checkpoint.state_dict`` does so with zero gradients and rates of 0; torchtitan also where only
+    some parameters have no state, of these alone. Rates are not enough: a warm-up begins with 0 too.
     """
-    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+    if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
         return False
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not any(bool(_on_this_rank(gradient).any()) for gradient in gradients)
+    stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if optimizer.state and (not stepped or any(optimizer.state.get(p) for p in stepped)):
+        return False
+    return not any(bool(_on_this_rank(p.grad).any()) for p in stepped)
 
 
 def _on_this_rank(tensor: Tensor) -> Tensor:

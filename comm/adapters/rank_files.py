@@ -6,18 +6,23 @@ process's alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dtrain.comm import tensor_file
 from dtrain.comm.adapters.forwarding import hyperparameters
+from dtrain.comm.adapters.other_mesh import Wanted, mesh_of, remade
+from dtrain.comm.ops import Place
 from dtrain.comm.pieces import Pieces
 from dtrain.comm.runtime.saved import Entries, place_name
-from dtrain.comm.runtime.saved_state import REFUSED, Beside, SavedState
+from dtrain.comm.runtime.saved_state import REFUSED, Beside, SavedState, digest
 
 if TYPE_CHECKING:
     from dtrain.comm.adapters.trained_parameters import Trained
@@ -44,6 +49,7 @@ class RankFiles:
 
     def __init__(self, sync: Attached, pieces: Held, saved: SavedState) -> None:
         self._sync, self._pieces, self._saved = sync, pieces, saved
+        self._loaded: str | None = None  # a digest of the parameters, until the first step from them
 
     def save(self, folder: Path) -> None:
         """`Attached.save`."""
@@ -61,14 +67,9 @@ class RankFiles:
         """`Attached.load`."""
 
         def read() -> object:
-            path = folder / f"{self.place()}{SUFFIX}"
-            if not path.exists():
-                there = sorted(p.name for p in folder.glob(f"replica-*{SUFFIX}")) if folder.is_dir() else []
-                raise FileNotFoundError(
-                    f"{folder} holds no {path.name}, but {', '.join(there) or 'no file of any rank'}; resume on as "
-                    "many ranks as saved, or begin a new run from the weights"
-                )
-            return tensor_file.read(path)
+            parts = _parts_in(folder)
+            own = parts.get(self.place())
+            return own() if own is not None else self._remade(folder, parts)
 
         self._restore(read)
 
@@ -86,9 +87,53 @@ class RankFiles:
         places = self._pieces.channel.places
         return place_name(places["replicate"], places["shard"])
 
+    def _remade(self, folder: Path, parts: Mapping[str, Callable[[], object]]) -> dict[str, Any]:
+        """This rank's part, made of those of another mesh; see `other_mesh`."""
+        places, sync, pieces = self._pieces.channel.places, self._sync, self._pieces
+        replicas, shards = places["replicate"], places["shard"]
+        mesh = mesh_of(parts)
+        if mesh is None or mesh == (replicas.size, shards.size):
+            raise FileNotFoundError(
+                f"{folder} has no part of {self.place()}, but {', '.join(sorted(parts)) or 'of no rank'}. On another "
+                "number of ranks than saved, every rank needs the parts of all in one folder; without them begin a new "
+                "run from the weights"
+            )
+
+        def read(replica: int, shard: int) -> dict[str, Any]:
+            content = parts[place_name(Place(replica, mesh[0]), Place(shard, mesh[1]))]()
+            return _of_this_format(content)
+
+        wanted = Wanted(
+            pieces.segments, pieces.held, pieces.shapes, self._stepped(), sync.state.kinds, sync.parameters_kind,
+            replicas,
+        )  # fmt: skip
+        try:
+            content = remade(read, mesh, wanted)
+        except (LookupError, AttributeError, RuntimeError) as error:  # a digest is no signature, see `tensor_file`
+            raise ValueError(f"the parts in {folder} do not fit each other: {error!r}; take another copy") from error
+        if replicas.rank == shards.rank == 0:
+            own = "exactly" if mesh[0] == replicas.size else "as the mean over the replicas"
+            warnings.warn(
+                f"{folder} was saved on {mesh[0]} replicas of {mesh[1]} ranks, and these are {replicas.size} of "
+                f"{shards.size}: what each replica had of its own is restored {own}, and what a compressor keeps in "
+                "another shape begins anew",
+                UserWarning, stacklevel=8,
+            )  # fmt: skip
+        return {**content, "sync": {self.place(): content["sync"]}}
+
+    def _stepped(self) -> list[tuple[str, torch.Size]] | None:
+        """The parameters of the inner optimizer in its order; None for DeepSpeed's, which are flat."""
+        names = {id(parameter): fqn for fqn, parameter in self._pieces.trained.parameters.items()}
+        stepped = [p for group in self._pieces.optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in names for p in stepped):
+            return None
+        return [(names.get(id(p), ""), p.to_local().shape if isinstance(p, DTensor) else p.shape) for p in stepped]
+
     def _content(self) -> dict[str, Any]:
+        cut = {"segments": self._pieces.segments, "held": self._pieces.held}
         return {
             "format": FORMAT,
+            **{name: {fqn: [s.offset, s.numel] for fqn, s in segments.items()} for name, segments in cut.items()},
             "parameters": self._pieces.read(copy=False),
             "buffers": self._buffers(),
             "optimizer": self._pieces.optimizer_snapshot(),
@@ -112,14 +157,32 @@ class RankFiles:
             for name, value in content["buffers"].items():
                 buffers[name].copy_(value)
         self._pieces.load_optimizer_snapshot(content["optimizer"])
+        if self._pieces.trained.differ:
+            self._loaded = digest(self._pieces.read(copy=False))
+
+    def require_kept(self) -> None:
+        """Before the first step after loading: raise ``RuntimeError`` if the model holds other parameters by now.
+
+        Within a round each replica has its own. A loader of several parts, such as DCP, may load those of the model's
+        own entry behind ours.
+        """
+        loaded, self._loaded = self._loaded, None
+        # The modes of a schedule-free optimizer change the parameters, and so does a loss that is tried on them.
+        changes = callable(getattr(self._pieces.optimizer, "eval", None)) or self._sync.method.samples
+        if loaded is None or changes or loaded == digest(self._pieces.read(copy=False)):
+            return
+        raise RuntimeError(
+            "something loaded other parameters after sync.checkpoint or sync.load() had loaded this rank's; load them "
+            "last, or leave the model and the optimizer, which they contain, out of what is loaded (with torchtitan: "
+            'checkpoint.exclude_from_loading = ["model", "optimizer"])'
+        )
 
     def _buffers(self) -> dict[str, Tensor]:
         return dict(self._pieces.trained.model.named_buffers())
 
     def _checked(self, content: object) -> dict[str, Any]:
         """Raises ``ValueError`` for another format or model."""
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"what was saved is of another format than {FORMAT}, which this version of dtrain reads")
+        content = _of_this_format(content)
         for kind, now in (("parameters", self._pieces.read(copy=False)), ("buffers", self._buffers())):
             saved = {name: _kind(value) for name, value in _table(content, kind).items()}
             here = {name: _kind(value) for name, value in now.items()}
@@ -168,8 +231,27 @@ class RankCheckpoint:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` if the checkpoint has no part of this rank, and as `Attached.load`."""
         if self._files.place() not in state:
-            raise ValueError(f"the checkpoint has {', '.join(state)}, and this is {self._files.place()}")
+            raise ValueError(
+                f"the checkpoint has {', '.join(state)}, and this is {self._files.place()}; on another number of ranks "
+                "leave this out of what dcp.load loads, and call sync.load(folder)"
+            )
         self._files.decode(state[self._files.place()])
+
+
+def _parts_in(folder: Path) -> Mapping[str, Callable[[], object]]:
+    """How to read each part that `save`, or DCP with `RankCheckpoint`, has left in ``folder``."""
+    if (folder / ".metadata").is_file():
+        from dtrain.comm.adapters.dcp_parts import parts_of_checkpoint
+
+        return parts_of_checkpoint(folder)
+    paths = folder.glob(f"replica-*{SUFFIX}") if folder.is_dir() else ()
+    return {path.name.removesuffix(SUFFIX): partial(tensor_file.read, path) for path in paths}
+
+
+def _of_this_format(content: object) -> dict[str, Any]:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"what was saved is of another format than {FORMAT}, which this version of dtrain reads")
+    return content
 
 
 def _table(content: Mapping[Any, Any], name: str) -> Mapping[Any, Any]:

@@ -16,6 +16,12 @@ from dtrain.comm.runtime.method import Sync
 
 def is_plain(model: nn.Module) -> bool:
     """Whether every rank holds ``model`` whole, with nothing around it that communicates."""
+    if isinstance(model, list | tuple):
+        raise TypeError(
+            f"attach got a {type(model).__name__} of {len(model)} models; give the model itself. Of a trainer that "
+            "keeps the parts of a pipeline, such as torchtitan's model_parts, it is the only one: model_parts[0]; "
+            "pipelines of several parts are not served"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach got a {type(model).__name__}; give the model, an nn.Module")
     if hasattr(model, "zero_optimization_stage") or isinstance(model, DistributedDataParallel | FSDPModule):

@@ -6,7 +6,7 @@ A wrapper does not change the model, so patterns, seeds, fragments and states of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,9 @@ AROUND_OPTIMIZERS = {
     "LightningOptimizer": "_optimizer",
 }
 """The same for optimizers: Accelerate's, Fabric's and Lightning's."""
+
+IN_BACKWARD = ("OptimizersInBackwardContainer",)
+"""Containers whose optimizers are stepped within the backward pass: torchtitan's."""
 
 
 def plain_name(name: str) -> str:
@@ -53,11 +56,11 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
     """The torch optimizer, without what trainers put around it; several `chain`.
 
-    Raises ``TypeError`` for what is not one, and for an unknown wrapper; ``ValueError`` for one that communicates, and
-    for several that step the same parameter.
+    Raises ``TypeError`` for what is not one, and for an unknown wrapper; ``ValueError`` for one that communicates, for
+    several that step the same parameter, and for a container that steps within ``backward()``.
     """
-    if isinstance(optimizer, list | tuple):
-        return chain(*(cast(torch.optim.Optimizer, unwrapped_optimizer(member)) for member in optimizer))
+    if (several := several_in(optimizer)) is not None:
+        return chain(*(cast(torch.optim.Optimizer, unwrapped_optimizer(member)) for member in several))
     while (inner := _within(optimizer, AROUND_OPTIMIZERS)) is not None:
         optimizer = inner
     if optimizer is None:
@@ -80,6 +83,27 @@ def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
         f"attach got a {type(optimizer).__name__} for an optimizer, which is no torch.optim.Optimizer that was "
         f"initialized (its step has no hooks){hint}"
     )
+
+
+def several_in(given: Any) -> Sequence[Any] | None:
+    """The optimizers that a trainer steps one by one: of a list, or of a container such as torchtitan's.
+
+    A container is an optimizer with a list of others in ``optimizers``, which its own ``step()`` steps. None for
+    anything else.
+    """
+    if isinstance(given, list | tuple):
+        return given
+    if not isinstance(given, torch.optim.Optimizer):
+        return None
+    several = getattr(given, "optimizers", None)
+    if not isinstance(several, list | tuple) or not all(isinstance(one, torch.optim.Optimizer) for one in several):
+        return None
+    if any(owner.__name__ in IN_BACKWARD for owner in type(given).__mro__):
+        raise ValueError(
+            f"{type(given).__name__} steps each parameter within backward(), before anything could be exchanged or "
+            "agreed on; give attach optimizers that are stepped after it"
+        )
+    return several
 
 
 def _within(wrapper: Any, attributes: dict[str, str]) -> Any:

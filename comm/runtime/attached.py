@@ -163,6 +163,8 @@ class Attached:
                 f"{call} within sync.evaluation(), where the model holds what is to be evaluated; call it behind that "
                 "block"
             )
+        if self.files is not None:
+            self.files.require_kept()
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -198,7 +200,11 @@ class Attached:
         self._require_files().save(Path(folder))
 
     def load(self, folder: str | Path) -> None:
-        """Undo `save`, bitwise, on the same number of ranks, before the first step. Every rank must call it.
+        """Undo `save`, or a ``dcp.save`` of `checkpoint`, before the first step. Every rank must call it.
+
+        On the same replicas and shards bitwise. On others each rank's part is made of those of all ranks, which every
+        rank has to see in ``folder``: exact with as many replicas; with another number what each replica had of its own
+        becomes the mean over them, see `dtrain.comm.adapters.other_mesh`. A warning says so.
 
         Raises ``FileNotFoundError`` if a rank's file is missing, ``ValueError`` for a damaged one, for another model,
         optimizer or sync, and for files of different steps; ``TypeError`` for one without a sync's state;
@@ -216,7 +222,9 @@ class Attached:
         >>> dcp.save({"dtrain": sync.checkpoint, "scheduler": scheduler}, checkpoint_id=folder)  # doctest: +SKIP
         >>> dcp.load({"dtrain": sync.checkpoint, "scheduler": scheduler}, checkpoint_id=folder)  # doctest: +SKIP
 
-        Loading raises as `load` does.
+        Loading raises as `load` does. DCP loads what stands in its dictionary in the order of names; the model's and
+        the optimizer's own entries have to come before this one, or be left out. On another number of ranks leave this
+        one out of ``dcp.load``, and call ``load(folder)`` behind it.
         """
         from dtrain.comm.adapters.rank_files import RankCheckpoint
 

@@ -59,7 +59,7 @@ class SavedState:
         tensors = {fqn: dict(named) for fqn, named in context.state.tensors.items()}
         values: dict[str, object] = {
             "tensors": tensors, "holds": holdings(tensors), "numbers": self.numbers(),
-            "parameters": _digest(context.pieces.read(copy=False)), "place": self._place(), "sync": context.description,
+            "parameters": digest(context.pieces.read(copy=False)), "place": self._place(), "sync": context.description,
             "optimizer": self._optimizer_states(),
         }  # fmt: skip
         if live is not None:
@@ -140,10 +140,10 @@ class SavedState:
         saved = entries.get("parameters")
         if saved is None:
             return
-        now = _digest(parameters)
+        now = digest(parameters)
         other_shard = str(entries.get("place")).partition(", ")[2] not in self._place()  # other parameters
         live = entries.get("live")
-        if saved != now and not other_shard and not (isinstance(live, Mapping) and _digest(live) == now):
+        if saved != now and not other_shard and not (isinstance(live, Mapping) and digest(live) == now):
             raise ValueError(
                 "the model does not hold the parameters that this rank had when this state was taken; on every rank: "
                 "attach, then load the model's and the optimizer's states, then the sync's, each from this rank's own "
@@ -206,10 +206,10 @@ class SavedState:
         return f"replica {replicas.rank} of {replicas.size}, shard {shards.rank} of {shards.size}"
 
 
-def _digest(values: Mapping[str, Tensor]) -> str:
+def digest(values: Mapping[str, Tensor]) -> str:
     """A digest of every element, whatever the order of the names."""
-    digest = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     for fqn in sorted(values):
-        digest.update(fqn.encode())
-        digest.update(values[fqn].contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        hashed.update(fqn.encode())
+        hashed.update(values[fqn].contiguous().cpu().numpy().tobytes())
+    return hashed.hexdigest()
