@@ -2,6 +2,9 @@
 #   make train     set up, then train the default: 4 workers (2 replicas x 2 shards), FSDP2, DiLoCo with int8 deltas
 #   make test      set up, then run the tests, all but those that need a cluster
 #   make test-quick  the tests that start no processes, three cases of each: about two minutes on two cores
+#   make test-torch TORCH=2.11.0 PYTHON=python3.12   the tests with another torch, in an environment of its own
+#                  (build/torch-2.11.0-py312, from PyPI, several GB): the pure, the simulated and those of processes, three
+#                  cases of each; without DeepSpeed, Slurm and MPI. What was run where: docs/torch_versions.md
 #   make test-cluster   set up, then run the tests on a Slurm cluster on this machine, and under mpirun
 #   make gpu       the tests on one CUDA card, then docs/evidence/gpu.md: twenty minutes; without a card it says so and
 #                  fails. make gpu GPU_PYTHON=python3 takes a Python that has torch for CUDA, and sets nothing up
@@ -17,7 +20,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system train test test-quick test-cluster gpu check fuzz kill evidence measured-beside clean
+.PHONY: help setup setup-system train test test-quick test-torch test-cluster gpu check fuzz kill evidence measured-beside
+.PHONY: clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -67,6 +71,18 @@ test: setup setup-system
 
 test-quick: setup
 	$(BIN)/python -m pytest -m $(QUICK) --hypothesis-profile quick --few=3 -n 2 --dist worksteal $(ARGS)
+
+TORCH_ENV = build/torch-$(TORCH)-$(shell "$(PYTHON)" -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+TORCH_PIP = $(TORCH_ENV)/bin/python -m pip --disable-pip-version-check -qq install -c $(TORCH_ENV)/constraints.txt $(PIP_FLAGS)
+
+test-torch:
+	@[ -n "$(TORCH)" ] || { echo "name a version of torch: make test-torch TORCH=2.11.0 PYTHON=python3.12"; exit 1; }
+	@if [ ! -e $(TORCH_ENV)/ready ]; then echo "making $(TORCH_ENV)"; "$(PYTHON)" -m venv $(TORCH_ENV); \
+	    sed '/^torch==/d' constraints.txt >$(TORCH_ENV)/constraints.txt; \
+	    $(TORCH_PIP) setuptools numpy torch==$(TORCH); \
+	    $(TORCH_PIP) --no-build-isolation -e '.[dev]' torch==$(TORCH); touch $(TORCH_ENV)/ready; fi
+	$(TORCH_ENV)/bin/python -m pytest -m "not (system or cluster or slow)" -k "not (zero1 or zero2 or zero3)" \
+	    --hypothesis-profile quick --few=3 -n 2 --dist loadfile $(ARGS)
 
 test-cluster: setup setup-system
 	$(BIN)/python -m pytest -m cluster -n 2 --dist loadfile $(ARGS)

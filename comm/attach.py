@@ -124,7 +124,7 @@ def _attached_to_peers(
         channel.run(equalized(model, pieces.place), "agreement")
         return attached
 
-    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
+    return _bound(model, optimizer, channel, bind)
 
 
 def _attached_to_members(
@@ -138,11 +138,16 @@ def _attached_to_members(
     world = list(range(dist.get_world_size()))
     shard = TorchTransport.between(world) if len(world) > 1 else SelfTransport()
     channel = Channel({"replicate": members.transport(), "shard": shard})
-    return _bound(pieces_of(model, optimizer, channel, overlap=False), bind)
+    return _bound(model, optimizer, channel, bind)
 
 
-def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
+def _bound(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, channel: Channel, bind: Callable[[Pieces], Attached]
+) -> Attached:
+    """A refusal leaves the model and the optimizer unchanged, and no group open."""
+    pieces: Adapter | None = None
     try:
+        pieces = pieces_of(model, optimizer, channel, overlap=False)
         attached = bind(pieces)
         pieces.trained.differ = attached.parameters_kind == "per_worker"
         if pieces.trained.differ:
@@ -155,9 +160,10 @@ def _bound(pieces: Adapter, bind: Callable[[Pieces], Attached]) -> Attached:
         pieces.trained.warn_of_outside()
         attached.files = RankFiles(attached, pieces, attached.saved)
         return attached
-    except BaseException:  # a refusal leaves the model and the optimizer unchanged
-        pieces.detach()
-        pieces.channel.close(timeout_seconds=2.0)
+    except BaseException:
+        if pieces is not None:
+            pieces.detach()
+        channel.close(timeout_seconds=2.0)
         raise
 
 

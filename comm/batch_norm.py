@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from dtrain.comm.adapters.torch_private import BatchNorm
 from dtrain.comm.ops import AllGather, Axis, Flow
 
 
@@ -24,7 +24,7 @@ from dtrain.comm.ops import AllGather, Axis, Flow
 class Norm:
     """A layer whose statistics are gathered anew, and its earlier buffers."""
 
-    layer: _BatchNorm
+    layer: BatchNorm
     buffers: dict[str, Tensor]
 
     def put_back(self) -> None:
@@ -34,14 +34,14 @@ class Norm:
 
 def gathers(layer: nn.Module) -> bool:
     """Whether ``layer`` is a BatchNorm with running statistics."""
-    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+    return isinstance(layer, BatchNorm) and layer.running_mean is not None
 
 
 class RunningStatistics:
     """The running statistics of a model's BatchNorm layers before a step, to restore if the step is skipped."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and gathers(layer)]
+        self._layers = [layer for layer in model.modules() if isinstance(layer, BatchNorm) and gathers(layer)]
         self._norms: list[Norm] = []
 
     def keep(self) -> None:
@@ -62,7 +62,7 @@ def gathering() -> Iterator[list[Norm]]:
     before: list[tuple[float | None, bool]] = []
 
     def begin(layer: nn.Module, inputs: object) -> None:
-        if not isinstance(layer, _BatchNorm) or not gathers(layer):
+        if not isinstance(layer, BatchNorm) or not gathers(layer):
             return
         if all(norm.layer is not layer for norm in norms):
             norms.append(Norm(layer, _held(layer)))
@@ -71,7 +71,7 @@ def gathering() -> Iterator[list[Norm]]:
         layer.momentum, layer.training = None, True
 
     def end(layer: nn.Module, inputs: object, output: object) -> None:
-        if isinstance(layer, _BatchNorm) and gathers(layer):
+        if isinstance(layer, BatchNorm) and gathers(layer):
             layer.momentum, layer.training = before.pop()
 
     hooks = [register_module_forward_pre_hook(begin), register_module_forward_hook(end, always_call=True)]

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtrain.comm.adapters.torch_private import default_cache_folder, mark_any_size
+
 Constant: TypeAlias = int | float | bool | str | None
 """A keyword argument of a kernel."""
 SMALLEST = 1 << 16
@@ -155,10 +157,8 @@ def _keep_cache_private() -> None:
 
     Another user who makes that folder first could have this one run code that lies in it.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtrain" / "inductor"
-    for folder in (Path(os.environ.get(CACHE) or default_cache_dir()), home):
+    for folder in (Path(os.environ.get(CACHE) or default_cache_folder()), home):
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = folder.stat()
@@ -171,7 +171,7 @@ def _keep_cache_private() -> None:
 def _any_size(tensor: Tensor) -> Tensor:
     """``tensor``, marked so that code compiled for it serves any number of rows and blocks, but not of elements."""
     for dim in range(tensor.dim() - 1):
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        mark_any_size(tensor, dim)
     return tensor
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrain.comm.adapters.torch_private import is_traceable_wrapper_subclass
+
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
@@ -106,6 +108,12 @@ def _described(value: object, tensors: list[Tensor], where: tuple[object, ...]) 
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
+        if is_traceable_wrapper_subclass(value):
+            raise TypeError(
+                f"{_place(where)} is a {type(value).__name__}, which keeps its numbers in other tensors, as 8-bit "
+                "optimizers do, and is not stored; save the optimizer's own state_dict() with torch.save, and the "
+                "sync's beside it (docs/own_loop.md, By hand)"
+            )
         if value.dtype not in DTYPES or value.layout != torch.strided:
             raise TypeError(f"{_place(where)} is a tensor of {value.dtype}, {value.layout}, which is not stored")
         tensors.append(value.detach())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import logging
 import os
 import signal
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain.launchers import rendezvous as meeting
 from dtrain.launchers.exit_codes import NEVER_AGAIN
@@ -301,7 +302,10 @@ def _agent(argv: Sequence[str], run: _Run, stop: FirstSignal) -> LocalElasticAge
         monitor_interval=0.1,
         local_addr=meeting.LOOPBACK,
     )
-    return Agent(spec, _logs_specs(run), shutdown_timeout=int(PEER_SECONDS))
+    # Before torch 2.12 it waits for 30 seconds between SIGTERM and SIGKILL, whatever it is told.
+    told: dict[str, Any] = {"shutdown_timeout": int(PEER_SECONDS)}
+    knows = inspect.signature(LocalElasticAgent).parameters
+    return Agent(spec, _logs_specs(run), **{name: value for name, value in told.items() if name in knows})
 
 
 def _logs_specs(run: _Run) -> LogsSpecs:

@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 __all__ = ["INTERFACES", "LOOPBACK", "listening", "of_environment", "on_loopback", "one_machine"]
@@ -39,7 +39,7 @@ def listening(host: str, port: int = 0) -> TCPStore:
 
     Raises ``OSError`` for an address that is not this machine's and for a port that is taken.
     """
-    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=host == "::") as listener:
@@ -58,7 +58,7 @@ def of_environment(variables: MutableMapping[str, str] = os.environ) -> dict[str
     """
     if variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "MASTER_ADDR" not in variables:
         return {}
-    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public
 
     rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
     host, port = variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
@@ -97,7 +97,7 @@ def on_loopback(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def one_machine() -> RendezvousHandler:
     """The rendezvous of a single agent: nothing to wait for, and no port but the one for its ranks."""
-    from torch._C._distributed_c10d import HashStore
+    from torch.distributed import HashStore  # type: ignore[attr-defined]  # public
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
     class OneMachine(RendezvousHandler):

@@ -29,7 +29,6 @@ TOUCH_TORCH_DISTRIBUTED = {
     "comm/adapters/*.py": "they adapt models that hold process groups, meshes and DTensors",
     "dtrain/bench/*.py": "measure torch's collectives beside our own",
     "dtrain/integrations/*.py": "trainers of others run in the default process group",
-    "dtrain/doctor/worker.py": "hosts meet in a store, without a process group",
     "dtrain/train/mesh.py": "makes the process groups of a run",
     "dtrain/train/engines/*.py": "wrap models in DDP, FSDP2 and DeepSpeed, which own the shard axis",
     "dtrain/train/worker.py": "joins and leaves the default process group",

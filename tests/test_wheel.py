@@ -84,6 +84,6 @@ def test_the_wheel_asks_for_torch_and_numpy_alone(wheel: Path) -> None:
         (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         assert "dtrain = dtrain.cli.main:main" in archive.read(entry_points).decode()
     needed = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
-    assert [need for need in needed if "extra ==" not in need] == ["torch>=2.13", "numpy>=1.26"]
+    assert [need for need in needed if "extra ==" not in need] == ["torch>=2.8", "numpy>=1.26"]
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
     assert extras == {"train", "zero", "mpi", "slurm", "cluster", "text", "lossless", "hf", "dev"}

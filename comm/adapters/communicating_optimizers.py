@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from dtrain.comm.adapters.torch_private import collectives_begun, open_groups
+
 KNOWN = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
 """Optimizers, or base classes of them, that communicate in some steps."""
 
@@ -45,14 +47,10 @@ class Listening:
         """The number of collectives begun by each group that reaches beyond the replica."""
         beyond = [
             group
-            for group in dist.distributed_c10d._world.pg_map
+            for group in open_groups()
             if group.rank() >= 0 and not self._replica.issuperset(dist.get_process_group_ranks(group))
         ]
-        return {group.group_name: _begun(group) for group in beyond}
-
-
-def _begun(group: dist.ProcessGroup) -> int:
-    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]  # there since torch 1.10
+        return {group.group_name: collectives_begun(group) for group in beyond}
 
 
 def _refusal(optimizer: object) -> str:

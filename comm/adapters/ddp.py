@@ -17,12 +17,12 @@ from weakref import WeakKeyDictionary, ref
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from dtrain.comm.adapters.module import ModulePieces
 from dtrain.comm.adapters.requirements import require_dense
+from dtrain.comm.adapters.torch_private import GradBucket, backward_id, joins_unevenly, version_of
 from dtrain.comm.adapters.wrappers import plain_name
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.channel import Channel, Handle
@@ -124,7 +124,7 @@ class DDPPieces(ModulePieces):
         if len(names) != len(views):
             raise RuntimeError(f"DDP hands over {len(views)} gradients for {len(names)} parameters: {', '.join(names)}")
         gradients = {name: gradient for name, gradient in zip(names, views, strict=True) if name and gradient.numel()}
-        standing_in = torch._C._current_graph_task_id() < 0  # no backward pass: zeros from DDP.join
+        standing_in = backward_id() < 0  # no backward pass: zeros from DDP.join
         before: Named = {}
         if not standing_in:
             self._count(gradients)
@@ -180,8 +180,7 @@ class DDPPieces(ModulePieces):
 
     def _require_no_join(self) -> None:
         """Raise ``RuntimeError`` for ``model.join()`` under a local update: rounds need equal numbers of steps."""
-        config = self.model._join_config
-        if self.trained.differ and config.enable and not config.throw_on_early_termination:
+        if self.trained.differ and joins_unevenly(self.model):
             raise RuntimeError(
                 "model.join() lets ranks make different numbers of steps, and the rounds of a local update are counted "
                 "in steps: the others would wait for ever. Give all ranks the same number of batches, or end all of "
@@ -373,4 +372,4 @@ class NoSyncWatch:
 
     def _versions(self) -> list[tuple[int, int] | None]:
         gradients = [parameter.grad for parameter in self.parameters]
-        return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
+        return [None if gradient is None else (id(gradient), version_of(gradient)) for gradient in gradients]

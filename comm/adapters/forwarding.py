@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MARKS = ("_wrapped_by_lr_sched", "_opt_called")
-"""What schedulers set on ``optimizer.step`` and on the optimizer, to see whether it is stepped."""
+from dtrain.comm.adapters.torch_private import copy_scheduler_mark, mark_stepped
 
 
 class Forwarded:
@@ -58,8 +57,7 @@ class Forwarded:
             self._ask(itself)
             return loss
 
-        if hasattr(original, MARKS[0]):
-            setattr(step, MARKS[0], True)
+        copy_scheduler_mark(original, step)
         return _replaced(optimizer, "step", step)
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -80,7 +78,7 @@ class Forwarded:
                 f"this {type(optimizer).__name__} was stepped twice, and another optimizer of the same sync not yet; "
                 "step each of them once, then the next"
             )
-        optimizer._opt_called = True  # for its scheduler, which may be stepped before the last optimizer is
+        mark_stepped(optimizer)  # for its scheduler, which may be stepped before the last optimizer is
         self._asked[id(optimizer)] = _copied(hyperparameters(optimizer)) if self._number > 1 else []
         if len(self._asked) == self._number:
             try:

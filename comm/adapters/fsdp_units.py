@@ -30,6 +30,7 @@ from dtrain.comm.adapters.torch_private import (
     backward_id,
     outer_backward_goes_on,
     parameter_groups,
+    without_zeros_of_unused,
 )
 from dtrain.comm.adapters.wrappers import named_parameters
 from dtrain.comm.collectives.two_phase import Combined
@@ -60,9 +61,7 @@ class Unit:
         if start != flat.numel():
             raise RuntimeError(
                 f"an FSDP2 unit handed over {flat.numel()} gradient elements for parameters of {start}; were some "
-                "unused in this step? give fully_shard each module that a step may leave out, such as an expert, as a "
-                "unit of its own, or call set_reduce_scatter_unused_params(True) on the model: torch then makes zeros "
-                "of gradients that are missing"
+                f"unused in this step? {without_zeros_of_unused()}"
             )
         return pieces
 

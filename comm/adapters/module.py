@@ -22,6 +22,7 @@ from dtrain.comm.adapters.optimizer import (
     local_snapshot,
 )
 from dtrain.comm.adapters.requirements import sparse_modules
+from dtrain.comm.adapters.torch_private import stored_values
 from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matrices, unshare_matrices
 from dtrain.comm.channel import Channel
@@ -93,7 +94,7 @@ class ModulePieces:
 
     def gradients_finite(self) -> bool:
         grads = (p.grad for p in self.parameters.values() if p.grad is not None)
-        return is_finite(*(grad._values() if grad.is_sparse else grad for grad in grads))
+        return is_finite(*(stored_values(grad) if grad.is_sparse else grad for grad in grads))
 
     def unused(self) -> set[str]:
         return {fqn for fqn in self.segments if self.parameters[fqn].grad is None}

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.comm.adapters.torch_private import steps_in_backward
 from dtrain.comm.adapters.wrappers import named_parameters
 from dtrain.comm.runtime.method import Sync
 
@@ -78,7 +79,7 @@ def require_servable(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
                 f"{fqn} is complex; keep real and imaginary parts as a real parameter (torch.view_as_real) and view it "
                 "as complex in forward"
             )
-        if getattr(parameter, "_in_backward_optimizers", None):
+        if steps_in_backward(parameter):
             raise ValueError(
                 f"{fqn} is stepped within backward() (_apply_optimizer_in_backward), before anything could be "
                 "exchanged or agreed on; give attach an optimizer that is stepped after it"

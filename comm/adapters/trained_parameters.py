@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dtrain.comm.adapters.communicating_optimizers import Listening
+from dtrain.comm.adapters.torch_private import parameters_by_module, version_of
 from dtrain.comm.adapters.wrappers import named_parameters
 
 WAY_OUT = (
@@ -54,6 +55,7 @@ class Trained:
         ]
         self.listening: Listening | None = None
         self._watch: _Watch | None = None
+        self._told_of_no_gradient = False
         self._require_free()
 
     def require_unchanged(self) -> None:
@@ -61,7 +63,7 @@ class Trained:
 
         Parameters that were frozen or removed since then are no longer trained, without an error.
         """
-        if any(id(p) not in self._ids and p.requires_grad for p in _parameters(self.model)):
+        if any(id(p) not in self._ids and p.requires_grad for p in parameters_by_module(self.model)):
             if self._gathered_back is not None:
                 self._gathered_back()
             new = {name: p for name, p in named_parameters(self.model) if p.requires_grad and id(p) not in self._ids}
@@ -124,9 +126,27 @@ class Trained:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """A context for the optimizer's step. Raises ``RuntimeError`` at its end if the optimizer communicates."""
+        """A context for the optimizer's step. Raises ``RuntimeError`` at its end if the optimizer communicates.
+
+        Warns once of a step for which no parameter has a gradient.
+        """
+        self._warn_of_no_gradient()
         with self.writing(), nullcontext() if self.listening is None else self.listening.checked():
             yield
+
+    def _warn_of_no_gradient(self) -> None:
+        """On this rank alone: others may have gradients, and an error would leave them waiting."""
+        # What is frozen since attach needs none, and another optimizer may have used and cleared those outside.
+        if self._told_of_no_gradient or self.outside or any(p.grad is not None for p in self.parameters.values()):
+            return
+        trained = sum(p.requires_grad for p in self.parameters.values())
+        if trained:
+            self._told_of_no_gradient = True
+            warnings.warn(
+                f"a step trained nothing: none of {trained} trainable parameters has a gradient. Was backward() not "
+                "called, or zero_grad() after it? sync.step() clears what it has used itself",
+                RuntimeWarning, stacklevel=7,
+            )  # fmt: skip
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -227,7 +247,7 @@ class _Watch:
         return next((name for name, a, b in zip(self._outside, now, self._versions, strict=False) if a != b), "")
 
     def _now(self) -> list[int]:
-        return [p._version for p in (*self._outside.values(), *self._others)]
+        return [version_of(p) for p in (*self._outside.values(), *self._others)]
 
 
 def _weakly(watch: _Watch) -> Callable[..., None]:
@@ -240,15 +260,6 @@ def _weakly(watch: _Watch) -> Callable[..., None]:
             alive.begun()
 
     return hook
-
-
-def _parameters(model: nn.Module) -> Iterator[Tensor]:
-    """As ``model.parameters()``, twice where tied, without the names that take most of its time."""
-    modules = [model]
-    while modules:
-        module = modules.pop()
-        yield from (p for p in module._parameters.values() if p is not None)
-        modules += [inner for inner in module._modules.values() if inner is not None]
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -144,6 +144,10 @@ class FedKSeedRounds(Method):
     def verify(self) -> bool:
         return self._guard.verify()
 
+    @property
+    def in_round(self) -> bool:
+        return bool(self.open)
+
     def close_round(self) -> bool:
         open_round = bool(self.open)
         if open_round:

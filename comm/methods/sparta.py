@@ -66,6 +66,7 @@ class AveragedCoordinates(GradientSteps):
         super().__init__(context)
         self.spec = spec
         self.left_out = 0
+        self._closed_at = 0  # the step of the last `close_round`
         self._averaged: dict[str, Tensor] = {}  # coordinates that the last exchange has made equal
         self._guard = Guard(
             context, spec.tie, "coordinates that were just averaged", self._held, replace=self._take_over
@@ -74,7 +75,12 @@ class AveragedCoordinates(GradientSteps):
     def close_round(self) -> bool:
         """Average all parameters, for the end of training; may be repeated."""
         self._average(1.0, 0)
+        self._closed_at = self.context.steps
         return True
+
+    @property
+    def in_round(self) -> bool:
+        return self.context.steps != self._closed_at
 
     def verify(self) -> bool:
         return self._guard.verify()

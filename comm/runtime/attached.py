@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -110,6 +111,14 @@ class Attached:
         """
         self._require_live("close_round()")
         return self.method.close_round()
+
+    def _warn_of_open_round(self) -> None:
+        if self.method.in_round and self.saved.kept_at != self.steps and not self._detached and sys.exception() is None:
+            warnings.warn(
+                f"detach() at step {self.steps}, within a round: the replicas differ by their steps since the last "
+                "exchange, and another attach() gives all of them replica 0's parameters; call close_round() before it",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
 
     def _warn_of_skipped(self) -> None:
         if self.skipped_in_a_row == MANY_SKIPPED and not self.method.samples:
@@ -249,7 +258,12 @@ class Attached:
         return line + self.method.report()
 
     def detach(self) -> None:
-        """Stop communicating and restore the model as it was before `attach`."""
+        """Stop communicating and restore the model as it was before `attach`; its parameters stay.
+
+        Warns within a round of local updates, whose steps only this replica has, unless they were just saved, or an
+        exception is on its way.
+        """
+        self._warn_of_open_round()
         self._detached = True
         self.context.membership.leave()
         self.method.detach()
@@ -278,6 +292,11 @@ class Attached:
     @property
     def steps(self) -> int:
         return self.context.steps
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of a local update that were applied, each fragment's counted: the same on all ranks."""
+        return self.method.rounds
 
     @property
     def skipped(self) -> int:

@@ -17,8 +17,8 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dtrain.comm.adapters.torch_private import is_traceable_wrapper_subclass
 from dtrain.comm.ops import AllGather, Broadcast, Flow, Place
 from dtrain.comm.runtime.saved import EACH_SAVES
 

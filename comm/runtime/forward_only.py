@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dtrain.comm.adapters.torch_private import BatchNorm, mark_stepped
 from dtrain.comm.runtime.context import Context
 from dtrain.comm.shared_seed.directions import At, Walk, both_ways
 from dtrain.comm.shared_seed.philox import Address
@@ -87,7 +88,7 @@ class ForwardSteps:
 
     def stepped(self) -> None:
         """Called after a step was made."""
-        self._context.pieces.optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers check it
+        mark_stepped(self._context.pieces.optimizer)
 
     def report(self) -> str:
         return f", {self.unusable} losses not finite" if self.unusable else ""
@@ -126,7 +127,7 @@ class ForwardSteps:
 
 def _refuse_statistics(module: torch.nn.Module, inputs: object, output: object) -> None:
     """A forward hook. Raise ``RuntimeError`` for running statistics, which would differ between machines."""
-    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
+    if isinstance(module, BatchNorm) and module.training and module.track_running_stats:
         raise RuntimeError(
             f"{type(module).__name__} in train() changes its statistics in every forward pass, on each machine "
             "otherwise; put it into eval()"

@@ -330,6 +330,12 @@ class LocalUpdateLoop(GradientSteps):
     def quiet(self) -> bool:
         return not self.under_way()
 
+    @property
+    def in_round(self) -> bool:
+        steps = self.context.steps
+        open_ones = any(fragment.begun < steps for fragment in self.cadence.fragments)
+        return steps > self.spec.warmup_steps and (open_ones or not self.quiet)
+
     def under_way(self) -> list[Fragment]:
         """The fragments that are being reduced."""
         return [fragment for fragment in self.cadence.fragments if fragment.reductions]

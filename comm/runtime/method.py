@@ -53,11 +53,13 @@ class Method(Protocol):
     """A method at work on one rank, with defaults for what a method may leave out.
 
     ``samples``: directions that `estimate` tries in each step; 0 for a method that is stepped from gradients.
+    ``rounds``: of local updates, that were applied; where the model is cut into fragments, of all of them together.
     ``counters``: those of `numbers` that count from 0. ``always``: names in the state that every parameter has from the
     first step on.
     """
 
     samples: int = 0
+    rounds: int = 0
     counters: tuple[str, ...] = ()
     always: tuple[str, ...] = ()
 
@@ -70,6 +72,11 @@ class Method(Protocol):
     def quiet(self) -> bool:
         """Whether no exchange is under way."""
         return True
+
+    @property
+    def in_round(self) -> bool:
+        """Whether steps were made that no exchange has taken yet, and that `close_round` would."""
+        return False
 
     def estimate(self, loss: Callable[[], Tensor]) -> float:
         """Try the next direction on ``loss()``; for methods of forward passes only."""

@@ -49,6 +49,8 @@ class SavedState:
         self._context, self._method = context, method
         self._last_saved: weakref.ref[Entries] | None = None
         self._lost_at: int | None = None
+        self.kept_at: int | None = None
+        """The step at which the state was last saved or loaded."""
 
     def state_dict(self, live: Mapping[str, Tensor] | None) -> RankedState:
         """`Attached.state_dict`. ``live``: the parameters in training, while `Attached.evaluation` shows others."""
@@ -65,7 +67,7 @@ class SavedState:
         if live is not None:
             values["live"] = dict(live)
         entries, step, owner = Entries(values), self._context.steps, weakref.ref(self)
-        self._last_saved = weakref.ref(entries)
+        self._last_saved, self.kept_at = weakref.ref(entries), step
 
         def unread() -> None:
             saved = owner()
@@ -110,6 +112,7 @@ class SavedState:
             raise ValueError(f"this state was saved with another sync: {error.args[0]} is missing") from error
         if isinstance(live := entries.get("live"), Mapping):
             self._context.pieces.write(live)
+        self.kept_at = self._context.steps
 
     def step_of(self, state: object) -> int:
         """The step at which ``state`` was taken. Raises as `load` does, whatever the model holds."""

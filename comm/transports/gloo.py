@@ -13,7 +13,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, ProcessGroupGloo
+from torch.distributed.distributed_c10d import AllreduceOptions, BroadcastOptions, ProcessGroupGloo
 
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Op, Payload, Shift
 from dtrain.comm.transports.transport import outgoing, reply

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
+
+from dtrain.comm.adapters import torch_private
+from dtrain.comm.adapters.torch_private import default_group, destroy_group, open_groups, timeout_of
+
+__all__ = ["free", "kept_group", "own_group", "timeout_of"]
 
 _made: WeakKeyDictionary[dist.ProcessGroup, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 """For each default group: how many groups of these ranks were made."""
@@ -28,26 +30,11 @@ def own_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessG
 
     ``backend``: the default group's by default, as its time-out is always.
     """
-    default, members = c10d._get_default_group(), tuple(sorted(ranks))
+    default, members = default_group(), tuple(sorted(ranks))
     counts = _made.setdefault(default, Counter())
     counts[members] += 1
-    name = c10d.GroupName(f"dtrain {counts[members]} of {' '.join(map(str, members))}")
-    default_name, store = c10d._world.pg_map[default]
-    timeout = timeout_of(default)
-    # A default group that is bound to a device would split its communicator, for which all of its ranks are needed.
-    bound, default.bound_device_id = default.bound_device_id, None
-    try:
-        group, group_store = c10d._new_process_group_helper(
-            len(members), members.index(dist.get_rank()), list(members), dist.Backend(backend or default_name), store,
-            name, timeout=timeout, group_desc="dtrain",
-        )  # fmt: skip
-    finally:
-        default.bound_device_id = bound
-    c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
-    assert isinstance(group, dist.ProcessGroup)
-    # Wait until all have connected: a rank that frees the group earlier would break the others' connections.
-    c10d._store_based_barrier(dist.get_rank(), group_store, name, len(members), timeout)
-    return group
+    name = f"dtrain {counts[members]} of {' '.join(map(str, members))}"
+    return torch_private.own_group(name, members, backend, timeout_of(default))
 
 
 def kept_group(ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -55,17 +42,10 @@ def kept_group(ranks: Sequence[int]) -> dist.ProcessGroup:
 
     For engines: torch caches device meshes with their groups' names, and takes equal ones for the same.
     """
-    groups, members = _kept.setdefault(c10d._get_default_group(), {}), tuple(sorted(ranks))
+    groups, members = _kept.setdefault(default_group(), {}), tuple(sorted(ranks))
     if members not in groups:
         groups[members] = own_group(members)
     return groups[members]
-
-
-def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """How long a collective of ``group`` waits."""
-    backends = [group._get_backend(torch.device(device)) for device in group._device_types]
-    timeouts = [backend.options._timeout for backend in backends if hasattr(backend, "options")]
-    return max(timeouts, default=dist.default_pg_timeout)
 
 
 def free(group: dist.ProcessGroup) -> None:
@@ -74,11 +54,7 @@ def free(group: dist.ProcessGroup) -> None:
     With gloo ranks do not wait for each other; with NCCL they do, and must free several groups in the same order.
     A group that was destroyed with the default one is left alone.
     """
-    world = c10d._world
-    if group in world.pg_map:
-        tag = world.pg_to_tag.get(group, "")
-        dist.destroy_process_group(group)
-        if tag in world.tags_to_pg and not world.tags_to_pg[tag]:
-            del world.tags_to_pg[tag]  # torch keeps the empty list of each group that there ever was
+    if group in open_groups():
+        destroy_group(group)
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)  # glibc keeps the memory of a group's threads in arenas that the next group's do not use

@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from dtrain.comm.adapters.torch_private import device_of_objects
+
 T = TypeVar("T")
 
 MOST_BYTES = 1 << 24
@@ -23,7 +25,7 @@ def gather_json(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     for one that is longer than 16 MiB or arrives as invalid JSON.
     """
     text = json.dumps(value).encode()
-    device = torch.device(dist.distributed_c10d._get_object_coll_device(group))
+    device = device_of_objects(group)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     world = dist.get_world_size(group)

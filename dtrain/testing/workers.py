@@ -168,7 +168,8 @@ def _serve(connection: Connection) -> None:
 
 def _job(function: Callable[..., object], arguments: tuple[object, ...], rank: int, world: int, port: int) -> object:
     import torch.distributed as dist
-    from torch._C._distributed_c10d import TCPStore
+
+    from dtrain.comm.adapters.torch_private import TCPStore
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     store = TCPStore("127.0.0.1", port, is_master=False)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import HashStore
 
+from dtrain.comm.adapters.torch_private import HashStore
 from dtrain.launchers import rendezvous as meeting
 from dtrain.launchers.probe import await_gloo_threads
 from dtrain.train.mesh import own_device, patience

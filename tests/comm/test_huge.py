@@ -122,10 +122,10 @@ def test_rounds_go_on_after_a_replica_has_gone_far_astray(name: str, size: float
     replicas.train(4)
     replicas.pieces[1].values["w"][5] = size
     replicas.train(2)
-    before = [attached.method.rounds for attached in replicas.attached]  # type: ignore[attr-defined]
+    before = [attached.method.rounds for attached in replicas.attached]
     replicas.train(30)
     for rank, attached in enumerate(replicas.attached):
-        assert attached.method.rounds > before[rank]  # type: ignore[attr-defined]
+        assert attached.method.rounds > before[rank]
         for tensors in attached.state.tensors.values():
             assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
         assert float(replicas.live(rank)["w"].abs().max()) < 100

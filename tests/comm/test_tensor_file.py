@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dtrain.comm.tensor_file import DTYPES, DamagedFile, read, write
 
@@ -47,6 +48,13 @@ def test_tensors_that_share_memory_or_are_views_are_whole(tmp_path: Path) -> Non
 def test_what_cannot_be_stored_is_named_and_nothing_is_left(tmp_path: Path, value: object, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         write(tmp_path / "a", value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_that_keeps_its_numbers_in_others_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    quantized = TwoTensor(torch.ones(2), torch.ones(2))
+    with pytest.raises(TypeError, match=r"optimizer\.state\.0\.exp_avg is a TwoTensor.*torch\.save"):
+        write(tmp_path / "a.safetensors", {"optimizer": {"state": {0: {"exp_avg": quantized}}}})
     assert not list(tmp_path.iterdir())
 
 

@@ -14,6 +14,7 @@ from dtrain import inner
 from dtrain.testing import WorkerPool
 from dtrain.train.engines import EngineOptions, build_engine
 from dtrain.train.mesh import build_mesh
+from tests import torch_versions
 from tests.laws.jobs import ENGINES, run
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
@@ -39,12 +40,12 @@ def test_a_run_stopped_at_any_time_resumes_as_if_it_had_not_been(
     assert undisturbed.losses[8] < undisturbed.losses[1]
 
 
-class DerivedMuon(torch.optim.Muon):
-    """By another name."""
-
-
 def refusal_of(engine: str, *, alone: bool) -> str:
     """What an engine that cuts matrices says to a Muon that knows nothing of pieces."""
+
+    class DerivedMuon(torch.optim.Muon):
+        """By another name."""
+
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6, bias=not alone))
 
@@ -61,6 +62,7 @@ def refusal_of(engine: str, *, alone: bool) -> str:
     return str(caught.value)
 
 
+@torch_versions.MUON
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_a_muon_that_knows_nothing_of_pieces_is_refused_where_matrices_are_cut(
@@ -70,4 +72,4 @@ def test_a_muon_that_knows_nothing_of_pieces_is_refused_where_matrices_are_cut(
         assert message.endswith(
             "give dtrain.inner.muon(model), which assembles each on one rank, or use DistributedDataParallel"
         )
-        assert message.startswith(f"{__name__}.DerivedMuon orthogonalizes")
+        assert message.startswith(f"{__name__}.{refusal_of.__name__}.<locals>.DerivedMuon orthogonalizes")

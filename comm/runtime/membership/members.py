@@ -27,11 +27,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import ProcessGroupGloo
 
+from dtrain.comm.adapters.torch_private import gloo_group
 from dtrain.comm.ops import Op, Place
 from dtrain.comm.runtime.membership.reachability import reach
 from dtrain.comm.runtime.membership.secret import made_secret, read_secret
@@ -360,17 +359,13 @@ class Members:
         prefix = f"{self._now.number}/{name}/{','.join(map(str, ids))}/{self._shard.rank}"
         store, patience = self._store.below(prefix, timedelta(seconds=self.patience)), timedelta(seconds=self.patience)
         try:
-            group = ProcessGroupGloo(store, ids.index(self.id), len(ids), self._options(patience))
-            group.set_timeout(timedelta(seconds=self.timeout))
+            group = gloo_group(
+                store, ids.index(self.id), len(ids), connect=patience, timeout=timedelta(seconds=self.timeout),
+                **self._device(),
+            )  # fmt: skip
         except (RuntimeError, dist.DistStoreError) as error:
             raise PeersLost(f"no group of replicas {ids} came about: {error}") from error
         return GlooTransport(group, store)
-
-    def _options(self, patience: timedelta) -> Any:
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs do not know it
-        options._devices = [ProcessGroupGloo.create_device(**self._device())]
-        options._timeout = patience
-        return options
 
     def _device(self) -> dict[str, str]:
         """Where groups listen: on the interface that the environment names, else at this rank's address at the store.

@@ -11,8 +11,8 @@ from datetime import timedelta
 from typing import cast
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
 
+from dtrain.comm.adapters.torch_private import Store
 from dtrain.comm.runtime.membership.sealed_messages import Mistrust, Sealed, opened
 
 __all__ = ["GuardedStore", "Line"]

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dtrain.comm.adapters.adapter import pieces_of
+from dtrain.comm.adapters.torch_private import zeros_of_unused
 from dtrain.comm.blocks import blocks_of
+from dtrain.errors import ModelError
 from dtrain.train.engines.contract import loss_of, unused
 from dtrain.train.engines.engine import (
     Batch,
@@ -39,7 +41,10 @@ class FSDPEngine(TorchEngine):
         fully_shard(model, mesh=shard_mesh, mp_policy=policy)
         self.model = model
         self.root = cast(FSDPModule, model)
-        self.root.set_reduce_scatter_unused_params(options.unused_parameters)
+        try:
+            zeros_of_unused(self.root, options.unused_parameters)
+        except RuntimeError as error:
+            raise ModelError(f"engine.unused_parameters=true with engine=fsdp: {error}") from error
         self.optimizer = optimizer(model)
         self.pieces = pieces_of(model, self.optimizer, mesh.channel, overlap=True)
 

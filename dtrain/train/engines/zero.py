@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.comm.adapters.adapter import pieces_of
+from dtrain.comm.adapters.torch_private import clear_forward_hooks
 from dtrain.comm.transports.groups import kept_group
 from dtrain.train.engines.contract import loss_of
 from dtrain.train.engines.engine import Batch, Engine, EngineOptions, OptimizerFactory, checkpoint_activations
@@ -118,8 +119,7 @@ def _forget_deepspeed(module: nn.Module) -> None:
 
     With DeepSpeed 0.19 and torch 2.13 the model of stage 3 is never freed: ``gc`` does not see what holds it.
     """
-    module._forward_hooks.clear()
-    module._forward_pre_hooks.clear()
+    clear_forward_hooks(module)
     for name in ("pre_bwd_fn", "post_bwd_fn"):
         vars(module).pop(name, None)
     for parameter in module.parameters(recurse=False):

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import DataParallelMeshDims, FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -25,6 +25,7 @@ from dtrain.comm.runtime.method import Sync
 from dtrain.compress import error_feedback, quantize
 from dtrain.testing import WorkerPool
 from dtrain.train.mesh import build_mesh
+from tests import torch_versions
 from tests.comm.adapters.test_dcp import folder
 
 pytestmark = pytest.mark.processes
@@ -154,7 +155,7 @@ def both_ways(sync: str, optimizer: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("sync", SYNCS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", pytest.param("torch's muon", marks=torch_versions.MUON)])
 def test_it_is_the_shard_axis_alone_to_the_bit(pool: WorkerPool, optimizer: str, sync: str) -> None:
     rows = pool.run(both_ways, sync, optimizer, world=4)
     for native, alone in rows:
@@ -178,6 +179,7 @@ def moved_by_torchs_muon() -> list[tuple[Tensor, Tensor]]:
     return [(a - p, b.detach() - p) for a, b, p in zip(after, whole, before, strict=True)]
 
 
+@torch_versions.MUON
 def test_torchs_muon_orthogonalizes_what_is_cut_as_a_whole(pool: WorkerPool) -> None:
     for moved in pool.run(moved_by_torchs_muon, world=2):
         for cut, whole in moved:  # the rows of each rank for themselves would be a third off, and more
@@ -291,6 +293,8 @@ def tensor_parallel(mesh: DeviceMesh) -> nn.Module:
 
 
 def spmd(mesh: DeviceMesh) -> nn.Module:
+    from torch.distributed.fsdp import DataParallelMeshDims
+
     net = Net()
     for module in net.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -343,7 +347,9 @@ def refused(case: str) -> tuple[str, bool]:
     return "attached", False
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=torch_versions.MESH_DIMS if case == "SPMD" else ()) for case in MODELS]
+)
 def test_what_is_not_served_is_told_and_left_as_it_was(pool: WorkerPool, case: str) -> None:
     for message, same in pool.run(refused, case, world=4):
         assert MODELS[case][1] in message, message

@@ -18,9 +18,9 @@ def net() -> nn.Sequential:
 
 
 def two(model: nn.Sequential) -> list[torch.optim.Optimizer]:
-    """Torch's own Muon for matrices, AdamW for the bias."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW([p for p in model.parameters() if p.dim() < 2])]
+    """Torch's own Muon, or SGD where it has none, for matrices; AdamW for the bias."""
+    matrices, biases = ([p for p in model.parameters() if (p.dim() == 2) == wanted] for wanted in (True, False))
+    return [getattr(torch.optim, "Muon", torch.optim.SGD)(matrices, lr=0.02), torch.optim.AdamW(biases)]
 
 
 def gradients(model: nn.Module, step: int) -> None:

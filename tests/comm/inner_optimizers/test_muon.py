@@ -18,6 +18,7 @@ from dtrain.comm.layout import Segment
 from dtrain.comm.ops import Flow, Place
 from dtrain.comm.transports.simulate import simulate
 from dtrain.train.models.transformer import Transformer
+from tests import torch_versions
 
 
 class Net(nn.Module):
@@ -78,6 +79,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[Tensor], steps: int
         optimizer.step()
 
 
+@torch_versions.MUON
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_matrices_take_the_steps_of_torchs_muon(nesterov: bool) -> None:
     shapes = [(12, 12), (8, 32), (32, 8)]

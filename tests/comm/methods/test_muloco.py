@@ -10,6 +10,7 @@ from dtrain import attach, diloco, inner, muloco
 from dtrain.comm.methods.muloco import TWO_BITS
 from dtrain.outer import nesterov
 from dtrain.testing import WorkerPool
+from tests import torch_versions
 
 
 class Net(nn.Module):
@@ -47,10 +48,15 @@ def refusal() -> str:
     model = Net()
     with pytest.raises(ValueError, match="muloco is DiLoCo with Muon inside") as caught:
         attach(model, torch.optim.AdamW(model.parameters()), muloco())
-    matrices, biases = ([p for p in model.parameters() if p.dim() == dims] for dims in (2, 1))
-    both = [torch.optim.Muon(matrices), torch.optim.SGD(biases, lr=0.1)]
-    attach(model, both, muloco()).detach()
     return str(caught.value)
+
+
+def with_torchs_muon() -> int:
+    model = Net()
+    matrices, biases = ([p for p in model.parameters() if p.dim() == dims] for dims in (2, 1))
+    sync = attach(model, [torch.optim.Muon(matrices), torch.optim.SGD(biases, lr=0.1)], muloco())
+    sync.detach()
+    return sync.steps
 
 
 def test_another_inner_optimizer_is_refused_with_the_way_out(pool: WorkerPool) -> None:
@@ -59,3 +65,8 @@ def test_another_inner_optimizer_is_refused_with_the_way_out(pool: WorkerPool) -
         "muloco is DiLoCo with Muon inside, and the inner optimizer is AdamW; give it dtrain.inner.muon(model), in "
         "dtrain train optim=muon, or take diloco"
     )
+
+
+@torch_versions.MUON
+def test_torchs_muon_is_one(pool: WorkerPool) -> None:
+    assert pool.run(with_torchs_muon, world=1) == [0]
