@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from dtrain.comm.adapters.torch_private import BatchNorm
 from dtrain.comm.ops import AllGather, Axis, Flow
+from dtrain.comm.torch_private import BatchNorm
 
 
 @dataclass(frozen=True)

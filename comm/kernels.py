@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.comm.adapters.torch_private import default_cache_folder, mark_any_size
+from dtrain.comm.torch_private import compiles_with, default_cache_folder, mark_any_size
 
 Constant: TypeAlias = int | float | bool | str | None
 """A keyword argument of a kernel."""
@@ -146,10 +146,7 @@ def _options(device: torch.device) -> dict[str, str | int | bool | Callable[...,
     """Inductor's for ``device``; None where what it compiles would have other bits than eager code."""
     if device.type == "cpu":
         return {}
-    from torch._inductor import config
-
-    known = config.get_config_copy()
-    return dict.fromkeys(AS_EAGER, True) if all(name in known for name in AS_EAGER) else None
+    return dict.fromkeys(AS_EAGER, True) if compiles_with(AS_EAGER) else None
 
 
 def _keep_cache_private() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.comm.adapters.torch_private import is_traceable_wrapper_subclass
+from dtrain.comm.torch_private import is_traceable_wrapper_subclass
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

@@ -26,6 +26,7 @@ TOUCH_TORCH_DISTRIBUTED = {
     "comm/channel.py": "performs the collectives that algorithms only describe",
     "comm/attach.py": "finds the process group of a model",
     "comm/runtime/membership/*.py": "replicas that come and go meet in a store and make their own groups",
+    "comm/torch_private.py": "asks torch for what has no public name",
     "comm/adapters/*.py": "they adapt models that hold process groups, meshes and DTensors",
     "dtrain/bench/*.py": "measure torch's collectives beside our own",
     "dtrain/integrations/*.py": "trainers of others run in the default process group",

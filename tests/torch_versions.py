@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from dtrain.comm.adapters.torch_private import MESH_INFOS
+from dtrain.comm.torch_private import MESH_INFOS
 
 MUON, UNUSED, MESH_DIMS, PLACED = (
     pytest.mark.skipif(not there, reason=f"{what}: torch {version} or newer, and this is {torch.__version__}")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from dtrain.comm.adapters.torch_private import collectives_begun, open_groups
+from dtrain.comm.torch_private import collectives_begun, open_groups
 
 KNOWN = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
 """Optimizers, or base classes of them, that communicate in some steps."""

@@ -22,13 +22,13 @@ from torch.utils.hooks import RemovableHandle
 
 from dtrain.comm.adapters.module import ModulePieces
 from dtrain.comm.adapters.requirements import require_dense
-from dtrain.comm.adapters.torch_private import GradBucket, backward_id, joins_unevenly, version_of
 from dtrain.comm.adapters.wrappers import plain_name
 from dtrain.comm.aggregators.mean import rank_order_mean
 from dtrain.comm.channel import Channel, Handle
 from dtrain.comm.layout import Named, to_rows, working
 from dtrain.comm.ops import AllToAll, Flow
 from dtrain.comm.pieces import Exchange, Repeated
+from dtrain.comm.torch_private import GradBucket, backward_id, joins_unevenly, version_of
 
 
 class DDPPieces(ModulePieces):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.comm.adapters.torch_private import copy_scheduler_mark, mark_stepped
+from dtrain.comm.torch_private import copy_scheduler_mark, mark_stepped
 
 
 class Forwarded:

@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
-from dtrain.comm.adapters.torch_private import MeshInfo, ParameterGroup, ShardedParameter, lay_out, parameter_groups
 from dtrain.comm.ops import Place
+from dtrain.comm.torch_private import MeshInfo, ParameterGroup, ShardedParameter, lay_out, parameter_groups
 
 
 def reshard(model: nn.Module) -> None:

@@ -23,7 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dtrain.comm.adapters.torch_private import (
+from dtrain.comm.adapters.wrappers import named_parameters
+from dtrain.comm.collectives.two_phase import Combined
+from dtrain.comm.layout import Named, Segment, working
+from dtrain.comm.ops import AllGather, Broadcast, Flow
+from dtrain.comm.pieces import Exchange
+from dtrain.comm.torch_private import (
     ParameterGroup,
     ShardedParameter,
     at_end_of_backward,
@@ -32,11 +37,6 @@ from dtrain.comm.adapters.torch_private import (
     parameter_groups,
     without_zeros_of_unused,
 )
-from dtrain.comm.adapters.wrappers import named_parameters
-from dtrain.comm.collectives.two_phase import Combined
-from dtrain.comm.layout import Named, Segment, working
-from dtrain.comm.ops import AllGather, Broadcast, Flow
-from dtrain.comm.pieces import Exchange
 
 if TYPE_CHECKING:
     from dtrain.comm.channel import Channel, Handle

@@ -22,7 +22,6 @@ from dtrain.comm.adapters.optimizer import (
     local_snapshot,
 )
 from dtrain.comm.adapters.requirements import sparse_modules
-from dtrain.comm.adapters.torch_private import stored_values
 from dtrain.comm.adapters.trained_parameters import Trained
 from dtrain.comm.adapters.whole_matrices import require_same_parts, share_matrices, unshare_matrices
 from dtrain.comm.channel import Channel
@@ -30,6 +29,7 @@ from dtrain.comm.inner_optimizers.muon import MatrixPiece
 from dtrain.comm.layout import Named, Segment, copied, even_slice, from_rows, is_finite, working
 from dtrain.comm.ops import AllGather, Flow, Place
 from dtrain.comm.pieces import Exchange, Private
+from dtrain.comm.torch_private import stored_values
 
 
 class ModulePieces:

@@ -10,9 +10,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.comm.adapters.torch_private import steps_in_backward
 from dtrain.comm.adapters.wrappers import named_parameters
 from dtrain.comm.runtime.method import Sync
+from dtrain.comm.torch_private import steps_in_backward
 
 
 def is_plain(model: nn.Module) -> bool:

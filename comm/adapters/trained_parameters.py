@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dtrain.comm.adapters.communicating_optimizers import Listening
-from dtrain.comm.adapters.torch_private import parameters_by_module, version_of
 from dtrain.comm.adapters.wrappers import named_parameters
+from dtrain.comm.torch_private import parameters_by_module, version_of
 
 WAY_OUT = (
     "on every rank: sync.close_round(), sync.detach(), and attach to the model as it is now, before the next backward "

@@ -18,9 +18,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from dtrain.comm.adapters.torch_private import is_traceable_wrapper_subclass
 from dtrain.comm.ops import AllGather, Broadcast, Flow, Place
 from dtrain.comm.runtime.saved import EACH_SAVES
+from dtrain.comm.torch_private import is_traceable_wrapper_subclass
 
 Tie: TypeAlias = Literal["stop", "first"]
 """What happens where the largest groups are of one size: an error, or all take the values of the first of them."""

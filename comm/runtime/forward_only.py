@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dtrain.comm.adapters.torch_private import BatchNorm, mark_stepped
 from dtrain.comm.runtime.context import Context
 from dtrain.comm.shared_seed.directions import At, Walk, both_ways
 from dtrain.comm.shared_seed.philox import Address
+from dtrain.comm.torch_private import BatchNorm, mark_stepped
 
 MANY_UNUSABLE = 10
 """Losses in a row that were not finite, after which a warning is raised."""

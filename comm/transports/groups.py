@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from dtrain.comm.adapters import torch_private
-from dtrain.comm.adapters.torch_private import default_group, destroy_group, open_groups, timeout_of
+from dtrain.comm import torch_private
+from dtrain.comm.torch_private import default_group, destroy_group, open_groups, timeout_of
 
 __all__ = ["free", "kept_group", "own_group", "timeout_of"]
 

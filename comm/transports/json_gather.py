@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dtrain.comm.adapters.torch_private import device_of_objects
+from dtrain.comm.torch_private import device_of_objects
 
 T = TypeVar("T")
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Broadcast, Op, Payload, Shift
+from dtrain.comm.torch_private import backends_of
 from dtrain.comm.transports.groups import free, own_group
 from dtrain.comm.transports.transport import outgoing, reply
 
@@ -77,11 +78,7 @@ class TorchTransport:
 
 def served(group: dist.ProcessGroup) -> list[str]:
     """Types of the devices whose tensors ``group`` moves; the CPU's first."""
-    types = [
-        device.type
-        for device in group._device_types
-        if device.type == "cpu" or group._get_backend(device).name() != "gloo"
-    ]
+    types = [device.type for device, its in backends_of(group) if device.type == "cpu" or its.name() != "gloo"]
     return sorted(types, key=lambda name: name != "cpu")
 
 

@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
 
 
 def _meet(here: Path, host: str, rank: int, world: int) -> tuple[list[Finding], list[Exchange]]:
-    from dtrain.comm.adapters.torch_private import TCPStore
+    from dtrain.comm.torch_private import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     findings: list[Finding] = []
@@ -83,7 +83,7 @@ def _meet(here: Path, host: str, rank: int, world: int) -> tuple[list[Finding], 
 
 def _round_over(store: object, number: int, rank: int, present: list[int]) -> None:
     """Wait for the others, so that pairs of two rounds do not share a link; a host that is late is not waited for."""
-    from dtrain.comm.adapters.torch_private import Store
+    from dtrain.comm.torch_private import Store
 
     assert isinstance(store, Store)
     store.set(f"round/{number}/{rank}", "")

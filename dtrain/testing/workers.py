@@ -169,7 +169,7 @@ def _serve(connection: Connection) -> None:
 def _job(function: Callable[..., object], arguments: tuple[object, ...], rank: int, world: int, port: int) -> object:
     import torch.distributed as dist
 
-    from dtrain.comm.adapters.torch_private import TCPStore
+    from dtrain.comm.torch_private import TCPStore
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     store = TCPStore("127.0.0.1", port, is_master=False)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dtrain.comm.adapters.torch_private import HashStore
+from dtrain.comm.torch_private import HashStore
 from dtrain.launchers import rendezvous as meeting
 from dtrain.launchers.probe import await_gloo_threads
 from dtrain.train.mesh import own_device, patience

@@ -30,12 +30,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dtrain.comm.adapters.torch_private import gloo_group
 from dtrain.comm.ops import Op, Place
 from dtrain.comm.runtime.membership.reachability import reach
 from dtrain.comm.runtime.membership.secret import made_secret, read_secret
 from dtrain.comm.runtime.membership.store_client import GuardedStore, Line
 from dtrain.comm.runtime.membership.store_server import StoreServer
+from dtrain.comm.torch_private import gloo_group
 from dtrain.comm.transports.gloo import GlooTransport, PeersLost
 from dtrain.comm.transports.transport import Work
 

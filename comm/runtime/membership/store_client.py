@@ -12,8 +12,8 @@ from typing import cast
 
 import torch.distributed as dist
 
-from dtrain.comm.adapters.torch_private import Store
 from dtrain.comm.runtime.membership.sealed_messages import Mistrust, Sealed, opened
+from dtrain.comm.torch_private import Store
 
 __all__ = ["GuardedStore", "Line"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dtrain.comm.adapters.adapter import pieces_of
-from dtrain.comm.adapters.torch_private import zeros_of_unused
 from dtrain.comm.blocks import blocks_of
+from dtrain.comm.torch_private import zeros_of_unused
 from dtrain.errors import ModelError
 from dtrain.train.engines.contract import loss_of, unused
 from dtrain.train.engines.engine import (

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.comm.adapters.adapter import pieces_of
-from dtrain.comm.adapters.torch_private import clear_forward_hooks
+from dtrain.comm.torch_private import clear_forward_hooks
 from dtrain.comm.transports.groups import kept_group
 from dtrain.train.engines.contract import loss_of
 from dtrain.train.engines.engine import Batch, Engine, EngineOptions, OptimizerFactory, checkpoint_activations

@@ -40,6 +40,7 @@ MESH_INFOS = "torch.distributed.fsdp._fully_shard._fsdp_common"
 COLLECTIVES = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
 C10D = "torch.distributed.distributed_c10d"
 CACHE_FOLDERS = "torch._inductor.runtime.cache_dir_utils"
+INDUCTOR_SETTINGS = "torch._inductor.config"
 
 ZEROS_OF_UNUSED = "set_reduce_scatter_unused_params"
 """The method of an FSDP2 model that has torch make zeros of missing gradients, in newer versions: `zeros_of_unused`."""
@@ -78,6 +79,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "Module": ("_forward_hooks", "_forward_pre_hooks", "_parameters"),
     "torch._dynamo": ("maybe_mark_dynamic",),
     CACHE_FOLDERS: ("default_cache_dir",),
+    INDUCTOR_SETTINGS: ("get_config_copy",),
 }  # fmt: skip
 """The names by their owner: a module, or a class of torch's."""
 NEWER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -122,7 +124,7 @@ def _missing(owner: object, name: str) -> str:
     label = owner.__name__ if hasattr(owner, "__name__") else type(owner).__name__
     return (
         f"torch {torch.__version__} has no {name} in its {label}, which dtrain uses "
-        "(dtrain/comm/adapters/torch_private.py); take a version of torch that dtrain was tested with "
+        "(dtrain/comm/torch_private.py); take a version of torch that dtrain was tested with "
         "(docs/torch_versions.md)"
     )
 
@@ -425,9 +427,15 @@ def destroy_group(group: dist.ProcessGroup) -> None:
         del tags[tag]
 
 
+def backends_of(group: dist.ProcessGroup) -> list[tuple[torch.device, Any]]:
+    """What moves the tensors of each kind of device in ``group``."""
+    devices = [torch.device(device) for device in _get(group, "_device_types")]
+    return [(device, _get(group, "_get_backend")(device)) for device in devices]
+
+
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long a collective of ``group`` waits."""
-    backends = [_get(group, "_get_backend")(torch.device(device)) for device in _get(group, "_device_types")]
+    backends = [backend for _, backend in backends_of(group)]
     timeouts = [_get(backend.options, "_timeout") for backend in backends if hasattr(backend, "options")]
     return max(timeouts, default=dist.default_pg_timeout)
 
@@ -517,3 +525,9 @@ def mark_any_size(tensor: Tensor, dim: int) -> None:
 def default_cache_folder() -> str:
     """Where torch would cache compiled code."""
     return str(_get(import_module(CACHE_FOLDERS), "default_cache_dir")())
+
+
+def compiles_with(settings: Sequence[str]) -> bool:
+    """Whether torch's compiler knows all of these settings."""
+    known = _get(import_module(INDUCTOR_SETTINGS), "get_config_copy")()
+    return all(name in known for name in settings)

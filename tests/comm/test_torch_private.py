@@ -22,20 +22,21 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.comm.adapters import torch_private
-from dtrain.comm.adapters.torch_private import C10D, MESH_INFOS, NAMES, NEWER_NAMES, ZEROS_OF_UNUSED
+from dtrain.comm import torch_private
+from dtrain.comm.torch_private import C10D, MESH_INFOS, NAMES, NEWER_NAMES, ZEROS_OF_UNUSED
 from dtrain.testing import WorkerPool
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 OURS = ("_get", "_set")
-GONE = "see what has taken its place, and change comm/adapters/torch_private.py, where alone it is used"
+GONE = "see what has taken its place, and change comm/torch_private.py, where alone it is used"
 
 OF_OTHERS = {
-    "comm/adapters/torch_private.py": "the one file",
+    "comm/torch_private.py": "the one file",
     "comm/adapters/zero.py": "DeepSpeed's",
     "dtrain/cli/__init__.py": "argparse's",
     "dtrain/integrations/accelerate.py": "Accelerate's",
     "dtrain/integrations/hf.py": "Accelerate's",
+    "dtrain/integrations/lightning.py": "Lightning's",
     "dtrain/testing/_loaded.py": "imports torch._dynamo early, which later imports would take seconds for",
     "dtrain/train/config/targets.py": "typing's",
     "launchers/elastic_agent.py": "overrides torch's elastic agent; launchers import nothing of ours, see ELASTIC",
@@ -159,7 +160,7 @@ def _calls(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def test_the_list_is_whole() -> None:
-    calls = list(_calls(ROOT / "comm/adapters/torch_private.py"))
+    calls = list(_calls(ROOT / "comm/torch_private.py"))
     used = {name for function, name in calls if function in OURS}
     # Marks that only schedulers and _apply_optimizer_in_backward set; what is imported at the head of the file.
     marks = {"_in_backward_optimizers", "_opt_called", "_wrapped_by_lr_sched"}
@@ -223,5 +224,5 @@ def test_private_names_are_seen(tmp_path: Path) -> None:
 def test_private_names_of_torch_stand_nowhere_else() -> None:
     found = {str(path.relative_to(ROOT)): _private_of_others(path) for path in _files()}
     wrong = {name: private for name, private in found.items() if private and name not in OF_OTHERS}
-    assert wrong == {}, "each behind a function of comm/adapters/torch_private.py, and in its NAMES"
+    assert wrong == {}, "each behind a function of comm/torch_private.py, and in its NAMES"
     assert [name for name in OF_OTHERS if not found[name]] == [], "these need the permission no longer"
