@@ -257,13 +257,14 @@ class Attached:
         line = f"{self.steps} steps, {self.skipped} skipped, sent {sent}, {meter.exposed_seconds:.2f} s exposed"
         return line + self.method.report()
 
-    def detach(self) -> None:
+    def detach(self, *, saved: bool = False) -> None:
         """Stop communicating and restore the model as it was before `attach`; its parameters stay.
 
-        Warns within a round of local updates, whose steps only this replica has, unless they were just saved, or an
-        exception is on its way.
+        Warns within a round of local updates, whose steps only this replica has, unless its state was just taken, by
+        this sync or by other means (``saved``), or an exception is on its way.
         """
-        self._warn_of_open_round()
+        if not saved:
+            self._warn_of_open_round()
         self._detached = True
         self.context.membership.leave()
         self.method.detach()

@@ -146,7 +146,7 @@ class Replicas:
 
     def close(self) -> None:
         """Detach, and end the threads."""
-        self.all(lambda rank: self.attached[rank].detach())
+        self.all(lambda rank: self.attached[rank].detach(saved=True))
         self._threads.shutdown()
 
     def train(self, steps: int) -> None:

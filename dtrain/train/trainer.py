@@ -287,7 +287,7 @@ class _Run:
 
     def close(self) -> None:
         self.metrics.close()
-        self.attached.detach()
+        self.attached.detach(saved=True)  # in a checkpoint, if the run is not at its end
         self.mesh.control.close()
         self.engine.close()
         self.mesh.close()
