@@ -21,8 +21,16 @@ from dtrain.comm.adapters.other_mesh import PLACE
 
 
 def parts_of_checkpoint(folder: Path) -> dict[str, Callable[[], object]]:
-    """How to read each part, by the name of its place."""
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    """How to read each part, by the name of its place. Raises ``ValueError`` for a list that is damaged.
+
+    The list, ``.metadata``, is a pickle of torch's, which runs code that is in it (docs/security.md).
+    """
+    try:
+        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except OSError:
+        raise
+    except Exception as error:  # whatever unpickling damaged bytes raises: the other ranks wait for an answer
+        raise ValueError(f"{folder / '.metadata'} is damaged, or no list of DCP: {error}; take another copy") from error
     parts: dict[str, Callable[[], object]] = {}
     for key, entry in entries.items():
         match = PLACE.search(key)

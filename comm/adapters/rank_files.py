@@ -203,7 +203,7 @@ class RankFiles:
         step = REFUSED
         try:
             step = work()
-        except (OSError, TypeError, ValueError) as error:
+        except Exception as error:  # raised below, whatever it is: the other ranks wait for this one's answer
             failed = error
         replicas, shards = self._sync.context.membership.gather_number(step)
         if failed is not None:

@@ -23,6 +23,7 @@ from torch.optim import Adafactor, AdamW
 
 from dtrain import attach, diloco, every_step, streaming_diloco
 from dtrain.comm import tensor_file
+from dtrain.comm.adapters.dcp_parts import parts_of_checkpoint
 from dtrain.comm.adapters.other_mesh import Wanted, mesh_of, remade
 from dtrain.comm.layout import Segment
 from dtrain.comm.ops import Place
@@ -295,3 +296,10 @@ def test_what_is_not_elementwise_is_refused_on_all_ranks(pool: WorkerPool) -> No
     with tempfile.TemporaryDirectory() as folder:
         pool.run(adafactor_elsewhere, folder, world=2)
         assert all("what is not elementwise" in said for said in pool.run(adafactor_elsewhere, folder, world=3))
+
+
+def test_a_damaged_list_of_dcp_is_a_value_error(tmp_path: Path) -> None:
+    for content in (b"", b"no pickle", b"\x80\x04\x95"):
+        (tmp_path / ".metadata").write_bytes(content)
+        with pytest.raises(ValueError, match=r"\.metadata is damaged"):
+            parts_of_checkpoint(tmp_path)
