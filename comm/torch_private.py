@@ -11,6 +11,7 @@ optim/lr_scheduler.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib import import_module
@@ -41,6 +42,7 @@ COLLECTIVES = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
 C10D = "torch.distributed.distributed_c10d"
 CACHE_FOLDERS = "torch._inductor.runtime.cache_dir_utils"
 INDUCTOR_SETTINGS = "torch._inductor.config"
+DTENSOR_CACHES = "torch.distributed.tensor.debug"
 
 ZEROS_OF_UNUSED = "set_reduce_scatter_unused_params"
 """The method of an FSDP2 model that has torch make zeros of missing gradients, in newer versions: `zeros_of_unused`."""
@@ -80,6 +82,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "torch._dynamo": ("maybe_mark_dynamic",),
     CACHE_FOLDERS: ("default_cache_dir",),
     INDUCTOR_SETTINGS: ("get_config_copy",),
+    DTENSOR_CACHES: ("_clear_sharding_prop_cache",),
 }  # fmt: skip
 """The names by their owner: a module, or a class of torch's."""
 NEWER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -425,6 +428,14 @@ def destroy_group(group: dist.ProcessGroup) -> None:
     tags: dict[str, list[dist.ProcessGroup]] = _get(world, "tags_to_pg")
     if tag in tags and not tags[tag]:
         del tags[tag]
+
+
+def forget_meshes() -> None:
+    """For a process that starts torch.distributed again: what DTensor remembers of the layouts of earlier operations
+    names their meshes, whose groups are gone, and a new mesh of the same ranks is taken for one of them.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        _get(import_module(DTENSOR_CACHES), "_clear_sharding_prop_cache")()
 
 
 def backends_of(group: dist.ProcessGroup) -> list[tuple[torch.device, Any]]:

@@ -169,7 +169,7 @@ def _serve(connection: Connection) -> None:
 def _job(function: Callable[..., object], arguments: tuple[object, ...], rank: int, world: int, port: int) -> object:
     import torch.distributed as dist
 
-    from dtrain.comm.torch_private import TCPStore
+    from dtrain.comm.torch_private import TCPStore, forget_meshes
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     store = TCPStore("127.0.0.1", port, is_master=False)
@@ -180,6 +180,7 @@ def _job(function: Callable[..., object], arguments: tuple[object, ...], rank: i
         _close_what_was_left_open()
         gc.collect()
         dist.destroy_process_group()
+        forget_meshes()
 
 
 def _close_what_was_left_open() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,9 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from dtrain.integrations.lightning import EXCHANGED, ShardedSyncStrategy
 from dtrain.testing import WorkerPool
-from tests.integrations import test_lightning
 from tests.integrations.test_lightning import (
     END,
     METHODS,
@@ -29,6 +25,7 @@ from tests.integrations.test_lightning import (
     digest,
     evaluated,
     judged,
+    launched,
     made,
     said,
 )
@@ -40,14 +37,6 @@ SHARD = {0: (70, 10, 38, 2), 1: (63, 9, 19, 1)}
 
 UNITS = {"dense": 2, "int8": 2, "diloco": 1, "streaming": 1}
 """Gradients are exchanged by unit of ``fully_shard``, deltas by fragment."""
-
-
-@contextmanager
-def launched() -> Iterator[None]:
-    """Without what torch remembers of meshes of earlier jobs in this process, whose groups are gone."""
-    _clear_sharding_prop_cache()
-    with test_lightning.launched():
-        yield
 
 
 class Sharded(Module):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -22,8 +23,10 @@ def threads_of_gloo() -> int:
     return sum(name.read_text() == "gloo_tcp_loop\n" for name in Path("/proc/self/task").glob("*/comm"))
 
 
-def dropped(kind: str) -> int:
+def dropped(kind: str, groups_before: int = 0) -> int:
     """A step; how many threads of gloo there are in the end."""
+    for _ in range(groups_before):  # what follows gets other names
+        dist.new_group([0, 1])
     model: torch.nn.Module = small()
     group = None
     if kind == "ddp":
@@ -43,3 +46,10 @@ def test_what_is_dropped_leaves_nothing_behind(kind: str) -> None:
     with WorkerPool(2) as fresh:
         threads = [fresh.run(dropped, kind)[0] for _ in range(4)]
     assert threads[3] == threads[1] and threads[1] > 0
+
+
+def test_a_mesh_is_not_taken_for_one_of_an_earlier_job() -> None:
+    """DTensor remembers results by mesh, and a mesh is equal to that of an earlier job, whose groups are gone."""
+    with WorkerPool(2) as fresh:
+        for groups_before in (5, 0):
+            fresh.run(dropped, "fsdp", groups_before)
