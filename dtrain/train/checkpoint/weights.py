@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -37,6 +38,10 @@ def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[st
     recorded = metadata.get(tensors.PARAMETERS_DIGEST)
     if tensors.META in metadata and not recorded and tensors.DIGEST not in metadata:
         raise CheckpointError(f"{file} is an export of dtrain without its digest: it is damaged, so take another copy")
+    # With all names in its metadata damaged, an export would pass for another program's file.
+    digests = (tensors.DIGEST, tensors.PARAMETERS_DIGEST)
+    if damaged := [name for name in metadata if name not in digests and get_close_matches(name, digests, cutoff=0.8)]:
+        raise CheckpointError(f"{file} has a digest under the name {damaged[0]!r}: it is damaged, so take another copy")
     # Exports of earlier versions have only this digest, which does not cover buffers.
     if recorded and tensors.DIGEST not in metadata and recorded != digest(selected):
         raise CheckpointError(

@@ -115,6 +115,10 @@ def test_an_export_whose_digests_are_unreadable_is_damaged(save: Callable[..., P
     file.write_bytes(content.replace(b"tensors_digest", b"tensors?digest").replace(b"parameters_d", b"parameters?d"))
     with pytest.raises(CheckpointError, match="an export of dtrain without its digest"):
         weights_of(tmp_path)
+    file.write_bytes(content.replace(b"tensors_digest", b"tensors?digest").replace(b"parameters_d", b"parameters?d")
+                     .replace(b"\"meta\"", b"\"mgta\""))  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"a digest under the name '(tensors|parameters)\?digest'"):
+        weights_of(tmp_path)
 
 
 def test_no_flipped_bit_of_a_checkpoint_gets_into_a_model(save: Callable[..., Path]) -> None:
