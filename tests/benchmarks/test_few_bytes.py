@@ -42,7 +42,7 @@ def test_every_setting_can_be_composed() -> None:
     tried = [(*FIXED[name], *words) for name, candidates in CANDIDATES.items() for words in candidates]
     of_all = [(inside.lower(), words) for inside in ALONE for words in {**EVERY_SYNC, **ALONE[inside]}.values()]
     of_all_words = [(f"optim={optimizer}", *words) for optimizer, words in of_all]
-    for words in [*tried, *settings(CHOSEN).values(), *of_all_words]:
+    for words in {*tried, *settings(CHOSEN).values(), *of_all_words}:
         compose(["run.dir=x", *COMMON, "data.part=tuning", *words])
 
 

@@ -582,13 +582,13 @@ def test_bad_settings_are_one_error_and_leave_nothing_behind(words: list[str], m
 
 
 @pytest.mark.processes
-def test_a_store_for_members_is_served_until_a_signal_and_a_taken_port_is_told() -> None:
-    serving = [sys.executable, "-m", "dtrain", "members", "--port"]
-    with subprocess.Popen([*serving, "0"], stdout=subprocess.PIPE, text=True) as process:
+def test_a_store_for_members_is_served_until_a_signal_and_a_taken_port_is_told(shell: Shell) -> None:
+    serving = [sys.executable, "-m", "dtrain", "members", "--port", "0"]
+    with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = process.stdout.readline()
         port = re.fullmatch(r"replicas meet at \S+:(\d+); Ctrl-C ends it\n", said)[1]  # type: ignore[index]
-        taken = subprocess.run([*serving, port], capture_output=True, text=True, timeout=50)
-        assert taken.returncode == 1 and f"port {port} cannot be served" in taken.stderr
+        code, _, error = shell("members", "--port", port)
+        assert code == 1 and f"port {port} cannot be served" in error
         process.terminate()
         assert process.wait(20) == 0

@@ -98,11 +98,12 @@ def run(target: Target, inputs: int, *, seed: int = 0, first: int = 0) -> Counts
             result.unlink(missing_ok=True)
             sys.stdout.flush()
             gc.collect()
-            gc.freeze()  # a child that collected its parent's process groups would wait for threads that it lacks
+            # A child that collected its parent's process groups would wait for threads that it lacks. What is frozen
+            # stays so: thawed, all modules would be looked at again for every target, longer than its inputs take.
+            gc.freeze()
             child = os.fork()
             if child == 0:
                 _in_child(target, at, end, seed, Path(folder), progress)
-            gc.unfreeze()
             _, status = os.waitpid(child, 0)
             if os.waitstatus_to_exitcode(status) == _TARGET_IS_WRONG:
                 raise RuntimeError(f"{target.name} cannot be tried: its intact input fails, see the traceback above")

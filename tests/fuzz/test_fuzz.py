@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.fuzz import harness
 from tests.fuzz.damage import damaged, damaged_json
 from tests.fuzz.harness import Case, Target, run
 from tests.fuzz.targets import TARGETS
@@ -31,7 +32,7 @@ def _target(read: object) -> Target:
 
 @pytest.mark.processes
 def test_a_traceback_a_changed_value_and_a_dead_process_are_failures() -> None:
-    counts = run(_target(json.loads), 200)
+    counts = run(_target(json.loads), 60)
     assert any(place.startswith("AssertionError") for place in counts.failures)
 
     def dies(data: bytes) -> object:
@@ -46,7 +47,7 @@ def test_a_traceback_a_changed_value_and_a_dead_process_are_failures() -> None:
 
 
 @pytest.mark.processes
-def test_memory_and_time_have_bounds() -> None:
+def test_memory_and_time_have_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     def hungry(data: bytes) -> object:
         if data != b'{"a": 1}':
             bytearray(600 * 2**20)
@@ -60,6 +61,7 @@ def test_memory_and_time_have_bounds() -> None:
             time.sleep(60)
         return {"a": 1}
 
+    monkeypatch.setattr(harness, "SECONDS", 0.5)
     counts = run(_target(slow), 1)
     assert counts.failures == {"too slow": 1}
 

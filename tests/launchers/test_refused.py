@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -119,23 +120,22 @@ def test_a_program_that_is_not_here_is_refused(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    ("program", "said"),
-    [
-        (["python", "nosuch.py"], "cannot start nosuch.py: there is no such file in"),
-        (["python", "-m", "nosuch.module"], "cannot start python -m nosuch.module: there is no such module"),
-        (["python", "bad.py"], "SyntaxError"),
-        (["bash", "run.sh"], "nosuch: command not found"),
-    ],
-)
-def test_a_rank_that_cannot_start_its_program_is_started_once(program: list[str], said: str, tmp_path: Path) -> None:
+def test_a_rank_that_cannot_start_its_program_is_started_once(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("def f(:\n")
     (tmp_path / "run.sh").write_text("nosuch\n")
-    job = LocalLauncher(max_restarts=2).submit(program, folder=tmp_path / "run")
-    assert job.wait(50) == "failed"
-    end = job.end()
-    assert end is not None and end["code"] == 2 and said in job.why()
-    assert (tmp_path / "run" / "logs" / "rank-0.log").read_text().count("---- rank 0") == 1
+    programs = {
+        "python nosuch.py": "cannot start nosuch.py: there is no such file in",
+        "python -m nosuch.module": "cannot start python -m nosuch.module: there is no such module",
+        "python bad.py": "SyntaxError",
+        "bash run.sh": "nosuch: command not found",
+    }
+    launcher = LocalLauncher(max_restarts=2)
+    jobs = {name: launcher.submit(name.split(), folder=tmp_path / name) for name in programs}  # all at once
+    for name, said in programs.items():
+        assert jobs[name].wait(50) == "failed", name
+        end = jobs[name].end()
+        assert end is not None and end["code"] == 2 and said in jobs[name].why(), name
+        assert (tmp_path / name / "logs" / "rank-0.log").read_text().count("---- rank 0") == 1, name
 
 
 @pytest.mark.parametrize("name", ["a\nb", "../x", ""])
@@ -185,24 +185,26 @@ def test_a_job_runs_whose_home_cannot_be_written_to(
 
 @pytest.mark.processes
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_launch_that_is_ended_ends_its_ranks_and_waits_for_them(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_launch_that_is_ended_ends_its_ranks_and_waits_for_them(tmp_path: Path) -> None:
     (tmp_path / "stops.py").write_text(
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('checkpointed', flush=True), sys.exit(75)))\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     )
-    words = ["launch", "launcher.workers=1", "run.dir=run", "--", "python", "stops.py"]
-    with subprocess.Popen([sys.executable, "-m", "dtrain", *words]) as command:
-        try:
-            log = tmp_path / "run" / "logs" / "rank-0.log"
-            deadline = time.monotonic() + 120
-            while not (log.exists() and "ready" in log.read_text()):
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+    with contextlib.ExitStack() as stack:
+        commands = {}
+        for number in (signal.SIGTERM, signal.SIGHUP):  # both at once
+            words = ["launch", "launcher.workers=1", f"run.dir={number.name}", "--", "python", "stops.py"]
+            commands[number] = stack.enter_context(subprocess.Popen([sys.executable, "-m", "dtrain", *words]))
+            stack.callback(commands[number].kill)
+        deadline = time.monotonic() + 120
+        logs = {number: tmp_path / number.name / "logs" / "rank-0.log" for number in commands}
+        while not all(log.exists() and "ready" in log.read_text() for log in logs.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for number, command in commands.items():
             command.send_signal(number)
-            assert command.wait(100) == 130 and "checkpointed" in log.read_text()
-        finally:
-            command.kill()
-    assert registry.find(str(tmp_path / "run")).state() == "cancelled"
+        for number, command in commands.items():
+            assert command.wait(100) == 130 and "checkpointed" in logs[number].read_text(), number
+            assert registry.find(str(tmp_path / number.name)).state() == "cancelled"
