@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -92,6 +93,15 @@ def real(name: str) -> Tensor:
         seen.append(flat(dict(ddp.module.named_parameters())))
     attached.detach()
     return torch.stack(seen)
+
+
+Reals = Callable[[str], list[Tensor]]
+
+
+@pytest.fixture(scope="module")
+def reals(pool: WorkerPool) -> Reals:
+    """The real run of a sync, on all ranks; each sync is trained once."""
+    return functools.cache(lambda name: pool.run(real, name))
 
 
 class ModuleReplica(Replica):
@@ -196,27 +206,27 @@ BY_ROUTE = ["top-k", "top-k, all-gather", "top-k, sparse all-reduce", "mixed"]
 
 
 @pytest.mark.parametrize("name", ["dense", "int8_ef", "int2_ef, coded", "stochastic", *BY_ROUTE])
-def test_bitwise(pool: WorkerPool, name: str) -> None:
-    for mine, theirs in zip(simulated(name), pool.run(real, name), strict=True):
+def test_bitwise(reals: Reals, name: str) -> None:
+    for mine, theirs in zip(simulated(name), reals(name), strict=True):
         assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("name", [name for name in SYNCS if name != "native"])
-def test_threads_and_processes_are_one_to_the_bit(pool: WorkerPool, name: str) -> None:
-    for mine, theirs in zip(in_threads(name), pool.run(real, name), strict=True):
+def test_threads_and_processes_are_one_to_the_bit(reals: Reals, name: str) -> None:
+    for mine, theirs in zip(in_threads(name), reals(name), strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_the_native_all_reduce_to_round_off(pool: WorkerPool) -> None:
+def test_the_native_all_reduce_to_round_off(reals: Reals) -> None:
     # Adam makes a step of its learning rate out of a gradient's round-off where the gradient is nearly 0, so: one step.
-    for mine, theirs in zip(simulated("native"), pool.run(real, "native"), strict=True):
+    for mine, theirs in zip(simulated("native"), reals("native"), strict=True):
         torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=1e-6)
 
 
-def test_replicas_are_bitwise_equal_where_the_method_says_so(pool: WorkerPool) -> None:
+def test_replicas_are_bitwise_equal_where_the_method_says_so(reals: Reals) -> None:
     for name in ("dense", "int8_ef", "int2_ef, coded", "stochastic", *BY_ROUTE):
-        first, *others = pool.run(real, name)
+        first, *others = reals(name)
         assert all(torch.equal(first, other) for other in others)
-    first, *others = pool.run(real, "diloco")
+    first, *others = reals("diloco")
     assert all(torch.equal(first[3::4], other[3::4]) for other in others)  # at the end of each round
     assert not torch.equal(first[0], others[0][0])

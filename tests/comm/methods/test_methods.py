@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -358,19 +359,34 @@ def test_a_stop_at_any_step_leaves_no_trace(name: str) -> None:
 
 
 def require_no_trace(spec: LocalUpdate, start: Parameters | None = None) -> None:
-    """A run that was stopped and resumed after any step of two rounds is the one that was not."""
-    whole, longest = Replicas(spec, 3, start=start), spec.every_steps if spec.lengths is None else 7
-    for _ in range(2 * longest + 4):
+    """A run that was stopped and resumed after any step of two rounds is the one that was never saved."""
+    longest = spec.every_steps if spec.lengths is None else 7
+    stops, further = 2 * longest + 4, longest + 1
+    never, whole = Replicas(spec, 3, start=start), Replicas(spec, 3, start=start)
+    seen = []
+    for _ in range(stops + further):
+        never.train(1)
+        seen.append(looked_at(never))
+    for step in range(1, stops + 1):
         whole.train(1)
         again = whole.resumed()
-        end = Replicas(spec, 3, start=start)
-        end.train(whole.attached[0].steps + longest + 1)
-        again.train(longest + 1)
-        for rank in range(3):
-            assert equal(again.live(rank), end.live(rank))
-            for kept in spec.kinds:
-                assert equal(again.kept(rank, kept), end.kept(rank, kept))
-        assert again.attached[0].numbers == end.attached[0].numbers
+        again.train(further)
+        require_same(looked_at(again), seen[step + further - 1])
+
+
+Looked = tuple[list[Parameters], object]
+
+
+def looked_at(replicas: Replicas) -> Looked:
+    """Parameters, all that is kept, and the numbers of rank 0."""
+    kinds, ranks = replicas.spec.kinds, range(replicas.world)  # type: ignore[attr-defined]
+    tensors = [replicas.kept(rank, kept) for rank in ranks for kept in kinds]
+    return [*map(replicas.live, ranks), *tensors], copy.deepcopy(replicas.attached[0].numbers)
+
+
+def require_same(one: Looked, other: Looked) -> None:
+    assert all(equal(mine, its) for mine, its in zip(one[0], other[0], strict=True))
+    assert one[1] == other[1]
 
 
 def test_a_round_that_failed_on_its_way_is_resumed_as_failed() -> None:
