@@ -371,22 +371,16 @@ def require_no_trace(spec: LocalUpdate, start: Parameters | None = None) -> None
         whole.train(1)
         again = whole.resumed()
         again.train(further)
-        require_same(looked_at(again), seen[step + further - 1])
+        tensors, numbers = looked_at(again)
+        those, its = seen[step + further - 1]
+        assert all(equal(mine, other) for mine, other in zip(tensors, those, strict=True)) and numbers == its
 
 
-Looked = tuple[list[Parameters], object]
-
-
-def looked_at(replicas: Replicas) -> Looked:
+def looked_at(replicas: Replicas) -> tuple[list[Parameters], object]:
     """Parameters, all that is kept, and the numbers of rank 0."""
     kinds, ranks = replicas.spec.kinds, range(replicas.world)  # type: ignore[attr-defined]
     tensors = [replicas.kept(rank, kept) for rank in ranks for kept in kinds]
     return [*map(replicas.live, ranks), *tensors], copy.deepcopy(replicas.attached[0].numbers)
-
-
-def require_same(one: Looked, other: Looked) -> None:
-    assert all(equal(mine, its) for mine, its in zip(one[0], other[0], strict=True))
-    assert one[1] == other[1]
 
 
 def test_a_round_that_failed_on_its_way_is_resumed_as_failed() -> None:
