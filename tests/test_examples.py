@@ -189,15 +189,9 @@ FRAMEWORKS: dict[str, tuple[int, Callable[[Path], list[str]]]] = {
 """Those that take a method by name: how many ranks, and which arguments."""
 
 
-# The methods are those of examples/methods.py for all: one for each example, and all of them for one.
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("name", "sync"),
-    [
-        ("nanogpt_compile", "streaming"), ("torchtitan_style", "int8"),
-        *(("two_optimizers", sync) for sync in ("diloco", "streaming", "int8")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("sync", ["diloco", "streaming", "int8"])
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_each_method_learns_and_ends_with_equal_replicas(
     pool: WorkerPool, name: str, sync: str, tmp_path: Path
 ) -> None:

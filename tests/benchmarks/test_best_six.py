@@ -52,17 +52,10 @@ def test_every_sync_has_as_many_candidates() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_every_candidate_can_be_composed() -> None:
-    """Of each row the last candidate, with all that is set; the others differ in the learning rate alone.
-
-    test_few_bytes.py composes each sync with both inner optimizers, and a candidate sets nothing that depends on them.
-    """
-    rows = [(name, inside) for inside, alone in ALONE.items() for name in alone]
-    rows += [(name, tuple(ALONE)[number % len(ALONE)]) for number, name in enumerate(EVERY_SYNC)]
-    tried = [(row, candidates(row[0])[-1]) for row in rows] + [
-        (("diloco", "Muon"), words) for words in candidates("diloco")
-    ]
-    for (name, inside), words in tried:
-        compose(["run.dir=x", *COMMON, "data.part=tuning", *at_defaults(name, inside), *words])
+    for inside, alone in ALONE.items():
+        for name in (*EVERY_SYNC, *alone):
+            for words in candidates(name):
+                compose(["run.dir=x", *COMMON, "data.part=tuning", *at_defaults(name, inside), *words])
 
 
 def test_the_page_of_the_six_shows_what_was_tried() -> None:

@@ -191,16 +191,12 @@ def test_a_weighted_round_sends_its_mean_less_what_its_peers_keep_of_it(compress
 
 # --- boundedness ----------------------------------------------------------------------------------------------------
 
-LEAST_SQUARES = ("least squares, 2 bits", "least squares, 4 bits")
-# Both phases for all; one rank, of whom theory asks more, where that is more than among three.
-BOUNDED = [
-    *((n, 3) for n in ("bf16", "int8", "int4", "int3", "int4 stochastic", *LEAST_SQUARES)),
-    *((n, 1) for n in ("int4", "int3")),
-]
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "world"), BOUNDED)
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["bf16", "int8", "int4", "int3", "int4 stochastic", "least squares, 2 bits", "least squares, 4 bits"]
+)
 def test_residuals_stay_bounded_under_constant_gradients(name: str, world: int) -> None:
     compressor = CONTRACTIVE[name]
     compression = error_feedback(compressor)
@@ -320,18 +316,13 @@ FADING = {
 @pytest.mark.parametrize("name", FADING)
 @pytest.mark.parametrize("feedback", [error_feedback, lambda c: ef21(c, eta=1)], ids=["EF14", "EF21"])
 def test_a_residual_that_fades_away_stays_finite(name: str, feedback: Callable[[Compressor], Compression]) -> None:
-    """A parameter without gradient, as an embedding of what never occurs: its residual becomes denormal, then zero.
-
-    It starts where squares are about to underflow; 72 steps from there come as far down as 120 steps from 1.
-    """
+    """A parameter without gradient, as an embedding of what never occurs: its residual becomes denormal, then zero."""
     compression = feedback(FADING[name])
     states = fresh_states(compression, 2)
-    for step in range(72):
-        values = [{"w": 1e-18 * draw(rank, 131) if step == 0 else torch.zeros(131)} for rank in range(2)]
+    for step in range(120):
+        values = [{"w": draw(rank, 131) if step == 0 else torch.zeros(131)} for rank in range(2)]
         found = exchange(values, compression, states, step=step)
         assert all(one.finite for one in found), step
         for state in states:
             state.commit()
-        assert all(bool(kept.isfinite().all()) for state in states for kept in state.tensors["w"].values()), step
-        if not any(bool(kept.any()) for state in states for kept in state.tensors["w"].values()):
-            break  # and zero it stays
+    assert all(bool(state.tensors["w"][kept].isfinite().all()) for state in states for kept in state.tensors["w"])

@@ -20,7 +20,7 @@ from dtrain.comm.feedback import Compression, as_compression
 from dtrain.compress import cast, compeft, ef21, error_feedback, powersgd, quantize, randk, sign, topk
 from tests.comm.zoo import exchange, fresh_states
 
-WORLD, ROWS, COLUMNS, STEPS = 3, 24, 16, 120
+WORLD, ROWS, COLUMNS, STEPS = 3, 24, 16, 250
 DIM = ROWS * COLUMNS
 
 BIASED: dict[str, AnyCompressor] = {
@@ -41,7 +41,7 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
     return curvatures, centres, (curvatures * centres).sum(0) / curvatures.sum(0)
 
 
-def distance(compression: Compression, lr: float = 0.1) -> float:
+def distance(compression: Compression, lr: float = 0.05) -> float:
     """To the optimum after STEPS, in units of the first distance; the mean over the last 20 steps."""
     curvatures, centres, optimum = problem()
     x = torch.zeros(DIM, dtype=torch.float64)

@@ -44,7 +44,7 @@ PLANS: dict[str, Compression] = {
     "dgc": dgc(0.05).exchange.plan.compressions[0],
     "ef21w": ef21w(topk(0.05)).learning,
 }
-HITS = [(size, everywhere) for size in (1e18, 1e19, 3e38) for everywhere in (False, True)]
+HUGE = (1e18, 1e19, 3e38)
 
 
 def exchanged(values: list[dict[str, Tensor]], plan: Compression, states: list[State], step: int, route: str) -> bool:
@@ -85,18 +85,18 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "world", "route"), CASES)
 def test_steps_go_on_after_a_huge_finite_gradient(name: str, world: int, route: str) -> None:
-    """Every plan meets every hit between two ranks; on other routes, each size and each way of being hit once."""
     plan = PLANS[name]
-    for size, everywhere in HITS if (world, route) == (2, "two_phase") else (HITS[0], HITS[3], HITS[4]):
-        states = fresh_states(plan, world)
-        for step in range(5):
-            values = [named(9 + step * 10 + rank, SIZES) for rank in range(world)]
-            if step == 1:
-                hit = values[1]["layers.0.weight"]
-                hit.mul_(size) if everywhere else hit[70:71].fill_(-size)
-            made = exchanged(values, plan, states, step, route)
-            require_sound(states)
-            assert made or step == 1, (size, everywhere, step)
+    for size in HUGE:
+        for everywhere in (False, True):
+            states = fresh_states(plan, world)
+            for step in range(6):
+                values = [named(9 + step * 10 + rank, SIZES) for rank in range(world)]
+                if step == 2:
+                    hit = values[1]["layers.0.weight"]
+                    hit.mul_(size) if everywhere else hit[70:71].fill_(-size)
+                made = exchanged(values, plan, states, step, route)
+                require_sound(states)
+                assert made or step == 2, (size, everywhere, step)
 
 
 METHODS: dict[str, Sync] = {
@@ -123,7 +123,7 @@ def test_rounds_go_on_after_a_replica_has_gone_far_astray(name: str, size: float
     replicas.pieces[1].values["w"][5] = size
     replicas.train(2)
     before = [attached.method.rounds for attached in replicas.attached]
-    replicas.train(16)
+    replicas.train(30)
     for rank, attached in enumerate(replicas.attached):
         assert attached.method.rounds > before[rank]
         for tensors in attached.state.tensors.values():

@@ -147,7 +147,7 @@ def dense_and_plain(kind: str) -> list[list[float]]:
     for name in ("plain", "dense"):
         with launched():
             loop = Loop(kind, name)
-            loop.train(0, 12)
+            loop.train(0, 30)
             found.append(loop.losses)
     return found
 
@@ -155,7 +155,7 @@ def dense_and_plain(kind: str) -> list[list[float]]:
 @pytest.mark.parametrize("kind", ["one", "two", "fsdp"])
 def test_dense_is_fabrics_own_data_parallelism(pool: WorkerPool, kind: str) -> None:
     for plain, dense in pool.run(dense_and_plain, kind, world=4 if kind == "fsdp" else 2):
-        assert len(plain) == 12 * EACH and dense == pytest.approx(plain, abs=1e-5)
+        assert len(plain) == 30 * EACH and dense == pytest.approx(plain, abs=1e-5)
 
 
 def plain_checkpoint(kind: str, folder: str) -> tuple[str, bool, list[float]]:

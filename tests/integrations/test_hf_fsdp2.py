@@ -66,9 +66,8 @@ def went_on(name: str, folder: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["int8", "streaming"])
+@pytest.mark.parametrize("name", ["int8", "diloco", "streaming"])
 def test_it_goes_on_bitwise(pool: WorkerPool, name: str, tmp_path: Path) -> None:
-    """Streaming keeps all that DiLoCo keeps, and at the stop a fragment that is under way."""
     (whole, again), *others = pool.run(went_on, name, str(tmp_path), world=4)
     assert whole == again and all(other == [whole, again] for other in others)
     assert whole["losses"][-1] < whole["losses"][0] - 0.5

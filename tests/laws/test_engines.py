@@ -65,13 +65,12 @@ COMPRESSED = {
 }
 
 
-# Elementwise state is cut and put together as that of int8_ef, in the fifteen: one engine that cuts parameters, or
-# the optimizer alone, is enough for each. ZeRO 1 and 2 hand over the same pieces.
-ELEMENTWISE = [
-    ("fsdp", "topk_ef21"), ("zero1", "topk_econtrol"), ("fsdp", "ef21w"), ("zero1", "accordion"), ("fsdp", "dgc"),
-]  # fmt: skip
-ODD = [(e, m) for e in ("ddp", "fsdp", "zero3") for m in ("lgreco_powersgd", "onebit_adam")]
-CORRECTED = [("fsdp", "scaffold_m"), ("zero3", "scaffold_m"), ("zero2", "onebit_adam")]
+# Elementwise state is cut and put together as that of int8_ef, in the fifteen: one engine of each kind is enough.
+ELEMENTWISE = [(e, m) for e in ("fsdp", "zero1") for m in ("topk_ef21", "topk_econtrol", "ef21w", "accordion", "dgc")]
+ODD = [(e, m) for e in ENGINES for m in ("lgreco_powersgd", "onebit_adam")]
+
+
+CORRECTED = [(e, "scaffold_m") for e in ("ddp", "fsdp", "zero3")]
 
 
 @pytest.mark.parametrize(("engine", "method"), [*ODD, *ELEMENTWISE, *CORRECTED])
@@ -139,7 +138,7 @@ def test_a_run_goes_on_with_another_engine(
 
 
 # int8_ef asks most of an engine: gradients handed over in another dtype, and state of its own.
-BF16 = [*((engine, "int8_ef") for engine in ENGINES), ("fsdp", "diloco"), ("zero2", "dense")]
+BF16 = [*((engine, "int8_ef") for engine in ENGINES), *((e, s) for e in ("fsdp", "zero2") for s in ("dense", "diloco"))]
 
 
 @pytest.mark.parametrize(("engine", "sync"), BF16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.laws.jobs import ENGINES, Finished, run
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
-MUON = ("optim=muon", "train.steps=20", "optim.inner.lr=0.01", "train.evaluate_every_steps=0")
+MUON = ("optim=muon", "train.steps=30", "optim.inner.lr=0.01", "train.evaluate_every_steps=0")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_every_engine_makes_the_steps_of_ddp(
     whole: Finished, pool: WorkerPool, text: Path, tmp_path: Path, engine: str
 ) -> None:
     losses = run(pool, tmp_path / engine, text, engine, "dense", *MUON).losses
-    assert len(losses) == 20 and losses[20] < 0.8 * losses[1]
+    assert len(losses) == 30 and losses[30] < 0.8 * losses[1]
     for step, loss in losses.items():
         assert loss == pytest.approx(whole.losses[step], rel=2e-4)
 
@@ -43,15 +44,15 @@ def test_one_rank_a_replica_makes_the_steps_of_two(
         assert loss == pytest.approx(whole.losses[step], rel=2e-4)
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "zero2"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_stopped_at_any_time_resumes_as_if_it_had_not_been(
     pool: WorkerPool, text: Path, tmp_path: Path, engine: str
 ) -> None:
-    """ZeRO-2 keeps Muon's state and the matrices where ZeRO-1 does; only its gradients lie elsewhere."""
     options = [*MUON, "train.steps=14", "sync.every_steps=4", "sync.compress=null"]
     undisturbed = run(pool, tmp_path / "undisturbed", text, engine, "diloco", *options)
     run(pool, tmp_path / "stopped", text, engine, "diloco", *options, "train.stop_after_steps=6")
-    again = run(pool, tmp_path / "stopped", text, engine, "diloco", *options)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "again")
+    again = run(pool, tmp_path / "again", text, engine, "diloco", *options)
     assert again.losses == undisturbed.losses and again.digest == undisturbed.digest
 
 

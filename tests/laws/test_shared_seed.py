@@ -38,14 +38,11 @@ def whole_run(pool: WorkerPool, text: Path, tmp_path_factory: pytest.TempPathFac
     return get
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "zero1"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_byte_is_enough_on_every_engine(
     pool: WorkerPool, text: Path, tmp_path: Path, whole_run: Kept, engine: str
 ) -> None:
-    """With clipping, warm-up and weight decay as they come; a stop leaves no trace, in the log neither.
-
-    ZeRO-1 is ZeRO-2 here: they differ in where gradients are kept, and there are none.
-    """
+    """With clipping, warm-up and weight decay as they come; a stop leaves no trace, in the log neither."""
     whole = whole_run(engine)
     run(pool, tmp_path / "half", text, engine, "one_byte", *CHOSEN, f"sync.log={tmp_path / 'half-log'}",
         "train.stop_after_steps=4")  # fmt: skip
@@ -93,20 +90,12 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("engine", "sync"),
-    [
-        *((engine, "ferret") for engine in ENGINES if engine != "zero1"),
-        *((engine, "fedkseed") for engine in ("zero1", "zero3")),
-    ],
-)
+@pytest.mark.parametrize("sync", OTHERS)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_others_train_on_every_engine_too(
     pool: WorkerPool, text: Path, tmp_path: Path, engine: str, sync: str
 ) -> None:
-    """A stop within a round leaves no trace.
-
-    fedkseed asks of an engine what one byte does, forward passes: tried with whole parameters and with gathered ones.
-    """
+    """A stop within a round leaves no trace."""
     chosen = [*OTHERS[sync], "train.steps=10"]
     whole = run(pool, tmp_path / "whole", text, engine, sync, *chosen)
     run(pool, tmp_path / "half", text, engine, sync, *chosen, "train.stop_after_steps=6")

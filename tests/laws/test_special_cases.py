@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 def test_diloco_of_one_step_with_plain_sgd_is_data_parallelism(
     pool: WorkerPool, text: Path, tmp_path: Path, engine: str
 ) -> None:
-    options = ["optim=sgd", "optim.inner.momentum=0", "train.clip_norm=0", "train.stop_after_steps=6"]
+    options = ["optim=sgd", "optim.inner.momentum=0", "train.clip_norm=0", "train.stop_after_steps=12"]
     outer = ["compress=none", "sync.every_steps=1", "sync.outer.lr=1", "sync.outer.momentum=0"]
     dense = run(pool, tmp_path / "dense", text, engine, "dense", *options)
     local = run(

@@ -141,7 +141,7 @@ def both_ways(sync: str, optimizer: str) -> tuple[list[Tensor], list[Tensor]]:
         attached = attach(
             model, made, SYNCS[sync](), replicate_group=None if native else mesh.get_group("replicate")
         )  # fmt: skip
-        for step in range(6):
+        for step in range(8):
             backward(model, step)
             attached.step()
         assert laid_out(model, attached.pieces.optimizer) == ALONE
@@ -154,16 +154,9 @@ def both_ways(sync: str, optimizer: str) -> tuple[list[Tensor], list[Tensor]]:
     return results[0], results[1]
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "sync"),
-    [
-        *(("adamw", sync) for sync in SYNCS),
-        *(("muon", sync) for sync in ("int8 feedback", "streaming")),
-        *(pytest.param("torch's muon", sync, marks=torch_versions.MUON) for sync in ("dense", "diloco")),
-    ],
-)
+@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", pytest.param("torch's muon", marks=torch_versions.MUON)])
 def test_it_is_the_shard_axis_alone_to_the_bit(pool: WorkerPool, optimizer: str, sync: str) -> None:
-    """A sync does not know the optimizer: each Muon with one sync of gradients and one of rounds, AdamW with all."""
     rows = pool.run(both_ways, sync, optimizer, world=4)
     for native, alone in rows:
         assert equal(native, alone)

@@ -93,11 +93,10 @@ def among(members: dict[int, list[int]]) -> list[list[float]]:
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("sync", ["diloco, offloaded", "diloco, lengths", "diloco, everything gathered"])
+@pytest.mark.parametrize("sync", ["diloco", "diloco, offloaded", "diloco, lengths", "diloco, everything gathered"])
 def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_is_lost(
     sync: str, tmp_path: Path
 ) -> None:
-    """Each differs from plain DiLoCo in one thing only, and must come to the parameters of DiLoCo by hand."""
     store = serve(0)
     common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", sync=sync, hold_at=23, hold_for=4)
     names = [dataclasses.replace(common, name=name) for name in ("a", "b")]
@@ -121,9 +120,8 @@ def test_one_dies_in_a_round_and_another_comes_and_only_that_round_of_the_dead_i
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("sync", ["streaming, 2 bits, coded", "diloco, top-k"])
+@pytest.mark.parametrize("sync", ["streaming", "streaming, 2 bits, coded", "diloco, top-k"])
 def test_one_that_was_frozen_comes_back_as_a_newcomer(sync: str, tmp_path: Path) -> None:
-    """Once by fragments, with feedback and the coder, and once by whole rounds."""
     store = serve(0)
     common = Asked(f"127.0.0.1:{store.port}", str(tmp_path), "", sync=sync, every_steps=6, steps=60, hold_at=33,
                    hold_for=4)  # fmt: skip
