@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from dtrain.launchers.strict_json import Damaged, json_of, shaped
 
-__all__ = ["NOISE", "Key", "Row", "append", "compare", "read", "read_as", "slower"]
+__all__ = ["NOISE", "Key", "Measured", "Row", "append", "compare", "read", "read_as", "slower"]
 
 Key: TypeAlias = tuple[str, str, str, int, int]
 
@@ -65,10 +65,19 @@ class Row:
         return self.op, self.backend, self.dtype, self.world, self.bytes
 
 
-R = TypeVar("R", bound=Row)
+class Measured(Protocol):
+    """A dataclass that is a row of some kind. ``wrong``: how many values were wrong."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def wrong(self) -> int: ...
 
 
-def append(path: Path, row: Row) -> None:
+R = TypeVar("R", bound=Measured)
+
+
+def append(path: Path, row: Measured) -> None:
     """Add a row to a JSONL file."""
     with path.open("a") as file:
         file.write(json.dumps(dataclasses.asdict(row)) + "\n")

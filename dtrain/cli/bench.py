@@ -6,18 +6,16 @@ import argparse
 import dataclasses
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
-from dtrain.cli import LAUNCHER_WORDS, add_config_dir, add_verb, words_of
+from dtrain.cli import LAUNCHER_WORDS, add_config_dir, add_verb, bench_train, words_of
+from dtrain.cli.bench_rows import Shown, show_rows
 from dtrain.cli.login_host import enter_launcher
 from dtrain.cli.submit import refusals, require_sound, warn
 from dtrain.errors import ConfigError
 from dtrain.extras import OF_LAUNCHING, require
-from dtrain.launchers.exit_codes import INTERRUPTED
 
 if TYPE_CHECKING:
     from dtrain.bench.rows import Row
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from dtrain.cli import Verbs
     from dtrain.launchers.job import Job
     from dtrain.launchers.launcher import Launcher
-
-R = TypeVar("R", bound="Row")
 
 EPILOG = """\
 settings:
@@ -61,7 +57,7 @@ examples:
 
 
 def add(verbs: Verbs) -> None:
-    """Add ``bench collectives`` and ``bench hooks``."""
+    """Add ``bench collectives``, ``bench hooks`` and ``bench train``."""
     below = add_verb(verbs, "bench", does="measure communication").add_subparsers(required=True, metavar="VERB")
     for name, does, epilog, run in (
         ("collectives", "sweep collectives over message sizes", EPILOG, _collectives),
@@ -74,6 +70,11 @@ def add(verbs: Verbs) -> None:
         add_config_dir(verb)
         verb.add_argument("words", nargs="*", metavar="OVERRIDE", help="bench.KEY=..., launcher=..., run.dir=FOLDER")
         verb.set_defaults(run=run, outlives_reader=True)
+    does = "compare syncs in training: time of a step, and loss after equal tokens and equal time"
+    verb = add_verb(below, "train", does=does, epilog=bench_train.EPILOG)
+    add_config_dir(verb)
+    verb.add_argument("words", nargs="*", metavar="OVERRIDE", help="bench.KEY=..., and what dtrain train takes")
+    verb.set_defaults(run=_train, outlives_reader=True)
 
 
 def _collectives(chosen: argparse.Namespace) -> int:
@@ -86,7 +87,16 @@ def _collectives(chosen: argparse.Namespace) -> int:
     settings, words = parse(words_of(chosen), GROUPS)
     baseline = _baseline(chosen.baseline, Row)
     job, folder = _submitted("collectives", settings, words)
-    return _show(job, folder, baseline, Shown(Row, table.HEAD, lambda row, _: table.line(row), table.summary))
+    return show_rows(
+        job,
+        folder,
+        Shown(
+            Row,
+            table.HEAD,
+            lambda row, _: table.line(row),
+            lambda rows: [*table.summary(rows), *_compared(rows, baseline)],
+        ),
+    )
 
 
 def _hooks(chosen: argparse.Namespace) -> int:
@@ -102,7 +112,25 @@ def _hooks(chosen: argparse.Namespace) -> int:
         raise ConfigError("bench hooks exchanges gradients in fp32 over torch.distributed: leave both settings out")
     baseline = _baseline(chosen.baseline, HookRow)
     job, folder = _submitted("hooks", dataclasses.replace(settings, transport="torch"), words)
-    return _show(job, folder, baseline, Shown(HookRow, hook_rows.HEAD, hook_rows.line, hook_rows.summary))
+    return show_rows(
+        job,
+        folder,
+        Shown(
+            HookRow,
+            hook_rows.HEAD,
+            hook_rows.line,
+            lambda rows: [*hook_rows.summary(rows), *_compared(rows, baseline)],
+        ),
+    )
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    from dtrain.bench.train_rows import HEAD, TrainRow, line, summary
+
+    def shown(job: Job, folder: Path, loss: float) -> int:
+        return show_rows(job, folder, Shown(TrainRow, HEAD, line, lambda rows: summary(rows, loss)))
+
+    return bench_train.run(chosen, shown)
 
 
 def _names(word: str, words: Sequence[str]) -> bool:
@@ -153,6 +181,13 @@ def _baseline(path: Path | None, kind: type[Row]) -> Sequence[Row]:
     return older
 
 
+def _compared(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
+    """What is slower than in an older sweep, where one was given."""
+    from dtrain.bench import table
+
+    return table.compared(rows, baseline) if baseline else []
+
+
 def _completed(settings: Settings, launcher: Launcher) -> Settings:
     """The settings, with "auto" resolved."""
     import dataclasses
@@ -180,44 +215,3 @@ def _cluster_link() -> str:
         raise ConfigError(f"{error}; name the link yourself: bench.link=100mbit, or none") from error
     rates = [rate for host, rate in facts.rates.items() if host != "login" and rate]
     return f"{min(rates) / 1e3:f}kbit" if rates else "none"
-
-
-@dataclass(frozen=True)
-class Shown(Generic[R]):
-    """How to print rows of one kind. ``line``: of a row, given those so far."""
-
-    kind: type[R]
-    head: str
-    line: Callable[[R, Sequence[R]], str]
-    summary: Callable[[Sequence[R]], list[str]]
-
-
-def _show(job: Job, folder: Path, baseline: Sequence[Row], how: Shown[R]) -> int:
-    """Print rows as they come; Ctrl-C, or SIGTERM, ends the job and keeps the rows so far."""
-    from dtrain.bench import rows, table
-    from dtrain.cli.follow import LOOK_SECONDS, exit_code, sigterm_interrupts
-    from dtrain.launchers.job import ENDED
-
-    print(f"job {job.id}: {folder}\n{how.head}", flush=True)
-    shown: list[R] = []
-
-    def show() -> None:
-        for row in rows.read_as(folder / "rows.jsonl", how.kind)[len(shown) :]:
-            shown.append(row)
-            print(how.line(row, shown), flush=True)
-
-    try:
-        with sigterm_interrupts():
-            while job.state() not in ENDED:
-                show()
-                time.sleep(LOOK_SECONDS)
-        code = exit_code(job)
-    except KeyboardInterrupt:
-        job.cancel()
-        code = INTERRUPTED
-    show()
-    if code == INTERRUPTED:
-        print("interrupted: these rows are all that were finished")
-    print("\n".join([*how.summary(shown), *(table.compared(shown, baseline) if baseline else [])]))
-    print(f"rows: {folder / 'rows.jsonl'}")
-    return code or int(any(row.wrong for row in shown))

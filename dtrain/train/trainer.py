@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, cast
 
-import torch
-from torch import Tensor
-
-from dtrain.comm.batch_norm import RunningStatistics, gathers
+from dtrain.comm.batch_norm import gathers
 from dtrain.errors import TooManySkippedSteps
 from dtrain.train.checkpoint.folders import write_text_durably
 from dtrain.train.checkpointing import Checkpoints
 from dtrain.train.config import Config
-from dtrain.train.engines.engine import Batch
 from dtrain.train.evaluation import evaluate
 from dtrain.train.failure_memory import final, may_pass
 from dtrain.train.mesh import build_mesh
 from dtrain.train.metrics import MetricsWriter, Row, cut
 from dtrain.train.results import Measured, Outcome, Reason, summarize
 from dtrain.train.setup import build
+from dtrain.train.stepping import Stepper
 from dtrain.train.time_limit import TIME_LIMIT, Clock
 from dtrain.train.totals import Account
 from dtrain.train.votes import Control, Report
@@ -95,7 +92,7 @@ class _Run:
         self.account = Account(self.mesh.channel.meter, self.mesh.control.meter)
         self.checkpoints = Checkpoints(config, self.mesh, self.parts, self.account, self.control, attempt)
         self.clock.expect_checkpoint(STATE_BYTES * sum(piece.numel for piece in self.engine.pieces.segments.values()))
-        self.statistics = RunningStatistics(self.parts.model)
+        self.stepper = Stepper(self.parts, self.account)
         self.due = False  # a checkpoint, which waits for a step that is not skipped
         self.metrics = self._metrics()
         self.first_step, self.started = self.attached.steps, time.monotonic()
@@ -144,21 +141,7 @@ class _Run:
     def _step(self) -> Report:
         """One optimizer step on this rank's share of the global batch."""
         settings, step = self.config.train, self.attached.steps
-        with self.account.step():
-            batches = self.parts.share.microbatches(step)
-            self.engine.set_learning_rate(self.parts.learning_rate(step))
-            self.statistics.keep()
-            with self.account.computing():
-                loss: float | Tensor  # a tensor is not looked at before all is under way
-                if self.attached.method.samples:
-                    loss = self._tried(batches)
-                else:
-                    loss = self.engine.forward_backward(batches)
-                    self.attached.finish()
-                    self.engine.clip()
-                self.attached.may_compile = not self.clock.due(COMPILING_SECONDS)
-                if not self.attached.step():
-                    self.statistics.put_back()
+        loss = self.stepper.step(lambda: not self.clock.due(COMPILING_SECONDS))
         if self.attached.skipped_in_a_row > settings.max_skipped_steps:
             raise TooManySkippedSteps(
                 f"step {step}: {self.attached.skipped_in_a_row} steps in a row had no finite gradient or loss, more "
@@ -167,17 +150,6 @@ class _Run:
         tokens = settings.batch_size * self.parts.tokens_per_example
         self.account.tokens += tokens
         return Report(self._asked(), float(loss), tokens // self.mesh.world)
-
-    def _tried(self, batches: Sequence[Batch]) -> float:
-        """Every direction of this step on these batches, forward only; the mean loss of this replica."""
-        examples = [len(next(iter(batch.values()))) for batch in batches]
-
-        def loss() -> Tensor:
-            parts = [self.engine.evaluate(batch) * count for batch, count in zip(batches, examples, strict=True)]
-            return torch.stack(parts).sum() / sum(examples)
-
-        samples = self.attached.method.samples
-        return sum(self.attached.estimate(loss) for _ in range(samples)) / samples
 
     def _tell_decisions(self) -> None:
         """What the sync has decided goes into the metrics; a new plan into rank 0's log and the run folder."""

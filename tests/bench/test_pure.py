@@ -16,7 +16,7 @@ from dtrain.bench.ops import COMM, GROUPS, NATIVE, OPS, SENTINEL, Values, bus_fa
 from dtrain.bench.rows import Row, append, compare, read, slower
 from dtrain.bench.settings import DTYPES, FILE, Settings, link_mbit, parse
 from dtrain.bench.table import HEAD, compared, line, summary
-from dtrain.cli.bench import Shown, _show
+from dtrain.cli.bench_rows import Shown, show_rows
 from dtrain.comm.channel import Channel
 from dtrain.comm.ops import Place
 from dtrain.errors import ConfigError
@@ -264,7 +264,7 @@ def test_a_sweep_that_is_terminated_cancels_its_job(tmp_path: Path, capsys: pyte
 
     job = Watched()
     how = Shown(Row, HEAD, lambda row, _: line(row), summary)
-    assert _show(cast(Job, job), tmp_path, [], how) == 130 and job.cancelled
+    assert show_rows(cast(Job, job), tmp_path, how) == 130 and job.cancelled
     assert "interrupted" in capsys.readouterr().out
 
 
