@@ -1,6 +1,6 @@
-"""Streaming DiLoCo of LoRA adapters: two replicas adapt a small Llama with PEFT; only the adapters are exchanged.
+"""A sync of LoRA adapters: two replicas adapt a small Llama with PEFT; only the adapters are exchanged.
 
-Run: torchrun --standalone --nproc-per-node=2 examples/hf_lora.py FOLDER
+Run: torchrun --standalone --nproc-per-node=2 examples/hf_lora.py FOLDER [--sync streaming]
 
 Lines that end in `# dtrain` are what the sync takes.
 """
@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+from methods import chosen  # dtrain
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dtrain import streaming_diloco  # dtrain
 from dtrain.integrations.hf import sync_with  # dtrain
 
 text = torch.tensor(list(Path(argparse.__file__).read_bytes()[: 64 * 500]))  # bytes are tokens
@@ -27,13 +27,13 @@ trainer = Trainer(
     get_peft_model(LlamaForCausalLM(config), adapters),
     TrainingArguments(
         sys.argv[1],
-        max_steps=60,
+        max_steps=30,
         learning_rate=2e-2,
         per_device_train_batch_size=8,
-        logging_steps=20,
+        logging_steps=10,
         eval_strategy="steps",
-        eval_steps=20,
-        save_steps=20,
+        eval_steps=10,
+        save_steps=10,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -41,6 +41,6 @@ trainer = Trainer(
     train_dataset=blocks[:-16],
     eval_dataset=blocks[-16:],
 )
-sync_with(trainer, streaming_diloco(every_steps=10, layers_per_fragment=1))  # dtrain
+sync_with(trainer, chosen())  # dtrain
 trainer.train()
 trainer.save_model()

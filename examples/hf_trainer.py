@@ -1,6 +1,6 @@
-"""DiLoCo in transformers.Trainer: two replicas train a small Llama on bytes and exchange int8 deltas every 10 steps.
+"""A sync in transformers.Trainer: two replicas train a small Llama on bytes, and exchange as the method says.
 
-Run: torchrun --standalone --nproc-per-node=2 examples/hf_trainer.py FOLDER
+Run: torchrun --standalone --nproc-per-node=2 examples/hf_trainer.py FOLDER [--sync streaming]
 
 Lines that end in `# dtrain` are what the sync takes.
 """
@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
+from methods import chosen  # dtrain
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dtrain import diloco  # dtrain
-from dtrain.compress import quantize  # dtrain
 from dtrain.integrations.hf import sync_with  # dtrain
 
 text = torch.tensor(list(Path(argparse.__file__).read_bytes()[: 64 * 500]))  # bytes are tokens
@@ -26,13 +25,13 @@ trainer = Trainer(
     LlamaForCausalLM(config),
     TrainingArguments(
         sys.argv[1],
-        max_steps=60,
-        learning_rate=5e-3,
+        max_steps=30,
+        learning_rate=1e-2,
         per_device_train_batch_size=8,
-        logging_steps=20,
+        logging_steps=10,
         eval_strategy="steps",
-        eval_steps=20,
-        save_steps=20,
+        eval_steps=10,
+        save_steps=10,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -40,6 +39,6 @@ trainer = Trainer(
     train_dataset=blocks[:-16],
     eval_dataset=blocks[-16:],
 )
-sync_with(trainer, diloco(every_steps=10, compress=quantize(bits=8)))  # dtrain
+sync_with(trainer, chosen())  # dtrain
 trainer.train()
 trainer.save_model()

@@ -1,19 +1,20 @@
-"""Streaming DiLoCo on native HSDP: the mesh with a replicate and a shard axis that a training has already.
+"""A sync on native HSDP: the mesh with a replicate and a shard axis that a training has already.
 
 Model, mesh, optimizer and scheduler are made as without dtrain; `attach` finds the replicas in the mesh.
 
-Run: torchrun --standalone --nproc-per-node=4 examples/hsdp_fsdp2.py
+Run: torchrun --standalone --nproc-per-node=4 examples/hsdp_fsdp2.py [--sync streaming]
 
 Lines that end in `# dtrain` are what the sync takes.
 """
 
 import torch
 import torch.distributed as dist
+from methods import chosen
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dtrain import attach, streaming_diloco  # dtrain
+from dtrain import attach  # dtrain
 
 
 class Block(nn.Module):
@@ -34,19 +35,19 @@ model = nn.Sequential(nn.Linear(64, 32), *(Block(32) for _ in range(3)), nn.Line
 for block in model[1:-1]:
     fully_shard(block, mesh=mesh)
 fully_shard(model, mesh=mesh)
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
-sync = attach(model, optimizer, streaming_diloco(every_steps=10, overlap_steps=2))  # dtrain
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+sync = attach(model, optimizer, chosen())  # dtrain
 
 torch.manual_seed(1 + dist.get_rank())
-for step in range(100):
+for step in range(60):
     x = torch.randn(32, 64)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
     sync.step()  # dtrain, in place of: optimizer.step(); optimizer.zero_grad()
     scheduler.step()
-    if dist.get_rank() == 0 and step % 33 == 0:
+    if dist.get_rank() == 0 and step % 20 == 0:
         print(f"step {step}: loss {loss.item():.2f}")
 
 sync.close_round()  # dtrain

@@ -1,6 +1,6 @@
-"""DiLoCo in Lightning's Trainer with FSDP2: two replicas of two ranks each train alone for 10 steps a round.
+"""A sync in Lightning's Trainer with FSDP2: two replicas of two ranks each.
 
-Run: torchrun --standalone --nproc-per-node=4 examples/lightning_fsdp2.py FOLDER
+Run: torchrun --standalone --nproc-per-node=4 examples/lightning_fsdp2.py FOLDER [--sync streaming]
 
 Lines that end in `# dtrain` are what the sync takes.
 """
@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from methods import chosen  # dtrain
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain import diloco  # dtrain
 from dtrain.integrations.lightning import ShardedSyncStrategy  # dtrain
 
 
@@ -38,25 +38,24 @@ class Regression(pl.LightningModule):
         self.log("val_loss", (self.net(batch[0]) - batch[1]).square().mean(), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.net.parameters(), lr=2e-3)
+        return torch.optim.AdamW(self.net.parameters(), lr=5e-3)
 
 
 torch.manual_seed(0)
-x = torch.randn(6400, 64)
+x = torch.randn(3200, 64)
 data = TensorDataset(x, x.sum(1, keepdim=True))
-method = diloco(every_steps=10)  # dtrain
-strategy = ShardedSyncStrategy(method, 2)  # dtrain, in place of: strategy = pl.strategies.ModelParallelStrategy()
+strategy = ShardedSyncStrategy(chosen(), 2)  # dtrain, in place of: strategy = pl.strategies.ModelParallelStrategy()
 trainer = pl.Trainer(
     accelerator="auto" if torch.cuda.is_available() else "cpu",
     devices=4,
-    max_epochs=3,
-    log_every_n_steps=20,
+    max_epochs=2,
+    log_every_n_steps=10,
     logger=CSVLogger(sys.argv[1], name="", version=""),
     callbacks=[ModelCheckpoint(sys.argv[1], monitor="val_loss")],
     enable_progress_bar=False,
     strategy=strategy,
 )
-trainer.fit(Regression(), DataLoader(data, batch_size=16, shuffle=True), DataLoader(data, batch_size=640))
+trainer.fit(Regression(), DataLoader(data, batch_size=16, shuffle=True), DataLoader(data, batch_size=320))
 trainer.print(
     f"val_loss {trainer.callback_metrics['val_loss']:.3f}, best {trainer.checkpoint_callback.best_model_path}"
 )

@@ -1,6 +1,6 @@
-"""Streaming DiLoCo in TRL's SFTTrainer: two replicas fine-tune a small Llama on bytes, a fragment exchanged at a time.
+"""A sync in TRL's SFTTrainer: two replicas fine-tune a small Llama on bytes, and exchange as the method says.
 
-Run: torchrun --standalone --nproc-per-node=2 examples/trl_sft.py FOLDER
+Run: torchrun --standalone --nproc-per-node=2 examples/trl_sft.py FOLDER [--sync streaming]
 
 Lines that end in `# dtrain` are what the sync takes.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from methods import chosen  # dtrain
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from dtrain import streaming_diloco  # dtrain
 from dtrain.integrations.hf import sync_with  # dtrain
 
 text = Path(argparse.__file__).read_bytes()[: 64 * 500]
@@ -33,14 +33,14 @@ trainer = SFTTrainer(
     LlamaForCausalLM(config),
     SFTConfig(
         sys.argv[1],
-        max_steps=60,
-        learning_rate=5e-3,
+        max_steps=30,
+        learning_rate=1e-2,
         per_device_train_batch_size=8,
         max_length=64,
-        logging_steps=20,
+        logging_steps=10,
         eval_strategy="steps",
-        eval_steps=20,
-        save_steps=20,
+        eval_steps=10,
+        save_steps=10,
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
@@ -51,6 +51,6 @@ trainer = SFTTrainer(
     eval_dataset=blocks.select(range(484, 500)),
     processing_class=tokenizer,
 )
-sync_with(trainer, streaming_diloco(every_steps=10, layers_per_fragment=1))  # dtrain
+sync_with(trainer, chosen())  # dtrain
 trainer.train()
 trainer.save_model()
