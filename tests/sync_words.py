@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dtrain.train.config.composition import folder
+from dtrain.train.config.choices import folder
 
 
 def sync_words(name: str) -> tuple[str, ...]:

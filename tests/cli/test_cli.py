@@ -496,7 +496,7 @@ def test_help_names_what_there_is(words: list[str], parts: list[str], shell: She
 
 
 def test_the_help_names_every_choice_of_every_group(shell: Shell) -> None:
-    from dtrain.train.config.composition import folder
+    from dtrain.train.config.choices import folder
 
     _, out, _ = shell("train", "--help")
     named = {

@@ -15,13 +15,12 @@ import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -32,8 +31,9 @@ from dtrain.launchers import registry
 from dtrain.launchers.launcher import Launcher
 from dtrain.renamed import CHOICES, RENAMED
 from dtrain.train.config import targets
+from dtrain.train.config.choices import folder, groups_of, own_groups, own_options, store_schema
 from dtrain.train.config.files import mapping_of, words_of
-from dtrain.train.config.schema import LAUNCHER_DEFAULTS, Config, composable, is_section, types_of
+from dtrain.train.config.schema import Config, composable, is_section, types_of
 from dtrain.train.config.suggestions import keys_of, unknown
 from dtrain.train.config.words import Kind, Word, read, value_of
 from dtrain.train.config.words import alternatives as alternatives_of
@@ -45,11 +45,6 @@ MISSING = "???"
 """How OmegaConf writes a value that has no default."""
 
 _T = TypeVar("_T")
-
-
-def folder() -> Path:
-    """The folder of the YAML files: ``configs/`` of the checkout, or its copy in an installed wheel."""
-    return Path(__file__).resolve().parents[2] / "configs"
 
 
 def compose(words: Sequence[str] = (), *, name: str = "") -> Config:
@@ -178,28 +173,16 @@ def _hydra(words: Sequence[str], *, sweeps: bool = False) -> Iterator[_Compositi
     """Parse a command line against dtrain's folder of YAML files and the folders that it names."""
     files = [word[1:] for word in words if word.startswith("@")]
     folders = [str(path) for path in map(_own_folder, files) if path is not None]
-    _store_schema()
+    store_schema()
     with initialize_config_dir(config_dir=str(folder()), version_base="1.3", job_name="dtrain"):
         loader: Any = GlobalHydra.instance().config_loader()
-        ours = _groups(loader)
+        ours = own_groups()
         if folders:
             _distinct(folders, {group: set(loader.get_group_options(group)) for group in ours})
         for path in folders:
             loader.get_search_path().prepend("a folder of one's own", f"file://{path}", anchor="schema")
             loader.repository.initialize_sources(loader.get_search_path())
         yield _Composition(words, loader, tuple(folders), set(ours), sweeps=sweeps)
-
-
-def _store_schema() -> None:
-    """Register with hydra the schema, and the launchers that have no YAML file."""
-    store, schema = ConfigStore.instance(), composable(Config)
-    store.store(name="schema", node=schema)
-    for name in registry.names():
-        if not (folder() / "launcher" / f"{name}.yaml").is_file():
-            defaults = {key.name: key.default for key in fields(cast(Any, registry.launcher_class(name)))}
-            common = cast(Any, schema)().launcher
-            changed = {key: value for key, value in defaults.items() if key == "name" or value != getattr(common, key)}
-            store.store(group="launcher", name=name, node={**changed, **LAUNCHER_DEFAULTS})
 
 
 def _of_the_sync(word: Word) -> Word:
@@ -212,10 +195,6 @@ def _own_folder(text: str) -> Path | None:
     """The folder that ``@TEXT`` names; None where that is a file."""
     path = Path(os.path.expanduser(text))
     return path.absolute() if text and path.is_dir() else None
-
-
-def _groups(loader: Any) -> list[str]:
-    return [group for group in loader.list_groups("") if not group.startswith("hydra")]
 
 
 def _distinct(folders: Sequence[str], ours: Mapping[str, set[str]]) -> None:
@@ -235,7 +214,7 @@ class _Composition:
         self, words: Sequence[str], loader: Any, folders: tuple[str, ...], ours: set[str], *, sweeps: bool
     ) -> None:
         self._loader, self._folders, self._ours = loader, folders, ours
-        self._groups = _groups(loader) if folders else sorted(ours)
+        self._groups = groups_of(loader) if folders else sorted(ours)
         self._read: list[Word] = []
         for text in words:
             if not text.startswith("@"):
@@ -302,7 +281,7 @@ class _Composition:
         if name not in self._groups:
             near = targets.hint(targets.closest(name, self._groups))
             raise ConfigError(f"{place}there is no group {name}{near} (there are {', '.join(self._groups)})")
-        options = self._loader.get_group_options(name)
+        options = self._loader.get_group_options(name) if self._folders else own_options(name)
         if value not in options:
             if now := CHOICES.get(f"{name}={value}"):
                 raise ConfigError(f"{place}{word.given}: this choice is written {now} now")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from dtrain.comm.runtime.method import Sync
 from dtrain.errors import ConfigError
 from dtrain.train.config import Config, EngineConfig, compose, differences, instantiate, load, to_yaml, validate
-from dtrain.train.config.composition import OPEN, dotted_keys, folder
+from dtrain.train.config.choices import folder
+from dtrain.train.config.composition import OPEN, dotted_keys
 
 CHOICES = sorted((path.parent.name, path.stem) for path in folder().glob("*/*.yaml"))
 NEEDS = {
