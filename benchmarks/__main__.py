@@ -33,6 +33,7 @@ from benchmarks.sparse_routes import sparse_routes
 from benchmarks.stopping import stopping
 from benchmarks.time_to_loss import small_model, time_to_loss
 from benchmarks.training import default, fifteen, kill, quality, suite
+from benchmarks.utilization import utilization
 from benchmarks.vs_torchft import torchft
 
 REPORTS: dict[str, Callable[[Session], Report]] = {
@@ -44,7 +45,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "best_six": best_six, "equal_time": equal_time, "time_to_loss": time_to_loss, "small_model": small_model,
     "sparse_routes": sparse_routes,
     "shared_seed": shared_seed, "fine_tuning": fine_tuning, "suite": suite,
-    "gpu": gpu,
+    "utilization": utilization, "gpu": gpu,
 }  # fmt: skip
 LATER = ("suite", "gpu")  # only when it is named
 STALE, PROSE = "stale", "prose"

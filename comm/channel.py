@@ -172,6 +172,10 @@ class Channel:
         self._queue.put(_Job(cast(Flow[object], flow), cast(Handle[object], handle), ready))
         return handle
 
+    def seconds(self) -> float:
+        """The time now, from some moment on."""
+        return time.perf_counter()
+
     def clone(self) -> Channel:
         """Another channel to the same peers, with the same meter, whose flows do not wait for this one's.
 

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtrain.comm.shadowed import shadow_among
 from dtrain.comm.torch_private import compiles_with, default_cache_folder, mark_any_size
 
 Constant: TypeAlias = int | float | bool | str | None
@@ -71,6 +72,9 @@ class Kernel:
         self._due: dict[Hashable, tuple[dict[str, Constant], list[_Like]]] = {}
 
     def __call__(self, *tensors: Tensor, **constants: Constant) -> None:
+        if (shadow := shadow_among(tensors)) is not None:
+            shadow.meet(tensors)
+            return
         elements, always = tensors[0].numel(), _policy() == "always"
         if elements < SMALLEST and not always:
             self.function(*tensors, **constants)

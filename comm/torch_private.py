@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -50,7 +51,7 @@ ZEROS_OF_UNUSED = "set_reduce_scatter_unused_params"
 NAMES: Mapping[str, tuple[str, ...]] = {
     MESH_INFOS: ("FSDPMeshInfo", "HSDPMeshInfo"),
     COLLECTIVES: ("_get_gradient_divide_factors",),
-    "torch._C": ("_current_graph_task_id",),
+    "torch._C": ("DisableTorchFunction", "DisableTorchFunctionSubclass", "_current_graph_task_id"),
     "torch.autograd.Variable": ("_execution_engine",),
     "FSDPModule": ("_get_fsdp_state",),
     "FSDPState": ("_fsdp_param_group", "_state_ctx"),
@@ -77,7 +78,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "Optimizer": ("_opt_called",),
     "Optimizer.step": ("_wrapped_by_lr_sched",),
     "Parameter": ("_in_backward_optimizers",),
-    "Tensor": ("_values", "_version"),
+    "Tensor": ("_make_subclass", "_values", "_version"),
     "Module": ("_forward_hooks", "_forward_pre_hooks", "_parameters"),
     "torch._dynamo": ("maybe_mark_dynamic",),
     CACHE_FOLDERS: ("default_cache_dir",),
@@ -138,6 +139,23 @@ def _missing(owner: object, name: str) -> str:
 def backward_id() -> int:
     """A number of the backward pass under way; -1 outside of one."""
     return int(_get(torch._C, "_current_graph_task_id")())
+
+
+def as_subclass(owner: type[Tensor], tensor: Tensor) -> Any:
+    """``tensor`` as an instance of a subclass that is made otherwise, without a copy."""
+    return _get(Tensor, "_make_subclass")(owner, tensor)
+
+
+def without_subclasses() -> AbstractContextManager[None]:
+    """A block in which torch takes tensors of subclasses for plain ones."""
+    block: AbstractContextManager[None] = _get(torch._C, "DisableTorchFunctionSubclass")()
+    return block
+
+
+def without_overrides() -> AbstractContextManager[None]:
+    """A block in which torch asks neither subclasses of tensors nor modes."""
+    block: AbstractContextManager[None] = _get(torch._C, "DisableTorchFunction")()
+    return block
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:

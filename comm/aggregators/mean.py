@@ -7,10 +7,18 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from dtrain.comm.shadowed import on_shadows
+
 Aggregator: TypeAlias = Callable[[Tensor], Tensor]
 """``rows`` [world, n] fp32 -> [n] fp32; the same function of the rows on every rank."""
 
 
+def _at_once(rows: Tensor) -> Tensor:
+    """A mean without values: one pass over the rows of all ranks."""
+    return rows.mean(0)
+
+
+@on_shadows(_at_once)
 def rank_order_mean(rows: Tensor) -> Tensor:
     """Mean over the leading dim of ``rows`` [world, n], added up from rank 0 to the last.
 
@@ -26,6 +34,7 @@ def rank_order_mean(rows: Tensor) -> Tensor:
     return total / rows.shape[0]
 
 
+@on_shadows(lambda rows, weights: _at_once(rows))
 def weighted_mean(rows: Tensor, weights: Sequence[float]) -> Tensor:
     """The mean of ``rows`` [world, n] by ``weights``, which are not all zero, added up in rank order in fp32.
 

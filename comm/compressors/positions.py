@@ -16,6 +16,8 @@ import functools
 import torch
 from torch import Tensor
 
+from dtrain.comm.shadowed import on_shadows
+
 
 @functools.cache
 def low_bits(n: int, k: int) -> int | None:
@@ -50,6 +52,12 @@ def positions_to_bits(positions: Tensor, n: int) -> Tensor:
     return torch.cat([high, lows.flatten(-2).to(torch.uint8)], dim=-1)
 
 
+def _positions(bits: Tensor, n: int, k: int) -> Tensor:
+    """`positions_of_bits` without values."""
+    return bits.new_empty((*bits.shape[:-1], k), dtype=torch.int64)
+
+
+@on_shadows(_positions)
 def positions_of_bits(bits: Tensor, n: int, k: int) -> Tensor:
     """Undo `positions_to_bits`: positions [..., k] int64.
 

@@ -27,6 +27,7 @@ from dtrain.comm.compressors.positions import position_bits, positions_of_bits, 
 from dtrain.comm.kernels import bytes_of, pack_bits, unpack_bits
 from dtrain.comm.ops import Payload
 from dtrain.comm.seeds import Key
+from dtrain.comm.shadowed import on_shadows
 
 FP32 = Cast("fp32")
 SAMPLED_FROM = 1 << 16
@@ -179,6 +180,12 @@ def kept(density: float, width: int) -> int:
     return min(width, max(1, math.ceil(density * width)))
 
 
+def _search(row: Tensor, k: int) -> Tensor:
+    """`largest` without values."""
+    return row.abs().topk(k, sorted=False).indices
+
+
+@on_shadows(_search)
 def largest(row: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest magnitudes of ``row`` [width], in any order.
 

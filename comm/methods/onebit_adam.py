@@ -51,20 +51,23 @@ class OneBitAdam(Sync):
     exchange: EveryStep
 
     def bind(self, pieces: Pieces, seed: int) -> Attached:
-        inner = pieces.optimizer
-        groups = inner.param_groups
-        if not all("betas" in group and "eps" in group for group in groups) or "Adam" not in type(inner).__name__:
-            raise ValueError(f"onebit_adam freezes Adam's variance; the inner optimizer is {type(inner).__name__}")
+        self.require_inner(pieces.optimizer)
+        moments: dict[str, Kind] = {"adam_m": "replicated", "adam_v": "replicated"}
+        context = context_of("onebit_adam", self.exchange, pieces, seed, moments)
+        return Attached(context, _FrozenAdam(self, context))
+
+    def require_inner(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ``ValueError`` for another inner optimizer than Adam or AdamW with the same settings everywhere."""
+        groups = optimizer.param_groups
+        if not all("betas" in group and "eps" in group for group in groups) or "Adam" not in type(optimizer).__name__:
+            raise ValueError(f"onebit_adam freezes Adam's variance; the inner optimizer is {type(optimizer).__name__}")
         if any(group.get("amsgrad") or group.get("maximize") for group in groups):
             raise ValueError("onebit_adam does not know amsgrad and maximize; leave them off")
         if any(group[name] != groups[0][name] for group in groups for name in READ):
             raise ValueError(f"the parameter groups differ in one of {', '.join(READ)}; onebit_adam has one of each")
-        decoupled = "AdamW" in type(inner).__name__ or groups[0].get("decoupled_weight_decay", False)
+        decoupled = "AdamW" in type(optimizer).__name__ or groups[0].get("decoupled_weight_decay", False)
         if groups[0]["weight_decay"] and not decoupled:
             raise ValueError("onebit_adam knows decoupled weight decay only; use AdamW, or weight_decay=0")
-        moments: dict[str, Kind] = {"adam_m": "replicated", "adam_v": "replicated"}
-        context = context_of("onebit_adam", self.exchange, pieces, seed, moments)
-        return Attached(context, _FrozenAdam(self, context))
 
 
 class _FrozenAdam(Method):

@@ -26,11 +26,12 @@ from torch import Tensor
 from dtrain.comm.collectives.routes import value_bytes
 from dtrain.comm.collectives.two_phase import two_phase_bytes
 from dtrain.comm.compressors.cast import cast
-from dtrain.comm.compressors.compressor import AnyCompressor, TwoRoundCompressor, adjustable
+from dtrain.comm.compressors.compressor import AnyCompressor, Compressor, TwoRoundCompressor, adjustable
 from dtrain.comm.feedback import Compression, as_compression
 from dtrain.comm.layout import Matrix, to_rows
 from dtrain.comm.ops import AllGather, Axis, Flow
 from dtrain.comm.seeds import Key
+from dtrain.comm.shadowed import of_values, on_shadows
 from dtrain.comm.state import Kind, Numbers, State
 
 GRID = 10_000  # steps into which the budget is divided
@@ -89,7 +90,7 @@ class ChoosingLGreCo:
 
     def measure(self, fqn: str, fresh: Tensor, corrected: Tensor, matrix: Matrix, world: int, key: Key) -> None:
         table = costs(fresh, [option.compressor for option in self.spec.options], matrix, world, key)
-        size = float(corrected.double().square().sum())
+        size = _square(corrected)
         for number, option in enumerate(self.spec.options):
             risky = option.feedback.kinds and _promises_nothing(option) and number != self.spec.uniform
             if risky and float(costs(corrected, [option.compressor], matrix, world, key)[0, 0]) > SAFE * size:
@@ -187,12 +188,41 @@ def costs(value: Tensor, compressors: Sequence[AnyCompressor], matrix: Matrix, w
             else:
                 table.append((0.0, two_phase_bytes([value.numel()], cast("fp32"), world)))
         else:
-            decoded = compressor.decode(compressor.encode(rows, key), rows.shape[1], key.shared)
-            error = float((decoded - rows).double().square().sum())
-            table.append((error, value_bytes("auto", value.numel(), compressor, world)))
+            table.append((_error(rows, compressor, key), value_bytes("auto", value.numel(), compressor, world)))
     return torch.tensor(table, dtype=torch.float64).T.contiguous()
 
 
+NORMAL = 1 << 12
+"""Normal values that stand for a tensor without values."""
+
+
+def _of_normal_values(rows: Tensor, compressor: Compressor, key: Key) -> float:
+    """`_error`, of as many normal values."""
+    sample = torch.randn(1, min(rows.shape[1], NORMAL), generator=torch.Generator().manual_seed(0))
+    return _error(sample, compressor, key) * rows.numel() / max(1, sample.numel())
+
+
+@on_shadows(_of_normal_values)
+def _error(rows: Tensor, compressor: Compressor, key: Key) -> float:
+    """The square of what ``compressor`` loses of ``rows`` [m, width]."""
+    decoded = compressor.decode(compressor.encode(rows, key), rows.shape[1], key.shared)
+    return float((decoded - rows).double().square().sum())
+
+
+@on_shadows(lambda value: float(value.numel()))
+def _square(value: Tensor) -> float:
+    return float(value.double().square().sum())
+
+
+def _of_noise(matrix: Tensor) -> Tensor:
+    """`_tails` of as large a matrix of normal values, whose singular values are at most sqrt(rows) + sqrt(columns)."""
+    rows, columns = matrix.shape
+    removed = torch.arange(min(rows, columns) + 1, dtype=torch.float64) * (rows**0.5 + columns**0.5) ** 2
+    tails: Tensor = (matrix.numel() - removed).clamp_(min=0.0)
+    return tails
+
+
+@on_shadows(_of_noise)
 def _tails(matrix: Tensor) -> Tensor:
     """tails[r]: the squared error of the best approximation of rank r, by eigenvalues of the smaller Gram matrix."""
     matrix = matrix.double()
@@ -203,6 +233,7 @@ def _tails(matrix: Tensor) -> Tensor:
     return torch.cat([squares.new_zeros(1), squares.cumsum(0)]).flip(0)
 
 
+@of_values
 def solve(errors: Tensor, sizes: Tensor, uniform: int, alpha: float = 1.0, grid: int = GRID) -> list[int]:
     """The cheapest choice for each layer whose errors add up to at most ``alpha`` times those of the uniform choice.
 

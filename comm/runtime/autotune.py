@@ -6,7 +6,6 @@ and three numbers from each rank. All ranks use the figures of the slowest, so a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import torch
@@ -38,7 +37,7 @@ class Choosing:
 
     def step_ended(self) -> bool:
         """Record that an inner step has ended; returns whether enough have."""
-        self._ended.append(time.perf_counter())
+        self._ended.append(self.pieces.channel.seconds())
         return len(self._ended) >= LEAST_STEPS - 1
 
     def choose(self, plan: Plan, matrices: Mapping[str, Matrix], key: Key) -> tuple[Knobs, str]:
@@ -51,13 +50,13 @@ class Choosing:
         elements = sum(segment.numel for segment in self.pieces.segments.values())
 
         def seconds(values: Named) -> float:
-            started = time.perf_counter()
+            started = self.pieces.channel.seconds()
             flow = exchange(
                 values, plan, self.spec.rule, self.pieces.place, key, State(self.spec.kinds), matrices=matrices,
                 route=self.spec.route, lossless=self.spec.lossless,
             )  # fmt: skip
             self.pieces.channel.run(flow, "trial")
-            return time.perf_counter() - started
+            return self.pieces.channel.seconds() - started
 
         few, many = self._first(TRIAL // 8), self._first(TRIAL)
         seconds(few)  # ranks that come late are waited for here, not in what is measured

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.layout import Named, Segment
+from dtrain.comm.shadowed import on_shadows
 from dtrain.comm.shared_seed.byte_codec import decode
 from dtrain.comm.shared_seed.philox import Address, SharedRandom
 
@@ -120,6 +121,14 @@ def walk_on(values: Named, segments: Mapping[str, Segment], walk: Walk, step: St
     move(values, segments, walk, [((step.number, worker, sample), by) for worker, sample, by in scales(walk, step)])
 
 
+def _passes(values: Named, segments: Mapping[str, Segment], walk: Walk, moves: Iterable[tuple[At, float]]) -> None:
+    """`move` without values."""
+    for _, by in moves:
+        for value in values.values() if by else ():
+            value.add_(by)
+
+
+@on_shadows(_passes)
 def move(values: Named, segments: Mapping[str, Segment], walk: Walk, moves: Iterable[tuple[At, float]]) -> None:
     """Add ``by`` times the direction ``at`` to flat fp32 ``values``, in place, for each of ``moves`` in their order."""
     nonzero = [(at, by) for at, by in moves if by]

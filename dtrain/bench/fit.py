@@ -63,8 +63,10 @@ def hops(op: str, world: int) -> int:
     return HOPS[name](world)
 
 
-def fit(op: str, world: int, seconds: Mapping[int, float]) -> Fit:
+def fit(op: str, world: int, seconds: Mapping[int, float], *, steps: int | None = None) -> Fit:
     """From the median seconds by size in bytes, of at least three sizes of one op over 2 or more ranks.
+
+    ``steps``: one-way delays in a row; by default those of `HOPS`.
 
     Raises ``ValueError`` for fewer, or an op whose steps are not known.
 
@@ -73,7 +75,7 @@ def fit(op: str, world: int, seconds: Mapping[int, float]) -> Fit:
     >>> round(found.alpha, 6), round(found.beta, 10), found.usable
     (0.005, 1e-07, True)
     """
-    steps = hops(op, world)
+    steps = hops(op, world) if steps is None else steps
     if len(seconds) < 3 or world < 2:
         raise ValueError(f"a fit needs three sizes and 2 ranks; there are {len(seconds)} of {op} over {world}")
     crossing = bus_factor(op, world)
@@ -87,7 +89,8 @@ def fit(op: str, world: int, seconds: Mapping[int, float]) -> Fit:
     smallest = min(seconds)
     small = [size for size in seconds if size == smallest or crossing * size * beta <= seconds[size] / 2]
     alpha = statistics.median((seconds[size] - crossing * size * beta) / steps for size in small)
-    residuals = {size: predict(op, world, size, alpha, beta) / seconds[size] - 1 for size in sorted(seconds)}
+    predicted = {size: steps * alpha + crossing * size * beta for size in sorted(seconds)}
+    residuals = {size: predicted[size] / seconds[size] - 1 for size in predicted}
     return Fit(op, world, alpha, beta, residuals)
 
 

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO, cast
 
 from dtrain import __version__
-from dtrain.cli import Command, bench, cluster, data, doctor, jobs, launch, log, members, train, trained
+from dtrain.cli.verbs import COMMANDS
 from dtrain.errors import DtrainError
 from dtrain.extras import missing
 from dtrain.launchers.exit_codes import INTERRUPTED
-
-COMMANDS = cast("list[Command]", [train, trained, launch, jobs, doctor, bench, cluster, data, members, log])
 
 TOP = """\
 examples:

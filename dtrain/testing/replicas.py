@@ -116,7 +116,7 @@ class Replicas:
     """``world`` of them under one sync, each in a thread.
 
     ``gradient``: of (rank, step, fqn, parameter), which differs by rank by default; ``start``: the first parameters,
-    flat, on any device.
+    flat, on any device; ``shapes``: theirs, for what tells matrices from vectors.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class Replicas:
         gradient: Gradient = quadratic,
         lr: float = 0.05,
         start: Named | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.spec, self.world, self.gradient = spec, world, gradient
         if start is None:
@@ -137,6 +138,9 @@ class Replicas:
             Replica(Channel({"replicate": meeting.transport(rank), "shard": SelfTransport()}), start, lr)
             for rank in range(world)
         ]
+        if shapes is not None:
+            for pieces in self.pieces:
+                pieces.shapes = dict(shapes)
         self._threads = ThreadPoolExecutor(world)
         self.attached: list[Attached] = self.all(lambda rank: spec.bind(self.pieces[rank], 0))
 

@@ -53,7 +53,7 @@ class ElasticRounds:
             return
         # The exchange that the others wait for, with weight 0.
         if membership.agree_in_replica(self._caught_up(loop)):
-            _send_again(loop)
+            send_again(loop)
         else:
             self._regroup(loop)
         self._wait_for_all(loop, closing=False)
@@ -70,7 +70,7 @@ class ElasticRounds:
 
     def wait(self, loop: LocalUpdateLoop, *, closing: bool = False) -> None:
         membership = self.membership
-        if _awaited(loop, closing):
+        if awaited(loop, closing):
             called = not closing and membership.members.called(membership.position)
             if not membership.agree_in_replica(not called):
                 self._regroup(loop)
@@ -94,7 +94,7 @@ class ElasticRounds:
     def _arrived(self, loop: LocalUpdateLoop, closing: bool) -> bool:
         """Wait for the awaited messages; False if a peer is lost meanwhile."""
         try:
-            for fragment in _awaited(loop, closing):
+            for fragment in awaited(loop, closing):
                 for handle in fragment.reductions[0].handles:
                     handle.wait()
         except RuntimeError as error:
@@ -107,7 +107,7 @@ class ElasticRounds:
     def _regroup(self, loop: LocalUpdateLoop) -> None:
         """Enter the next epoch; members that are behind copy the donor's state; all send again."""
         self.membership.regroup(lambda: self._caught_up(loop))
-        _send_again(loop)
+        send_again(loop)
 
     def _caught_up(self, loop: LocalUpdateLoop) -> bool:
         """Copy the donor's state to members that are behind; False if one of them was lost."""
@@ -214,7 +214,7 @@ class ElasticRounds:
             raise ValueError(f"its {' and '.join(name for name, bad in wrong.items() if bad)} do not fit")
 
 
-def _awaited(loop: LocalUpdateLoop, closing: bool) -> list[Fragment]:
+def awaited(loop: LocalUpdateLoop, closing: bool) -> list[Fragment]:
     """The fragments whose reductions are to be applied now."""
     return loop.under_way() if closing else loop.cadence.arriving()
 
@@ -227,7 +227,8 @@ def _take_back(loop: LocalUpdateLoop) -> None:
             reduction.handles = []
 
 
-def _send_again(loop: LocalUpdateLoop) -> None:
+def send_again(loop: LocalUpdateLoop) -> None:
+    """Start all exchanges under way anew, in one order on all members."""
     under_way = [(fragment, reduction) for fragment in loop.under_way() for reduction in fragment.reductions]
     for fragment, reduction in sorted(under_way, key=lambda pair: (pair[1].captured, pair[0].number)):
         reduction.branch = loop.store.branch()

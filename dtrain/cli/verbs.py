@@ -1,0 +1,24 @@
+"""All verbs of ``dtrain``, in the order in which its help lists them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from dtrain.cli import (
+    Command,
+    bench,
+    cluster,
+    data,
+    doctor,
+    jobs,
+    launch,
+    log,
+    members,
+    simulate,
+    train,
+    trained,
+)
+
+COMMANDS = cast("list[Command]", [
+    train, trained, launch, jobs, doctor, bench, simulate, cluster, data, members, log,
+])  # fmt: skip

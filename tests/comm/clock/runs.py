@@ -1,0 +1,71 @@
+"""What the worker processes run: a few steps of `dtrain train` under each of several syncs, and what they sent."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.comm.transports.meter import Count
+from dtrain.testing import WorkerPool
+from dtrain.train.config import Config, compose
+from dtrain.train.mesh import build_mesh
+from dtrain.train.setup import build
+from tests.sync_words import sync_words
+
+SMALL = (
+    "model.dim=32", "model.layers=2", "model.heads=2", "data.block=32", "train.batch_size=8", "train.steps=60",
+    "optim.warmup_steps=5", "optim.inner.lr=0.003", "engine.bucket_mib=0.02", "mesh.replicate=2", "mesh.shard=2",
+    "launcher.workers=4",
+)  # fmt: skip
+SHORTER = {
+    "diloco": ("sync.every_steps=4",), "streaming_diloco": ("sync.every_steps=5",), "co2": ("sync.every_steps=4",),
+    "muloco": ("sync.every_steps=4", "optim=muon"), "onebit_adam": ("sync.warmup_steps=3", "optim=adamw"),
+    "post_local_sgd": ("sync.warmup_steps=3", "sync.every_steps=4"), "slowmo": ("sync.every_steps=4",),
+    "scaffold_m": ("sync.every_steps=4",), "fedavg_m": ("sync.every_steps=4",), "local_sgd": ("sync.every_steps=4",),
+}  # fmt: skip
+"""So that some steps contain some rounds."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """By one rank. ``shapes``: of the parameters, in the order of the model."""
+
+    by: Mapping[tuple[str, str, str], Count]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def composed(engine: str, sync: str, text: Path, folder: Path, *words: str) -> Config:
+    """The configuration of a run on 2 replicas x 2 shards."""
+    run = (f"engine={engine}", *sync_words(sync), f"data.path={text}", f"run.dir={folder}", *SMALL)
+    return compose([*run, *SHORTER.get(sync, ()), *words])
+
+
+def sent(pool: WorkerPool, configs: Sequence[Config], steps: int) -> list[list[Sent]]:
+    """What each rank has sent under each of ``configs``, by config."""
+    by_rank = pool.run(_job, list(configs), steps, world=4)
+    return [list(ranks) for ranks in zip(*by_rank, strict=True)]
+
+
+def _job(configs: Sequence[Config], steps: int) -> list[Sent]:
+    warnings.simplefilter("ignore")
+    return [_run(config, steps) for config in configs]
+
+
+def _run(config: Config, steps: int) -> Sent:
+    mesh = build_mesh(config.mesh.replicate, config.mesh.shard)
+    parts = build(config, mesh)
+    for step in range(steps):
+        parts.engine.set_learning_rate(parts.learning_rate(step))
+        parts.engine.forward_backward(parts.share.microbatches(step))
+        parts.attached.finish()
+        parts.engine.clip()
+        parts.attached.step()
+    parts.attached.close_round()
+    by, shapes = dict(mesh.channel.meter.by), dict(parts.engine.pieces.shapes)
+    parts.attached.detach(saved=True)
+    mesh.control.close()
+    parts.engine.close()
+    mesh.close()
+    return Sent(by, shapes)  # type: ignore[arg-type]  # an axis is a str
