@@ -66,7 +66,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "unsharded_accumulated_grad",
     ),
     "HSDPMeshInfo": ("mesh", "replicate_process_group", "shard_mesh_dim", "shard_process_group"),
-    "DTensor": ("_spec",),
+    "DTensor": ("_op_dispatcher", "_spec"),
     "DistributedDataParallel": ("_join_config",),
     C10D: (
         "_get_default_group", "_get_object_coll_device", "_new_process_group_helper", "_store_based_barrier", "_world",
@@ -83,7 +83,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "torch._dynamo": ("maybe_mark_dynamic",),
     CACHE_FOLDERS: ("default_cache_dir",),
     INDUCTOR_SETTINGS: ("get_config_copy",),
-    DTENSOR_CACHES: ("_clear_sharding_prop_cache",),
 }  # fmt: skip
 """The names by their owner: a module, or a class of torch's."""
 NEWER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -93,6 +92,7 @@ NEWER_NAMES: Mapping[str, tuple[str, ...]] = {
     "FSDPState": ("_fsdp_param_groups",),  # several meshes within a unit: ShardPlacementResult
     "FSDPModule": (ZEROS_OF_UNUSED,),
     C10D: ("GroupName",),
+    DTENSOR_CACHES: ("_clear_sharding_prop_cache",),
     "ProcessGroupGloo": ("set_timeout",),
 }  # fmt: skip
 """Names of what torch 2.8 has not, used where they are there."""
@@ -452,8 +452,14 @@ def forget_meshes() -> None:
     """For a process that starts torch.distributed again: what DTensor remembers of the layouts of earlier operations
     names their meshes, whose groups are gone, and a new mesh of the same ranks is taken for one of them.
     """
-    if "torch.distributed.tensor" in sys.modules:
-        _get(import_module(DTENSOR_CACHES), "_clear_sharding_prop_cache")()
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    if (clear := _newer(import_module(DTENSOR_CACHES), "_clear_sharding_prop_cache")) is not None:
+        clear()
+        return
+    from torch.distributed.tensor import DTensor
+
+    _get(DTensor, "_op_dispatcher").sharding_propagator.propagate_op_sharding.cache.cache_clear()
 
 
 def backends_of(group: dist.ProcessGroup) -> list[tuple[torch.device, Any]]:

@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from dtrain import every_step
@@ -32,6 +33,7 @@ from dtrain.comm.runtime.attached import Attached
 from dtrain.comm.runtime.membership.members import serve
 from dtrain.compress import cast, quantize
 from dtrain.testing import WorkerPool
+from tests.torch_versions import MUON
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -247,8 +249,14 @@ FRAMEWORKS = {
     "lightning_fsdp2": Framework(4, ("{}",), also=logged_by_lightning),
     "fabric_loop": Framework(),
 }
+NEEDS = {"two_optimizers": [MUON]}
+"""What an example needs that the oldest torch has not."""
 BITWISE = ("nanogpt_compile", "two_optimizers", "torchtitan_style")
 """Those whose dense runs are compared here; tests/integrations does so for the others."""
+
+
+def params(names: Iterable[str]) -> list[ParameterSet]:
+    return [pytest.param(name, marks=NEEDS.get(name, [])) for name in names]
 
 
 def arguments(name: str, folder: Path) -> list[str]:
@@ -257,7 +265,7 @@ def arguments(name: str, folder: Path) -> list[str]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("sync", ["diloco", "streaming", "int8"])
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", params(FRAMEWORKS))
 def test_each_method_learns_and_ends_with_equal_replicas(
     pool: WorkerPool, name: str, sync: str, tmp_path: Path
 ) -> None:
@@ -273,7 +281,7 @@ def test_each_method_learns_and_ends_with_equal_replicas(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", BITWISE)
+@pytest.mark.parametrize("name", params(BITWISE))
 def test_dense_is_the_program_without_dtrain(pool: WorkerPool, name: str, tmp_path: Path) -> None:
     world = FRAMEWORKS[name].ranks
     plain, dense = (

@@ -73,7 +73,7 @@ def owners() -> dict[str, object]:
         "ProcessGroupGloo.Options": options(), "Optimizer": optimizer, "Optimizer.step": optimizer.step,
         "Parameter": plain.weight, "Tensor": torch.ones(1), "Module": plain,
     }  # fmt: skip
-    return found | {label: importlib.import_module(label) for label in set(NAMES) - set(found)}
+    return found | {label: importlib.import_module(label) for label in {*NAMES, *NEWER_NAMES} - set(found)}
 
 
 def lacking() -> list[str]:
