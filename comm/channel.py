@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtrain.comm.ops import Axis, Flow, Op, Place
+from dtrain.comm.ops import Axis, Flow, Op, Payload, Place
 from dtrain.comm.transports.meter import Meter
 from dtrain.comm.transports.process_group import TorchTransport
 from dtrain.comm.transports.transport import Pauses, Transport, Work
@@ -116,6 +116,7 @@ class _Renewal:
 class _Running:
     job: _Job
     work: Work
+    axis: Axis
 
 
 _OPEN: weakref.WeakSet[Channel] = weakref.WeakSet()
@@ -146,6 +147,7 @@ class Channel:
         self._queue: queue.SimpleQueue[_Job | _Renewal | Channel | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
+        self._under_way, self._since = 0, 0.0  # ops of the replicate axis, and until when their time is metered
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._serve, args=(device,), name="dtrain-channel", daemon=True)
         self._thread.start()
@@ -232,7 +234,7 @@ class Channel:
         while running:
             running = self._wave(running)
         if isinstance(item, _Renewal):
-            self._failure = None
+            self._failure, self._under_way = None, 0
             self.places.update(_places(self.transports))
             item.done.set()
         return not isinstance(item, Channel)
@@ -259,20 +261,46 @@ class Channel:
     def _begin(self, job: _Job) -> _Running | None:
         if job.ready is not None:
             torch.cuda.current_stream().wait_event(job.ready)
-        return self._issue(job, lambda: next(job.flow))
+        return self._issue(job, None)
 
     def _advance(self, running: _Running) -> _Running | None:
-        return self._issue(running.job, lambda: running.job.flow.send(running.work.wait()))
+        return self._issue(running.job, running)
 
-    def _issue(self, job: _Job, resume: Callable[[], Op]) -> _Running | None:
-        """Resume a flow, meter and issue its next op; None if it has ended."""
+    def _resume(self, job: _Job, running: _Running | None) -> Op:
+        """The next op of a flow; how long the flow took for it, and its last op, goes into the meter.
+
+        Raises ``StopIteration`` at the end of the flow.
+        """
+        reply = running.work.wait() if running is not None else None
+        worked, began = self.meter.worked, self._meter_exchange()
+        self._under_way -= running is not None and running.axis == "replicate"
+        try:
+            return next(job.flow) if running is None else job.flow.send(cast(Payload, reply))
+        finally:
+            self._since = time.perf_counter()
+            if running is None:
+                worked.encode += self._since - began
+            else:
+                worked.decode += self._since - began
+
+    def _meter_exchange(self) -> float:
+        """Count the time since a flow was last at work, if an op is under way; returns what the clock says."""
+        now = time.perf_counter()
+        if self._under_way > 0:
+            self.meter.worked.exchange += now - self._since
+        return now
+
+    def _issue(self, job: _Job, running: _Running | None) -> _Running | None:
+        """Resume a flow, ``running`` or not yet begun, meter and issue its next op; None if it has ended."""
         try:
             if self._failure is not None:
                 # After a failure the ranks no longer agree on what comes next, and a collective would hang.
                 raise RuntimeError(f"an earlier flow on this channel failed: {self._failure}") from self._failure
-            op = resume()
+            op = self._resume(job, running)
             self.meter.record(op, self.places[op.axis], job.handle.label)
-            return _Running(job, self.transports[op.axis].issue(op))
+            work = self.transports[op.axis].issue(op)
+            self._under_way += op.axis == "replicate"
+            return _Running(job, work, op.axis)
         except StopIteration as done:
             job.handle._finish(done.value, None)
         except BaseException as error:  # `Handle.wait` raises it on the caller's thread

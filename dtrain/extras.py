@@ -15,10 +15,14 @@ OF_TRAINING = ("hydra", "omegaconf", "yaml", "rich", "safetensors", "tensorboard
 OF_LAUNCHING = ("hydra", "omegaconf", "yaml", "safetensors")
 """What `launch`, `bench` and `doctor` import."""
 
+OF_REPORTS = ("matplotlib",)
+"""What the pages of runs are drawn with."""
+
 EXTRAS = {
     **dict.fromkeys(OF_TRAINING, "train"), "submitit": "slurm", "jinja2": "slurm", "cloudpickle": "slurm",
     "pyroute2": "cluster", "deepspeed": "zero", "mpi4py": "mpi", "tokenizers": "text", "zstandard": "lossless",
-    "transformers": "hf", "peft": "hf",
+    "transformers": "hf", "peft": "hf", "matplotlib": "report", "wandb": "wandb", "mlflow": "mlflow",
+    "trackio": "trackio",
 }  # fmt: skip
 
 

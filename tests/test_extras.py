@@ -16,7 +16,7 @@ from dtrain.extras import EXTRAS
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = {"hydra-core": "hydra", "pyyaml": "yaml"}
+MODULES = {"mlflow-skinny": "mlflow", "hydra-core": "hydra", "pyyaml": "yaml"}
 WITHOUT = """
 import sys
 class Absent:

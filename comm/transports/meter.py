@@ -25,15 +25,30 @@ class Count:
 
 
 @dataclass
+class Worked:
+    """Seconds of the thread that performs flows: ``encode``, in flows before their first op; ``exchange``, with an op
+    on the replicate axis under way and no flow at work; ``decode``, in flows after their first op, encoding again
+    included.
+
+    An op that ends while no flow asks for its reply counts until one does, so ``exchange`` is at most too large.
+    """
+
+    encode: float = 0.0
+    exchange: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass
 class Meter:
     """One rank's counts, by label: what a method calls its traffic.
 
     ``by``: counts by (axis, label, name of the op). ``waited``: exposed seconds by label, in which training
-    stood still.
+    stood still. ``worked``: where the time of the channel's thread went.
     """
 
     by: dict[tuple[Axis, str, str], Count] = field(default_factory=dict)
     waited: dict[str, float] = field(default_factory=dict)
+    worked: Worked = field(default_factory=Worked)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -67,6 +82,7 @@ class Meter:
         with self._lock:
             self.by = {("replicate", "before", ""): Count(bytes=sent_bytes)}
             self.waited = {"before": exposed_seconds}
+            self.worked = Worked()
 
 
 def metered(flow: Flow[R], meter: Meter, places: Mapping[Axis, Place], label: str) -> Flow[R]:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dtrain.bench.rows import Row
+from dtrain.report.at_the_end import REPORT, drawn
+from dtrain.report.page import Notes, Page, Part, Table
+from dtrain.report.plots import Bars
 
-__all__ = ["HEAD", "NCCL_ONLY", "HookRow", "line", "summary"]
+__all__ = ["HEAD", "NCCL_ONLY", "HookRow", "line", "report", "summary"]
 
 BASELINE = "torch.all_reduce"
 NCCL_ONLY = ("torch.bf16",)
 """Hooks that torch refuses to run over gloo."""
+COLUMNS = (
+    "hook", "bytes", "p50 ms", "p95 ms", "wire bytes", "less", "error", "encode", "exchange", "decode", "wrong",
+    "invalid",
+)  # fmt: skip
 HEAD = (
     f"{'hook':<24} {'ranks':>5} {'bytes':>11} {'iter':>4} {'p50 ms':>9} {'p95 ms':>9} {'vs fp32':>8} "
     f"{'algbw Mbit/s':>12} {'busbw Mbit/s':>12} {'of link':>7} {'wire bytes':>11} {'less':>7} {'error':>8} "
@@ -75,3 +83,40 @@ def summary(rows: Sequence[HookRow]) -> list[str]:
     if invalid := [row for row in rows if row.invalid]:
         out.append(f"{len(invalid)} of {len(rows)} rows are INVALID; free the machine and repeat")
     return out
+
+
+def report(folder: Path, rows: Sequence[HookRow], lines: Sequence[str]) -> str:
+    """Draw report.html; returns the line that tells of it. ``lines``: those below the table."""
+    again = f"dtrain bench hooks run.dir={folder} measures again"
+    return drawn(folder / REPORT, lambda: page("/".join(folder.parts[-2:]), rows, lines), again=again)
+
+
+def page(name: str, rows: Sequence[HookRow], lines: Sequence[str]) -> Page:
+    """For each size the time of each hook, split where it was timed, and its bytes; all rows in a table."""
+    parts: list[Part] = [Notes(lines)]
+    for size in dict.fromkeys(row.bytes for row in rows):
+        of_size = sorted((row for row in rows if row.bytes == size), key=lambda row: row.p50_ms)
+        names = [row.op for row in of_size]
+        split = [
+            (what, [row.p50_ms * getattr(row, what) for row in of_size]) for what in ("encode", "exchange", "decode")
+        ]
+        rest = [row.p50_ms * max(0.0, 1 - row.encode - row.exchange - row.decode) for row in of_size]
+        parts += [
+            Bars(title=f"Time, {size:,} bytes", x="ms, median", rows=names, parts=[*split, ("not timed apart", rest)]),
+            Bars(
+                title=f"Sent, {size:,} bytes", x="MB per rank", rows=names,
+                parts=[("sent", [row.wire_bytes / 1e6 for row in of_size])],
+            ),
+        ]  # fmt: skip
+    table = Table(COLUMNS, [_cells(row) for row in rows], title="Rows")
+    ranks = f"{rows[0].world} ranks, {rows[0].backend}" if rows else "no row was finished"
+    warnings = [line for line in lines if "INVALID" in line or "WRONG" in line]
+    return Page(name, ranks, [*parts, table], table=table, warnings=warnings)
+
+
+def _cells(row: HookRow) -> list[str]:
+    shares = [f"{share:.0%}" if row.exchange else "-" for share in (row.encode, row.exchange, row.decode)]
+    return [
+        row.op, f"{row.bytes:,}", f"{row.p50_ms:,.3f}", f"{row.p95_ms:,.3f}", f"{row.wire_bytes:,}",
+        f"{row.less:.1f}x", f"{row.error:.1e}", *shares, f"{row.wrong}", row.invalid or "-",
+    ]  # fmt: skip

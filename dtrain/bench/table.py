@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from dtrain.bench.fit import HOPS, LARGEST_RESIDUAL, fit
 from dtrain.bench.rows import NOISE, Row, compare
+from dtrain.report.at_the_end import REPORT, drawn
+from dtrain.report.page import Notes, Page, Part, Table
+from dtrain.report.plots import Curve, Lines
 
-__all__ = ["HEAD", "compared", "fits", "line", "summary"]
+__all__ = ["HEAD", "compared", "fits", "line", "report", "summary"]
 
 HEAD = (
     f"{'op':<15} {'backend':<7} {'ranks':>5} {'bytes':>11} {'iter':>4} {'min ms':>9} {'p50 ms':>9} {'p95 ms':>9} "
     f"{'p99 ms':>9} {'max ms':>9} {'algbw Mbit/s':>12} {'busbw Mbit/s':>12} {'of link':>7} {'sent/opt':>8} "
     f"{'#wrong':>6}  slowest rank"
 )
+COLUMNS = (
+    "op", "bytes", "p50 ms", "p95 ms", "max ms", "algbw Mbit/s", "busbw Mbit/s", "of link", "sent bytes", "wrong",
+    "invalid",
+)  # fmt: skip
 ONE_SIDED = ("broadcast", "shift")
 """Ops in which ranks do not all wait for each other, so that the slowest rank is where the time goes."""
 
@@ -68,6 +76,48 @@ def summary(rows: Sequence[Row]) -> list[str]:
         host = next(row.slowest_host for row in rows if row.slowest_rank == most)
         out.append(f"rank {most} on {host} was the slowest in {slow.count(most)} of {len(slow)} rows")
     return out
+
+
+def report(folder: Path, rows: Sequence[Row], lines: Sequence[str]) -> str:
+    """Draw report.html; returns the line that tells of it. ``lines``: those below the table."""
+    again = f"dtrain bench collectives run.dir={folder} measures again"
+    return drawn(folder / REPORT, lambda: page("/".join(folder.parts[-2:]), rows, lines), again=again)
+
+
+def page(name: str, rows: Sequence[Row], lines: Sequence[str]) -> Page:
+    """Bandwidth and time against size, a curve for each op; all rows in a table."""
+    bandwidths, times = [], []
+    for op in dict.fromkeys(row.op for row in rows):
+        of_op = [row for row in rows if row.op == op]
+        sizes = [float(row.bytes) for row in of_op]
+        bandwidths.append(Curve(op, sizes, [row.busbw_mbit for row in of_op]))
+        low, high = [row.min_ms for row in of_op], [row.p95_ms for row in of_op]
+        times.append(Curve(op, sizes, [row.p50_ms for row in of_op], low=low, high=high))
+    ends = sorted({float(row.bytes) for row in rows})
+    if rows and rows[0].link_mbit:
+        rate = rows[0].link_mbit
+        bandwidths.append(Curve("the link's rate", [ends[0], ends[-1]], [rate, rate], style="dashed", color=7))
+    table = Table(COLUMNS, [_cells(row) for row in rows], title="Rows")
+    parts: list[Part] = [
+        Lines(title="Bus bandwidth", x="bytes of the whole buffer", y="Mbit/s", log="x", curves=bandwidths),
+        Lines(
+            title="Time", x="bytes of the whole buffer", y="ms, median", log="xy", curves=times,
+            note="shaded: from the fastest iteration to the 95th percentile",
+        ),
+        table,
+    ]  # fmt: skip
+    ranks = f"{rows[0].world} ranks, {rows[0].backend}, {rows[0].dtype}" if rows else "no row was finished"
+    warnings = [line for line in lines if "INVALID" in line or "WRONG" in line]
+    return Page(name, ranks, [Notes(lines), *parts], table=table, warnings=warnings)
+
+
+def _cells(row: Row) -> list[str]:
+    link = f"{row.of_link:.1%}" if row.link_mbit else "-"
+    figures = (row.p50_ms, row.p95_ms, row.max_ms)
+    return [
+        row.op, f"{row.bytes:,}", *(f"{ms:,.3f}" for ms in figures), f"{row.algbw_mbit:,.1f}", f"{row.busbw_mbit:,.1f}",
+        link, f"{row.sent_bytes:,}", f"{row.wrong}", row.invalid or "-",
+    ]  # fmt: skip
 
 
 def fits(rows: Sequence[Row]) -> list[str]:

@@ -95,6 +95,7 @@ def _collectives(chosen: argparse.Namespace) -> int:
             table.HEAD,
             lambda row, _: table.line(row),
             lambda rows: [*table.summary(rows), *_compared(rows, baseline)],
+            table.report,
         ),
     )
 
@@ -120,15 +121,17 @@ def _hooks(chosen: argparse.Namespace) -> int:
             hook_rows.HEAD,
             hook_rows.line,
             lambda rows: [*hook_rows.summary(rows), *_compared(rows, baseline)],
+            hook_rows.report,
         ),
     )
 
 
 def _train(chosen: argparse.Namespace) -> int:
+    from dtrain.bench.train_page import report
     from dtrain.bench.train_rows import HEAD, TrainRow, line, summary
 
     def shown(job: Job, folder: Path, loss: float) -> int:
-        return show_rows(job, folder, Shown(TrainRow, HEAD, line, lambda rows: summary(rows, loss)))
+        return show_rows(job, folder, Shown(TrainRow, HEAD, line, lambda rows: summary(rows, loss), report))
 
     return bench_train.run(chosen, shown)
 

@@ -19,12 +19,13 @@ R = TypeVar("R", bound="Measured")
 
 @dataclass(frozen=True)
 class Shown(Generic[R]):
-    """How to print rows of one kind. ``line``: of a row, given those so far."""
+    """How to show rows of one kind. ``line``: of a row, given those so far. ``report``: draws the page."""
 
     kind: type[R]
     head: str
     line: Callable[[R, Sequence[R]], str]
     summary: Callable[[Sequence[R]], list[str]]
+    report: Callable[[Path, Sequence[R], Sequence[str]], str]
 
 
 def show_rows(job: Job, folder: Path, how: Shown[R]) -> int:
@@ -53,6 +54,7 @@ def show_rows(job: Job, folder: Path, how: Shown[R]) -> int:
     look()
     if code == INTERRUPTED:
         print("interrupted: these rows are all that were finished")
-    print("\n".join(how.summary(shown)))
-    print(f"rows: {folder / 'rows.jsonl'}")
+    lines = how.summary(shown)
+    print("\n".join(lines))
+    print(f"rows: {folder / 'rows.jsonl'}\n{how.report(folder, shown, lines)}")
     return code or int(any(row.wrong for row in shown))

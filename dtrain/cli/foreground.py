@@ -98,6 +98,7 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
     """
     from dtrain.launchers.failure import root_cause, signal_name
     from dtrain.report import summary
+    from dtrain.report.at_the_end import write_report
     from dtrain.report.progress import say
     from dtrain.train.config import run_folder
 
@@ -140,4 +141,6 @@ def finish(config: Config, ending: Ending, words: Sequence[str]) -> int:
             say(summary.render(summary.read(folder / "summary.json")))
         except (OSError, ValueError) as error:
             raise DtrainError(f"{error}; the run itself has ended as it should") from error
+        if config.run.report:
+            say(write_report(folder))
     return 0

@@ -114,12 +114,12 @@ def _list(jobs: Sequence[Job], *, everywhere: bool) -> int:
 def _table(names: Sequence[str]) -> str:
     """The table of a sweep, or of all runs that the names stand for."""
     from dtrain.cli.sweep import FILE, table
-    from dtrain.report.comparing import compared, settings_of
+    from dtrain.report.comparing import compared, runs_below, settings_of
 
     places = [place for name in names for place in _places(name)]
     if len(places) == 1 and (places[0] / FILE).exists():
         return table(places[0])
-    folders = list(dict.fromkeys(run for place in places for run in _runs_below(place)))
+    folders = list(dict.fromkeys(run for place in places for run in runs_below(place)))
     if not folders:
         raise ConfigError(f"there is no run in {' '.join(map(str, places))}: a run's folder has a config.yaml")
     common = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
@@ -141,14 +141,6 @@ def _places(name: str) -> list[Path]:
     folders = [job.folder for job in registry.resolve(name)]
     sweep = next((parent for parent in folders[0].parents if (parent / FILE).is_file()), None)
     return folders if sweep is None else [sweep]
-
-
-def _runs_below(place: Path) -> list[Path]:
-    """The run in a folder, or else the runs in the folders below it."""
-    if (place / "config.yaml").is_file():
-        return [place]
-    runs = sorted(path.parent for depth in ("*", "*/*", "*/*/*") for path in place.glob(f"{depth}/config.yaml"))
-    return [folder for folder in runs if not any(parent in runs for parent in folder.parents)]
 
 
 def _state(job: Job) -> str:

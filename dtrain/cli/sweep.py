@@ -106,7 +106,7 @@ def sweep(words: Sequence[str], train: Train, *, dry_run: bool) -> int:
                 f"the sweep ends here; the same command, with run.dir={base}, goes on with {run.values}, {left} to come"
             )
             break
-    print(table(base))
+    _show(base, report=configs[0].run.report)
     return codes[-1] if codes[-1] in (INTERRUPTED, RUN_AGAIN) else max(codes)
 
 
@@ -179,7 +179,7 @@ def _array(
         return 0
     while any(job.state() not in ENDED for job in jobs):
         time.sleep(1)
-    print(table(base))
+    _show(base, report=configs[0].run.report)
     return 0 if all(job.state() == "finished" for job in jobs) else 1
 
 
@@ -215,6 +215,15 @@ def _stored(base: Path) -> list[Run]:
         # Runs must be below their sweep, whatever its file says: what is read there is shown, and trained on.
         runs.append(Run(values, location if base.resolve() in location.parents else base / name))
     return runs
+
+
+def _show(base: Path, *, report: bool) -> None:
+    """Print the table, and draw the page."""
+    from dtrain.report.at_the_end import write_sweep
+
+    print(table(base))
+    if report:
+        print(write_sweep(base, [(run.values, run.folder) for run in _stored(base)]))
 
 
 def table(base: Path) -> str:

@@ -8,6 +8,7 @@ from dtrain.cli import (
     Command,
     bench,
     cluster,
+    compare,
     data,
     doctor,
     jobs,
@@ -20,5 +21,5 @@ from dtrain.cli import (
 )
 
 COMMANDS = cast("list[Command]", [
-    train, trained, launch, jobs, doctor, bench, simulate, cluster, data, members, log,
+    train, trained, compare, launch, jobs, doctor, bench, simulate, cluster, data, members, log,
 ])  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from dtrain.launchers.job_list import job_of
 from dtrain.launchers.strict_json import json_in
 
-__all__ = ["compared", "differing", "settings_of"]
+__all__ = ["compared", "differing", "runs_below", "settings_of"]
 
 COLUMNS = ("loss", "validation_loss", "tokens_per_second", "sent_bytes_per_rank")
 MOST_KEYS = 8
@@ -44,6 +44,14 @@ def settings_of(folder: Path) -> dict[str, object]:
         return flat(dataclasses.asdict(load(folder / "config.yaml")))
     except ConfigError:
         return {}
+
+
+def runs_below(place: Path) -> list[Path]:
+    """The run in a folder, or else the runs in the folders below it."""
+    if (place / "config.yaml").is_file():
+        return [place]
+    runs = sorted(path.parent for depth in ("*", "*/*", "*/*/*") for path in place.glob(f"{depth}/config.yaml"))
+    return [folder for folder in runs if not any(parent in runs for parent in folder.parents)]
 
 
 def differing(settings: Sequence[Mapping[str, object]]) -> list[str]:

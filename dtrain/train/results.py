@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,11 +12,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from dtrain.launchers import strict_json
+from dtrain.report.run_figures import TRAFFIC
 from dtrain.report.summary import Summary
 from dtrain.train.checkpoint import export
 from dtrain.train.checkpoint.folders import write_text_durably
 
 if TYPE_CHECKING:
+    from dtrain.comm.transports.meter import Meter
     from dtrain.train.config import Config
     from dtrain.train.mesh import Mesh
     from dtrain.train.setup import Parts
@@ -79,6 +84,27 @@ def summarize(config: Config, mesh: Mesh, parts: Parts, account: Account, checkp
         exposed_fraction=account.exposed_fraction,
         parameters_digest=digest,
     ).write(path)
+
+
+def write_traffic(folder: Path, rank: int, meters: Sequence[Meter]) -> None:
+    """Write traffic/rank-K.json: what this rank sent across the replicate axis, as what, and how. It is for people
+    alone, so that a file that cannot be written ends no run.
+
+    What was sent before a resume is "before" on every rank, as many bytes as rank 0 had sent.
+    """
+    sent: dict[str, dict[str, list[int]]] = {}
+    waited: dict[str, float] = {}
+    for meter in meters:
+        for (axis, label, op), count in list(meter.by.items()):
+            if axis == "replicate" and count.bytes:
+                sent.setdefault(label, {})[op] = [count.bytes, count.messages]
+        waited |= {label: seconds for label, seconds in list(meter.waited.items()) if seconds}
+    record = {"rank": rank, "host": socket.gethostname(), "sent": sent, "waited": waited}
+    try:
+        (folder / TRAFFIC).mkdir(parents=True, exist_ok=True)
+        (folder / TRAFFIC / f"rank-{rank}.json").write_text(strict_json.dumps(record))
+    except OSError as error:
+        warnings.warn(f"{folder / TRAFFIC} was not written: {error}", RuntimeWarning, stacklevel=2)
 
 
 def dense_bytes(parameters: int, replicas: int, shards: int) -> int:

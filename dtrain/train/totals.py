@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from dtrain.comm.transports.meter import Meter
+from dtrain.comm.transports.meter import Meter, Worked
 from dtrain.errors import ResumeError
 from dtrain.launchers import strict_json
 
@@ -15,7 +15,8 @@ class Account:
     """The figures of one rank. ``seconds``: within training steps; evaluation and checkpoints are not in them.
 
     ``exposed_seconds``: those of exposed communication. ``computing_seconds``: forward, backward and optimizer, without
-    exposed communication.
+    exposed communication. ``encode_seconds``, ``exchange_seconds``, ``decode_seconds``: of the channel's thread, beside
+    training (`Worked`).
     """
 
     def __init__(self, sync: Meter, control: Meter) -> None:
@@ -24,6 +25,7 @@ class Account:
         self.seconds = 0.0
         self.computing_seconds = 0.0
         self.exposed_seconds = 0.0
+        self._before = Worked()
         for meter in self.meters:
             meter.restart()  # set-up is not part of training
 
@@ -31,6 +33,17 @@ class Account:
     def sent_bytes(self) -> int:
         """Across the replicate axis, control messages included."""
         return sum(meter.sent_bytes for meter in self.meters)
+
+    @property
+    def split(self) -> dict[str, float]:
+        """Where the time went, in seconds by name."""
+        worked, before = self.meters[0].worked, self._before
+        return {
+            "computing_seconds": self.computing_seconds,
+            "encode_seconds": before.encode + worked.encode,
+            "exchange_seconds": before.exchange + worked.exchange,
+            "decode_seconds": before.decode + worked.decode,
+        }
 
     @property
     def _waited(self) -> float:
@@ -64,9 +77,9 @@ class Account:
         return {
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "computing_seconds": self.computing_seconds,
             "sent_bytes": self.sent_bytes,
             "exposed_seconds": self.exposed_seconds,
+            **self.split,
         }
 
     def restore(self, record: Mapping[str, object]) -> None:
@@ -78,5 +91,6 @@ class Account:
         self.tokens = int(figures["tokens"])
         self.seconds, self.computing_seconds = figures["seconds"], figures["computing_seconds"]
         self.exposed_seconds = figures["exposed_seconds"]
+        self._before = Worked(*(figures[f"{name}_seconds"] for name in ("encode", "exchange", "decode")))
         self.meters[0].restart(sent_bytes=int(figures["sent_bytes"]))
         self.meters[1].restart()

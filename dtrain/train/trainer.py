@@ -8,6 +8,7 @@ does so in its workers, tests do it in theirs.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import traceback
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from dtrain.train.evaluation import evaluate
 from dtrain.train.failure_memory import final, may_pass
 from dtrain.train.mesh import build_mesh
 from dtrain.train.metrics import MetricsWriter, Row, cut
-from dtrain.train.results import Measured, Outcome, Reason, summarize
+from dtrain.train.results import Measured, Outcome, Reason, summarize, write_traffic
 from dtrain.train.setup import build
 from dtrain.train.stepping import Stepper
 from dtrain.train.time_limit import TIME_LIMIT, Clock
@@ -108,7 +109,10 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / "metrics.jsonl").exists():
                 cut(self.folder / "metrics.jsonl", step if self.checkpoints.resumed_from else -1)
-        return MetricsWriter(self.folder, enabled=writes, purge_step=step + 1)
+        settings = dataclasses.asdict(self.config) if writes else {}
+        return MetricsWriter(
+            self.folder, enabled=writes, purge_step=step + 1, sinks=self.config.metrics, settings=settings
+        )
 
     def loop(self, on_step: Callable[[int], None]) -> Outcome:
         settings = self.config.train
@@ -179,6 +183,7 @@ class _Run:
             "seconds": self.account.seconds,
             "sent_bytes": self.account.sent_bytes,
             "exposed_seconds": self.account.exposed_seconds,
+            **self.account.split,
             "learning_rate": self.parts.learning_rate(step - 1),
             "gradient_norm": self.engine.gradient_norm,
             "skipped_steps": self.attached.skipped,
@@ -248,6 +253,7 @@ class _Run:
             raise self.checkpoints.none_at_the_end()
         skipped = max(int(row[0]) for row in self.control.rows([self.attached.skipped], "checkpoint"))
         outcome = Outcome(reason, step, stop if reason == "signal" else 0, withheld)
+        write_traffic(self.folder, self.mesh.rank, self.account.meters)
         if self.mesh.rank == 0:
             if reason != "signal":
                 measured = Measured(self.last_loss, self.validation_loss, skipped)

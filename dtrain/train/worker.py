@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.launchers import probe
@@ -28,10 +27,8 @@ from dtrain.launchers.exit_codes import BAD_CONFIG, INTERRUPTED, RUN_AGAIN
 from dtrain.launchers.lock import HELD, InUse, held
 from dtrain.launchers.probe import await_gloo_threads
 from dtrain.launchers.records import ATTEMPT
+from dtrain.report.at_the_end import closing
 from dtrain.train.garbage import loading
-
-if TYPE_CHECKING:
-    from dtrain.train.trainer import Outcome
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -78,7 +75,7 @@ def main(arguments: list[str]) -> int:
                     config, requested=lambda: stop.requested, clock=clock, attempt=attempt, on_row=on_row
                 )  # fmt: skip
                 if dist.get_rank() == 0 and not in_foreground:
-                    print(closing(outcome, Path(config.run.dir)), flush=True)
+                    print(closing(outcome, Path(config.run.dir), report=config.run.report), flush=True)
         finally:
             dist.destroy_process_group()
             await_gloo_threads()
@@ -105,19 +102,6 @@ def alone(folder: Path) -> Iterator[None]:
             yield
     except InUse as error:
         raise ConfigError(f"run.dir={error}: wait for it, end it, or choose another") from error
-
-
-def closing(outcome: Outcome, folder: Path) -> str:
-    """The last lines of rank 0's log: the summary, or at which step a signal ended the run."""
-    from dtrain.report import summary
-    from dtrain.train.time_limit import TIME_LIMIT
-
-    if outcome.reason == "signal":
-        name = "time limit" if outcome.signal == TIME_LIMIT else signal.Signals(outcome.signal).name
-        return f"{name}: {'left without a checkpoint' if outcome.withheld else 'checkpointed'} at step {outcome.step}"
-    prefix = f"stopped at step {outcome.step} as asked\n" if outcome.reason == "stopped" else ""
-    path = folder / "summary.json"
-    return prefix + (summary.render(summary.read(path)) if path.is_file() else f"finished at step {outcome.step}")
 
 
 def check_interface(wanted: str, interfaces: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from dtrain.bench.measure import RankReport, percentile, row
 from dtrain.bench.ops import COMM, GROUPS, NATIVE, OPS, SENTINEL, Values, bus_factor, prepare
 from dtrain.bench.rows import Row, append, compare, read, slower
 from dtrain.bench.settings import DTYPES, FILE, Settings, link_mbit, parse
-from dtrain.bench.table import HEAD, compared, line, summary
+from dtrain.bench.table import HEAD, compared, line, report, summary
 from dtrain.cli.bench_rows import Shown, show_rows
 from dtrain.comm.channel import Channel
 from dtrain.comm.ops import Place
@@ -263,7 +263,7 @@ def test_a_sweep_that_is_terminated_cancels_its_job(tmp_path: Path, capsys: pyte
             self.cancelled = True
 
     job = Watched()
-    how = Shown(Row, HEAD, lambda row, _: line(row), summary)
+    how = Shown(Row, HEAD, lambda row, _: line(row), summary, report)
     assert show_rows(cast(Job, job), tmp_path, how) == 130 and job.cancelled
     assert "interrupted" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ import pytest
 
 from dtrain.bench import train_rows
 from dtrain.bench.rows import append, read_as
+from dtrain.bench.train_page import page
 from dtrain.bench.train_rows import TrainRow, interval, summary, tied
 from dtrain.bench.train_settings import TrainSettings, parse, words_of_sync
 from dtrain.cli.main import main
@@ -95,6 +96,16 @@ def test_losses_are_told_at_equal_tokens_at_equal_time_and_as_time_to_a_loss(tmp
     assert len(train_rows.line(fast, [])) == len(train_rows.HEAD)
     append(tmp_path / "rows.jsonl", fast)
     assert read_as(tmp_path / "rows.jsonl", TrainRow) == [fast]
+
+
+def test_the_page_has_a_plot_of_times_of_bytes_and_of_losses(tmp_path: Path) -> None:
+    rows = [row("a", *[1.1] * 9, evaluated_at=[0, 10], losses=[4.0, 2.0]), row("b", *[1.5] * 9)]
+    made = page("runs/x", rows, summary(rows))
+    titles = [getattr(part, "title", "") for part in made.parts]
+    losses = ["Loss after equal tokens", "Loss after equal time"]
+    assert titles[1:] == ["Time of a step", "Sent", *losses, "Rows"]
+    empty = page("runs/x", [], summary([])).table
+    assert empty is not None and not empty.rows
 
 
 @pytest.mark.parametrize(

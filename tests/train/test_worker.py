@@ -15,12 +15,13 @@ from dtrain.errors import ConfigError
 from dtrain.launchers.probe import HANG_SECONDS
 from dtrain.launchers.records import ATTEMPT
 from dtrain.report import summary
+from dtrain.report.at_the_end import closing
 from dtrain.train.config import compose
 from dtrain.train.config.run_folder import write
 from dtrain.train.mesh import patience
 from dtrain.train.time_limit import TIME_LIMIT
 from dtrain.train.trainer import Outcome
-from dtrain.train.worker import check_interface, closing, main
+from dtrain.train.worker import check_interface, main
 from tests.cli.test_cli import SUMMARY
 
 
@@ -66,6 +67,7 @@ def test_the_log_closes_with_the_summary_or_with_what_ended_the_run(tmp_path: Pa
     SUMMARY.write(tmp_path / "summary.json")
     assert closing(Outcome("finished", 3, 0), tmp_path) == summary.render(SUMMARY)
     assert closing(Outcome("stopped", 3, 0), tmp_path).startswith("stopped at step 3 as asked\nrun runs/x")
+    assert closing(Outcome("finished", 3, 0), tmp_path, report=True).splitlines()[-1].startswith("report: none, as it")
 
 
 @pytest.mark.processes

@@ -12,6 +12,7 @@ from dtrain.train.config.schema import Config
 
 MAY_CHANGE_AT_RESUME: Mapping[str, str] = {
     "run.*": "where a run lives does not affect results",
+    "metrics": "where rows of metrics go does not affect results",
     "launcher.*": "how workers start does not affect results; their number is the mesh's",
     "mesh.*": "a checkpoint is stored by FQN and range of elements, and is assembled for any mesh",
     "engine.*": "a checkpoint does not depend on the engine",

@@ -33,7 +33,7 @@ from dtrain.renamed import CHOICES, RENAMED
 from dtrain.train.config import targets
 from dtrain.train.config.choices import folder, groups_of, own_groups, own_options, store_schema
 from dtrain.train.config.files import mapping_of, words_of
-from dtrain.train.config.schema import Config, composable, is_section, types_of
+from dtrain.train.config.schema import SECTIONS, Config, composable, is_section, types_of
 from dtrain.train.config.suggestions import keys_of, unknown
 from dtrain.train.config.words import Kind, Word, read, value_of
 from dtrain.train.config.words import alternatives as alternatives_of
@@ -133,7 +133,7 @@ def load(path: str | Path) -> Config:
         raise ConfigError(f"{path}: {_explained(error) or str(error).splitlines()[0]}") from error
     config = _frozen(cast(DictConfig, merged), strict=False)
     # dtrain writes every section; a missing one would silently become the defaults.
-    if lost := [f.name for f in dataclasses.fields(Config) if not isinstance(plain.get(f.name), dict)]:
+    if lost := [name for name in SECTIONS if not isinstance(plain.get(name), dict)]:
         raise ConfigError(
             f"{path} is damaged: it lacks {', '.join(lost)}; put a copy back (config-N.yaml beside it are earlier ones)"
         )
@@ -517,7 +517,7 @@ def _built(cls: type[_T], values: Mapping[str, object]) -> _T:
         if dataclasses.is_dataclass(hints[key]):
             arguments[key] = _built(hints[key], cast(dict[str, object], value))
         else:
-            arguments[key] = _without_nothing(value)
+            arguments[key] = tuple(plain) if isinstance(plain := _without_nothing(value), list) else plain
     return cls(**arguments)
 
 

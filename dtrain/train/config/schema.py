@@ -4,8 +4,8 @@
     ├── run        where the run lives and whether it resumes        ├── model   `_target_` and its keywords
     ├── mesh       replicas x shards                                 ├── data    `_target_` and its keywords
     ├── launcher   how the workers start: `dtrain.launchers`         ├── sync    `_target_` and its keywords
-    ├── engine     what owns the shard axis                          └── optim   the inner optimizer and its schedule
-    └── train      steps, batches and intervals
+    ├── engine     what owns the shard axis                          ├── optim   the inner optimizer and its schedule
+    ├── train      steps, batches and intervals                      └── metrics where rows of metrics go
 
 The frozen classes are what a program reads. hydra composes into unfrozen twins of them (``composable``), as it cannot
 override frozen ones.
@@ -44,6 +44,8 @@ class RunConfig:
     weights: str = ""
     """Initial parameters, with all other state new: a safetensors file such as RUN/export/model.safetensors, a
     checkpoint, or a run that has ended. Empty: the model's own initialization."""
+    report: bool = True
+    """Whether the run draws its page, ``report.html``, when it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,12 @@ class Config:
     sync: Settings = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    metrics: tuple[str, ...] = ("tensorboard",)
+    """Where rows of metrics go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio."""
+
+
+SECTIONS = tuple(entry.name for entry in fields(Config) if entry.default is MISSING)
+"""The keys of the top level that hold further keys."""
 
 
 def types_of(section: type) -> dict[str, Any]:

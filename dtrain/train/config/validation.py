@@ -16,6 +16,7 @@ from dtrain.train.config.model_factory import build_model
 from dtrain.train.config.optimizer_factory import inner_optimizer, takes_model
 from dtrain.train.config.schema import PRECISIONS, SCHEDULES, TRANSPORTS, Config
 from dtrain.train.config.targets import closest, hint, instantiate
+from dtrain.train.metrics.sinks import SINKS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +50,14 @@ def validate(config: Config) -> dict[str, object]:
         ConfigError: naming every key that is out of range or does not fit, with its value and what would fit.
         DataError: from the data set: missing, empty or damaged.
     """
-    problems = [*_ranges(config), *_mesh(config), *_launcher(config), *_engine(config), *_run_folder(config)]
+    problems = [
+        *_ranges(config),
+        *_mesh(config),
+        *_launcher(config),
+        *_engine(config),
+        *_run_folder(config),
+        *_metrics(config),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     sync = _sync(config)
@@ -165,6 +173,16 @@ def _unlikely_rounds(config: Config) -> Iterator[str]:
 def _engine(config: Config) -> Iterator[str]:
     if config.engine.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         yield f"engine {config.engine.name} needs DeepSpeed, which is not installed: pip install 'dtrain[zero]'"
+
+
+def _metrics(config: Config) -> Iterator[str]:
+    """Before anything is launched: a package that rank 0 lacks would otherwise be missed when the run is over."""
+    for name in config.metrics:
+        if name not in SINKS:
+            yield f"metrics has {name!r}{hint(closest(name, SINKS))} (there are {', '.join(SINKS)})"
+        elif importlib.util.find_spec(SINKS[name][0]) is None:
+            extra = "train" if name == "tensorboard" else name
+            yield f"metrics=[{name}] needs {SINKS[name][0]}, which is not installed: pip install 'dtrain[{extra}]'"
 
 
 def _run_folder(config: Config) -> Iterator[str]:

@@ -1,35 +1,46 @@
-"""Writes each row to metrics.jsonl and its numbers to TensorBoard."""
+"""Writes each row to metrics.jsonl, and its numbers to the sinks that were asked for."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+from dtrain.train.config.compatibility import flat
 from dtrain.train.metrics.rows import Row, Value, as_line
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from dtrain.train.metrics.sinks import Sink, opened
 
 __all__ = ["MetricsWriter"]
 
 
 class MetricsWriter:
-    """Appends rows to ``folder/metrics.jsonl`` and, from the first row on, to ``folder/tensorboard/``.
+    """Appends rows to ``folder/metrics.jsonl`` and, from the first row on, to ``sinks``, by their names.
 
-    With ``enabled=False`` (every rank but one) it does nothing. ``purge_step``: at a resume, the first step that is
-    trained again; TensorBoard then hides what an earlier process wrote from that step on. Without the tensorboard
-    package, or once it has failed, only the JSON lines are written. A context manager.
+    With ``enabled=False`` (every rank but one) it does nothing. ``settings``: the configuration, which sinks show
+    with the run. ``purge_step``: at a resume, the first step that is trained again; what an earlier process
+    wrote from that step on is hidden where a sink can. A sink whose package is missing is left out without a word, as
+    `require` has told of it before the launch; of one that fails a warning tells once, and the others go on. A context
+    manager.
     """
 
-    def __init__(self, folder: Path, *, enabled: bool, purge_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        enabled: bool,
+        purge_step: int | None = None,
+        sinks: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
         self._folder = folder
         self._purge_step = purge_step
+        self._names = sinks
+        self._settings = flat(settings or {})
         self._written = False
         self._file: TextIO | None = None
-        self._events: SummaryWriter | None = None
+        self._sinks: dict[str, Sink] = {}
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "metrics.jsonl"
@@ -47,36 +58,43 @@ class MetricsWriter:
         self._file.flush()
         if not self._written:
             self._written = True
-            self._try(lambda: _open_events(self._folder / "tensorboard", self._purge_step))
-        if self._events is not None:
-            self._try(lambda: self._add(_numbers(row), step))
+            for name in self._names:
+                self._open(name)
+        numbers = _numbers(row)
+        for name, sink in list(self._sinks.items()):
+            try:
+                sink.write(numbers, step)
+            except Exception as error:  # TensorBoard writes in a thread, and raises later whatever went wrong there
+                del self._sinks[name]
+                self._warn(name, error)
 
     def close(self) -> None:
-        """Flush and close both. Closing twice is fine."""
-        events, self._events = self._events, None
-        if events is not None:
-            self._try(lambda: events.close())
+        """Flush and close all. Closing twice is fine."""
+        sinks, self._sinks = self._sinks, {}
+        for name, sink in sinks.items():
+            try:
+                sink.close()
+            except Exception as error:
+                self._warn(name, error)
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _add(self, numbers: Mapping[str, float], step: int) -> SummaryWriter | None:
-        for name, value in numbers.items():
-            assert self._events is not None
-            self._events.add_scalar(name, value, step)
-        return self._events
-
-    def _try(self, action: Callable[[], SummaryWriter | None]) -> None:
-        """TensorBoard must not end a run: the rows are in metrics.jsonl."""
+    def _open(self, name: str) -> None:
         try:
-            self._events = action()
-        except Exception as error:  # TensorBoard writes in a thread, and raises later whatever went wrong there
-            self._events = None
-            warnings.warn(
-                f"{self._folder / 'tensorboard'} is written no more, as it failed ({type(error).__name__}: {error}); "
-                "metrics.jsonl goes on",
-                RuntimeWarning, stacklevel=3,
-            )  # fmt: skip
+            self._sinks[name] = opened(name, self._folder, self._settings, self._purge_step)
+        except ImportError:
+            return
+        except Exception as error:
+            self._warn(name, error)
+
+    def _warn(self, name: str, error: Exception) -> None:
+        """A sink must not end a run: the rows are in metrics.jsonl."""
+        warnings.warn(
+            f"{self._folder / name} is written no more, as it failed ({type(error).__name__}: {error}); metrics.jsonl "
+            "goes on",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -88,15 +106,6 @@ class MetricsWriter:
 def _numbers(row: Mapping[str, Value]) -> dict[str, float]:
     numbers: Row = {name: value for name, value in row.items() if name != "step" and not isinstance(value, bool)}
     return {name: value for name, value in numbers.items() if isinstance(value, int | float) and math.isfinite(value)}
-
-
-def _open_events(folder: Path, purge_step: int | None) -> SummaryWriter | None:
-    try:
-        # Only now: the import takes seconds, and the other ranks never need it.
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
 
 def _drop_torn_end(path: Path) -> None:

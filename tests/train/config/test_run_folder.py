@@ -94,7 +94,7 @@ def test_every_pattern_of_what_may_change_is_of_keys_that_exist() -> None:
     from fnmatch import filter as matching
 
     keys = [difference.key for difference in differences(Config(), compose(["run.dir=x"]))]
-    keys += [f"sync.{key}" for key in compose(["sync=one_byte"]).sync]
+    keys += [f"sync.{key}" for key in compose(["sync=one_byte"]).sync] + ["metrics"]
     keys += [
         f"{s.name}.{f.name}"
         for s in dataclasses.fields(Config)

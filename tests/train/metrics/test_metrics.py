@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dtrain.report.progress import Progress
 from dtrain.train.metrics import MetricsWriter, cut, read
 from dtrain.train.metrics.rows import as_line
+from dtrain.train.metrics.sinks import SINKS
 
 
 def refuse(word: str) -> float:
@@ -108,12 +109,12 @@ def test_cut_leaves_only_the_file(tmp_path: Path) -> None:
 
 
 class Failing:
-    """Stands for TensorBoard's writer on a disk that has become full at ``fails``."""
+    """Stands for TensorBoard on a disk that has become full at ``fails``."""
 
     def __init__(self, fails: str) -> None:
         self.fails = fails
 
-    def add_scalar(self, *_: object) -> None:
+    def write(self, *_: object) -> None:
         if self.fails == "add":
             raise OSError(28, "No space left on device")
 
@@ -129,7 +130,7 @@ def test_tensorboard_that_fails_is_warned_of_once_and_rows_go_on(
     if fails == "open":
         (tmp_path / "tensorboard").write_text("no folder")
     else:
-        monkeypatch.setattr("dtrain.train.metrics.writer._open_events", lambda *_: Failing(fails))
+        monkeypatch.setitem(SINKS, "tensorboard", ("tensorboard", lambda _: Failing(fails)))
     metrics = MetricsWriter(tmp_path, enabled=True)
 
     def three() -> None:
