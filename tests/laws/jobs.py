@@ -21,6 +21,7 @@ SMALL = (
     "model.dim=32", "model.layers=2", "model.heads=2", "data.block=32", "train.batch_size=8", "train.steps=60",
     "train.log_every_steps=1", "train.evaluation_examples=8", "train.evaluate_every_steps=0", "optim.warmup_steps=5",
     "train.checkpoint_every_steps=0", "optim.inner.lr=0.003", "engine.bucket_mib=0.08",
+    "run.report=false",
 )  # fmt: skip
 
 

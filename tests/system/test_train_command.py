@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -37,8 +38,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """The summary of a run that nobody touched."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = Command(folder, text)
+    done = Command(folder, text, "run.report=true")
     assert done.wait(200) == 0, done.output()
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    assert f"report: {folder / 'report.html' if drawn else 'none, as it needs matplotlib'}" in done.output()
+    assert not drawn or "Sent by whom" in (folder / "report.html").read_text()
     return summary(folder)
 
 
