@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.best_six import best_six, equal_time
+from benchmarks.clock_bytes import clock_bytes
 from benchmarks.compression import compressors, loss
 from benchmarks.elastic import elastic
 from benchmarks.equal_tokens import equal_tokens
@@ -45,7 +46,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "best_six": best_six, "equal_time": equal_time, "time_to_loss": time_to_loss, "small_model": small_model,
     "sparse_routes": sparse_routes,
     "shared_seed": shared_seed, "fine_tuning": fine_tuning, "suite": suite,
-    "utilization": utilization, "gpu": gpu,
+    "utilization": utilization, "clock_bytes": clock_bytes, "gpu": gpu,
 }  # fmt: skip
 LATER = ("suite", "gpu")  # only when it is named
 STALE, PROSE = "stale", "prose"

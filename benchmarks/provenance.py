@@ -50,6 +50,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "equal_tokens": (*TRAINING, "benchmarks/equal_tokens.py"),
     "elastic": (*HOSTS, "benchmarks/elastic.py"),
     "one_byte": (*HOSTS, "benchmarks/one_byte.py"),
+    "clock_bytes": ("comm", "configs", "dtrain/train/engines", "benchmarks/clock_bytes.py"),
     "utilization": ("comm", "benchmarks/utilization.py"),
     "leaks": ("comm", "dtrain/train", "benchmarks/leaks.py"),
     "shared_seed": ("comm", "benchmarks/digits.py", "benchmarks/shared_seed.py"),

@@ -19,11 +19,14 @@ SMALL = (
     "optim.warmup_steps=5", "optim.inner.lr=0.003", "engine.bucket_mib=0.02", "mesh.replicate=2", "mesh.shard=2",
     "launcher.workers=4",
 )  # fmt: skip
+ROUNDS, SGD = ("sync.every_steps=4",), ("optim=sgd", "optim.inner.momentum=0", "optim.inner.lr=0.001")
+CONSTANT = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.inner.weight_decay=0")
 SHORTER = {
-    "diloco": ("sync.every_steps=4",), "streaming_diloco": ("sync.every_steps=5",), "co2": ("sync.every_steps=4",),
-    "muloco": ("sync.every_steps=4", "optim=muon"), "onebit_adam": ("sync.warmup_steps=3", "optim=adamw"),
-    "post_local_sgd": ("sync.warmup_steps=3", "sync.every_steps=4"), "slowmo": ("sync.every_steps=4",),
-    "scaffold_m": ("sync.every_steps=4",), "fedavg_m": ("sync.every_steps=4",), "local_sgd": ("sync.every_steps=4",),
+    **dict.fromkeys(("diloco", "co2", "slowmo", "local_sgd", "delayed_diloco", "eager_diloco", "ferret"), ROUNDS),
+    "streaming_diloco": ("sync.every_steps=5",), "muloco": (*ROUNDS, "optim=muon"),
+    "post_local_sgd": (*ROUNDS, "sync.warmup_steps=3"), "onebit_adam": ("sync.warmup_steps=3", "optim=adamw"),
+    "scaffold_m": (*ROUNDS, *SGD), "fedavg_m": (*ROUNDS, *SGD), "dgc": SGD, "one_byte": (*SGD, *CONSTANT),
+    "fedkseed": (*ROUNDS, "sync.directions=16", *SGD, *CONSTANT),
 }  # fmt: skip
 """So that some steps contain some rounds."""
 
@@ -44,7 +47,7 @@ def composed(engine: str, sync: str, text: Path, folder: Path, *words: str) -> C
 
 def sent(pool: WorkerPool, configs: Sequence[Config], steps: int) -> list[list[Sent]]:
     """What each rank has sent under each of ``configs``, by config."""
-    by_rank = pool.run(_job, list(configs), steps, world=4)
+    by_rank = pool.run(_job, list(configs), steps, world=4, seconds=30 + 30 * len(configs))
     return [list(ranks) for ranks in zip(*by_rank, strict=True)]
 
 
@@ -58,9 +61,13 @@ def _run(config: Config, steps: int) -> Sent:
     parts = build(config, mesh)
     for step in range(steps):
         parts.engine.set_learning_rate(parts.learning_rate(step))
-        parts.engine.forward_backward(parts.share.microbatches(step))
-        parts.attached.finish()
-        parts.engine.clip()
+        batches = parts.share.microbatches(step)
+        for _ in range(parts.attached.method.samples):
+            parts.attached.estimate(lambda given=batches: parts.engine.evaluate(given[0]))  # type: ignore[misc]
+        if not parts.attached.method.samples:
+            parts.engine.forward_backward(batches)
+            parts.attached.finish()
+            parts.engine.clip()
         parts.attached.step()
     parts.attached.close_round()
     by, shapes = dict(mesh.channel.meter.by), dict(parts.engine.pieces.shapes)
