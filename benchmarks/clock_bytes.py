@@ -80,9 +80,9 @@ def bytes_report(found: Mapping[str, Mapping[str, Pair]]) -> Report:
     exact = sum(pair.equal for pair in cells)
     rows = [[name, *(_cell(engines[engine]) for engine in ENGINES)] for name, engines in found.items()]
     body = (
-        f"{STEPS} steps and the end of a round on 2 replicas x 2 shards of a model of two blocks, set-up included: what "
-        "the four ranks have sent to their peers, in bytes, by the run's meters. Where the clock has these bytes and "
-        "as many messages, of every rank, label and kind of op, the cell says no more; elsewhere the clock's bytes "
+        f"{STEPS} steps and the end of a round on 2 replicas x 2 shards of a model of two blocks, set-up included: "
+        "what the four ranks have sent to their peers, in bytes, by the run's meters. Where the clock has these and as "
+        "many messages, of every rank, label and kind of op, the cell says no more; elsewhere the clock's bytes "
         "follow in brackets. Compressors are those of `sync=every_step`. What accordion and L-GreCo send depends on "
         "values, which the clock does not have.\n\n" + table(["sync", *ENGINES], rows)
     )

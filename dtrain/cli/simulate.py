@@ -14,7 +14,7 @@ from dtrain.extras import OF_LAUNCHING, require
 
 if TYPE_CHECKING:
     from dtrain.cli import Verbs
-    from dtrain.simulate.sweep import Row
+    from dtrain.simulation.sweep import Row
 
 ROWS = "simulation.json"
 EPILOG = """\
@@ -48,8 +48,8 @@ def add(verbs: Verbs) -> None:
 
 def _run(chosen: argparse.Namespace) -> int:
     require(OF_LAUNCHING)
-    from dtrain.simulate.sweep import plain, simulated
-    from dtrain.simulate.table import head, line, summary
+    from dtrain.simulation.sweep import plain, simulated
+    from dtrain.simulation.table import head, line, summary
     from dtrain.train.config import run_folder
 
     if not chosen.words:

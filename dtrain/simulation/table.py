@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dtrain.simulate.sweep import Row
+from dtrain.simulation.sweep import Row
 
 __all__ = ["head", "line", "summary"]
 

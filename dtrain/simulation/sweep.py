@@ -15,9 +15,9 @@ from dtrain.comm.clock.network import Level, Network
 from dtrain.comm.ops import Place
 from dtrain.comm.runtime.method import Sync
 from dtrain.errors import ConfigError
-from dtrain.simulate.calibration import Calibration, read, slower_and_faster
-from dtrain.simulate.syncs import sync_of
-from dtrain.simulate.words import Cell, cells
+from dtrain.simulation.calibration import Calibration, read, slower_and_faster
+from dtrain.simulation.syncs import sync_of
+from dtrain.simulation.words import Cell, cells
 
 __all__ = ["Row", "simulated", "walked_steps"]
 

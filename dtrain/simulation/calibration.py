@@ -25,7 +25,7 @@ from dtrain.comm.clock.wire import Wire
 from dtrain.comm.ops import AllGather, AllReduce, AllToAll, Op
 from dtrain.errors import ConfigError
 from dtrain.report.environment import record
-from dtrain.simulate.syncs import sync_of
+from dtrain.simulation.syncs import sync_of
 
 __all__ = ["Calibration", "calibrated", "fitted", "read"]
 

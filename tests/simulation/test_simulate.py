@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+import dtrain
 from dtrain.bench.fit import predict
 from dtrain.bench.hook_rows import HookRow
 from dtrain.cli.main import main
 from dtrain.comm.clock.network import Level, Link, Network
 from dtrain.comm.clock.wire import Wire
 from dtrain.errors import ConfigError
-from dtrain.simulate.calibration import OPS, _op, calibrated, slower_and_faster
-from dtrain.simulate.sweep import Row, simulated
-from dtrain.simulate.table import head, line, summary
-from dtrain.simulate.words import cells
+from dtrain.simulation.calibration import OPS, _op, calibrated, slower_and_faster
+from dtrain.simulation.sweep import Row, simulated
+from dtrain.simulation.table import head, line, summary
+from dtrain.simulation.words import cells
 from tests.bench.samples import sample
 
 MODEL = ("parameters=4m", "layers=4", "step_seconds=0.5")
@@ -189,6 +191,20 @@ def test_invalid_rows_and_rows_of_several_worlds_calibrate_nothing() -> None:
         calibrated([sample(world=2), sample(world=4)])
     with pytest.raises(ConfigError, match="three sizes"):
         calibrated([sample(world=2)])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/simulate.md"])
+def test_commands_of_the_docs_are_words(page: str) -> None:
+    text = Path(page).read_text()
+    commands = [line.strip(" `|") for line in re.findall(r"dtrain simulate [^`|\n]*=[^`|\n]*", text)]
+    assert commands
+    for command in commands:
+        words = command.split()[2:]
+        assert cells([word for word in words if not word.startswith("calibrate=")])
+
+
+def test_the_verb_does_not_hide_the_function_of_its_name() -> None:
+    assert callable(dtrain.simulate)
 
 
 def test_shapes_are_read_from_an_export(tmp_path: Path) -> None:
