@@ -38,6 +38,7 @@ class ClockPieces:
         self._exchange: Exchange | None = None
         self._under_way: list[ClockHandle[Combined]] = []
         self._finished = self._agreed = False
+        self._remaining: list[Group] = []  # groups that are exchanged after the backward pass
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -63,13 +64,13 @@ class ClockPieces:
         if self._exchange is not None and self.layout.whole:
             self._clock.flush()
             self._results()  # DDP ends a backward pass with the results of all buckets
-        self._groups_at_the_end = groups
+        self._remaining = groups
         self.passes += 1
 
     def finish(self) -> None:
         if self._finished or not self.gradients:
             return
-        for group in self._groups_at_the_end:
+        for group in self._remaining:
             self._send(group)
         self._results()
         self._finished = True

@@ -90,6 +90,15 @@ def test_replicas_wait_for_the_slowest_at_each_exchange_only() -> None:
     assert often.compute_seconds == pytest.approx(seldom.compute_seconds)
 
 
+def test_knobs_that_are_auto_are_chosen_by_the_clocks_own_time() -> None:
+    chosen = []
+    for rate in (1e5, 1e9):
+        clock = Clock(diloco(every_steps="auto"), Step.even(WHOLE, 0.1), between(rate))
+        clock.train(30)
+        chosen += [decision for decision in clock.attached.decisions if "every_steps" in decision]
+    assert len(chosen) == 2 and chosen[0] != chosen[1]
+
+
 def test_arithmetic_takes_time_where_memory_has_a_rate() -> None:
     def seconds(rate: float) -> float:
         clock = Clock(quiet(every_steps=1), Step.even(WHOLE, 1.0), between(1e6), machine=Machine(bytes_per_second=rate))
