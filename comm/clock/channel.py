@@ -33,21 +33,25 @@ class Machine:
     """A rank's processor. ``now``: when its program goes on. ``bytes_per_second``: of memory that arithmetic passes.
 
     ``exposed``: seconds in which the program stood still for a result. ``slowdown`` multiplies the seconds of its own
-    work.
+    work. ``one_core``: the threads of channels run on the program's core, which they take from it unless it waits.
     """
 
     order: Order = "program"
     bytes_per_second: float = float("inf")
+    one_core: bool = False
     slowdown: Times = 1.0
     now: Times = 0.0
     exposed: Times = 0.0
     worked: Times = 0.0
+    taken: Times = 0.0
+    """Seconds that threads will have taken from the program's next work."""
 
     def work(self, seconds: float) -> None:
         """Let the program run for ``seconds``."""
         self.settle()
         spent = seconds * self.slowdown
-        self.now, self.worked = self.now + spent, self.worked + spent
+        self.now, self.worked = self.now + spent + self.taken, self.worked + spent
+        self.taken = 0.0
 
     def settle(self) -> None:
         """Account for arithmetic of the program."""
@@ -58,10 +62,18 @@ class Machine:
         passed = TRAFFIC.taken()
         return 0.0 if self.order == "data" or not passed else passed / self.bytes_per_second * self.slowdown
 
+    def in_background(self) -> Times:
+        """Seconds of a thread's arithmetic since the last call."""
+        spent = self.arithmetic()
+        if self.one_core:
+            self.taken = self.taken + spent
+        return spent
+
     def wait(self, moment: Times) -> Times:
         """Let the program stand still until ``moment``; seconds."""
         until = latest(self.now, moment)
         waited = until - self.now
+        self.taken = latest(0.0, self.taken - waited)
         self.now, self.exposed = until, self.exposed + waited
         return waited
 
@@ -188,10 +200,10 @@ class ClockChannel:
         try:
             op = next(flow) if answer is None else flow.send(answer)
         except StopIteration as done:
-            self.now = self.now + self.machine.arithmetic()
+            self.now = self.now + self.machine.in_background()
             handle.finish(done.value, self.now if self.machine.order == "program" else since)
             return None
-        self.now = self.now + self.machine.arithmetic()
+        self.now = self.now + self.machine.in_background()
         place = self.places[op.axis]
         self.meter.record(op, place, handle.label)
         issued = self.now

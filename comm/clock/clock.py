@@ -155,7 +155,7 @@ class Clock:
         """Time is counted from the first step on, traffic from the set-up on."""
         zero: Times = 0.0
         self.machine.settle()
-        self.machine.now, self.machine.exposed, self.machine.worked = zero, zero, zero
+        self.machine.now, self.machine.exposed, self.machine.worked, self.machine.taken = zero, zero, zero, zero
         self.channel.restart()
         for wire in self.wires.values():
             wire.busy.clear()

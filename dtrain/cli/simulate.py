@@ -23,7 +23,7 @@ words, of which several values, or a range A..B of doublings, make a sweep:
   node_link=10gbit,0.1ms rank_link=... ranks=8 backend=gloo|ring|doubling
   calibrate=FOLDER                      in place of link: what dtrain bench collectives has measured
   parameters=1.2b layers=24             or shapes=FILE, .safetensors or JSON {name: shape}
-  step_seconds=0.8 backward=0.67 optimizer_seconds=0 memory_rate=0     of a rank; bytes/s of encoding, 0: no time
+  step_seconds=0.8 backward=0.67 optimizer_seconds=0 memory_rate=0 one_core=0    of a rank; bytes/s of encoding
   sync=... sync.KEY=... compress=...    as of dtrain train
   engine=module|ddp|fsdp|zero1|zero2|zero3 shards=1 bucket_mib=4
   tokens=100b tokens_per_step=500k      a budget, and what a replica takes in a step

@@ -132,7 +132,8 @@ def _walked(cell: Cell, network: Network, calibration: Calibration | None) -> Wa
     try:
         clock = Clock(
             sync, step, network, engine=Engine(asked.engine, asked.shards, (0, largest), asked.bucket_mib),
-            machine=Machine(asked.data_order, rate), speeds=asked.speeds(), failures=asked.failures(),
+            machine=Machine(asked.data_order, rate, bool(asked.one_core)), speeds=asked.speeds(),
+            failures=asked.failures(),
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"{' '.join(cell.configured)}: {error}") from error

@@ -36,7 +36,8 @@ class Asked:
 
     ``step_seconds``: forward and backward pass of a rank, ``backward`` the share of the latter. ``tokens_per_step``: of
     a replica. ``tokens``: the budget. ``steps``: walked in each cell; 0: enough for three rounds, and some failures.
-    ``memory_rate``: bytes per second that encoding and decoding pass, 0: they take no time.
+    ``memory_rate``: bytes per second that encoding and decoding pass, 0: they take no time; ``one_core``: 1 if they
+    share a core with training, as on CPUs.
     """
 
     parameters: float = 0.0
@@ -52,6 +53,7 @@ class Asked:
     shards: int = 1
     bucket_mib: float = 4.0
     memory_rate: float = 0.0
+    one_core: int = 0
     slow: str = ""
     jitter: float = 0.0
     failures_per_hour: float = 0.0

@@ -108,6 +108,19 @@ def test_arithmetic_takes_time_where_memory_has_a_rate() -> None:
     assert seconds(1e9) - seconds(math.inf) == pytest.approx((seconds(5e8) - seconds(math.inf)) / 2, rel=1e-6)
 
 
+def test_a_thread_on_the_programs_core_takes_its_time_from_it() -> None:
+    sync = streaming_diloco(every_steps=2, layers_per_fragment=1, overlap_steps=1, verify_every=0)
+    shapes = {"layers.0.w": (1 << 16,)}
+
+    def seconds(one_core: bool, rate: float) -> float:
+        machine = Machine(bytes_per_second=1e7, one_core=one_core)
+        return Clock(sync, Step.even(shapes, 1.0), between(rate), machine=machine).train(20).seconds
+
+    assert seconds(True, 1e9) > seconds(False, 1e9) + 0.5
+    slow = 1e5  # the program waits for the link, and the thread has the core
+    assert seconds(True, slow) - seconds(False, slow) < seconds(True, 1e9) - seconds(False, 1e9)
+
+
 def test_a_failure_costs_the_steps_since_the_checkpoint_and_the_restart() -> None:
     step = Step.even(WHOLE, 1.0)
     failures = Failures(60, checkpoint_every_steps=10, detect_seconds=0, restart_seconds=5, seed=1)
