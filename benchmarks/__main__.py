@@ -26,6 +26,7 @@ from benchmarks.muon import muon
 from benchmarks.one_byte import one_byte_on_hosts
 from benchmarks.overlap import overlap
 from benchmarks.page import Report
+from benchmarks.plan_memory import plan_memory
 from benchmarks.prose import written_into_prose
 from benchmarks.provenance import EVIDENCE, DirtyTree, require_clean, stale
 from benchmarks.shared_seed import shared_seed
@@ -46,7 +47,7 @@ REPORTS: dict[str, Callable[[Session], Report]] = {
     "best_six": best_six, "equal_time": equal_time, "time_to_loss": time_to_loss, "small_model": small_model,
     "sparse_routes": sparse_routes,
     "shared_seed": shared_seed, "fine_tuning": fine_tuning, "suite": suite,
-    "utilization": utilization, "clock_bytes": clock_bytes, "gpu": gpu,
+    "utilization": utilization, "clock_bytes": clock_bytes, "plan_memory": plan_memory, "gpu": gpu,
 }  # fmt: skip
 LATER = ("suite", "gpu")  # only when it is named
 STALE, PROSE = "stale", "prose"

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from benchmarks.equal_tokens import SEEDS, WARMUP
 from benchmarks.lgreco import PLAIN
+from benchmarks.plan_losses import written_losses
 from benchmarks.provenance import EVIDENCE, ROOT
 from benchmarks.step_timing import Took
 from dtrain.report.figures import in_bytes
@@ -436,4 +437,6 @@ def written_into_prose(root: Path = ROOT) -> str:
         if text != before:
             (root / file).write_text(text)
             changed.append(file)
+    if written_losses(root):
+        changed.append("dtrain/plan/losses.json")
     return "\n".join(changed) or "all figures in README.md and docs are those of the pages"

@@ -56,6 +56,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "shared_seed": ("comm", "benchmarks/digits.py", "benchmarks/shared_seed.py"),
     "fine_tuning": (*TRAINING, "benchmarks/fine_tuning.py"),
     "gpu": ("comm", "dtrain/train/models", "tests/gpu", "benchmarks/gpu.py"),
+    "plan_memory": ("comm", "dtrain/plan", "dtrain/train/engines", "dtrain/train/models", "benchmarks/plan_memory.py"),
     "suite": ("comm", "configs", "dtrain", "launchers", "slurm", "tests"),
     "fuzz": ("comm", "dtrain", "launchers", "slurm", "tests/fuzz"),
     "kill_and_resume": (*TRAINING, "tests/kill", "tests/programs"),

@@ -147,7 +147,9 @@ class _Factories(TorchFunctionMode):
                 made = _factory(func, args, kwargs)
             if made is not None:
                 return made
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # A kernel that fills it may run on shadows, and write nothing: what lies there may be NaN, and end a round.
+        return result.zero_() if func in (torch.empty, torch.empty_strided, Tensor.new_empty) else result
 
 
 @contextmanager

@@ -15,11 +15,14 @@ from dtrain.cli import (
     launch,
     log,
     members,
+    plan,
     simulate,
     train,
     trained,
 )
 
+__all__ = ["COMMANDS"]
+
 COMMANDS = cast("list[Command]", [
-    train, trained, compare, launch, jobs, doctor, bench, simulate, cluster, data, members, log,
+    train, trained, compare, launch, jobs, doctor, plan, bench, simulate, cluster, data, members, log,
 ])  # fmt: skip
