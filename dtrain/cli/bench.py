@@ -74,7 +74,7 @@ def add(verbs: Verbs) -> None:
     verb = add_verb(below, "train", does=does, epilog=bench_train.EPILOG)
     add_config_dir(verb)
     verb.add_argument("words", nargs="*", metavar="OVERRIDE", help="bench.KEY=..., and what dtrain train takes")
-    verb.set_defaults(run=_train, outlives_reader=True)
+    verb.set_defaults(run=bench_train.run, outlives_reader=True)
 
 
 def _collectives(chosen: argparse.Namespace) -> int:
@@ -124,16 +124,6 @@ def _hooks(chosen: argparse.Namespace) -> int:
             hook_rows.report,
         ),
     )
-
-
-def _train(chosen: argparse.Namespace) -> int:
-    from dtrain.bench.train_page import report
-    from dtrain.bench.train_rows import HEAD, TrainRow, line, summary
-
-    def shown(job: Job, folder: Path, loss: float) -> int:
-        return show_rows(job, folder, Shown(TrainRow, HEAD, line, lambda rows: summary(rows, loss), report))
-
-    return bench_train.run(chosen, shown)
 
 
 def _names(word: str, words: Sequence[str]) -> bool:

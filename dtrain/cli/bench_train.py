@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.cli import words_of
+from dtrain.cli.bench_rows import Shown, show_rows
 from dtrain.cli.login_host import enter_launcher
 from dtrain.cli.submit import refusals, warn
 from dtrain.errors import ConfigError
@@ -16,7 +17,6 @@ from dtrain.extras import OF_TRAINING, require
 
 if TYPE_CHECKING:
     from dtrain.bench.train_settings import TrainSettings
-    from dtrain.launchers.job import Job
     from dtrain.train.config import Config
 
 EPILOG = """\
@@ -40,10 +40,12 @@ EVALUATIONS = 10
 """In each training, beside the one before its first step."""
 
 
-def run(chosen: argparse.Namespace, show: Callable[[Job, Path, float], int]) -> int:
-    """Start it; ``show`` prints its rows as they come, given the loss to be reached, and returns the exit code."""
+def run(chosen: argparse.Namespace) -> int:
+    """Start it, and print its rows as they come; returns the exit code."""
     require(OF_TRAINING)
     from dtrain.bench.settings import FILE
+    from dtrain.bench.train_page import report
+    from dtrain.bench.train_rows import HEAD, TrainRow, line, summary
     from dtrain.bench.train_settings import parse
     from dtrain.train.config import run_folder
 
@@ -69,7 +71,7 @@ def run(chosen: argparse.Namespace, show: Callable[[Job, Path, float], int]) -> 
             for config, description in cells:
                 run_folder.write(config, description)
             job = launcher.start(program, folder=folder, name="bench", replicas=base.mesh.replicate)
-    return show(job, folder, settings.loss)
+    return show_rows(job, folder, Shown(TrainRow, HEAD, line, lambda rows: summary(rows, settings.loss), report))
 
 
 def _composed(sync: str, words: Sequence[str]) -> tuple[Config, bool]:
