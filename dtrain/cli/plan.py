@@ -146,12 +146,13 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _fits_table(found: Answer) -> Table:
-    table = _table("memory of a rank", "engine", "mesh", "recompute", "peak", "largest terms", "")
+    table = _table("memory of a rank", "engine", "mesh", "recompute", "peak", "in", "largest terms", "")
     for row in _worth_showing(found):
         layout, terms = row.layout, sorted(row.memory.terms.items(), key=lambda item: -item[1])[:3]
         table.add_row(
             layout.engine, f"{layout.replicas} x {layout.shards}", "yes" if layout.checkpointed else "no",
-            _size(row.memory.peak), ", ".join(f"{name} {_size(size)}" for name, size in terms if size),
+            _size(row.memory.peak), row.memory.during,
+            ", ".join(f"{name} {_size(size)}" for name, size in terms if size),
             row.reason or ("chosen" if row is found.picked else "fits"),
         )  # fmt: skip
     return table

@@ -62,6 +62,11 @@ class Machine:
             )
 
     @property
+    def is_gpu(self) -> bool:
+        """Whether it has a context of its own, as GPUs do."""
+        return self.context_bytes > 0
+
+    @property
     def usable_bytes(self) -> int:
         """What a plan may fill."""
         return int(self.memory_bytes * (1 - RESERVED)) - self.context_bytes

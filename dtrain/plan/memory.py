@@ -41,18 +41,29 @@ class OptimizerMemory:
 
 
 def optimizer_memory(
-    factory: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], shapes: Sequence[tuple[int, ...]]
+    factory: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    together: bool = False,
 ) -> OptimizerMemory:
-    """Of the optimizer that ``factory`` makes: two steps over fp32 parameters of these shapes, which take no memory."""
+    """Of the optimizer that ``factory`` makes: two steps over fp32 parameters of these shapes, which take no memory.
+
+    ``together``: as torch's optimizers step on GPUs unless they are told otherwise, all parameters at once (foreach).
+    """
     with FakeTensorMode(), torch.device("cpu"):
         parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes if 0 not in shape]
         if not parameters:
             return OptimizerMemory(0, 0)
-        return stepped(factory(parameters), parameters)
+        return stepped(factory(parameters), parameters, together=together)
 
 
-def stepped(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> OptimizerMemory:
+def stepped(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], *, together: bool = False
+) -> OptimizerMemory:
     """`optimizer_memory` of ``optimizer`` over ``parameters``, under ``FakeTensorMode``."""
+    for group in optimizer.param_groups if together else ():
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
     storages = Storages()
     storages.ignore(parameters)
     for parameter in parameters:
@@ -78,7 +89,7 @@ def replayed(
     ``optimizer``: see `optimizer_memory`, for the shapes that the engine gives it.
     """
     ledger = Ledger()
-    ledger.phase = "start"
+    ledger.phase = "building the model"
     memory = ENGINES[engine](model, placement)
     memory.built(ledger)
     cost = optimizer(memory.stepped_shapes())

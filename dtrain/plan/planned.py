@@ -27,15 +27,16 @@ from dtrain.train.data.batches import fetch
 
 @dataclass(frozen=True)
 class Planned:
-    """A configuration, and its data's attributes and the shapes of one microbatch."""
+    """A configuration, its data's attributes and the shapes of one microbatch. ``on_gpu``: where it will run."""
 
     config: Config
     data: object
     batch: Mapping[str, TensorSpec]
     tokens_per_example: int
+    on_gpu: bool = False
 
     @classmethod
-    def of(cls, config: Config) -> Planned:
+    def of(cls, config: Config, *, on_gpu: bool = False) -> Planned:
         """Reads one example of the data. Raises ``ConfigError`` for a batch that does not divide among the ranks, and
         what data sets raise.
         """
@@ -43,7 +44,7 @@ class Planned:
         size = microbatch_size(config)
         example = fetch(data, [0])
         batch = {name: TensorSpec((size, *value.shape[1:]), value.dtype) for name, value in example.items()}
-        return cls(config, data, batch, int(data.tokens_per_example))
+        return cls(config, data, batch, int(data.tokens_per_example), on_gpu)
 
     @property
     def microbatch(self) -> int:
@@ -77,7 +78,7 @@ class Planned:
         settings = self.config.optim.inner
         if not takes_model(settings):
             factory = cast(Any, lambda parameters: instantiate(settings, "optim.inner", params=parameters))
-            return optimizer_memory(factory, shapes)
+            return optimizer_memory(factory, shapes, together=self.on_gpu)
         numel, whole = sum(torch.Size(shape).numel() for shape in shapes), self._whole_optimizer()
         part = numel / max(1, whole[1])
         return OptimizerMemory(int(whole[0].state * part), int(whole[0].temporaries * part))
@@ -87,7 +88,7 @@ class Planned:
             model = self.build()
             parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
             optimizer = inner_optimizer(self.config.optim.inner, model)
-            return stepped(optimizer, parameters), sum(p.numel() for p in parameters)
+            return stepped(optimizer, parameters, together=self.on_gpu), sum(p.numel() for p in parameters)
 
     def sync(self) -> Sync:
         """That of the configuration."""

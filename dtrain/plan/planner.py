@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from dtrain.comm.clock.network import Network
 from dtrain.comm.clock.step import Step
@@ -17,7 +18,7 @@ from dtrain.plan.losses import EXACT, Losses
 from dtrain.plan.machine import Machine
 from dtrain.plan.planned import Planned, cache_of
 from dtrain.plan.question import Question
-from dtrain.plan.sync_memory import NOTHING
+from dtrain.plan.sync_memory import SyncMemory
 from dtrain.plan.timing import Timed, needed_link, timed
 from dtrain.train.config import Config, compose, instantiate
 from dtrain.train.config.choices import folder
@@ -72,7 +73,7 @@ def answer(words: Sequence[str], question: Question, machine: Machine) -> Answer
     config = compose(words)
     network = question.links(config.mesh.replicate)
     config = _on_network(config, network)
-    planned = Planned.of(config)
+    planned = Planned.of(config, on_gpu=machine.is_gpu)
     exchanges = config.sync["_target_"] == "dtrain.every_step"
     ranks = config.mesh.replicate * config.mesh.shard
     tried = question.shards or _shards(ranks, config.mesh.shard)
@@ -80,13 +81,18 @@ def answer(words: Sequence[str], question: Question, machine: Machine) -> Answer
         ranks=ranks, shards=tried, bf16=config.engine.precision == "bf16", microbatches=planned.microbatches,
         exchanges=exchanges, bucket_mib=config.engine.bucket_mib,
     )  # fmt: skip
+    describe, sync = cache(planned.describe), planned.sync()
+    kept = cache(lambda runs, replicas, shards: _kept(planned, sync, describe, (runs, replicas, shards)))
     try:
-        found = fits(list(candidates), planned.describe, machine, cache_of(planned), lambda _: NOTHING)
+        found = fits(
+            list(candidates), describe, machine, cache_of(planned),
+            lambda layout: kept(layout.runs, layout.replicas, layout.shards),
+        )  # fmt: skip
     except NothingFits as error:
         raise ConfigError(str(error)) from error
     picked = _picked(found, config)
     layout = picked.layout
-    model = planned.describe(layout.casts, layout.checkpointed, layout.checkpointed and layout.engine == "zero3")
+    model = describe(layout.casts, layout.checkpointed, layout.checkpointed and layout.engine == "zero3")
     losses = Losses.read()
     notes = _notes(config, picked, losses, network)
     if network is None or layout.replicas < 2:
@@ -130,6 +136,20 @@ def command(words: Sequence[str], picked: Fit, chosen: Choice | None, choices: S
     launched = any(word.partition("=")[0] in ("launcher", "launcher.nodes") for word in words)
     own = [word for word in own if not (launched and word.startswith("launcher."))]
     return " ".join(["dtrain", "train", *kept, *own])
+
+
+def _kept(
+    planned: Planned, sync: Sync, describe: Callable[..., Description], where: tuple[str, int, int]
+) -> SyncMemory:  # fmt: skip
+    """What the configured sync keeps; its sizes do not depend on how the model computes."""
+    engine, replicas, shards = where
+    layout = replace(planned.layout(), engine=engine, replicas=replicas, shards=shards)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return planned.sync_memory(sync, layout, describe("none", False, False))
+    except ValueError as error:
+        raise ConfigError(f"sync: {error}") from error
 
 
 def _on_network(config: Config, network: Network | None) -> Config:

@@ -84,6 +84,9 @@ def test_sgd_keeps_less_than_adamw_and_temporaries_are_counted() -> None:
     assert momentum.state == 4 * 1007
     assert adamw.state == pytest.approx(8 * 1007, abs=16)
     assert adamw.temporaries == 8 * 1000  # the root of a moment and its quotient, of the largest parameter
+    on_gpu = optimizer_memory(torch.optim.AdamW, shapes, together=True)
+    assert on_gpu.state == adamw.state
+    assert on_gpu.temporaries == pytest.approx(4 * 1007, abs=64)  # the root of all moments
 
 
 def test_batches_are_what_they_were_described_with() -> None:
