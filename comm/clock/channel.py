@@ -40,10 +40,10 @@ class Machine:
     bytes_per_second: float = float("inf")
     one_core: bool = False
     slowdown: Times = 1.0
-    now: Times = 0.0
-    exposed: Times = 0.0
-    worked: Times = 0.0
-    taken: Times = 0.0
+    now: Times = field(default=0.0, init=False)
+    exposed: Times = field(default=0.0, init=False)
+    worked: Times = field(default=0.0, init=False)
+    taken: Times = field(default=0.0, init=False)
     """Seconds that threads will have taken from the program's next work."""
 
     def work(self, seconds: float) -> None:
