@@ -38,16 +38,12 @@ def load(run: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.M
         CheckpointError: weights that are missing, damaged or of another model.
     """
     require(OF_LAUNCHING)
-    from dtrain.train.checkpoint.export import full_buffers
     from dtrain.train.checkpoint.weights import put_into, weights_of
 
     folder = _folder_of(Path(run))
     config = config_of(folder)
     built = _built(config, folder) if model is None else model
-    weights = weights_of(Path(run), dict(built.named_parameters()))
-    if Path(run) != folder:
-        weights |= full_buffers(Path(run))  # an export has them already
-    put_into(built, weights, str(run))
+    put_into(built, weights_of(Path(run), dict(built.named_parameters())), str(run))
     return built.eval()
 
 

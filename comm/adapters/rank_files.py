@@ -109,7 +109,8 @@ class RankFiles:
         )  # fmt: skip
         try:
             content = remade(read, mesh, wanted)
-        except (LookupError, AttributeError, RuntimeError) as error:  # a digest is no signature, see `tensor_file`
+        # A digest is no signature, see `tensor_file`.
+        except (LookupError, AttributeError, RuntimeError, TypeError) as error:
             raise ValueError(f"the parts in {folder} do not fit each other: {error!r}; take another copy") from error
         if replicas.rank == shards.rank == 0:
             own = "exactly" if mesh[0] == replicas.size else "as the mean over the replicas"

@@ -214,7 +214,7 @@ class Attached:
         On the same replicas and shards bitwise. On others each rank's part is made of those of all ranks, which every
         rank has to see in ``folder``: exact with as many replicas; with another number what each replica had of its own
         becomes the mean over them, see `dtrain.comm.adapters.other_mesh`. A warning says so.
-        torch unpickles the ``.metadata`` of a DCP checkpoint, which can run code; files of `save` hold none.
+        No code in either is run; ``dcp.load`` itself unpickles what it reads.
 
         Raises ``FileNotFoundError`` if a rank's file is missing, ``ValueError`` for a damaged one, for another model,
         optimizer or sync, and for files of different steps; ``TypeError`` for one without a sync's state;

@@ -124,8 +124,11 @@ def _replayed(log: Contents, path: Path, steps: int | None) -> tuple[dict[str, T
     from dtrain.comm.shared_seed.update_log import LogError
     from dtrain.train.checkpoint.weights import weights_of
 
+    weights = weights_of(path, log.header.shapes)
+    if log.header.shapes.keys() <= weights.keys():  # else replay() says which are missing
+        weights = {name: weights[name] for name in log.header.shapes}  # without buffers
     try:
-        return replay(log, weights_of(path, log.header.shapes), steps)
+        return replay(log, weights, steps)
     except LogError as error:
         raise DtrainError(str(error)) from error
 

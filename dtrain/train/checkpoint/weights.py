@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dtrain.errors import CheckpointError
 from dtrain.train.checkpoint import tensors
-from dtrain.train.checkpoint.export import digest, full_parameters
+from dtrain.train.checkpoint.export import digest, full_buffers, full_parameters
 from dtrain.train.checkpoint.finite import all_finite
 from dtrain.train.checkpoint.folders import step_folders
 from dtrain.train.checkpoint.read import verify
@@ -22,8 +22,8 @@ EXPORTED = Path("export") / "model.safetensors"
 def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[str, Tensor]:
     """Tensors by name. ``path``: a safetensors file, a checkpoint (RUN/checkpoints/step-N), or a run with an export.
 
-    Stored digests are verified: the CRC-32 of a checkpoint's files, the digests in an export. ``parameters``: which of
-    the names are parameters, the others being buffers; all of them by default.
+    Persistent buffers are among them. Stored digests are verified: the CRC-32 of a checkpoint's files, the digests in an
+    export. ``parameters``: which of the names are parameters, the others being buffers; all of them by default.
 
     Raises CheckpointError for anything else, for damage, and for parameters that are NaN or Inf.
     """
@@ -32,7 +32,7 @@ def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[st
         if steps := step_folders(file / "checkpoints"):
             raise CheckpointError(f"{path} has no {EXPORTED}, since it has not ended; give a checkpoint: {steps[-1]}")
         verify(file)
-        return full_parameters(file)
+        return full_buffers(file) | full_parameters(file)
     stored, metadata = tensors.load(file)
     selected = {name: tensor for name, tensor in stored.items() if parameters is None or name in parameters}
     recorded = metadata.get(tensors.PARAMETERS_DIGEST)

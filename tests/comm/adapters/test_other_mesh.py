@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import pickle
 import tempfile
 import warnings
 from pathlib import Path
@@ -303,3 +305,42 @@ def test_a_damaged_list_of_dcp_is_a_value_error(tmp_path: Path) -> None:
         (tmp_path / ".metadata").write_bytes(content)
         with pytest.raises(ValueError, match=r"\.metadata is damaged"):
             parts_of_checkpoint(tmp_path)
+
+
+class Runs:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+class Part:
+    """As `Attached.checkpoint`; ``content`` may be what no rank has saved."""
+
+    def __init__(self, content: object) -> None:
+        self.content = content
+
+    def state_dict(self) -> dict[str, object]:
+        return {"dtrain.replica-0-of-1.shard-0-of-1": self.content}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_nothing_in_a_checkpoint_of_dcp_is_run(tmp_path: Path) -> None:
+    made, folder = tmp_path / "made", tmp_path / "dcp"
+    save({"sync": Part(tensor_file.encoded({"a": 1}))}, checkpoint_id=folder, no_dist=True)
+    assert [read() for read in parts_of_checkpoint(folder).values()] == [{"a": 1}]
+    folder = tmp_path / "other"
+    save({"sync": Part(Runs(made))}, checkpoint_id=folder, no_dist=True)
+    (read,) = parts_of_checkpoint(folder).values()
+    with pytest.raises(ValueError, match="cannot be read"):
+        read()
+    (folder / ".metadata").write_bytes(pickle.dumps(Runs(made)))
+    with pytest.raises(ValueError, match="mkdir, which no list of DCP has"):
+        parts_of_checkpoint(folder)
+    assert not made.exists()

@@ -1,5 +1,5 @@
 """Every parser that is tried, by room."""
 
-from tests.fuzz.targets import runs, told, weights, wire
+from tests.fuzz.targets import meshes, runs, told, weights, wire
 
-TARGETS = (*wire.TARGETS, *weights.TARGETS, *runs.TARGETS, *told.TARGETS)
+TARGETS = (*wire.TARGETS, *weights.TARGETS, *meshes.TARGETS, *runs.TARGETS, *told.TARGETS)

@@ -175,7 +175,7 @@ def tokens(name: str, folder: Path) -> Case:
     return Case(intact, read, (DataError, IndexError), check, json=name == DESCRIPTION)
 
 
-def _sealed(header: dict[str, Any], described: str, data: bytes) -> bytes:
+def sealed(header: dict[str, Any], described: str, data: bytes) -> bytes:
     """A file of `tensor_file` whose digest is right, whatever it says."""
     digest = tensor_file._digest(header, described, [data])
     metadata = {tensor_file.VALUE: described, tensor_file.DIGEST: digest}
@@ -183,7 +183,7 @@ def _sealed(header: dict[str, Any], described: str, data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def _opened(content: bytes) -> tuple[dict[str, Any], str, bytes]:
+def opened(content: bytes) -> tuple[dict[str, Any], str, bytes]:
     """Header, value and tensors of a file of `tensor_file`."""
     end = 8 + struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8:end])
@@ -216,7 +216,7 @@ def rank_files(folder: Path) -> Case:
         sync.step()
     sync.save(folder)
     (file,) = folder.glob("*.safetensors")
-    header, described, tensors = _opened(file.read_bytes())
+    header, described, tensors = opened(file.read_bytes())
 
     def state() -> str:
         return repr([model.state_dict(), optimizer.state_dict(), sync.state.tensors, sync.numbers])
@@ -225,7 +225,7 @@ def rank_files(folder: Path) -> Case:
         try:
             content = json.loads(data)
             changed, value = content["header"], json.dumps(content["value"])
-            file.write_bytes(_sealed(changed, value, tensors))
+            file.write_bytes(sealed(changed, value, tensors))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise tensor_file.DamagedFile(str(error)) from error
         before = state()

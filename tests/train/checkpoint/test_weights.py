@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.train.checkpoint import export, full_parameters, tensors
-from dtrain.train.checkpoint.export import digest
+from dtrain.train.checkpoint.export import digest, full_buffers
 from dtrain.train.checkpoint.weights import put_into, weights_of
 from dtrain.train.config import compose
 from dtrain.train.config.validation import validate
@@ -123,8 +123,8 @@ def test_an_export_whose_digests_are_unreadable_is_damaged(save: Callable[..., P
 
 def test_no_flipped_bit_of_a_checkpoint_gets_into_a_model(save: Callable[..., Path]) -> None:
     path = save(1)
-    good = full_parameters(path)
-    assert equal(weights_of(path), good)
+    good = {**full_parameters(path), **full_buffers(path)}
+    assert equal(weights_of(path), good) and "bn.mean" in good  # statistics of BatchNorm, beside the parameters
     for file in path.glob("*.safetensors"):
         content = file.read_bytes()
         flipped(file, len(content) - 3, 4).rename(file)
