@@ -118,7 +118,7 @@ class SyncCallback(TrainerCallback):  # type: ignore[misc] # a class of transfor
         trainer, checkpoint, self._checkpoint = self._trainer, self._checkpoint, None
         require_alike(
             "dtrain.integrations.hf", resumes=checkpoint is not None, begin_anew=self._begin_anew,
-            accumulates=args.gradient_accumulation_steps,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
         )  # fmt: skip
         model = unwrapped_model(trainer.model_wrapped)
         if isinstance(model, DistributedDataParallel) and args.ddp_broadcast_buffers is None:

@@ -102,7 +102,7 @@ class _WithSync(ParallelStrategy):  # type: ignore[misc] # a class of lightning,
         checkpoint, self._checkpoint = self._checkpoint, None
         require_alike(
             "dtrain.integrations.lightning", strategy=type(self).__name__, resumes=checkpoint is not None,
-            begin_anew=self._begin_anew, accumulates=self._trainer.accumulate_grad_batches,
+            begin_anew=self._begin_anew, accumulate_grad_batches=self._trainer.accumulate_grad_batches,
         )  # fmt: skip
         self.sync = self._attach()
         self._evaluation = self.sync.evaluation()

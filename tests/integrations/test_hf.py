@@ -521,7 +521,7 @@ def with_other_settings(folder: str) -> str:
 
 
 def test_ranks_with_different_settings_are_refused(pool: WorkerPool, tmp_path: Path) -> None:
-    words = "ValueError: ranks differ: accumulates is 1 on rank 0 and 2 on rank 1"
+    words = "ValueError: ranks differ: gradient_accumulation_steps is 1 on rank 0 and 2 on rank 1"
     assert all(text.startswith(words) for text in pool.run(with_other_settings, str(tmp_path), world=2))
 
 

@@ -480,7 +480,7 @@ def refused_at_once(kind: str, folder: str) -> str:
         ("on exception", "ValueError: ModelCheckpoint saves when a rank fails"),
         ("exception", "ValueError: OnExceptionCheckpoint saves when a rank fails"),
         ("of another", "ValueError: 4 of the optimizer's 4 parameters are not the model's"),
-        ("accumulates", "ValueError: ranks differ: accumulates is 1 on rank 0 and 2 on rank 1"),
+        ("accumulates", "ValueError: ranks differ: accumulate_grad_batches is 1 on rank 0 and 2 on rank 1"),
         ("url", "ValueError: s3://bucket/last.ckpt is no path of a file system"),
     ],
 )

@@ -22,8 +22,8 @@ EXPORTED = Path("export") / "model.safetensors"
 def weights_of(path: Path, parameters: Collection[str] | None = None) -> dict[str, Tensor]:
     """Tensors by name. ``path``: a safetensors file, a checkpoint (RUN/checkpoints/step-N), or a run with an export.
 
-    Persistent buffers are among them. Stored digests are verified: the CRC-32 of a checkpoint's files, the digests in an
-    export. ``parameters``: which of the names are parameters, the others being buffers; all of them by default.
+    Persistent buffers are among them. Stored digests are verified: the CRC-32 of a checkpoint's files, the digests in
+    an export. ``parameters``: which of the names are parameters, the others being buffers; all of them by default.
 
     Raises CheckpointError for anything else, for damage, and for parameters that are NaN or Inf.
     """
