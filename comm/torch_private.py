@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket, HashStore, ProcessGroupGloo, Store, TCPStore
 from torch.distributed import distributed_c10d as c10d
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:  # kernels and compressors need this file too, and not what takes seconds to import
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,7 +36,8 @@ if TYPE_CHECKING:  # kernels and compressors need this file too, and not what ta
     from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "BatchNorm", "GradBucket", "HashStore", "ProcessGroupGloo", "Store", "TCPStore", "is_traceable_wrapper_subclass",
+    "BatchNorm", "GradBucket", "HashStore", "ProcessGroupGloo", "Store", "TCPStore", "TorchDispatchMode",
+    "is_traceable_wrapper_subclass", "tree_leaves", "tree_map_only",
 ]  # fmt: skip  # those of torch that others take from here
 
 MESH_INFOS = "torch.distributed.fsdp._fully_shard._fsdp_common"
@@ -44,6 +46,7 @@ C10D = "torch.distributed.distributed_c10d"
 CACHE_FOLDERS = "torch._inductor.runtime.cache_dir_utils"
 INDUCTOR_SETTINGS = "torch._inductor.config"
 DTENSOR_CACHES = "torch.distributed.tensor.debug"
+FAKE_TENSORS = "torch._subclasses.fake_tensor"
 
 ZEROS_OF_UNUSED = "set_reduce_scatter_unused_params"
 """The method of an FSDP2 model that has torch make zeros of missing gradients, in newer versions: `zeros_of_unused`."""
@@ -79,10 +82,15 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "Optimizer.step": ("_wrapped_by_lr_sched",),
     "Parameter": ("_in_backward_optimizers",),
     "Tensor": ("_make_subclass", "_values", "_version"),
-    "Module": ("_forward_hooks", "_forward_pre_hooks", "_parameters"),
+    "Module": ("_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set", "_parameters"),
     "torch._dynamo": ("maybe_mark_dynamic",),
     CACHE_FOLDERS: ("default_cache_dir",),
     INDUCTOR_SETTINGS: ("get_config_copy",),
+    FAKE_TENSORS: ("FakeTensorMode",),
+    "OpOverload": ("_overloadpacket",),
+    "torch.ops.aten": (
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
 }  # fmt: skip
 """The names by their owner: a module, or a class of torch's."""
 NEWER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -436,6 +444,30 @@ def own_group(name: str, ranks: Sequence[int], backend: str | None, timeout: tim
     assert isinstance(group, dist.ProcessGroup)
     _get(c10d, "_store_based_barrier")(dist.get_rank(), group_store, named, len(ranks), timeout)
     return group
+
+
+def fake_tensors(**options: bool) -> AbstractContextManager[Any]:
+    """Torch's FakeTensorMode: within it tensors have shapes, dtypes and a device, and no memory."""
+    mode: AbstractContextManager[Any] = _get(import_module(FAKE_TENSORS), "FakeTensorMode")(**options)
+    return mode
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Whether ``module``'s own buffer of that name is in its state."""
+    return buffer not in _get(module, "_non_persistent_buffers_set")
+
+
+def packet_of(op: Any) -> Any:
+    """The operator, as ``torch.ops.aten.add``, that an overload of it belongs to."""
+    return _get(op, "_overloadpacket")
+
+
+def attention_on_cpu() -> tuple[Any, Any]:
+    """The operators of scaled dot-product attention on a processor, forward and backward."""
+    return (
+        _get(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
+        _get(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    )
 
 
 def destroy_group(group: dist.ProcessGroup) -> None:

@@ -20,10 +20,17 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from dtrain.comm.blocks import blocks_of
+from dtrain.comm.torch_private import (
+    attention_on_cpu,
+    fake_tensors,
+    is_persistent,
+    packet_of,
+    tree_leaves,
+    tree_map_only,
+)
 from dtrain.errors import ModelError
 from dtrain.plan.storages import Storages
 from dtrain.train.engines.contract import loss_of
@@ -167,7 +174,7 @@ def describe(
     Raises:
         ModelError: the model needs values of its inputs, which a description has not, or has no scalar loss.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+    with fake_tensors(allow_non_fake_inputs=True), torch.device("cpu"):
         model = _built(build)
         if casts == "model":
             _cast(model)
@@ -229,7 +236,7 @@ def _cast(model: nn.Module) -> None:
             if own is not None:
                 module._parameters[name] = made.get(id(own), own)
         for name, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+            if buffer is not None and buffer.is_floating_point() and is_persistent(module, name):
                 module._buffers[name] = buffer.bfloat16()
 
 
@@ -361,7 +368,7 @@ class _Trace:
         return ready
 
     def _count_flops(self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        count = _FLOPS.get(op._overloadpacket)
+        count = _FLOPS.get(packet_of(op))
         if count is not None:
             self.flops[self._inside[-1], self._backward] += count(*args, **kwargs, out_val=result)
 
@@ -378,8 +385,7 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,  # which lacks the processor's kernel of attention
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **dict(zip(attention_on_cpu(), (_attention, _attention_backward), strict=True)),
 }
 
 
@@ -410,14 +416,10 @@ class _Mark(torch.autograd.Function):
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    from torch.utils._pytree import tree_map_only
-
     return tree_map_only(Tensor, lambda tensor: change(tensor) if tensor.requires_grad else tensor, value)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dtrain.comm.torch_private import fake_tensors
 from dtrain.plan.describe import Description
 from dtrain.plan.engine_memory import ENGINES
 from dtrain.plan.ledger import Ledger
@@ -50,7 +50,7 @@ def optimizer_memory(
 
     ``together``: as torch's optimizers step on GPUs unless they are told otherwise, all parameters at once (foreach).
     """
-    with FakeTensorMode(), torch.device("cpu"):
+    with fake_tensors(), torch.device("cpu"):
         parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes if 0 not in shape]
         if not parameters:
             return OptimizerMemory(0, 0)

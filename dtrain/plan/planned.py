@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dtrain.comm.clock.step import Step
 from dtrain.comm.runtime.method import Sync
+from dtrain.comm.torch_private import fake_tensors
 from dtrain.errors import ConfigError
 from dtrain.plan.describe import Casts, Description, TensorSpec, describe
 from dtrain.plan.fits import Fit, Layout, fit
@@ -84,7 +84,7 @@ class Planned:
         return OptimizerMemory(int(whole[0].state * part), int(whole[0].temporaries * part))
 
     def _whole_optimizer(self) -> tuple[OptimizerMemory, int]:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        with fake_tensors(allow_non_fake_inputs=True), torch.device("cpu"):
             model = self.build()
             parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
             optimizer = inner_optimizer(self.config.optim.inner, model)

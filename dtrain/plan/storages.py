@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dtrain.comm.torch_private import is_traceable_wrapper_subclass
+from dtrain.comm.torch_private import TorchDispatchMode, is_traceable_wrapper_subclass, tree_leaves
 
 
 class Storages(TorchDispatchMode):

@@ -32,6 +32,7 @@ GONE = "see what has taken its place, and change comm/torch_private.py, where al
 
 OF_OTHERS = {
     "comm/torch_private.py": "the one file",
+    "comm/adapters/dcp_parts.py": "the unpickler of the standard library that is written in Python",
     "comm/adapters/zero.py": "DeepSpeed's",
     "dtrain/cli/__init__.py": "argparse's",
     "dtrain/integrations/accelerate.py": "Accelerate's",
@@ -71,6 +72,7 @@ def owners() -> dict[str, object]:
         "DistributedDataParallel": DistributedDataParallel(nn.Linear(2, 2)), "World": c10d._world,
         "ProcessGroup": dist.group.WORLD, "ProcessGroupGloo": torch_private.ProcessGroupGloo,
         "ProcessGroupGloo.Options": options(), "Optimizer": optimizer, "Optimizer.step": optimizer.step,
+        "OpOverload": torch.ops.aten.add.Tensor, "torch.ops.aten": torch.ops.aten,
         "Parameter": plain.weight, "Tensor": torch.ones(1), "Module": plain,
     }  # fmt: skip
     return found | {label: importlib.import_module(label) for label in {*NAMES, *NEWER_NAMES} - set(found)}
