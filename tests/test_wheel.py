@@ -86,4 +86,5 @@ def test_the_wheel_asks_for_torch_and_numpy_alone(wheel: Path) -> None:
     needed = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     assert [need for need in needed if "extra ==" not in need] == ["torch>=2.8", "numpy>=1.26"]
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"train", "zero", "mpi", "slurm", "cluster", "text", "lossless", "hf", "dev"}
+    published = {"train", "report", "zero", "mpi", "slurm", "cluster", "text", "lossless", "hf", "dev"}
+    assert extras == {*published, "wandb", "mlflow", "trackio"}
