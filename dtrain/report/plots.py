@@ -274,8 +274,8 @@ def _interval(curve: Curve, at: int) -> str:
 def _short(number: float) -> str:
     """At most four digits that count, thousands apart.
 
-    >>> _short(1234567.0), _short(0.012345), _short(12.0)
-    ('1,234,567', '0.01234', '12')
+    >>> _short(1234567.0), _short(0.0123456), _short(12.0)
+    ('1,234,567', '0.01235', '12')
     """
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
